@@ -1,0 +1,227 @@
+"""Catalogs: what a checkpoint can do, and what each choice costs and loses. Plain data, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from ppcl_rt.plan import Frozen, Interval, Plan, Step, Width
+
+
+class Option(NamedTuple):
+    """A legal count of heads or channels, and the loss of the teacher's velocity when this alone is narrowed to it."""
+
+    count: int
+    loss: float
+
+
+class Widths(Frozen):
+    """The legal counts of a block, per group, widest first; the widest is the full one and loses nothing."""
+
+    heads: tuple[Option, ...]
+    image: tuple[Option, ...]
+    text: tuple[Option, ...]
+
+    @field_validator("heads", "image", "text")
+    @classmethod
+    def _sound(cls, options: tuple[Option, ...]) -> tuple[Option, ...]:
+        counts = [option.count for option in options]
+        if not counts or min(counts) < 1 or counts != sorted(set(counts), reverse=True):
+            raise ValueError(f"counts fall strictly from the full one and stay above 0, not {counts}")
+        if options[0].loss != 0 or not all(option.loss > 0 and math.isfinite(option.loss) for option in options[1:]):
+            raise ValueError("the full count loses 0, every narrower one more than 0")
+        return options
+
+    @classmethod
+    def only(cls, width: Width) -> Widths:
+        """A block that runs at one width."""
+        return cls(**{group: (Option(count, 0.0),) for group, count in width._asdict().items()})
+
+    def of(self, group: str) -> tuple[Option, ...]:
+        """Options of one group: a field of `Width`."""
+        options: tuple[Option, ...] = getattr(self, group)
+        return options
+
+    @property
+    def full(self) -> Width:
+        return Width(*(self.of(group)[0].count for group in Width._fields))
+
+
+class Student(Frozen):
+    """A block distilled to stand in for an interval.
+
+    Attributes:
+        interval: the blocks that it replaces.
+        start: the teacher block that it was copied from.
+        loss: of the teacher's velocity with this student alone plugged in, at full width.
+        widths: its own legal widths.
+    """
+
+    interval: Interval
+    start: int
+    loss: float = Field(gt=0, allow_inf_nan=False)
+    widths: Widths
+
+
+class Shape(Frozen):
+    """The dimensions of a two-stream transformer, from which every cost follows.
+
+    Attributes:
+        depth: blocks.
+        dim: width D of the residual streams.
+        head_dim: channels of a head, E.
+        width: heads and MLP channels of the dense block.
+        outer_params: parameters outside the blocks.
+    """
+
+    depth: int = Field(ge=1)
+    dim: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    width: Width
+    outer_params: int = Field(ge=0)
+
+    @property
+    def fixed_params(self) -> int:
+        """Parameters of a block at no width at all: modulations, q/k norms, output biases."""
+        return 12 * self.dim * (self.dim + 1) + 4 * self.head_dim + 4 * self.dim
+
+    @property
+    def unit_params(self) -> Width:
+        """Parameters of one head (both streams) and of one channel of each MLP."""
+        return Width(
+            heads=2 * self.head_dim * (4 * self.dim + 3), image=2 * self.dim + 1, text=2 * self.dim + 1
+        )
+
+    def block_params(self, width: Width) -> int:
+        """Parameters of a block at a width."""
+        return self.fixed_params + sum(n * unit for n, unit in zip(width, self.unit_params, strict=True))
+
+    @property
+    def dense_params(self) -> int:
+        return self.outer_params + self.depth * self.block_params(self.width)
+
+    def params(self, plan: Plan) -> int:
+        """Parameters that a plan runs."""
+        return self.outer_params + sum(self.block_params(step.width) for step in plan.steps)
+
+    def flops(self, plan: Plan, image_tokens: int, text_tokens: int, batch: int = 1) -> int:
+        """Floating-point operations (2 a multiply-add) of the blocks' matrix products and attention, one forward."""
+        tokens = image_tokens + text_tokens
+        total = 0
+        for step in plan.steps:
+            inner = step.width.heads * self.head_dim
+            total += 8 * tokens * self.dim * inner + 4 * tokens**2 * inner
+            total += 4 * self.dim * (image_tokens * step.width.image + text_tokens * step.width.text)
+            # Modulations of both streams, once a sample.
+            total += 24 * self.dim**2
+        return batch * total
+
+
+class Catalog(Frozen):
+    """What a checkpoint can do. Travels inside the checkpoint, in ``config.json``.
+
+    Attributes:
+        family: name of the model family, ``qwen-image``.
+        shape: dimensions of the dense model.
+        blocks: legal widths of each teacher block.
+        students: what can stand in for which interval; intervals may overlap, a plan takes disjoint ones.
+        compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
+        checksums: SHA-256 of every tensor's bytes, by name.
+        task: how to sample and judge, for checkpoints of a task that the project can judge: ``{"name": ..., ...}``.
+    """
+
+    format: int = Field(1, ge=1, le=1)
+    family: str
+    shape: Shape
+    blocks: tuple[Widths, ...]
+    students: tuple[Student, ...] = ()
+    compensated: bool = False
+    checksums: dict[str, str] = Field(default_factory=dict)
+    task: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Catalog:
+        if len(self.blocks) != self.shape.depth:
+            raise ValueError(f"the catalog lists {len(self.blocks)} blocks, the model has {self.shape.depth}")
+        runnable = {f"block {index}": widths for index, widths in enumerate(self.blocks)}
+        runnable |= {f"student {student.interval}": student.widths for student in self.students}
+        for name, widths in runnable.items():
+            if widths.full != self.shape.width:
+                raise ValueError(f"{name} starts at {widths.full}, the dense block has {self.shape.width}")
+        for student in self.students:
+            if student.interval.last >= self.shape.depth or student.start >= self.shape.depth:
+                raise ValueError(f"student {student.interval} reaches beyond block {self.shape.depth - 1}")
+        if len({student.interval for student in self.students}) != len(self.students):
+            raise ValueError("an interval has two students: drop one")
+        return self
+
+    @classmethod
+    def of_dense(cls, family: str, shape: Shape) -> Catalog:
+        """The catalog of a stock checkpoint: everything, or nothing."""
+        return cls(family=family, shape=shape, blocks=(Widths.only(shape.width),) * shape.depth)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the weights: equal for equal tensors, different otherwise."""
+        joined = "\n".join(f"{name} {digest}" for name, digest in sorted(self.checksums.items()))
+        return hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+    @cached_property
+    def dense(self) -> Plan:
+        """The plan that leaves everything in: the teacher."""
+        return Plan.dense(self.fingerprint, self.shape.depth, self.shape.width)
+
+    def student(self, interval: Interval) -> Student:
+        """The student of an interval.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for student in self.students:
+            if student.interval == interval:
+                return student
+        have = ", ".join(str(student.interval) for student in self.students) or "none"
+        raise ValueError(f"no student stands in for {interval}; there are: {have}")
+
+    def check(self, plan: Plan) -> Plan:
+        """Return the plan if this checkpoint can run it.
+
+        Raises:
+            ValueError: the plan is for another checkpoint, or asks for what is not there.
+        """
+        if plan.checkpoint != self.fingerprint:
+            raise ValueError(
+                f"the plan was made for checkpoint {plan.checkpoint}, this is {self.fingerprint}: plan again"
+            )
+        if plan.depth != self.shape.depth:
+            raise ValueError(f"the plan is for {plan.depth} blocks, the checkpoint has {self.shape.depth}")
+        for step in plan.steps:
+            if step.student:
+                self.student(step.blocks)
+            if not step.width.within(self.shape.width):
+                raise ValueError(f"blocks {step.blocks} run {step.width}, the checkpoint holds {self.shape.width}")
+        return plan
+
+    def ratio(self, plan: Plan) -> float:
+        """Parameters of a plan over parameters of the dense model."""
+        return self.shape.params(plan) / self.shape.dense_params
+
+    def loss(self, plan: Plan) -> float:
+        """Predicted loss: the sum of what each choice alone loses (NaN where the plan takes what was not measured)."""
+        if plan.skipped:
+            return math.nan
+        total = 0.0
+        for step in plan.steps:
+            total += self.student(step.blocks).loss if step.student else 0.0
+            widths = self.widths(step)
+            for group, count in step.width._asdict().items():
+                total += {option.count: option.loss for option in widths.of(group)}.get(count, math.nan)
+        return total
+
+    def widths(self, step: Step) -> Widths:
+        """Legal widths of what a step runs."""
+        return self.student(step.blocks).widths if step.student else self.blocks[step.blocks.first]

@@ -1,0 +1,497 @@
+"""What makes a diffusers transformer run at any ratio: weights that come and go with plans, and programs over them.
+
+A family mixes `Pluggable` into diffusers' own class and says how its blocks are laid out (`BlockLayout`); nothing here
+knows which family it serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from ppcl_rt.catalog import Catalog, Shape
+from ppcl_rt.checkpoint import Checkpoint, locate, write_checkpoint
+from ppcl_rt.plan import Interval, Plan, Step, Width
+from ppcl_rt.planner import Planner, check_ratio
+from ppcl_rt.program import Program, ProgramStep
+from ppcl_rt.schedule import Schedule
+
+# Programs chosen by `at`, per model; a context variable, so that threads and tasks do not see each other's.
+_CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default={})
+# Held while weights are read into a model. One for all: reading is rare, and a lock in a model could not be copied.
+_READING = threading.RLock()
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How a family's block is made of heads and channels.
+
+    Attributes:
+        axes: parameter name -> (group of `Width`, axis that the group's units lie along).
+        outputs: name -> (path of a linear layer that reads a group's units, the group). These are the layers that
+            least squares compensates.
+    """
+
+    axes: Mapping[str, tuple[str, int]]
+    outputs: Mapping[str, tuple[str, str]]
+
+    def narrow_name(self, output: str, count: int) -> str:
+        """Name of an output's compensated layer at a count."""
+        return f"{output}_{count}"
+
+    def output_of(self, parameter: str) -> str:
+        """The output that a parameter belongs to, ``""`` for none."""
+        layer = parameter.rpartition(".")[0]
+        return next((name for name, (path, _) in self.outputs.items() if path == layer), "")
+
+
+class Absent(nn.Module):
+    """Stands where a layer is that no plan has needed so far; it holds nothing and cannot be called."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("this layer was not loaded: a plan that needs it has to be set first")
+
+
+class Pluggable:
+    """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
+
+    The family's class sets `family`, `layout`, and `make_block`; blocks live in ``transformer_blocks`` under their
+    original numbers (with holes where a block is not resident) and students in ``students``, keyed ``"3-5"``. A block
+    has a property ``width``, a ``ModuleDict`` ``narrow`` and takes ``width=`` when called.
+    """
+
+    family: ClassVar[str]
+    layout: ClassVar[BlockLayout]
+    # Of the family's diffusers class: stock tools read the teacher out of a checkpoint under this name.
+    stock_name: ClassVar[str]
+
+    transformer_blocks: nn.ModuleList
+    students: nn.ModuleDict
+
+    def _become_pluggable(self) -> None:
+        """Set up; the last thing that the family's ``__init__`` calls."""
+        self._catalog: Catalog | None = None
+        self._source: Checkpoint | None = None
+        self._planner: Planner | None = None
+        self._active: Program | None = None
+        self._schedule: Schedule | None = None
+        self._programs: dict[Plan, Program] = {}
+        self._clocks: dict[int, tuple[float, int]] = {}
+        self.students = nn.ModuleDict()
+
+    # What a family provides.
+
+    @classmethod
+    def make_block(cls, config: Mapping[str, Any]) -> nn.Module:
+        """Build one block at full width."""
+        raise NotImplementedError
+
+    @classmethod
+    def shape_of(cls, config: Mapping[str, Any], outer_params: int) -> Shape:
+        """Dimensions of the dense model."""
+        raise NotImplementedError
+
+    # Choosing what runs.
+
+    @property
+    def catalog(self) -> Catalog:
+        """What this model can do."""
+        if self._catalog is None:
+            blocks = {id(p) for p in [*self.transformer_blocks.parameters(), *self.students.parameters()]}
+            outer = sum(p.numel() for p in self.parameters() if id(p) not in blocks)  # type: ignore[attr-defined]
+            self._catalog = Catalog.of_dense(self.family, self.shape_of(self.config, outer))  # type: ignore[attr-defined]
+        return self._catalog
+
+    @property
+    def planner(self) -> Planner:
+        """Plans for this model's catalog."""
+        if self._planner is None:
+            self._planner = Planner(self.catalog)
+        return self._planner
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the next forward runs (with a schedule: that its next step runs)."""
+        return self._program().plan
+
+    def set_ratio(self, ratio: float) -> None:
+        """Run at most ``ratio`` times the dense parameters from now on.
+
+        The first visit of a ratio plans (milliseconds to tenths of a second) and reads what is not resident yet; from
+        then on it is a look-up.
+
+        Raises:
+            ValueError: not in (0, 1], or below the smallest plan.
+        """
+        self.set_plan(self.planner.plan(ratio))
+
+    def set_plan(self, plan: Plan) -> None:
+        """Run a plan from now on.
+
+        Raises:
+            ValueError: the plan is for another checkpoint or asks for what it does not hold.
+        """
+        self._active, self._schedule = self._prepare(plan), None
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Choose by denoising step from now on; everything that the schedule names becomes resident now.
+
+        A step is counted each time the timestep changes, and counting starts again when it rises; calls at one timestep
+        (the two halves of guidance) are one step. Counts are kept per thread.
+        """
+        for _, choice in schedule.phases:
+            self._prepare(self._plan_of(choice))
+        self._schedule = schedule
+        self._clocks.clear()
+
+    @contextlib.contextmanager
+    def at(self, ratio: float | None = None, *, plan: Plan | None = None) -> Iterator[Any]:
+        """Run at a ratio or plan inside a ``with``, in this thread or task alone.
+
+        Raises:
+            ValueError: as `set_ratio` and `set_plan`, or not exactly one of the two was given.
+        """
+        if (ratio is None) == (plan is None):
+            raise ValueError("at() takes a ratio or a plan: give one of them")
+        program = self._prepare(plan if plan is not None else self.planner.plan(ratio))
+        token = _CHOSEN.set({**_CHOSEN.get(), id(self): program})
+        try:
+            yield self
+        finally:
+            _CHOSEN.reset(token)
+
+    def _plan_of(self, choice: float | Plan) -> Plan:
+        return choice if isinstance(choice, Plan) else self.planner.plan(choice)
+
+    def _program(self, timestep: torch.Tensor | None = None) -> Program:
+        """The program that runs now; ``timestep`` moves the clock of a schedule on."""
+        chosen = _CHOSEN.get().get(id(self))
+        if chosen is not None:
+            return chosen
+        if self._schedule is not None:
+            return self._prepare(self._plan_of(self._schedule.at(self._tick(timestep))))
+        if self._active is None:
+            self._active = self._prepare(self.catalog.dense)
+        return self._active
+
+    def _tick(self, timestep: torch.Tensor | None) -> int:
+        me = threading.get_ident()
+        last, step = self._clocks.get(me, (float("inf"), -1))
+        if timestep is None:
+            return max(step, 0)
+        # Reading the timestep waits for the device, once a forward, and only where a schedule is set.
+        now = float(timestep.reshape(-1)[0])
+        if now != last:
+            step = step + 1 if now < last else 0
+            self._clocks[me] = (now, step)
+        return step
+
+    def _prepare(self, plan: Plan) -> Program:
+        """The program of a plan, its weights resident."""
+        program = self._programs.get(plan)
+        if program is None:
+            self.catalog.check(plan)
+            with _READING:
+                self._make_resident(plan)
+                steps = tuple(ProgramStep(self._module(step), step.width, step.blocks) for step in plan.steps)
+            program = self._programs[plan] = Program(plan, steps)
+        return program
+
+    # Weights.
+
+    def _home(self, step: Step) -> tuple[nn.ModuleList | nn.ModuleDict, str]:
+        if step.student:
+            return self.students, step.blocks.key
+        return self.transformer_blocks, str(step.blocks.first)
+
+    def _module(self, step: Step) -> nn.Module:
+        home, key = self._home(step)
+        module = home._modules[key]
+        assert module is not None, "a program is made of resident blocks"
+        return module
+
+    def _make_resident(self, plan: Plan) -> None:
+        for step in plan.steps:
+            home, key = self._home(step)
+            if self._source is not None:
+                self._read_block(home, key, step)
+            elif key not in home._modules:
+                raise ValueError(f"block {step.blocks} was dropped and there is no checkpoint to read it from")
+
+    def _read_block(self, home: nn.ModuleList | nn.ModuleDict, key: str, step: Step) -> None:
+        """Read what a step needs and the model does not hold yet."""
+        assert self._source is not None
+        prefix = f"{'students' if step.student else 'transformer_blocks'}.{key}."
+        like = next(self.parameters())  # type: ignore[attr-defined]
+        block: Any = home._modules.get(key)
+        if block is None:
+            with torch.device("meta"):
+                block = self.make_block(self.config)  # type: ignore[attr-defined]
+            for path, _ in self.layout.outputs.values():
+                block.set_submodule(path, Absent())
+            block.orders = self._read_orders(prefix)
+            block.train(self.training)  # type: ignore[attr-defined]
+            held = Width(0, 0, 0)
+        else:
+            held = block.width
+        width = step.width.union(held)
+
+        def read(name: str, count: int) -> torch.Tensor:
+            assert self._source is not None
+            tensor = _prefix(self._source.read(prefix + name), self.layout.axes.get(name), block.orders, count)
+            return tensor.to(device=like.device, dtype=like.dtype)
+
+        # A width is given by what the block holds, so what it reads comes in first and the block is grown at the end.
+        fresh: dict[str, torch.Tensor] = {}
+        for name in self._block_names:
+            group, _ = self.layout.axes.get(name, ("", 0))
+            wider = getattr(width, group) > getattr(held, group) if group else held == (0, 0, 0)
+            if wider and not self.layout.output_of(name):
+                fresh[name] = read(name, getattr(width, group) if group else 0)
+        for output, (path, group) in self.layout.outputs.items():
+            count, full = getattr(step.width, group), getattr(self.catalog.shape.width, group)
+            narrow = f"narrow.{self.layout.narrow_name(output, count)}"
+            if count < full and f"{prefix}{narrow}.weight" in self._source:
+                if narrow.removeprefix("narrow.") not in block.narrow:
+                    fresh |= {f"{narrow}.{part}": read(f"{narrow}.{part}", 0) for part in ("weight", "bias")}
+            elif getattr(block.get_submodule(path), "in_features", 0) < count * block.orders[group].shape[1]:
+                fresh |= {f"{path}.{part}": read(f"{path}.{part}", count) for part in ("weight", "bias")}
+        for name, tensor in fresh.items():
+            _assign(block, name, tensor)
+        home._modules[key] = block
+        ordered = sorted(home._modules.items(), key=lambda item: int(item[0].split("-")[0]))
+        home._modules.clear()
+        home._modules.update(ordered)
+
+    def _read_orders(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Rank order of each group ``[units, indices of a unit]``: where they lie along the stock tensors' axis."""
+        assert self._source is not None
+        orders = {}
+        for group, count in self.catalog.shape.width._asdict().items():
+            name = f"{prefix}order.{group}"
+            order = self._source.read(name).long() if name in self._source else torch.arange(count)
+            if not torch.equal(order.sort().values, torch.arange(count)):
+                raise ValueError(f"{self._source.folder}: {name} is no permutation of 0..{count - 1}")
+            unit = self.catalog.shape.head_dim if group == "heads" else 1
+            orders[group] = order[:, None] * unit + torch.arange(unit)
+        return orders
+
+    @property
+    def _block_names(self) -> tuple[str, ...]:
+        with torch.device("meta"):
+            return tuple(self.make_block(self.config).state_dict())  # type: ignore[attr-defined]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all weights that the model holds now."""
+        tensors = [*self.parameters(), *self.buffers()]  # type: ignore[attr-defined]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def trim(self) -> None:
+        """Drop blocks and students that the current plan (or a schedule's plans) does not run."""
+        choices = [choice for _, choice in self._schedule.phases] if self._schedule else [self.plan]
+        steps = [step for choice in choices for step in self._plan_of(choice).steps]
+        with _READING:
+            wanted = {(id(home), key) for home, key in map(self._home, steps)}
+            for home in (self.transformer_blocks, self.students):
+                for key in [key for key in home._modules if (id(home), key) not in wanted]:
+                    del home._modules[key]
+            kept = {id(module) for home in (self.transformer_blocks, self.students) for module in home._modules.values()}
+            self._programs = {
+                plan: program
+                for plan, program in self._programs.items()
+                if all(id(step.module) in kept for step in program.steps)
+            }
+
+    # Files.
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        ratio: float = 1.0,
+        *,
+        plan: Plan | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        resident: Literal["plan", "all"] = "plan",
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> Any:
+        """Load a checkpoint at a ratio; see `ppcl_rt.load`."""
+        check_ratio(ratio)
+        if resident not in ("plan", "all"):
+            raise ValueError(f'resident is "plan" or "all", not {resident!r}')
+        source = Checkpoint(locate(path, subfolder, **hub))
+        model = cls._from_checkpoint(source, dtype, device)
+        model.set_plan(plan if plan is not None else model.planner.plan(ratio))
+        if resident == "all":
+            for every in model._everything():
+                model._prepare(every)
+        return model.eval()
+
+    @classmethod
+    def _from_checkpoint(cls, source: Checkpoint, dtype: torch.dtype | None, device: Any) -> Any:
+        """Build the model with everything outside the blocks, and no block."""
+        init, _, _ = cls.extract_init_dict(dict(source.config))  # type: ignore[attr-defined]
+        depth = init.get("num_layers")
+        if not isinstance(depth, int) or depth < 1:
+            raise ValueError(f'{source.folder}: config.json has no "num_layers" of 1 or more')
+        try:
+            model: Any = cls(**{**init, "num_layers": 0})
+        except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+            raise ValueError(f"{source.folder}: config.json describes no {cls.stock_name}: {error}") from None
+        model.register_to_config(num_layers=depth, _name_or_path=str(source.folder))
+        outer = model.state_dict()
+        for name, tensor in outer.items():
+            if source.shape(name) != tuple(tensor.shape):
+                raise ValueError(
+                    f"{source.folder}: {name} is {list(source.shape(name))}, config.json asks for {list(tensor.shape)}"
+                )
+        shape = cls.shape_of(model.config, sum(tensor.numel() for tensor in outer.values()))
+        catalog = source.catalog or Catalog.of_dense(cls.family, shape)
+        if catalog.family != cls.family:
+            raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
+        if catalog.shape != shape:
+            raise ValueError(f"{source.folder}: the catalog says {catalog.shape}, the weights are {shape}")
+        model._catalog, model._source = catalog, source
+        model._check_blocks()
+        held = {name: source.read(name) for name in outer}
+        dtype = dtype or next(iter(held.values())).dtype
+        model.load_state_dict(
+            {name: tensor.to(device=device, dtype=dtype) for name, tensor in held.items()}, assign=True
+        )
+        return model
+
+    def _check_blocks(self) -> None:
+        """Compare the headers of all files with what catalog and config promise."""
+        assert self._source is not None
+        with torch.device("meta"):
+            expected = {name: tuple(t.shape) for name, t in self.make_block(self.config).state_dict().items()}  # type: ignore[attr-defined]
+        full, head_dim, catalog = self.catalog.shape.width, self.catalog.shape.head_dim, self.catalog
+        runnable = {f"transformer_blocks.{n}": widths for n, widths in enumerate(catalog.blocks)}
+        runnable |= {f"students.{student.interval.key}": student.widths for student in catalog.students}
+        for prefix, widths in runnable.items():
+            wanted = dict(expected)
+            for group, count in full._asdict().items():
+                if len(widths.of(group)) > 1:
+                    wanted[f"order.{group}"] = (count,)
+            if catalog.compensated:
+                for output, (path, group) in self.layout.outputs.items():
+                    rows, unit = expected[f"{path}.weight"][0], head_dim if group == "heads" else 1
+                    for option in widths.of(group)[1:]:
+                        narrow = f"narrow.{self.layout.narrow_name(output, option.count)}"
+                        wanted |= {f"{narrow}.weight": (rows, option.count * unit), f"{narrow}.bias": (rows,)}
+            for name, shape in wanted.items():
+                if self._source.shape(f"{prefix}.{name}") != shape:
+                    raise ValueError(
+                        f"{self._source.folder}: {prefix}.{name} is {list(self._source.shape(f'{prefix}.{name}'))}, "
+                        f"the catalog asks for {list(shape)}"
+                    )
+
+    def _everything(self) -> Iterator[Plan]:
+        """Plans that between them need every tensor: each block and student at each of its counts."""
+        catalog, depth = self.catalog, self.catalog.shape.depth
+        yield catalog.dense
+        for blocks, widths, student in [
+            *((Interval(n, n), widths, False) for n, widths in enumerate(catalog.blocks)),
+            *((student.interval, student.widths, True) for student in catalog.students),
+        ]:
+            for rank in range(max(len(widths.of(group)) for group in Width._fields)):
+                counts = (widths.of(group)[min(rank, len(widths.of(group)) - 1)].count for group in Width._fields)
+                step = Step(blocks=blocks, width=Width(*counts), student=student)
+                yield Plan(checkpoint=catalog.fingerprint, depth=depth, steps=(step,))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load as diffusers does, so that pipelines find their way here; takes the arguments of `load` as well.
+
+        Raises:
+            ValueError: also where an argument asks for what this class cannot do.
+        """
+        for name in ("quantization_config", "device_map"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"from_pretrained here takes no {name}: load first, then place or quantise the model")
+        ours = {name: kwargs[name] for name in ("ratio", "plan", "device", "resident", "subfolder") if name in kwargs}
+        hub = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "local_files_only", "revision", "token")
+            if kwargs.get(name) is not None
+        }
+        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
+        return cls.load(pretrained_model_name_or_path, dtype=dtype, **ours, **hub)
+
+    def save_pretrained(
+        self, save_directory: str | Path, max_shard_size: int | str = "10GB", safe_serialization: bool = True, **_: Any
+    ) -> None:
+        """Write the whole pluggable checkpoint: what is resident as it is now, all else from where it was loaded.
+
+        Tensors are written in the model's dtype, heads and channels in stock order.
+
+        Raises:
+            ValueError: ``safe_serialization=False``: checkpoints here are safetensors, never pickle.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickle: checkpoints here are safetensors only")
+        config = {**dict(self.config), "_class_name": self.stock_name}  # type: ignore[attr-defined]
+        config.pop("_name_or_path", None)
+        write_checkpoint(save_directory, config, self.catalog, self.full_state(), max_shard_size)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """All tensors of the checkpoint by name, heads and channels in stock order, in the model's dtype, on the CPU."""
+        held: dict[str, torch.Tensor] = {n: t.detach().cpu() for n, t in self.state_dict().items()}  # type: ignore[attr-defined]
+        if self._source is None:
+            return held
+        dtype = next(iter(held.values())).dtype
+        state = {}
+        for name in self._source.names:
+            tensor = self._source.read(name)
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if name in held:
+                parts = name.split(".", 2)
+                home = getattr(self, parts[0], None) if parts[0] in ("transformer_blocks", "students") else None
+                block = home._modules.get(parts[1]) if home is not None else None
+                layout = self.layout.axes.get(parts[2]) if block is not None else None
+                state[name] = _restore(state[name], held[name], layout, getattr(block, "orders", {}))
+        return state
+
+
+def _prefix(
+    tensor: torch.Tensor, layout: tuple[str, int] | None, orders: Mapping[str, torch.Tensor], count: int
+) -> torch.Tensor:
+    """The first ``count`` units of a stock tensor in rank order; the tensor itself where it has no units."""
+    if layout is None:
+        return tensor
+    group, axis = layout
+    return tensor.index_select(axis, orders[group][:count].reshape(-1))
+
+
+def _restore(
+    stock: torch.Tensor, held: torch.Tensor, layout: tuple[str, int] | None, orders: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """``stock`` with what is resident put back into its place."""
+    if layout is None:
+        return held
+    group, axis = layout
+    return stock.clone().index_copy_(axis, orders[group].reshape(-1)[: held.shape[axis]], held)
+
+
+def _assign(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor into a block, making or resizing its linear layer."""
+    path, _, part = name.rpartition(".")
+    parent, _, leaf = path.rpartition(".")
+    home = block.get_submodule(parent)
+    if part == "weight" and tensor.ndim == 2 and (leaf not in home._modules or isinstance(home._modules[leaf], Absent)):
+        home.add_module(leaf, nn.Linear(tensor.shape[1], tensor.shape[0], device="meta"))
+    module = block.get_submodule(path)
+    setattr(module, part, nn.Parameter(tensor))
+    if isinstance(module, nn.Linear) and part == "weight":
+        module.out_features, module.in_features = tensor.shape

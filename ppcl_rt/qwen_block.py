@@ -1,0 +1,152 @@
+"""One MMDiT block of Qwen-Image at any width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from torch import nn
+
+from ppcl_rt import ops
+from ppcl_rt.plan import Width
+from ppcl_rt.pluggable import BlockLayout
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+LAYOUT = BlockLayout(
+    axes={
+        **{f"attn.{name}.{part}": ("heads", 0) for name in _PROJECTIONS for part in ("weight", "bias")},
+        **{f"img_mlp.net.0.proj.{part}": ("image", 0) for part in ("weight", "bias")},
+        **{f"txt_mlp.net.0.proj.{part}": ("text", 0) for part in ("weight", "bias")},
+        "attn.to_out.0.weight": ("heads", 1),
+        "attn.to_add_out.weight": ("heads", 1),
+        "img_mlp.net.2.weight": ("image", 1),
+        "txt_mlp.net.2.weight": ("text", 1),
+    },
+    outputs={
+        "attn_image": ("attn.to_out.0", "heads"),
+        "attn_text": ("attn.to_add_out", "heads"),
+        "mlp_image": ("img_mlp.net.2", "image"),
+        "mlp_text": ("txt_mlp.net.2", "text"),
+    },
+)
+
+
+class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
+    """The stock block, over the first heads and channels in rank order.
+
+    Modules, their names and the returned order (text, image) are those of diffusers. ``narrow`` holds the output layers
+    that least squares has compensated for what a width leaves out (`BlockLayout`); a width without one uses a prefix of
+    the full layer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.narrow = nn.ModuleDict()
+
+    @property
+    def width(self) -> Width:
+        """How many heads and channels the modules hold: the widest that this block can run."""
+        return Width(
+            heads=self.attn.to_q.out_features // self.attention_head_dim,
+            image=self.img_mlp.net[0].proj.out_features,
+            text=self.txt_mlp.net[0].proj.out_features,
+        )
+
+    def _output(self, output: str, count: int) -> nn.Module:
+        name = LAYOUT.narrow_name(output, count)
+        return self.narrow[name] if name in self.narrow else self.get_submodule(LAYOUT.outputs[output][0])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: torch.Tensor | None = None,
+        width: Width | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            hidden_states: image stream ``[B, S_image, D]``.
+            encoder_hidden_states: text stream ``[B, S_text, D]``.
+            encoder_hidden_states_mask: boolean ``[B, S_text]``, true on tokens that count, or None.
+            temb: timestep embedding ``[B, D]`` (``[2 B, D]`` with ``modulate_index``).
+            image_rotary_emb: (image, text) rotations, complex ``[S, E / 2]`` or real ``[S, E / 2, 2]``.
+            joint_attention_kwargs: accepted for the sake of callers; there is nothing that it could set.
+            modulate_index: ``[B, S_image]``, which of two modulations an image token takes (Qwen-Image-Edit).
+            width: heads and channels to run; None for all that the block holds.
+
+        Returns:
+            (text, image) streams, in diffusers' order.
+        """
+        width, attn, head_dim = width or self.width, self.attn, self.attention_head_dim
+        image, text = hidden_states, encoder_hidden_states
+        image_mod, text_mod = self.img_mod(temb), self.txt_mod(temb[: len(text)])
+        image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = (
+            _per_token(part, modulate_index) for part in image_mod.chunk(6, dim=-1)
+        )
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = (
+            part.unsqueeze(1) for part in text_mod.chunk(6, dim=-1)
+        )
+        image_rope, text_rope = map(as_real, image_rotary_emb) if image_rotary_emb else (None, None)
+
+        attended = ops.joint_attention(
+            text=ops.qkv_projection(
+                ops.Projection(
+                    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
+                ),
+                ops.ada_layer_norm(text, self.txt_norm1, text_scale1, text_shift1),
+                text_rope,
+                width.heads,
+                head_dim,
+            ),
+            image=ops.qkv_projection(
+                ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k),
+                ops.ada_layer_norm(image, self.img_norm1, image_scale1, image_shift1),
+                image_rope,
+                width.heads,
+                head_dim,
+            ),
+            key_mask=_joint_mask(encoder_hidden_states_mask, image.shape[1]),
+            backend=attn.processor._attention_backend,
+        )
+        image_out = self._output("attn_image", width.heads)
+        text_out = self._output("attn_text", width.heads)
+        image = ops.gated_residual(image, image_gate1, ops.linear(image_out, attended.image))
+        text = ops.gated_residual(text, text_gate1, ops.linear(text_out, attended.text))
+
+        image_down = self._output("mlp_image", width.image)
+        text_down = self._output("mlp_text", width.text)
+        normed = ops.ada_layer_norm(image, self.img_norm2, image_scale2, image_shift2)
+        image = ops.gated_residual(
+            image, image_gate2, ops.mlp(self.img_mlp.net[0].proj, image_down, normed, width.image)
+        )
+        normed = ops.ada_layer_norm(text, self.txt_norm2, text_scale2, text_shift2)
+        text = ops.gated_residual(text, text_gate2, ops.mlp(self.txt_mlp.net[0].proj, text_down, normed, width.text))
+
+        if image.dtype == torch.float16:
+            image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
+        return text, image
+
+
+def as_real(rotation: torch.Tensor) -> torch.Tensor:
+    """Turn a complex rotation ``[S, E / 2]`` into cosine and sine ``[S, E / 2, 2]``."""
+    return torch.view_as_real(rotation) if rotation.is_complex() else rotation
+
+
+def _joint_mask(text_mask: torch.Tensor | None, image_tokens: int) -> torch.Tensor | None:
+    if text_mask is None:
+        return None
+    return torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], image_tokens)], dim=1)
+
+
+def _per_token(modulation: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Give every token its modulation: ``[B, 1, D]``, or ``[B, S, D]`` picked from two by ``index [B, S]``."""
+    if index is None:
+        return modulation.unsqueeze(1)
+    first, second = modulation.chunk(2, dim=0)
+    return torch.where(index.unsqueeze(-1) == 0, first.unsqueeze(1), second.unsqueeze(1))

@@ -1,0 +1,181 @@
+"""Qwen-Image at any ratio: diffusers' class, walking a program instead of all its blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.utils import apply_lora_scale
+
+from ppcl_rt.catalog import Shape
+from ppcl_rt.plan import Width
+from ppcl_rt.pluggable import Pluggable
+from ppcl_rt.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
+
+
+class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
+    """A `QwenImageTransformer2DModel` that runs at any ratio.
+
+    Built by hand it is the dense model; `load` (or ``from_pretrained``) reads a checkpoint at a ratio. Arguments are those
+    of the diffusers class.
+    """
+
+    family = "qwen-image"
+    stock_name = "QwenImageTransformer2DModel"
+    layout = LAYOUT
+    _no_split_modules = ["PPCLQwenImageTransformerBlock"]
+    _repeated_blocks = ["PPCLQwenImageTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 2,
+        in_channels: int = 64,
+        out_channels: int | None = 16,
+        num_layers: int = 60,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 3584,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        zero_cond_t: bool = False,
+        use_additional_t_cond: bool = False,
+        use_layer3d_rope: bool = False,
+    ) -> None:
+        # No stock blocks: at 20B parameters, building them only to throw them away would take minutes.
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=0,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+            zero_cond_t=zero_cond_t,
+            use_additional_t_cond=use_additional_t_cond,
+            use_layer3d_rope=use_layer3d_rope,
+        )
+        self.register_to_config(num_layers=num_layers)
+        self.transformer_blocks.extend(self.make_block(self.config) for _ in range(num_layers))
+        self._become_pluggable()
+
+    @classmethod
+    def make_block(cls, config: Mapping[str, Any]) -> PPCLQwenImageTransformerBlock:
+        return PPCLQwenImageTransformerBlock(
+            dim=config["num_attention_heads"] * config["attention_head_dim"],
+            num_attention_heads=config["num_attention_heads"],
+            attention_head_dim=config["attention_head_dim"],
+            zero_cond_t=config["zero_cond_t"],
+        )
+
+    @classmethod
+    def shape_of(cls, config: Mapping[str, Any], outer_params: int) -> Shape:
+        dim = config["num_attention_heads"] * config["attention_head_dim"]
+        return Shape(
+            depth=config["num_layers"],
+            dim=dim,
+            head_dim=config["attention_head_dim"],
+            width=Width(config["num_attention_heads"], 4 * dim, 4 * dim),
+            outer_params=outer_params,
+        )
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Refuse a processor other than the stock one: attention over kept heads alone has no use for it.
+
+        Raises:
+            ValueError: any other processor. Backends are chosen with ``set_attention_backend``, which works.
+        """
+        given = processor.values() if isinstance(processor, dict) else [processor]
+        if any(type(each) is not QwenDoubleStreamAttnProcessor2_0 for each in given):
+            raise ValueError("attention processors are not called here: use set_attention_backend to choose a kernel")
+        super().set_attn_processor(processor)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        img_shapes: list[Any] | None = None,
+        guidance: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Sequence[torch.Tensor] | None = None,
+        additional_t_cond: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict; arguments and result are those of the diffusers class.
+
+        Args:
+            hidden_states: latents ``[B, S_image, in_channels]``.
+            encoder_hidden_states: prompt embeddings ``[B, S_text, joint_attention_dim]``.
+            encoder_hidden_states_mask: ``[B, S_text]``, true (or 1) on tokens that count, in any pattern; None for all.
+            timestep: ``[B]`` in [0, 1], not 0..1000.
+            img_shapes: a sample's images as (frames, rows, columns) of tokens.
+            controlnet_block_samples: residuals ``[B, S_image, D]``, spread over the original blocks; what stands for an
+                interval takes those of all its blocks, a skipped block takes its own.
+            additional_t_cond: ``[B]``, for models with ``use_additional_t_cond``.
+        """
+        assert timestep is not None and img_shapes is not None, "diffusers' signature has defaults that it cannot use"
+        program = self._program(timestep)
+        image = self.img_in(hidden_states)
+        timestep = timestep.to(image.dtype)
+        modulate_index = None
+        if self.zero_cond_t:
+            timestep = torch.cat([timestep, torch.zeros_like(timestep)])
+            modulate_index = torch.tensor(
+                [[0] * math.prod(shapes[0]) + [1] * sum(map(math.prod, shapes[1:])) for shapes in img_shapes],
+                device=image.device,
+            )
+        text = self.txt_in(self.txt_norm(encoder_hidden_states))
+        mask = encoder_hidden_states_mask
+        if mask is not None:
+            if mask.shape != text.shape[:2]:
+                raise ValueError(f"encoder_hidden_states_mask is {list(mask.shape)}, the text {list(text.shape[:2])}")
+            mask = mask.to(torch.bool)
+        if guidance is not None:
+            raise ValueError("Qwen-Image has no embedding for guidance: leave it out")
+        temb = self.time_text_embed(timestep, image, additional_t_cond)
+        rotations = self.pos_embed(img_shapes, max_txt_seq_len=text.shape[1], device=image.device)
+        rope = tuple(as_real(rotation) for rotation in rotations)
+
+        done = 0
+        for step in program.steps:
+            image = self._add_control(image, controlnet_block_samples, range(done, step.blocks.first))
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                text, image = self._gradient_checkpointing_func(
+                    step.module, image, text, mask, temb, rope, attention_kwargs, modulate_index, step.width
+                )
+            else:
+                text, image = step.module(
+                    hidden_states=image,
+                    encoder_hidden_states=text,
+                    encoder_hidden_states_mask=mask,
+                    temb=temb,
+                    image_rotary_emb=rope,
+                    joint_attention_kwargs=attention_kwargs,
+                    modulate_index=modulate_index,
+                    width=step.width,
+                )
+            done = step.blocks.last + 1
+            image = self._add_control(image, controlnet_block_samples, step.blocks)
+        image = self._add_control(image, controlnet_block_samples, range(done, program.plan.depth))
+
+        output = self.proj_out(self.norm_out(image, temb[: len(image)]))
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _add_control(self, image: torch.Tensor, samples: Sequence[torch.Tensor] | None, blocks: Any) -> torch.Tensor:
+        """Add the ControlNet residuals that follow these blocks."""
+        if samples is not None:
+            share = math.ceil(self.config.num_layers / len(samples))
+            for block in blocks:
+                image = image + samples[block // share]
+        return image

@@ -1,0 +1,43 @@
+"""Schedules: which plan runs at which denoising step. Plain data, no torch."""
+
+from __future__ import annotations
+
+from pydantic import field_validator
+
+from ppcl_rt.plan import Frozen, Plan
+from ppcl_rt.planner import check_ratio
+
+
+class Schedule(Frozen):
+    """Phases ``(first step, ratio or plan)``; a phase lasts until the next begins.
+
+    Raises:
+        ValueError: the first phase does not begin at step 0, steps do not rise, or a ratio is out of range.
+    """
+
+    phases: tuple[tuple[int, float | Plan], ...]
+
+    @field_validator("phases")
+    @classmethod
+    def _rising(cls, phases: tuple[tuple[int, float | Plan], ...]) -> tuple[tuple[int, float | Plan], ...]:
+        begins = [begin for begin, _ in phases]
+        if not begins or begins[0] != 0 or begins != sorted(set(begins)):
+            raise ValueError(f"phases begin at step 0 and then rise, not {begins}")
+        for _, choice in phases:
+            if not isinstance(choice, Plan):
+                check_ratio(choice)
+        return phases
+
+    @classmethod
+    def constant(cls, choice: float | Plan) -> Schedule:
+        """One ratio or plan throughout."""
+        return cls(phases=((0, choice),))
+
+    @classmethod
+    def warm(cls, dense_steps: int, ratio: float | Plan) -> Schedule:
+        """Dense for the first ``dense_steps`` denoising steps, then ``ratio``."""
+        return cls(phases=((0, 1.0), (dense_steps, ratio))) if dense_steps else cls.constant(ratio)
+
+    def at(self, step: int) -> float | Plan:
+        """What runs at denoising step ``step``, counted from 0."""
+        return [choice for begin, choice in self.phases if begin <= step][-1]
