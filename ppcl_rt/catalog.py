@@ -15,7 +15,7 @@ from ppcl_rt.plan import Frozen, Interval, Plan, Step, Width
 class Option(NamedTuple):
     """A legal count of heads or channels, and the loss of the teacher's velocity when this alone is narrowed to it."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of an option
     loss: float
 
 
@@ -48,6 +48,7 @@ class Widths(Frozen):
 
     @property
     def full(self) -> Width:
+        """The dense width."""
         return Width(*(self.of(group)[0].count for group in Width._fields))
 
 
@@ -92,9 +93,7 @@ class Shape(Frozen):
     @property
     def unit_params(self) -> Width:
         """Parameters of one head (both streams) and of one channel of each MLP."""
-        return Width(
-            heads=2 * self.head_dim * (4 * self.dim + 3), image=2 * self.dim + 1, text=2 * self.dim + 1
-        )
+        return Width(heads=2 * self.head_dim * (4 * self.dim + 3), image=2 * self.dim + 1, text=2 * self.dim + 1)
 
     def block_params(self, width: Width) -> int:
         """Parameters of a block at a width."""
@@ -102,6 +101,7 @@ class Shape(Frozen):
 
     @property
     def dense_params(self) -> int:
+        """Parameters of the dense model."""
         return self.outer_params + self.depth * self.block_params(self.width)
 
     def params(self, plan: Plan) -> int:

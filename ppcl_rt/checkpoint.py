@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -33,7 +33,7 @@ CATALOG_KEY = "_ppcl"
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     held = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(held.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(held.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -87,6 +87,7 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, Path]:
         """Tensor name -> file, from the headers of all files."""
         index = self.folder / INDEX
+        mapping: Any = {}
         if index.is_file():
             mapping = _json_object(index).get("weight_map")
             if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
@@ -104,12 +105,12 @@ class Checkpoint:
                 raise ValueError(f"{path} is missing: fetch the checkpoint again")
             try:
                 with safe_open(path, framework="pt") as file:
-                    for tensor in file.keys():
+                    for tensor in file.keys():  # noqa: SIM118 - it has keys, but cannot be iterated
                         found[tensor] = path
                         self._shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
             except SafetensorError as error:
                 raise ValueError(f"{path} is not whole ({_line(error)}): fetch it again") from None
-        if index.is_file() and (lost := sorted(set(mapping) - set(found))):
+        if lost := sorted(set(mapping) - set(found)):
             raise ValueError(f"{index} lists {lost[0]}, which no file holds: fetch the checkpoint again")
         return found
 
@@ -224,4 +225,3 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-

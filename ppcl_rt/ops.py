@@ -1,12 +1,12 @@
 """The one seam between models and kernels: every operation of a block goes through here, on modules and on counts.
 
-Modules hold their heads and channels in rank order, so a count means a prefix. Today each function calls the plain-torch
-reference of `ppcl_kernels`; a faster way to do the same goes in here, and no model changes.
+Modules hold their heads and channels in rank order, so a count means a prefix. Today each function calls the
+plain-torch reference of `ppcl_kernels`; a faster way to do the same goes in here, and no model changes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class Streams(NamedTuple):
     text: torch.Tensor
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     """Whether a kernel may read the weights: adapters, hooks and quantised tensors are to be called instead."""
     return (
         type(module) is nn.Linear
@@ -33,7 +33,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def linear(module: nn.Module, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
+def linear(module: Any, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
     """Apply the first ``out_features`` rows of a linear module to ``x [..., k]``, over its first ``k`` columns."""
     if _is_plain(module):
         return kernels.linear_reference(x, module.weight, module.bias, out_features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -124,9 +125,11 @@ class Plan(Frozen):
     @field_validator("steps")
     @classmethod
     def _ordered(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        for before, after in zip(steps, steps[1:]):
+        for before, after in pairwise(steps):
             if after.blocks.first <= before.blocks.last:
-                raise ValueError(f"step {before.blocks} overlaps or follows {after.blocks}: put them in order, drop one")
+                raise ValueError(
+                    f"step {before.blocks} overlaps or follows {after.blocks}: put them in order, drop one"
+                )
         return steps
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ class _Choice(NamedTuple):
 
     owner: int | Interval
     group: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     params: int
     loss: float
 
@@ -84,7 +84,9 @@ class Planner:
         plugged = {choice.owner: n for n, choice in enumerate(self._choices) if not choice.group}
         for owner in [*range(self.catalog.shape.depth), *plugged]:
             for group in Width._fields:
-                row = [(n, 1.0) for n, choice in enumerate(self._choices) if (choice.owner, choice.group) == (owner, group)]
+                row = [
+                    (n, 1.0) for n, choice in enumerate(self._choices) if (choice.owner, choice.group) == (owner, group)
+                ]
                 if isinstance(owner, Interval):
                     row.append((plugged[owner], -1.0))
                 else:
@@ -138,6 +140,3 @@ def check_ratio(ratio: float) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
         raise ValueError(f"a ratio is a number above 0 and up to 1 (parameters kept / parameters), not {ratio!r}")
     return float(ratio)
-
-
-

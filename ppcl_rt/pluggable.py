@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,7 +26,7 @@ from ppcl_rt.program import Program, ProgramStep
 from ppcl_rt.schedule import Schedule
 
 # Programs chosen by `at`, per model; a context variable, so that threads and tasks do not see each other's.
-_CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default={})
+_CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=MappingProxyType({}))
 # Held while weights are read into a model. One for all: reading is rare, and a lock in a model could not be copied.
 _READING = threading.RLock()
 
@@ -57,6 +58,7 @@ class Absent(nn.Module):
     """Stands where a layer is that no plan has needed so far; it holds nothing and cannot be called."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise: there is nothing here."""
         raise RuntimeError("this layer was not loaded: a plan that needs it has to be set first")
 
 
@@ -304,7 +306,9 @@ class Pluggable:
             for home in (self.transformer_blocks, self.students):
                 for key in [key for key in home._modules if (id(home), key) not in wanted]:
                     del home._modules[key]
-            kept = {id(module) for home in (self.transformer_blocks, self.students) for module in home._modules.values()}
+            kept = {
+                id(module) for home in (self.transformer_blocks, self.students) for module in home._modules.values()
+            }
             self._programs = {
                 plan: program
                 for plan, program in self._programs.items()
@@ -446,7 +450,7 @@ class Pluggable:
         write_checkpoint(save_directory, config, self.catalog, self.full_state(), max_shard_size)
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """All tensors of the checkpoint by name, heads and channels in stock order, in the model's dtype, on the CPU."""
+        """All tensors of the checkpoint, heads and channels in stock order, in the model's dtype, on the CPU."""
         held: dict[str, torch.Tensor] = {n: t.detach().cpu() for n, t in self.state_dict().items()}  # type: ignore[attr-defined]
         if self._source is None:
             return held

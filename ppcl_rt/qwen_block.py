@@ -96,9 +96,7 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
 
         attended = ops.joint_attention(
             text=ops.qkv_projection(
-                ops.Projection(
-                    attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
-                ),
+                ops.Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k),
                 ops.ada_layer_norm(text, self.txt_norm1, text_scale1, text_shift1),
                 text_rope,
                 width.heads,

@@ -22,8 +22,8 @@ from ppcl_rt.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
 class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     """A `QwenImageTransformer2DModel` that runs at any ratio.
 
-    Built by hand it is the dense model; `load` (or ``from_pretrained``) reads a checkpoint at a ratio. Arguments are those
-    of the diffusers class.
+    Built by hand it is the dense model; `load` (or ``from_pretrained``) reads a checkpoint at a ratio. Arguments are
+    those of the diffusers class.
     """
 
     family = "qwen-image"
@@ -69,6 +69,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
 
     @classmethod
     def make_block(cls, config: Mapping[str, Any]) -> PPCLQwenImageTransformerBlock:
+        """Build one block at full width."""
         return PPCLQwenImageTransformerBlock(
             dim=config["num_attention_heads"] * config["attention_head_dim"],
             num_attention_heads=config["num_attention_heads"],
@@ -78,6 +79,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
 
     @classmethod
     def shape_of(cls, config: Mapping[str, Any], outer_params: int) -> Shape:
+        """Dimensions of the dense model."""
         dim = config["num_attention_heads"] * config["attention_head_dim"]
         return Shape(
             depth=config["num_layers"],

@@ -1,16 +1,22 @@
-"""Files of a training run: written beside and renamed, so that a kill at any moment loses no more than a few steps."""
+"""A training run: a folder of files that are written beside and renamed, and the loop that every stage trains with.
+
+A step depends on the weights and on (seed, step) alone and the whole state is saved, so a run that was killed at any
+moment and started again ends with the weights that it would have had.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -40,10 +46,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], note: Mapping
 
 def read_note(path: Path) -> dict[str, Any]:
     """Read the note of a file that `write_tensors` wrote."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("note", "{}"))
+        note: dict[str, Any] = json.loads((file.metadata() or {}).get("note", "{}"))
+    return note
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -52,15 +57,100 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class Log:
-    """Appends one JSON line an event to ``log.jsonl`` and prints it as ``stage  key value  key value``."""
+    """Appends one JSON line an event to a run's ``log.jsonl``, and prints it."""
 
-    def __init__(self, path: Path, stage: str) -> None:
-        self._path, self._stage, self._start = path, stage, time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, stage: str) -> None:
+        self._path, self._stage, self._start = folder / "log.jsonl", stage, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, **values: Any) -> None:
-        line = {"stage": self._stage, **values, "seconds": round(time.monotonic() - self._start, 1)}
+        """Write down some values."""
+        line = {**values, "seconds": round(time.monotonic() - self._start, 1)}
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items())
-        print(shown.removeprefix("stage "), flush=True)
+            file.write(json.dumps({"stage": self._stage, **line}) + "\n")
+        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items())
+        print(f"{self._stage:>9}  {'  '.join(shown)}", flush=True)
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at a step: linear up over ``warmup``, then half a cosine down to zero."""
+    return min((step + 1) / max(warmup, 1), 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def train_loop(
+    *,
+    state_file: Path,
+    parameters: Mapping[str, torch.Tensor],
+    optimisers: Sequence[torch.optim.Optimizer],
+    step_loss: Callable[[int], float],
+    steps: int,
+    rate: Callable[[int], float],
+    save_every: int,
+    log: Log,
+    log_every: int = 100,
+    averages: Mapping[str, torch.Tensor] | None = None,
+    after_step: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Train, or go on training from ``state_file``, which is left in place when the loop ends.
+
+    Args:
+        parameters: what is trained, by name; changed in place.
+        optimisers: over these parameters; the learning rate that each has now is its peak.
+        step_loss: ``step -> loss``; computes and backpropagates.
+        rate: ``step -> share of the peak learning rate``.
+        averages: moving averages that ``after_step`` keeps; saved and restored with the rest.
+        after_step: called with the number of steps done.
+
+    Raises:
+        ValueError: the loss is not finite; the state of the last save is kept.
+    """
+    averages = averages or {}
+    peaks = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+    first = 0
+    if state_file.exists():
+        held, first = read_tensors(state_file), read_note(state_file)["step"]
+        with torch.no_grad():
+            for prefix, into in (("model", parameters), ("average", averages)):
+                for name, tensor in into.items():
+                    tensor.copy_(held[f"{prefix}.{name}"])
+        _restore_optimisers(optimisers, held)
+        log(resumed=first)
+    mean = math.nan
+    for step in range(first, steps):
+        for optimiser, rates in zip(optimisers, peaks):
+            for group, peak in zip(optimiser.param_groups, rates):
+                group["lr"] = peak * rate(step)
+        loss = step_loss(step)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {step}: lower the learning rate; {state_file} is kept")
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        mean = loss if math.isnan(mean) else 0.98 * mean + 0.02 * loss
+        done = step + 1
+        after_step(done)
+        if done % log_every == 0 or done == steps:
+            log(step=done, of=steps, loss=mean)
+        if done % save_every == 0 or done == steps:
+            state = {f"model.{name}": tensor for name, tensor in parameters.items()}
+            state |= {f"average.{name}": tensor for name, tensor in averages.items()}
+            write_tensors(state_file, state | _optimiser_tensors(optimisers), {"step": done})
+
+
+def _optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    return {
+        f"optimiser.{n}.{index}.{key}": torch.as_tensor(value)
+        for n, optimiser in enumerate(optimisers)
+        for index, state in optimiser.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def _restore_optimisers(optimisers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, torch.Tensor]) -> None:
+    for n, optimiser in enumerate(optimisers):
+        content = optimiser.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimiser.{n}."):
+                index, key = name.removeprefix(f"optimiser.{n}.").split(".", 1)
+                content["state"].setdefault(int(index), {})[key] = tensor
+        optimiser.load_state_dict(content)

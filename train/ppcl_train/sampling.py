@@ -6,38 +6,38 @@ The velocity is ``v = noise - x_0 = (x_t - x_0) / t``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
+from ppcl_rt.plan import Frozen
 from ppcl_train import scenes
 
 IMAGE_SHAPE = (1, scenes.GRID, scenes.GRID)
 
 
-def predict(
-    model: nn.Module, x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Predict ``x_0 [N, 16, 48]`` from ``x [N, 16, 48]`` at ``t [N]`` in [0, 1]."""
-    return model(
-        hidden_states=x,
-        encoder_hidden_states=embeddings,
-        encoder_hidden_states_mask=mask,
-        timestep=t,
-        img_shapes=[IMAGE_SHAPE] * len(x),
-        return_dict=False,
-    )[0]
+def arguments(x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """What the transformer is called with, for ``x [N, 16, 48]`` at ``t [N]`` in [0, 1]."""
+    return {
+        "hidden_states": x,
+        "encoder_hidden_states": embeddings,
+        "encoder_hidden_states_mask": mask,
+        "timestep": t,
+        "img_shapes": [IMAGE_SHAPE] * len(x),
+        "return_dict": False,
+    }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampler:
+class Sampler(Frozen):
     """Euler steps on a shifted grid of t, with classifier-free guidance where ``guidance`` is not 1."""
 
-    steps: int = 16
-    shift: float = 1.5
-    guidance: float = 1.0
+    steps: PositiveInt = 16
+    shift: PositiveFloat = 1.5
+    guidance: float = Field(1.0, ge=0)
 
     def times(self) -> list[float]:
         """The grid, from 1 to 0, both included."""
@@ -51,9 +51,9 @@ class Sampler:
         embeddings, mask = scenes.encode([*prompts, *([""] * len(prompts) if guided else [])])
         embeddings, mask = embeddings.to(noise), mask.to(noise.device)
         x, times = noise, self.times()
-        for now, then in zip(times, times[1:]):
+        for now, then in pairwise(times):
             t = torch.full((len(mask),), now, device=x.device)
-            clean = predict(model, torch.cat([x, x]) if guided else x, t, embeddings, mask)
+            clean = model(**arguments(torch.cat([x, x]) if guided else x, t, embeddings, mask))[0]
             if guided:
                 wanted, free = clean.chunk(2)
                 clean = free + self.guidance * (wanted - free)
@@ -61,10 +61,10 @@ class Sampler:
         return x.clip(-1, 1)
 
 
-def noise_for(count: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def noise_for(count: int, seed: int) -> torch.Tensor:
     """Noise of samples 0..count-1 under a seed; sample ``i`` gets the same noise whatever ``count`` is."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, scenes.CELLS, scenes.CELL**2 * 3, generator=generator).to(dtype)
+    return torch.stack([torch.randn(scenes.CELLS, scenes.CELL**2 * 3, generator=generator) for _ in range(count)])
 
 
 def judged(

@@ -1,7 +1,7 @@
 """Scenes: captioned images that are made, not downloaded, and an exact judge of what was drawn.
 
-An image is 16x16 RGB in [-1, 1] on a 4x4 grid of cells; a cell is empty or holds one of 6 shapes in 6 colours, or one of
-16 glyphs. It stands in for GenEval and LongText-Bench, whose detectors and downloads no test can afford. Five kinds:
+An image is 16x16 RGB in [-1, 1] on a 4x4 grid of cells; a cell is empty or holds one of 6 shapes in 6 colours, or one
+of 16 glyphs. It stands in for GenEval and LongText-Bench, whose detectors and downloads no test can afford. Five kinds:
 
     object    "a red square at b3"              one thing, in a named cell (column a-d, row 1-4) or anywhere
     count     "three blue rings in row 2"       two to four of a thing, in a named row or column or anywhere
@@ -109,6 +109,7 @@ class Things:
 
     @property
     def item(self) -> tuple[str, str]:
+        """What fills a cell."""
         return self.colour, self.shape
 
 
@@ -132,6 +133,7 @@ class Caption:
 
     @property
     def kind(self) -> str:
+        """One of `KINDS`."""
         if self.text:
             return "text"
         if self.relation:
@@ -227,7 +229,7 @@ def words_of(prompt: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _word_vector(word: str) -> torch.Tensor:
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(EMBEDDING_DIM, dtype=np.float32))
@@ -280,9 +282,10 @@ def draw_caption(kind: str, rng: np.random.Generator) -> Caption:
     return Caption((first, second), relation=pick(RELATIONS) if kind == "relation" else "", ground=ground)
 
 
-def training_caption(rng: np.random.Generator) -> Caption:
-    """Draw a caption that is not held out, all kinds equally often."""
-    kind = KINDS[int(rng.integers(len(KINDS)))]
+def training_caption(rng: np.random.Generator, shares: Sequence[float] | None = None) -> Caption:
+    """Draw a caption that is not held out; ``shares`` of the five kinds sum to 1, None for equal ones."""
+    number = rng.integers(len(KINDS)) if shares is None else rng.choice(len(KINDS), p=shares)
+    kind = KINDS[int(number)]
     while (caption := draw_caption(kind, rng)).held_out:
         pass
     return caption
@@ -384,7 +387,7 @@ def read_cells(images: np.ndarray, grounds: Sequence[str]) -> list[list[tuple[st
             return UNKNOWN
         # Shapes come in colours, glyphs in ink; anything else (a white ring, a red letter) is not of this task.
         colour, thing = colour_names[ink[n, cell]], template_names[template[n, cell]]
-        if colour in COLOURS and thing in GLYPHS or colour in GROUNDS and thing in SHAPES:
+        if (colour in COLOURS and thing in GLYPHS) or (colour in GROUNDS and thing in SHAPES):
             # A cross in ink is no glyph, a coloured glyph no shape, though one bitmap may be both.
             return UNKNOWN
         return colour, thing
@@ -468,10 +471,15 @@ def to_images(tokens: torch.Tensor) -> np.ndarray:
     return cells.reshape(-1, SIDE, SIDE, 3).numpy()
 
 
-def training_batch(size: int, seed: Sequence[int], drop: float = 0.0) -> Batch:
-    """Make ``size`` training pairs; ``seed`` alone decides them. A share ``drop`` of the captions is left empty."""
+def training_batch(size: int, seed: Sequence[int], drop: float = 0.0, shares: Sequence[float] | None = None) -> Batch:
+    """Make ``size`` training pairs; ``seed`` alone decides them.
+
+    Args:
+        drop: share of the captions that is left empty.
+        shares: of the five kinds, as in `training_caption`.
+    """
     rng = np.random.default_rng(seed)
-    captions = tuple(training_caption(rng) for _ in range(size))
+    captions = tuple(training_caption(rng, shares) for _ in range(size))
     images = np.stack([render(caption, rng) for caption in captions])
     dropped = rng.random(size) < drop
     embeddings, mask = encode(["" if gone else str(caption) for gone, caption in zip(dropped, captions, strict=True)])

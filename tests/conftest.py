@@ -1,0 +1,299 @@
+"""Tiny models, inputs and checkpoints that all tests share; every one is seeded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from torch import nn
+
+import ppcl_rt
+from ppcl_rt.qwen_block import LAYOUT
+
+HEADS, HEAD_DIM, DEPTH = 4, 8, 4
+DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
+FULL = ppcl_rt.Width(HEADS, CHANNELS, CHANNELS)
+# Some counts (50, 31, 17) that no tile divides.
+NARROWER = {"heads": (3, 2, 1), "image": (96, 50, 17), "text": (100, 64, 31)}
+STUDENTS = ((0, 1), (1, 2), (3, 3))
+CONFIG = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": DEPTH,
+    "attention_head_dim": HEAD_DIM,
+    "num_attention_heads": HEADS,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (2, 2, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in one order, whatever the machine; the models are too small for two threads anyway."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _roughen(module: nn.Module, seed: int) -> None:
+    """Move every parameter, also those that start at 0 or 1, far enough that leaving one out shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+
+
+def _build_stock(seed: int = 0, **changes: Any) -> QwenImageTransformer2DModel:
+    torch.manual_seed(seed)
+    model = QwenImageTransformer2DModel(**{**CONFIG, **changes})
+    _roughen(model, seed)
+    return model.eval()
+
+
+def _build_block(seed: int) -> QwenImageTransformerBlock:
+    torch.manual_seed(seed)
+    block = QwenImageTransformerBlock(DIM, HEADS, HEAD_DIM)
+    _roughen(block, seed)
+    return block.eval()
+
+
+def _build_inputs(
+    seed: int = 0,
+    batch: int = 3,
+    text: int = 7,
+    images: Sequence[tuple[int, int, int]] = ((1, 3, 5),),
+    mask: str = "random",
+) -> dict[str, Any]:
+    """Make the arguments of a forward; odd token counts. `mask`: none, random, scattered, rows (some all false)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(frames * rows * columns for frames, rows, columns in images)
+    masks = {
+        "none": None,
+        "random": torch.rand(batch, text, generator=generator) < 0.6,
+        "scattered": torch.arange(text).expand(batch, text) % 2 == 1,
+        "rows": (torch.arange(batch) % 2 == 1)[:, None].expand(batch, text).clone(),
+        "prefix": torch.arange(text)[None] < torch.arange(1, batch + 1)[:, None],
+    }
+    return {
+        "hidden_states": torch.randn(batch, tokens, CONFIG["in_channels"], generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, CONFIG["joint_attention_dim"], generator=generator),
+        "encoder_hidden_states_mask": masks[mask],
+        "timestep": torch.rand(batch, generator=generator),
+        "img_shapes": [list(images)] * batch,
+    }
+
+
+def _random_widths(rng: np.random.Generator, groups: dict[str, tuple[int, ...]]) -> ppcl_rt.Widths:
+    options = {}
+    for (group, counts), full in zip(groups.items(), FULL, strict=True):
+        losses = np.cumsum(rng.uniform(0.01, 1.0, len(counts)))
+        options[group] = (
+            ppcl_rt.Option(full, 0.0),
+            *(ppcl_rt.Option(count, float(loss)) for count, loss in zip(counts, losses, strict=True)),
+        )
+    return ppcl_rt.Widths(**options)
+
+
+@dataclass
+class Made:
+    """A checkpoint on disk, and what it was made of, for tests to compute by hand what it should do."""
+
+    folder: Path
+    stock: QwenImageTransformer2DModel
+    config: dict[str, Any]
+    catalog: ppcl_rt.Catalog
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+    def prefix(self, step: ppcl_rt.Step) -> str:
+        return f"students.{step.blocks.key}." if step.student else f"transformer_blocks.{step.blocks.first}."
+
+    def stock_block(self, step: ppcl_rt.Step) -> QwenImageTransformerBlock:
+        """diffusers' block with the weights that a step names, at full width."""
+        if not step.student:
+            return copy.deepcopy(self.stock.transformer_blocks[step.blocks.first])
+        edit = self.stock.config.zero_cond_t
+        block = QwenImageTransformerBlock(DIM, HEADS, HEAD_DIM, zero_cond_t=edit).eval()
+        prefix = self.prefix(step)
+        state = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        block.load_state_dict({name: t for name, t in state.items() if not name.startswith(("order.", "narrow."))})
+        return block
+
+    def kept(self, step: ppcl_rt.Step, group: str) -> list[int]:
+        """Columns of the output layers that a step keeps: those of the first heads or channels in rank order."""
+        count = getattr(step.width, group)
+        full = getattr(FULL, group)
+        order = self.tensors.get(f"{self.prefix(step)}order.{group}", torch.arange(full)).tolist()[:count]
+        unit = HEAD_DIM if group == "heads" else 1
+        return [index * unit + offset for index in order for offset in range(unit)]
+
+    def reference_block(self, step: ppcl_rt.Step) -> QwenImageTransformerBlock:
+        """diffusers' block, with what a step leaves out zeroed in its output layers, or fitted layers in place."""
+        block = self.stock_block(step)
+        for output, (path, group) in LAYOUT.outputs.items():
+            count, kept, layer = getattr(step.width, group), self.kept(step, group), block.get_submodule(path)
+            zeroed = torch.zeros_like(layer.weight)
+            narrow = f"{self.prefix(step)}narrow.{output}_{count}"
+            with torch.no_grad():
+                if f"{narrow}.weight" in self.tensors:
+                    zeroed[:, kept] = self.tensors[f"{narrow}.weight"]
+                    layer.bias.copy_(self.tensors[f"{narrow}.bias"])
+                else:
+                    zeroed[:, kept] = layer.weight[:, kept]
+                layer.weight.copy_(zeroed)
+        return block
+
+    def reference(self, plan: ppcl_rt.Plan) -> QwenImageTransformer2DModel:
+        """diffusers' model for a plan, by the law of it: columns zeroed, students put in, skipped blocks left out."""
+        model = copy.deepcopy(self.stock)
+        model.transformer_blocks = nn.ModuleList([self.reference_block(step) for step in plan.steps])
+        return model
+
+    def plan(self, *steps: ppcl_rt.Step) -> ppcl_rt.Plan:
+        return ppcl_rt.Plan(checkpoint=self.catalog.fingerprint, depth=self.catalog.shape.depth, steps=steps)
+
+    def random_plan(self, rng: np.random.Generator, skip: float = 0.0, legal: bool = False) -> ppcl_rt.Plan:
+        """A plan with a random set of disjoint students; counts from the catalog (``legal``) or any."""
+
+        def width(widths: ppcl_rt.Widths) -> ppcl_rt.Width:
+            if legal:
+                return ppcl_rt.Width(*(int(rng.choice([o.count for o in widths.of(g)])) for g in FULL._fields))
+            return ppcl_rt.Width(*(int(rng.integers(1, full + 1)) for full in FULL))
+
+        steps, block = [], 0
+        while block < self.catalog.shape.depth:
+            here = [student for student in self.catalog.students if student.interval.first == block]
+            if here and rng.random() < 0.5:
+                student = here[int(rng.integers(len(here)))]
+                steps.append(ppcl_rt.Step(blocks=student.interval, width=width(student.widths), student=True))
+                block = student.interval.last + 1
+                continue
+            if rng.random() >= skip:
+                interval = ppcl_rt.Interval(block, block)
+                steps.append(ppcl_rt.Step(blocks=interval, width=width(self.catalog.blocks[block])))
+            block += 1
+        return self.plan(*steps)
+
+
+def _make_checkpoint(
+    folder: Path,
+    seed: int = 0,
+    students: Sequence[tuple[int, int]] = STUDENTS,
+    compensated: bool = False,
+    max_shard_size: int | str = "10GB",
+    groups: dict[str, tuple[int, ...]] = NARROWER,
+    edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], None] | None = None,
+    **changes: Any,
+) -> Made:
+    """Write a pluggable checkpoint; ``edit`` may spoil config and tensors before they are written with checksums."""
+    stock = _build_stock(seed, **changes)
+    config = {**dict(stock.config), "_class_name": "QwenImageTransformer2DModel"}
+    config.pop("_name_or_path", None)
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    tensors = {name: tensor.detach().clone() for name, tensor in stock.state_dict().items()}
+    listed = []
+    for n, (first, last) in enumerate(students):
+        interval = ppcl_rt.Interval(first, last)
+        listed.append(
+            ppcl_rt.Student(
+                interval=interval, start=first, loss=float(rng.uniform(0.5, 2.0)), widths=_random_widths(rng, groups)
+            )
+        )
+        block = _build_block(1000 + 100 * seed + n)
+        tensors |= {f"students.{interval.key}.{name}": tensor for name, tensor in block.state_dict().items()}
+    shape = ppcl_rt.Shape(
+        depth=stock.config.num_layers,
+        dim=DIM,
+        head_dim=HEAD_DIM,
+        width=FULL,
+        outer_params=sum(p.numel() for n, p in stock.named_parameters() if not n.startswith("transformer_blocks.")),
+    )
+    catalog = ppcl_rt.Catalog(
+        family="qwen-image",
+        shape=shape,
+        blocks=tuple(_random_widths(rng, groups) for _ in range(shape.depth)),
+        students=tuple(listed),
+        compensated=compensated,
+    )
+    prefixes = {f"transformer_blocks.{n}": widths for n, widths in enumerate(catalog.blocks)}
+    prefixes |= {f"students.{student.interval.key}": student.widths for student in catalog.students}
+    for prefix, widths in prefixes.items():
+        for group, full in FULL._asdict().items():
+            tensors[f"{prefix}.order.{group}"] = torch.randperm(full, generator=generator)
+        for output, (path, group) in LAYOUT.outputs.items() if compensated else ():
+            rows, unit = tensors[f"{prefix}.{path}.weight"].shape[0], HEAD_DIM if group == "heads" else 1
+            for option in widths.of(group)[1:]:
+                narrow = f"{prefix}.narrow.{LAYOUT.narrow_name(output, option.count)}"
+                tensors[f"{narrow}.weight"] = torch.randn(rows, option.count * unit, generator=generator) * 0.2
+                tensors[f"{narrow}.bias"] = torch.randn(rows, generator=generator) * 0.2
+    if edit is not None:
+        edit(config, tensors)
+    catalog = ppcl_rt.write_checkpoint(folder, config, catalog, tensors, max_shard_size)
+    return Made(folder, stock, config, catalog, tensors)
+
+
+@pytest.fixture(scope="session")
+def build_stock() -> Callable[..., QwenImageTransformer2DModel]:
+    """diffusers' model, tiny and random: ``build_stock(seed, **config)``."""
+    return _build_stock
+
+
+@pytest.fixture(scope="session")
+def build_inputs() -> Callable[..., dict[str, Any]]:
+    """Arguments of a forward: ``build_inputs(seed, batch, text, images, mask)``."""
+    return _build_inputs
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Made]:
+    """Write a checkpoint: ``make_checkpoint(folder, students=..., compensated=..., max_shard_size=...)``."""
+    return _make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The usual checkpoint: one file, students that overlap, plain prefixes. For reading only."""
+    return _make_checkpoint(tmp_path_factory.mktemp("plain") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def compensated(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The same with fitted output layers, in several files. For reading only."""
+    folder = tmp_path_factory.mktemp("compensated") / "checkpoint"
+    return _make_checkpoint(folder, seed=1, compensated=True, max_shard_size=200_000)
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., torch.Tensor]:
+    """Forward without gradients: ``run(model, inputs, **more)``."""
+
+    def _run(model: Any, inputs: dict[str, Any], **more: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs, **more, return_dict=False)[0]
+
+    return _run
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[..., None]:
+    """Assert float32 outputs equal up to the order of summation."""
+
+    def _same(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
+        # Outputs are of size 1. A dot product of 128 terms in another order moves by some 128 * 6e-8; a few blocks in a
+        # row make 1e-5. A head or channel taken for another moves them by 1e-2 and more.
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype
+        assert torch.isfinite(wanted).all()
+        error = (got - wanted).abs()
+        assert error.max() <= tolerance, f"off by {error.max():.2e} at most, {error.square().mean().sqrt():.2e} RMS"
+        assert error.square().mean().sqrt() <= tolerance / 3
+
+    return _same

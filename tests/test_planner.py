@@ -1,0 +1,226 @@
+"""The planner is exact: brute force over every plan of small catalogs finds nothing better."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import ppcl_rt
+from ppcl_rt import Catalog, Interval, Option, Planner, Shape, Student, Width, Widths
+
+seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: tuple[float, float] = (0.01, 1.0)):
+    """A catalog with two counts a group; losses spread evenly over the orders of magnitude between two bounds."""
+    full = Width(*(int(n) for n in rng.integers(2, 30, 3)))
+
+    def loss() -> float:
+        return float(np.exp(rng.uniform(*np.log(losses))))
+
+    def widths() -> Widths:
+        return Widths(
+            **{g: (Option(n, 0.0), Option(int(rng.integers(1, n)), loss())) for g, n in full._asdict().items()}
+        )
+
+    every = [Interval(a, b) for a in range(depth) for b in range(a, depth)]
+    chosen = [every[n] for n in sorted(rng.permutation(len(every))[:students])]
+    return Catalog(
+        family="qwen-image",
+        shape=Shape(depth=depth, dim=24, head_dim=8, width=full, outer_params=int(rng.integers(0, 20000))),
+        blocks=tuple(widths() for _ in range(depth)),
+        students=tuple(Student(interval=i, start=i.first, loss=loss(), widths=widths()) for i in chosen),
+    )
+
+
+def coverings(catalog: Catalog, block: int = 0) -> Iterator[list[tuple[Widths, float]]]:
+    """Every way to run or stand in for the blocks from ``block`` on: widths to choose from, and the student's loss."""
+    if block == catalog.shape.depth:
+        yield []
+        return
+    for rest in coverings(catalog, block + 1):
+        yield [(catalog.blocks[block], 0.0), *rest]
+    for student in catalog.students:
+        if student.interval.first == block:
+            for rest in coverings(catalog, student.interval.last + 1):
+                yield [(student.widths, student.loss), *rest]
+
+
+def all_plans(catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters and predicted loss of every plan there is."""
+    params, losses = [], []
+    for covering in coverings(catalog):
+        total, lost = np.array([catalog.shape.outer_params]), np.array([0.0])
+        for widths, base in covering:
+            total, lost = total + catalog.shape.fixed_params, lost + base
+            for group, unit in catalog.shape.unit_params._asdict().items():
+                options = widths.of(group)
+                total = np.add.outer(total, [count * unit for count, _ in options]).ravel()
+                lost = np.add.outer(lost, [loss for _, loss in options]).ravel()
+        params.append(total)
+        losses.append(lost)
+    return np.concatenate(params), np.concatenate(losses)
+
+
+def check_exact(catalog: Catalog, ratios: np.ndarray) -> None:
+    planner, (params, losses) = Planner(catalog), all_plans(catalog)
+    dense = catalog.shape.dense_params
+    assert params.max() == dense and losses.min() == 0
+    assert planner.smallest == params.min() / dense
+    for ratio in map(float, ratios):
+        fits = params <= ratio * dense
+        if not fits.any():
+            with pytest.raises(ValueError, match="smallest"):
+                planner.plan(ratio)
+            continue
+        plan = planner.plan(ratio)
+        assert not plan.skipped and plan.checkpoint == catalog.fingerprint
+        assert catalog.shape.params(plan) <= ratio * dense
+        # Both are sums of the same numbers, perhaps in another order: 16 additions of float64.
+        assert catalog.loss(plan) == pytest.approx(losses[fits].min(), rel=1e-14)
+
+
+@settings(seeded, max_examples=25)
+@given(seed=st.integers(0, 10**6), depth=st.integers(3, 4), students=st.integers(0, 3))
+def test_exact_against_brute_force(seed, depth, students):
+    """No plan within the budget loses less, for random catalogs, students that overlap, and any ratio."""
+    rng = np.random.default_rng(seed)
+    check_exact(random_catalog(rng, depth, students), rng.uniform(0.3, 1.0, 4))
+
+
+@settings(seeded, max_examples=15)
+@given(seed=st.integers(0, 10**6))
+def test_exact_where_losses_differ_by_orders_of_magnitude(seed):
+    """Small losses are not lost in the solver's tolerance beside large ones (a student may lose 1e6 times more)."""
+    rng = np.random.default_rng(seed)
+    check_exact(random_catalog(rng, 3, 2, losses=(1e-7, 10.0)), rng.uniform(0.5, 1.0, 4))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plan_is_found_at_its_own_ratio(seed):
+    """A budget that a plan just fits is enough for it; one parameter less is not, also at the size of Qwen-Image."""
+    rng = np.random.default_rng(seed)
+    full = Width(24, 12288, 12288)
+
+    def widths() -> Widths:
+        return Widths(
+            **{
+                group: (Option(n, 0.0), *(Option(c, n / c - 1 + rng.random() / 99) for c in (n * 3 // 4, n // 2 - 3)))
+                for group, n in full._asdict().items()
+            }
+        )
+
+    catalog = Catalog(
+        family="qwen-image",
+        shape=Shape(depth=4, dim=3072, head_dim=128, width=full, outer_params=10**7),
+        blocks=tuple(widths() for _ in range(4)),
+        students=(Student(interval=Interval(1, 2), start=1, loss=0.7, widths=widths()),),
+    )
+    planner, dense = Planner(catalog), catalog.shape.dense_params
+    for ratio in rng.uniform(0.6, 1.0, 5):
+        plan = planner.plan(float(ratio))
+        params = catalog.shape.params(plan)
+        again = planner.plan(params / dense)
+        # The budget is a product of rounded floats, so half a parameter either way is all it can promise.
+        assert catalog.shape.params(again) <= params + 0.5
+        assert catalog.loss(again) <= catalog.loss(plan) * (1 + 1e-12)
+        assert catalog.shape.params(planner.plan((params - 1) / dense)) <= params - 0.5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whole_ratio_is_dense(seed):
+    """Ratio 1 is the teacher, however little the narrower counts lose."""
+    for low in (1e-2, 1e-9):
+        catalog = random_catalog(np.random.default_rng(seed), 4, 3, losses=(low, 1.0))
+        assert Planner(catalog).plan(1.0) == catalog.dense
+        assert Planner(catalog).plan(1) == catalog.dense
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_below_the_smallest(seed):
+    """Too small a ratio is refused in one line, which names a ratio that works."""
+    planner = Planner(random_catalog(np.random.default_rng(seed), 4, 2))
+    smallest = planner.smallest
+    assert planner.catalog.ratio(planner.plan(smallest)) == smallest
+    for ratio in (smallest * 0.999, smallest / 2, 1e-9):
+        with pytest.raises(ValueError, match="smallest") as caught:
+            planner.plan(ratio)
+        assert "\n" not in str(caught.value)
+        named = float(re.findall(r"\d\.\d+", str(caught.value))[-1])
+        # The message has four decimals.
+        assert named == pytest.approx(smallest, abs=1e-4)
+        assert planner.catalog.ratio(planner.plan(named)) == pytest.approx(smallest, abs=1e-4)
+
+
+def test_loss_falls_with_ratio():
+    """A larger budget never loses more."""
+    catalog = random_catalog(np.random.default_rng(5), 6, 5)
+    planner = Planner(catalog)
+    losses = [catalog.loss(planner.plan(float(r))) for r in np.linspace(planner.smallest, 1.0, 30)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] == 0 and losses[0] > losses[15] > 0
+
+
+@pytest.mark.parametrize(
+    "ratio", [0, 0.0, -1, -0.5, 1.5, 1 + 1e-9, float("nan"), float("inf"), "half", None, True, [0.5]]
+)
+def test_no_ratio(made, ratio):
+    """What is no number in (0, 1] is refused by type and by value, with the value in the message."""
+    planner = Planner(made.catalog)
+    # An answer that is remembered for 1.0 is none for True, which equals it.
+    planner.plan(1.0)
+    for ask in (planner.plan, lambda r: ppcl_rt.load(made.folder, r)):
+        with pytest.raises(ValueError) as caught:
+            ask(ratio)
+        assert repr(ratio) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_dense_params_are_those_of_stock(made):
+    """`Shape.dense_params` counts what the stock model has."""
+    count = sum(parameter.numel() for parameter in made.stock.parameters())
+    assert made.catalog.shape.dense_params == count == made.catalog.shape.params(made.catalog.dense)
+
+
+@pytest.mark.parametrize("kind", ["made", "compensated"])
+def test_params_are_those_resident(kind, request):
+    """`Shape.params` counts what lies in memory after loading at that plan, with fitted layers or without."""
+    made = request.getfixturevalue(kind)
+    rng = np.random.default_rng(2)
+    for n in range(8):
+        # A fitted layer takes the place of the full one at its own count.
+        plan = made.random_plan(rng, skip=0.1, legal=kind == "compensated" or n % 2 == 0)
+        model = ppcl_rt.load(made.folder, plan=plan)
+        assert sum(parameter.numel() for parameter in model.parameters()) == made.catalog.shape.params(plan)
+        assert model.resident_bytes == 4 * made.catalog.shape.params(plan)
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.75, 0.9, 1.0])
+def test_budget_holds_in_memory(made, ratio):
+    """The parameters that `load` leaves in memory are within the ratio that was asked for."""
+    model = ppcl_rt.load(made.folder, ratio=ratio)
+    held = sum(parameter.numel() for parameter in model.parameters())
+    whole = sum(parameter.numel() for parameter in made.stock.parameters())
+    assert held <= ratio * whole and held == made.catalog.shape.params(model.plan)
+
+
+def test_flops_are_those_counted(made, build_inputs):
+    """`Shape.flops` = what torch counts in the blocks of a forward."""
+    rng, inputs = np.random.default_rng(4), build_inputs(mask="none")
+    model = ppcl_rt.load(made.folder, resident="all")
+    empty = made.plan()
+    counts = {}
+    for plan in (empty, made.catalog.dense, made.random_plan(rng), made.random_plan(rng, skip=0.5)):
+        model.set_plan(plan)
+        # torch counts nothing for its fused attention on a CPU.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(**inputs)
+        counts[plan] = counter.get_total_flops()
+    outside = counts.pop(empty)
+    for plan, count in counts.items():
+        assert made.catalog.shape.flops(plan, image_tokens=15, text_tokens=7, batch=3) == count - outside

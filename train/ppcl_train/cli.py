@@ -1,0 +1,90 @@
+"""``ppcl train``: one command a stage, one for all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ppcl_rt.plan import read_json
+from ppcl_train.config import PRESETS, RunConfig, with_changes
+from ppcl_train.pipeline import STAGES, begin, is_done, run_stages
+
+app = typer.Typer(help="Make a pluggable checkpoint: stages that resume where they were stopped.")
+
+Preset = Annotated[str, typer.Option(help=f"one of: {', '.join(PRESETS)}")]
+Out = Annotated[Path, typer.Option(help="run folder; what is done in it is not done again")]
+Teacher = Annotated[Path | None, typer.Option(help="start from this teacher.safetensors instead of training one")]
+Set = Annotated[list[str] | None, typer.Option(help="change a setting: --set students.steps=100")]
+
+
+def config_of(preset: str, changes: list[str] | None) -> RunConfig:
+    """A preset with settings changed on the command line.
+
+    Raises:
+        ValueError: no such preset or setting, or a value that it cannot take.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset}; there are: {', '.join(PRESETS)}")
+    parsed: dict[str, Any] = {}
+    for change in changes or []:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value, not {change}")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return with_changes(PRESETS[preset], parsed)
+
+
+def _begin(preset: str, out: Path, teacher: Path | None, changes: list[str] | None) -> RunConfig:
+    """The config of a run: what the folder was begun with, unless the command line says otherwise."""
+    stored = out / "config.json"
+    if stored.exists() and not changes:
+        config = read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
+    else:
+        config = config_of(preset, changes)
+    begin(config, out, teacher)
+    return config
+
+
+@app.command()
+def run(preset: Preset = "scenes", out: Out = Path("runs/scenes"), teacher: Teacher = None, set: Set = None) -> None:
+    """Run all stages that are not done yet."""
+    run_stages(_begin(preset, out, teacher, set), out)
+    print(f"wrote {out / 'checkpoint'}")
+
+
+@app.command()
+def config(preset: Preset = "scenes", set: Set = None) -> None:
+    """Print all settings of a preset as JSON."""
+    print(config_of(preset, set).model_dump_json(indent=1))
+
+
+@app.command()
+def status(out: Out = Path("runs/scenes")) -> None:
+    """Say what a run folder has done and what is next."""
+    if not (out / "config.json").exists():
+        raise ValueError(f"{out} is no run folder: begin one with `ppcl train run --out {out}`")
+    waiting = [stage.name for stage in STAGES if not is_done(stage, out)]
+    for stage in STAGES:
+        begun = (out / f"{stage.name}.state.safetensors").exists()
+        state = "begun" if begun else "waiting"
+        print(f"{stage.name:>9}  {f'done, {stage.output}' if stage.name not in waiting else state}")
+    print(f"next: {waiting[0]}" if waiting else f"complete: {out / 'checkpoint'}")
+
+
+def _stage_command(name: str) -> None:
+    def command(
+        preset: Preset = "scenes", out: Out = Path("runs/scenes"), teacher: Teacher = None, set: Set = None
+    ) -> None:
+        run_stages(_begin(preset, out, teacher, set), out, last=name)
+
+    app.command(name, help=f"Run the stages up to and including {name}.")(command)
+
+
+for _stage in STAGES:
+    _stage_command(_stage.name)

@@ -1,0 +1,186 @@
+"""Everything that decides a training run, in one frozen, validated noun; JSON both ways."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from ppcl_rt.plan import Frozen
+from ppcl_train import scenes
+from ppcl_train.sampling import Sampler
+
+_SCENES_ARCHITECTURE: dict[str, Any] = {
+    "patch_size": scenes.CELL,
+    "in_channels": scenes.CELL**2 * 3,
+    "out_channels": 3,
+    "num_layers": 12,
+    "attention_head_dim": 16,
+    "num_attention_heads": 6,
+    "joint_attention_dim": scenes.EMBEDDING_DIM,
+    "axes_dims_rope": [4, 6, 6],
+}
+
+
+class Phase(Frozen):
+    """A stretch of the teacher's training.
+
+    Attributes:
+        until: the step that it ends before.
+        horizon: the step at which the cosine would reach zero.
+        shares: how often each kind of caption is drawn, in the order of `scenes.KINDS`; None for equally often.
+    """
+
+    until: PositiveInt
+    horizon: PositiveInt
+    shares: tuple[float, float, float, float, float] | None = None
+
+
+class TeacherConfig(Frozen):
+    """How the dense model is trained from nothing; ``architecture`` is what diffusers' class takes."""
+
+    architecture: dict[str, Any] = Field(default_factory=lambda: dict(_SCENES_ARCHITECTURE))
+    phases: tuple[Phase, ...] = (Phase(until=17_000, horizon=17_000),)
+    batch: PositiveInt = 64
+    muon_lr: PositiveFloat = 0.02
+    adamw_lr: PositiveFloat = 2e-3
+    warmup: int = 200
+    ema: float = Field(0.998, ge=0, lt=1)
+    # The loss on x_0 is divided by max(t, time_floor)^2, which makes it the velocity's above the floor.
+    time_floor: PositiveFloat = 0.4
+    drop_caption: float = Field(0.1, ge=0, lt=1)
+    compile: bool = True
+    judge_every: PositiveInt = 2000
+    judge_per_kind: PositiveInt = 50
+
+    @field_validator("phases")
+    @classmethod
+    def _rising(cls, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        ends = [phase.until for phase in phases]
+        if not ends or ends != sorted(set(ends)) or any(phase.horizon < phase.until for phase in phases):
+            raise ValueError(f"phases end one after the other and no later than their horizons, not at {ends}")
+        return phases
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.phases[-1].until
+
+    def phase(self, step: int) -> Phase:
+        """The phase that a step is in."""
+        return next(phase for phase in self.phases if step < phase.until)
+
+
+class ProbesConfig(Frozen):
+    """Linear probes and the intervals found with them (PPCL eq. 1-5)."""
+
+    samples: PositiveInt = 4096
+    # Samples whose states are held in memory for CKA.
+    cka_samples: PositiveInt = 512
+    # Share of the Gram matrix's mean diagonal that is added to it.
+    ridge: PositiveFloat = 1e-4
+
+
+class StudentsConfig(Frozen):
+    """Non-sequential depth distillation (PPCL eq. 6).
+
+    Attributes:
+        lengths: every interval of these lengths gets a student too, beside those that eq. 5 finds.
+        start: the teacher block that a student is copied from; the paper's is the first.
+        magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone.
+    """
+
+    lengths: tuple[PositiveInt, ...] = ()
+    start: Literal["first", "last"] = "first"
+    steps: PositiveInt = 400
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 1e-3
+    weight_decay: float = Field(0.02, ge=0)
+    warmup: int = 20
+    magnitude: float = Field(0.0, ge=0)
+
+
+class TuneConfig(Frozen):
+    """End to end on the teacher's velocity: students alone are trained, under plans drawn anew at every step."""
+
+    steps: int = Field(0, ge=0)
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 5e-4
+    weight_decay: float = Field(0.02, ge=0)
+    warmup: int = 20
+
+
+class WidthConfig(Frozen):
+    """Rank orders and least-squares compensation, at these shares of the heads and channels."""
+
+    heads: tuple[float, ...] = (0.84, 0.67, 0.5)
+    channels: tuple[float, ...] = (0.75, 0.5, 0.25)
+    samples: PositiveInt = 2048
+    ridge: PositiveFloat = 1e-4
+
+
+class MeasureConfig(Frozen):
+    """Sensitivities: the loss of the teacher's velocity with one thing changed."""
+
+    samples: PositiveInt = 256
+
+
+class RunConfig(Frozen):
+    """One training run.
+
+    Attributes:
+        task: where data come from and how results are judged.
+        storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from it.
+        sampler: how the checkpoint is sampled and judged.
+        batch: samples that pass through the teacher at once where nothing is trained.
+    """
+
+    task: Literal["scenes"] = "scenes"
+    seed: int = 0
+    # t = sigmoid(mean + std * normal), t = 1 is noise.
+    time_mean: float = 0.4
+    time_std: PositiveFloat = 1.2
+    storage: Literal["float32", "float16", "bfloat16"] = "float16"
+    batch: PositiveInt = 128
+    save_every: PositiveInt = 500
+    teacher: TeacherConfig = TeacherConfig()
+    probes: ProbesConfig = ProbesConfig()
+    students: StudentsConfig = StudentsConfig()
+    tune: TuneConfig = TuneConfig()
+    width: WidthConfig = WidthConfig()
+    measure: MeasureConfig = MeasureConfig()
+    sampler: Sampler = Sampler()
+
+
+PRESETS = {
+    "scenes": RunConfig(
+        teacher=TeacherConfig(
+            phases=(
+                Phase(until=10_500, horizon=17_000),
+                # At step 10,000 relations were right half as often as single objects, which were perfect.
+                Phase(until=20_500, horizon=20_500, shares=(0.06, 0.16, 0.22, 0.38, 0.18)),
+            ),
+        ),
+        students=StudentsConfig(lengths=(2, 3), start="last", magnitude=1.0),
+        tune=TuneConfig(steps=1500),
+        sampler=Sampler(steps=16, shift=1.5, guidance=2.0),
+    ),
+}
+
+
+def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """Replace values by dotted name: ``{"students.steps": 100}``.
+
+    Raises:
+        ValueError: no such name, or a value that it cannot take.
+    """
+    content = config.model_dump()
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        place = content
+        for part in path:
+            place = place.get(part, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict) or last not in place:
+            raise ValueError(f'there is no setting "{name}"; see `ppcl train config`')
+        place[last] = value
+    return RunConfig.model_validate(content)

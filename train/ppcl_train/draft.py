@@ -1,0 +1,70 @@
+"""Checkpoints on the way: what a run has made so far, put together so that the runtime itself can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ppcl_rt
+from ppcl_rt import Catalog, Interval, Option, Student, Widths
+from ppcl_train.config import RunConfig
+from ppcl_train.teacher import load
+
+# A choice that nothing has been measured for yet.
+_UNMEASURED = 1.0
+
+
+def write_draft(
+    run: RunConfig,
+    folder: Path,
+    students: Mapping[str, torch.Tensor],
+    width: Mapping[str, torch.Tensor] | None = None,
+    widths: Mapping[str, list[int]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Catalog:
+    """Write ``draft/``: the teacher, students and, if there are any, rank orders and compensated layers."""
+    teacher = load(run, folder)
+    shape = teacher.catalog.shape
+    options = Widths.only(shape.width)
+    if widths:
+        options = Widths(
+            **{
+                group: tuple(Option(count, _UNMEASURED if rank else 0.0) for rank, count in enumerate(counts))
+                for group, counts in widths.items()
+            }
+        )
+    intervals = sorted({Interval(*map(int, name.split(".")[1].split("-"))) for name in students})
+    catalog = Catalog(
+        family=teacher.family,
+        shape=shape,
+        blocks=(options,) * shape.depth,
+        students=tuple(
+            Student(
+                interval=interval,
+                start=interval.first if run.students.start == "first" else interval.last,
+                loss=_UNMEASURED,
+                widths=options,
+            )
+            for interval in intervals
+        ),
+        compensated=bool(widths),
+        task={"name": run.task, "sampler": run.sampler.model_dump()},
+    )
+    tensors = {**teacher.full_state(), **students, **(width or {})}
+    stored = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    return ppcl_rt.write_checkpoint(folder / "draft", stock_config(teacher), catalog, stored)
+
+
+def stock_config(model: Any) -> dict[str, Any]:
+    """What diffusers' class is built from."""
+    config = {**dict(model.config), "_class_name": model.stock_name}
+    config.pop("_name_or_path", None)
+    return config
+
+
+def open_draft(folder: Path) -> Any:
+    """Load ``draft/`` with everything resident, in float32."""
+    return ppcl_rt.load(folder / "draft", dtype=torch.float32, resident="all")

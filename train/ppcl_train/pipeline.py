@@ -1,0 +1,92 @@
+"""The stages of a run in order, each done once: a stage whose output is there is not run again."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+
+from ppcl_rt.plan import read_json
+from ppcl_train import measure, probes, students, teacher, width
+from ppcl_train.config import RunConfig
+from ppcl_train.runs import read_note, write_json
+
+
+class Stage(NamedTuple):
+    """A stage: what it is called, what it writes last, and what runs it."""
+
+    name: str
+    output: str
+    run: Callable[[RunConfig, Path], None]
+
+
+STAGES = (
+    Stage("teacher", "teacher.safetensors", teacher.train),
+    Stage("probes", "intervals.json", probes.fit),
+    Stage("students", "students.safetensors", students.distil),
+    Stage("tune", "tuned.safetensors", students.tune),
+    Stage("width", "width.safetensors", width.prune),
+    Stage("measure", "sensitivities.json", measure.sensitivities),
+    Stage("pack", "checkpoint/config.json", measure.pack),
+)
+
+
+def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> None:
+    """Make a run folder, or check that it belongs to this config.
+
+    Args:
+        teacher_file: a trained teacher to start from, in place of the first stage.
+
+    Raises:
+        ValueError: the folder was begun with another config or the teacher is of another architecture.
+    """
+    stored = folder / "config.json"
+    if stored.exists():
+        before = read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
+        if difference := _difference(before.model_dump(), config.model_dump()):
+            raise ValueError(f"{folder} was begun with {difference}: go on with that, or choose another --out")
+    if teacher_file is not None:
+        if not teacher_file.is_file():
+            raise ValueError(f"there is no teacher at {teacher_file}")
+        note = read_note(teacher_file)
+        if note.get("architecture") != config.teacher.architecture:
+            raise ValueError(f"{teacher_file} has another architecture than this config asks for")
+    if not stored.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+        write_json(folder / "versions.json", versions)
+        write_json(stored, config.model_dump(mode="json"))
+    if teacher_file is not None and not (folder / STAGES[0].output).exists():
+        shutil.copyfile(teacher_file, folder / ".teacher.partial")
+        (folder / ".teacher.partial").replace(folder / STAGES[0].output)
+
+
+def is_done(stage: Stage, folder: Path) -> bool:
+    """Whether a stage's output is there."""
+    return (folder / stage.output).exists()
+
+
+def run_stages(config: RunConfig, folder: Path, last: str = STAGES[-1].name) -> None:
+    """Run what is not done yet, up to and including the stage ``last``."""
+    for stage in STAGES:
+        if not is_done(stage, folder):
+            stage.run(config, folder)
+            # Only now: a kill in between would otherwise lose the stage.
+            (folder / f"{stage.name}.state.safetensors").unlink(missing_ok=True)
+        if stage.name == last:
+            return
+
+
+def _difference(before: Any, now: Any, path: str = "") -> str:
+    """The first setting that differs, as ``name = value``; ``""`` where none does."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before:
+            if found := _difference(before[key], now.get(key), f"{path}.{key}" if path else key):
+                return found
+        return ""
+    return "" if before == now else f"{path} = {before}"

@@ -1,0 +1,94 @@
+"""What passes through a teacher: calibration inputs, the streams between blocks, and running a block by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl_rt import Streams
+from ppcl_train import scenes
+from ppcl_train.config import RunConfig
+from ppcl_train.sampling import arguments
+
+# Seeds of calibration batches start here, so that no stage sees a batch of another or of the teacher's training.
+PROBES, STUDENTS, TUNE, WIDTH, MEASURE = (10_000_000 * stage for stage in range(1, 6))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A calibration batch: ``x [N, 16, 48]`` at ``t [N]``, with what the transformer is called with."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    call: dict[str, Any] = field(repr=False)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """``[N, 7]``, true on words."""
+        mask: torch.Tensor = self.call["encoder_hidden_states_mask"]
+        return mask
+
+
+def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
+    """Make a calibration batch; (run.seed, seed) alone decides it."""
+    batch = scenes.training_batch(size, (run.seed, seed), drop=run.teacher.drop_caption)
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
+    t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
+    x = torch.lerp(batch.latents, torch.randn(batch.latents.shape, generator=generator), t[:, None, None])
+    return Inputs(x, t, arguments(x, t, batch.embeddings, batch.mask))
+
+
+def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
+    """Calibration batches of at most ``run.batch`` with ``samples`` samples in all."""
+    for number, start in enumerate(range(0, samples, run.batch)):
+        yield inputs(run, min(run.batch, samples - start), seed + number)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass of a teacher.
+
+    Attributes:
+        output: the network's, ``[N, S, C]``.
+        states: ``h_0 .. h_L``; block ``i`` (from 0) maps ``states[i]`` to ``states[i + 1]``.
+        context: keyword arguments that every block was called with.
+    """
+
+    output: torch.Tensor
+    states: list[Streams]
+    context: dict[str, Any] = field(repr=False)
+
+
+@torch.no_grad()
+def trace(model: Any, given: Inputs) -> Trace:
+    """Run the dense model and keep the streams between blocks."""
+    states: list[Streams] = []
+    context: dict[str, Any] = {}
+
+    def before(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        states.append(Streams(kwargs["hidden_states"], kwargs["encoder_hidden_states"]))
+        context.update({k: v for k, v in kwargs.items() if k not in ("hidden_states", "encoder_hidden_states")})
+
+    def after(_: nn.Module, __: Any, ___: Any, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        last[:] = [Streams(image=out[1], text=out[0])]
+
+    last: list[Streams] = []
+    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in model.transformer_blocks]
+    hooks += [block.register_forward_hook(after, with_kwargs=True) for block in model.transformer_blocks]
+    try:
+        output = model(**given.call)[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    context.pop("width", None)
+    return Trace(output, [*states, *last], context)
+
+
+def run_block(block: nn.Module, state: Streams, context: dict[str, Any]) -> Streams:
+    """Apply a block at its full width."""
+    text, image = block(hidden_states=state.image, encoder_hidden_states=state.text, **context)
+    return Streams(image=image, text=text)

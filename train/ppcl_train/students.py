@@ -1,0 +1,145 @@
+"""One student block an interval, distilled on the teacher's own streams; then, if asked, all of them end to end."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ppcl_rt import Interval, Plan, Step, Streams, Width
+from ppcl_train import states
+from ppcl_train.config import RunConfig
+from ppcl_train.draft import open_draft, write_draft
+from ppcl_train.probes import rows
+from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_tensors
+from ppcl_train.teacher import load
+
+
+def candidates(run: RunConfig, folder: Path, depth: int) -> list[Interval]:
+    """Intervals that get a student: those that eq. 5 found, and all of the configured lengths."""
+    found = {Interval(*pair) for pair in json.loads((folder / "intervals.json").read_text())["intervals"]}
+    found |= {Interval(u, u + n - 1) for n in run.students.lengths for u in range(depth - n + 1) if n > 1}
+    return sorted(found)
+
+
+def matching_loss(student: Streams, teacher: Streams, mask: torch.Tensor, magnitude: float) -> torch.Tensor:
+    """``|| n(student) - n(teacher) ||^2`` a token, both streams summed; n is L2 normalisation over features (eq. 6).
+
+    ``magnitude`` times the squared error over the teacher's mean square is added: eq. 6 leaves the residual stream's
+    length free.
+    """
+    total = torch.zeros(())
+    for mine, theirs in zip(rows(student, mask), rows(teacher, mask), strict=True):
+        total = total + (F.normalize(mine, dim=-1) - F.normalize(theirs, dim=-1)).square().sum(-1).mean()
+        if magnitude:
+            total = total + magnitude * (mine - theirs).square().mean() / theirs.square().mean()
+    return total
+
+
+def distil(run: RunConfig, folder: Path) -> None:
+    """Train every student on the teacher's streams (eq. 6); writes ``students.safetensors``.
+
+    No student reads another's output, so any subset can be plugged in; one teacher pass a step feeds all.
+    """
+    log, config = Log(folder, "students"), run.students
+    teacher = load(run, folder)
+    intervals = candidates(run, folder, teacher.catalog.shape.depth)
+    blocks = teacher.transformer_blocks
+    students = {i: copy.deepcopy(blocks[start_of(run, i)]).requires_grad_(True) for i in intervals}
+    named = {f"students.{i.key}.{name}": p for i, block in students.items() for name, p in block.named_parameters()}
+
+    def step_loss(step: int) -> float:
+        batch = states.inputs(run, config.batch, states.STUDENTS + step)
+        passed = states.trace(teacher, batch)
+        total = 0.0
+        for interval, student in students.items():
+            out = states.run_block(student, passed.states[interval.first], passed.context)
+            loss = matching_loss(out, passed.states[interval.last + 1], batch.mask, config.magnitude)
+            # At once, so that the activations of one block at a time are alive.
+            loss.backward()
+            total += loss.item()
+        return total / len(students)
+
+    log(students=len(students), intervals=" ".join(map(str, intervals)))
+    train_loop(
+        state_file=folder / "students.state.safetensors",
+        parameters=named,
+        optimisers=[adamw(named, config.lr, config.weight_decay)],
+        step_loss=step_loss,
+        steps=config.steps,
+        rate=lambda step: cosine(step, config.steps, config.warmup),
+        save_every=run.save_every,
+        log=log,
+    )
+    write_tensors(folder / "students.safetensors", named, {"steps": config.steps})
+
+
+def start_of(run: RunConfig, interval: Interval) -> int:
+    """The teacher block that an interval's student is copied from."""
+    return interval.first if run.students.start == "first" else interval.last
+
+
+def adamw(named: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW as in the paper; biases and norms do not decay."""
+    groups = [
+        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def tune(run: RunConfig, folder: Path) -> None:
+    """Train all students end to end on the teacher's velocity, under random plans; writes ``tuned.safetensors``.
+
+    The teacher's blocks stay as they are, so ratio 1 stays the teacher.
+    """
+    log, config = Log(folder, "tune"), run.tune
+    trained = read_tensors(folder / "students.safetensors")
+    if config.steps:
+        write_draft(run, folder, trained)
+        model = open_draft(folder)
+        model.requires_grad_(False)
+        model.students.requires_grad_(True)
+        named = {n: p for n, p in model.named_parameters() if n.startswith("students.")}
+        intervals = [student.interval for student in model.catalog.students]
+
+        def step_loss(step: int) -> float:
+            batch = states.inputs(run, config.batch, states.TUNE + step)
+            with torch.no_grad(), model.at(plan=model.catalog.dense):
+                wanted = model(**batch.call)[0]
+            plan = random_plan(model.catalog.dense, intervals, random.Random(run.seed * 1_000_003 + step))
+            with model.at(plan=plan):
+                loss = (model(**batch.call)[0] - wanted).square().mean() / wanted.square().mean()
+            loss.backward()
+            return loss.item()
+
+        train_loop(
+            state_file=folder / "tune.state.safetensors",
+            parameters=named,
+            optimisers=[adamw(named, config.lr, config.weight_decay)],
+            step_loss=step_loss,
+            steps=config.steps,
+            rate=lambda step: cosine(step, config.steps, config.warmup),
+            save_every=run.save_every,
+            log=log,
+        )
+        trained = named
+    write_tensors(folder / "tuned.safetensors", trained, {"steps": config.steps})
+
+
+def random_plan(dense: Plan, intervals: list[Interval], rng: random.Random) -> Plan:
+    """Plug in students, drawn one after the other until as many blocks are left as drawn at first."""
+    width: Width = dense.steps[0].width
+    target = rng.randint(dense.depth // 3, dense.depth - 1)
+    chosen: list[Interval] = []
+    for interval in rng.sample(intervals, len(intervals)):
+        free = all(interval.last < other.first or other.last < interval.first for other in chosen)
+        if free and dense.depth - sum(len(i) - 1 for i in chosen) > target:
+            chosen.append(interval)
+    kept = [(block, width) for block in range(dense.depth) if not any(block in interval for interval in chosen)]
+    return Plan.of(dense.checkpoint, dense.depth, kept, [Step(blocks=i, width=width, student=True) for i in chosen])
