@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
 import ppcl_rt
+from ppcl_rt.picture import draw_plan, grid
 from ppcl_rt.plan import Plan
 from ppcl_rt.schedule import Schedule
 from ppcl_rt.task import Task, task_of
@@ -42,8 +42,6 @@ Device = Annotated[str, typer.Option(help="torch device")]
 # Click's base class of wrong usage. Newer typers carry a click of their own, so it is found through typer.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
-# Pixels that a pixel of a small picture is drawn with.
-_ZOOM = 12
 # Forwards that a time is the median of, after one that is not counted.
 _TIMED = 7
 _TIMED_BATCH = 64
@@ -72,10 +70,7 @@ def _complain(message: str) -> int:
 @app.command()
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     """Say what a checkpoint can do."""
-    source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
-    if source.catalog is None:
-        raise ValueError(f"{checkpoint} is a stock checkpoint with no catalog: `ppcl train` makes one")
-    catalog = source.catalog
+    catalog = _catalog(checkpoint)
     smallest = ppcl_rt.Planner(catalog).smallest
     if as_json:
         content = catalog.model_dump(mode="json", exclude={"checksums"})
@@ -105,18 +100,19 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 def plan(
     checkpoint: Checkpoint,
     ratio: Ratio = 0.5,
-    out: Annotated[Path | None, typer.Option(help="write the plan here")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
+    picture: Annotated[Path | None, typer.Option(help="draw what the plan removes into this PNG")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the plan with the least predicted loss at a ratio."""
-    source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
-    if source.catalog is None:
-        raise ValueError(f"{checkpoint} is a stock checkpoint with no catalog: `ppcl train` makes one")
-    catalog = source.catalog
+    catalog = _catalog(checkpoint)
     made = ppcl_rt.Planner(catalog).plan(ratio)
     if out is not None:
         with _writing(out) as beside:
             beside.write_text(made.to_json() + "\n")
+    if picture is not None:
+        with _writing(picture) as beside:
+            draw_plan(catalog, made).save(beside, format="PNG")
     if as_json:
         print(made.to_json())
         return
@@ -148,7 +144,7 @@ def sample(
         if dense_steps:
             model.set_schedule(Schedule.warm(dense_steps, model.plan))
         pictures = task.sample(model, prompt, seed)
-        _grid([pictures], ["" for _ in prompt], [""]).save(beside, format="PNG")
+        grid([pictures], ["" for _ in prompt], [""]).save(beside, format="PNG")
     print(f"wrote {out}: {len(pictures)} pictures at ratio {model.catalog.ratio(model.plan):.3f}, seed {seed}")
 
 
@@ -164,10 +160,7 @@ def evaluate(
     """Judge samples at several ratios, and say what each costs."""
     asked = [_number(text) for text in ratios.split(",")]
     with _writing(json_file) if json_file else contextlib.nullcontext() as beside:
-        source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
-        if source.catalog is None:
-            raise ValueError(f"{checkpoint} is a stock checkpoint with no catalog: `ppcl train` makes one")
-        planner = ppcl_rt.Planner(source.catalog)
+        planner = ppcl_rt.Planner(_catalog(checkpoint))
         for ratio in asked:
             planner.plan(ratio)
         results = []
@@ -202,9 +195,16 @@ def demo(
             rows.append(task.sample(model, task.demo_prompts, seed))
             results.append({"ratio": ratio, **_costs(model, task), **task.judge(model, prompts, seed)})
             print(f"ratio {ratio:g}: drawn and judged", flush=True)
-        _grid(rows, list(task.demo_prompts), [f"ratio {ratio:g}" for ratio in asked]).save(beside, format="PNG")
+        grid(rows, list(task.demo_prompts), [f"ratio {ratio:g}" for ratio in asked]).save(beside, format="PNG")
     Console().print(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
     print(f"wrote {out}")
+
+
+def _catalog(checkpoint: str) -> ppcl_rt.Catalog:
+    catalog = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint)).catalog
+    if catalog is None:
+        raise ValueError(f"{checkpoint} is a stock checkpoint with no catalog: `ppcl train` makes one")
+    return catalog
 
 
 def _load(checkpoint: str, ratio: float, plan: Path | None, device: str) -> tuple[Any, Task]:
@@ -293,29 +293,3 @@ def _writing(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str]) -> Image.Image:
-    """Pictures in rows, enlarged pixel by pixel, with a label above each column and left of each row."""
-    edge = _ZOOM * rows[0][0].width
-    left = 70 if any(labels) else 0
-    top = 44 if any(columns) else 0
-    sheet = Image.new("RGB", (left + len(columns) * (edge + 8), top + len(rows) * (edge + 8)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, column in enumerate(columns):
-        pen.multiline_text((left + x * (edge + 8) + 4, 4), _wrapped(column, edge // 6), fill="black")
-    for y, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
-        pen.text((4, top + y * (edge + 8) + edge // 2), label, fill="black")
-        for x, picture in enumerate(pictures):
-            large = picture.resize((edge, edge), Image.Resampling.NEAREST)
-            sheet.paste(large, (left + x * (edge + 8) + 4, top + y * (edge + 8) + 4))
-    return sheet
-
-
-def _wrapped(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
