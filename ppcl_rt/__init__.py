@@ -10,6 +10,7 @@ from ppcl_rt.checkpoint import Checkpoint, locate, write_checkpoint
 from ppcl_rt.ops import Streams
 from ppcl_rt.plan import Interval, Plan, Step, Width
 from ppcl_rt.planner import Planner
+from ppcl_rt.pluggable import HUB_ARGUMENTS
 from ppcl_rt.program import Program, ProgramStep
 from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_rt.schedule import Schedule
@@ -39,15 +40,12 @@ def load(path: str | Path, ratio: float = 1.0, **kwargs: Any) -> Any:
         ValueError: anything wrong with the checkpoint or the arguments; one line says what was wanted, what came and
             what to do.
     """
-    source = Checkpoint(locate(path, kwargs.get("subfolder"), **_hub(kwargs)))
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    source = Checkpoint(locate(path, kwargs.get("subfolder"), **hub))
     name = source.config.get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{source.folder} is a {name}; the families here are: {', '.join(FAMILIES)}")
     return FAMILIES[name].load(path, ratio, **kwargs)
-
-
-def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
 
 
 __all__ = [

@@ -63,7 +63,7 @@ class Student(Frozen):
     """
 
     interval: Interval
-    start: int
+    start: int = Field(ge=0)
     loss: float = Field(gt=0, allow_inf_nan=False)
     widths: Widths
 

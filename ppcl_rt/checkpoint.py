@@ -109,7 +109,7 @@ class Checkpoint:
                         found[tensor] = path
                         self._shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
             except SafetensorError as error:
-                raise ValueError(f"{path} is not whole ({_line(error)}): fetch it again") from None
+                raise ValueError(f"{path} is not whole ({line(error)}): fetch it again") from None
         if lost := sorted(set(mapping) - set(found)):
             raise ValueError(f"{index} lists {lost[0]}, which no file holds: fetch the checkpoint again")
         return found
@@ -149,7 +149,7 @@ class Checkpoint:
             with safe_open(self._files[name], framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self._files[name]} is not whole ({_line(error)}): fetch it again") from None
+            raise ValueError(f"{self._files[name]} is not whole ({line(error)}): fetch it again") from None
         if self.catalog is not None and digest(tensor) != self.catalog.checksums[name]:
             raise ValueError(f"{self._files[name]}: {name} was altered since the catalog was made: fetch it again")
         return tensor
@@ -216,12 +216,13 @@ def _move_into_place(partial: Path, folder: Path) -> None:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({_line(error)}): fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({line(error)}): fetch it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object: fetch it again")
     return content
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """What an error says, in one line."""
     return " ".join(str(error).split())

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class Width(NamedTuple):
@@ -90,7 +90,8 @@ def read_json(kind: type[Model], text: str | bytes, what: str) -> Model:
         where = ".".join(map(str, first["loc"]))
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{what}: {where + ': ' if where else ''}{message}{more}") from None
+        # Joined anew, because what was given (a key, say) may hold line ends.
+        raise ValueError(" ".join(f"{what}: {where + ': ' if where else ''}{message}{more}".split())) from None
 
 
 class Step(Frozen):
@@ -119,7 +120,7 @@ class Plan(Frozen):
     """
 
     checkpoint: str
-    depth: int
+    depth: int = Field(ge=1)
     steps: tuple[Step, ...]
 
     @field_validator("steps")

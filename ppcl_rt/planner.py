@@ -18,6 +18,12 @@ from scipy.sparse import csr_array
 from ppcl_rt.catalog import Catalog
 from ppcl_rt.plan import Interval, Plan, Step, Width
 
+# HiGHS meets a row up to 1e-6 of its scale, so a plan may come out that much over budget; then it is asked for less.
+_ROW_TOLERANCE = 1e-6
+_TRIES = 8
+# It also takes solutions for equal whose objectives differ by less than 1e-6: losses are scaled up to be told apart.
+_OBJECTIVE_SCALE = 1e6
+
 
 class _Choice(NamedTuple):
     """A binary variable: a student is plugged in (``group`` is empty), or ``owner`` runs a group at a count."""
@@ -36,20 +42,34 @@ class Planner:
         self.catalog = catalog
         self._choices = [*self._choices_of_blocks(), *self._choices_of_students()]
         self._rules = self._one_of_each()
-        self.plan = lru_cache(maxsize=1024)(self._plan)
+        self._remembered = lru_cache(maxsize=1024)(self._plan)
 
-    def _plan(self, ratio: float) -> Plan:
-        """The best plan of at most ``ratio`` times the dense model's parameters.
+    def plan(self, ratio: float) -> Plan:
+        """The best plan of at most ``ratio`` times the dense model's parameters; ratio 1 is the dense plan.
 
         Raises:
             ValueError: ``ratio`` is not in (0, 1], or below what the smallest plan needs.
         """
-        budget = check_ratio(ratio) * self.catalog.shape.dense_params
+        return self._remembered(check_ratio(ratio))
+
+    def _plan(self, ratio: float) -> Plan:
+        if ratio == 1:
+            return self.catalog.dense
         losses = np.array([choice.loss for choice in self._choices])
-        taken = self._solve(losses, budget)
-        if taken is None:
-            raise ValueError(f"ratio {ratio:g} is below the smallest plan of this checkpoint, {self.smallest:.4f}")
-        return self._assemble(taken)
+        budget = room = ratio * self.catalog.shape.dense_params
+        for _ in range(_TRIES):
+            taken = self._solve(losses, room)
+            if taken is None:
+                break
+            plan = self._assemble(taken)
+            excess = self.catalog.shape.params(plan) - budget
+            # The budget is a product of floats; the count of a plan is a whole number.
+            if excess <= 0.5:
+                return plan
+            room -= max(2 * excess, 2 * _ROW_TOLERANCE * max(choice.params for choice in self._choices))
+        # Rounded up, so that the ratio that is named can be had.
+        smallest = math.ceil(self.smallest * 1e4) / 1e4
+        raise ValueError(f"ratio {ratio:g} is below the smallest plan of this checkpoint, {smallest:.4f}")
 
     @property
     def smallest(self) -> float:
@@ -101,10 +121,10 @@ class Planner:
     def _solve(self, objective: np.ndarray, budget: float) -> list[_Choice] | None:
         params = np.array([[float(choice.params) for choice in self._choices]])
         room = budget - self.catalog.shape.outer_params
-        # Scaled, so that the solver's absolute tolerances (1e-7) mean the same for any model.
+        # Scaled, so that the solver's absolute tolerances mean the same for any model.
         scale = params.max()
         answer = milp(
-            objective / max(objective.max(), 1e-300),
+            objective * (_OBJECTIVE_SCALE / max(objective.max(), 1e-300)),
             constraints=[self._rules, LinearConstraint(csr_array(params / scale), -np.inf, room / scale)],
             integrality=np.ones(len(self._choices)),
             bounds=Bounds(0, 1),

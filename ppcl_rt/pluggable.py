@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ppcl_rt.catalog import Catalog, Shape
-from ppcl_rt.checkpoint import Checkpoint, locate, write_checkpoint
+from ppcl_rt.checkpoint import Checkpoint, line, locate, write_checkpoint
 from ppcl_rt.plan import Interval, Plan, Step, Width
 from ppcl_rt.planner import Planner, check_ratio
 from ppcl_rt.program import Program, ProgramStep
@@ -29,6 +29,9 @@ from ppcl_rt.schedule import Schedule
 _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=MappingProxyType({}))
 # Held while weights are read into a model. One for all: reading is rare, and a lock in a model could not be copied.
 _READING = threading.RLock()
+# Programs that are remembered; one is a tuple of references, a few kilobytes.
+_MOST_PROGRAMS = 256
+HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,9 @@ class Pluggable:
         """Dimensions of the dense model."""
         raise NotImplementedError
 
+    def adopt(self, block: Any) -> None:
+        """Give a block that joins the model what callers have set on the others."""
+
     # Choosing what runs.
 
     @property
@@ -121,7 +127,7 @@ class Pluggable:
 
     @property
     def plan(self) -> Plan:
-        """The plan that the next forward runs (with a schedule: that its next step runs)."""
+        """The plan that runs now; with a schedule, that of the step that ran last."""
         return self._program().plan
 
     def set_ratio(self, ratio: float) -> None:
@@ -151,7 +157,7 @@ class Pluggable:
         """
         for _, choice in schedule.phases:
             self._prepare(self._plan_of(choice))
-        self._schedule = schedule
+        self._schedule, self._active = schedule, None
         self._clocks.clear()
 
     @contextlib.contextmanager
@@ -205,6 +211,8 @@ class Pluggable:
                 self._make_resident(plan)
                 steps = tuple(ProgramStep(self._module(step), step.width, step.blocks) for step in plan.steps)
             program = self._programs[plan] = Program(plan, steps)
+            while len(self._programs) > _MOST_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
         return program
 
     # Weights.
@@ -240,7 +248,7 @@ class Pluggable:
             for path, _ in self.layout.outputs.values():
                 block.set_submodule(path, Absent())
             block.orders = self._read_orders(prefix)
-            block.train(self.training)  # type: ignore[attr-defined]
+            self.adopt(block)
             held = Width(0, 0, 0)
         else:
             held = block.width
@@ -267,7 +275,8 @@ class Pluggable:
             elif getattr(block.get_submodule(path), "in_features", 0) < count * block.orders[group].shape[1]:
                 fresh |= {f"{path}.{part}": read(f"{path}.{part}", count) for part in ("weight", "bias")}
         for name, tensor in fresh.items():
-            _assign(block, name, tensor)
+            _assign(block, name, tensor.requires_grad_(like.requires_grad))
+        block.train(self.training)  # type: ignore[attr-defined]
         home._modules[key] = block
         ordered = sorted(home._modules.items(), key=lambda item: int(item[0].split("-")[0]))
         home._modules.clear()
@@ -279,11 +288,11 @@ class Pluggable:
         orders = {}
         for group, count in self.catalog.shape.width._asdict().items():
             name = f"{prefix}order.{group}"
-            order = self._source.read(name).long() if name in self._source else torch.arange(count)
-            if not torch.equal(order.sort().values, torch.arange(count)):
+            order = self._source.read(name) if name in self._source else torch.arange(count)
+            if order.is_floating_point() or not torch.equal(order.long().sort().values, torch.arange(count)):
                 raise ValueError(f"{self._source.folder}: {name} is no permutation of 0..{count - 1}")
             unit = self.catalog.shape.head_dim if group == "heads" else 1
-            orders[group] = order[:, None] * unit + torch.arange(unit)
+            orders[group] = order.long()[:, None] * unit + torch.arange(unit)
         return orders
 
     @property
@@ -298,8 +307,12 @@ class Pluggable:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def trim(self) -> None:
-        """Drop blocks and students that the current plan (or a schedule's plans) does not run."""
-        choices = [choice for _, choice in self._schedule.phases] if self._schedule else [self.plan]
+        """Drop blocks and students that neither the plan or schedule set nor an enclosing `at` runs."""
+        choices: list[float | Plan] = [self.plan]
+        if self._schedule is not None:
+            choices += [choice for _, choice in self._schedule.phases]
+        elif self._active is not None:
+            choices.append(self._active.plan)
         steps = [step for choice in choices for step in self._plan_of(choice).steps]
         with _READING:
             wanted = {(id(home), key) for home, key in map(self._home, steps)}
@@ -334,6 +347,8 @@ class Pluggable:
         check_ratio(ratio)
         if resident not in ("plan", "all"):
             raise ValueError(f'resident is "plan" or "all", not {resident!r}')
+        if unknown := sorted(set(hub) - HUB_ARGUMENTS):
+            raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
         source = Checkpoint(locate(path, subfolder, **hub))
         model = cls._from_checkpoint(source, dtype, device)
         model.set_plan(plan if plan is not None else model.planner.plan(ratio))
@@ -351,8 +366,9 @@ class Pluggable:
             raise ValueError(f'{source.folder}: config.json has no "num_layers" of 1 or more')
         try:
             model: Any = cls(**{**init, "num_layers": 0})
-        except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-            raise ValueError(f"{source.folder}: config.json describes no {cls.stock_name}: {error}") from None
+        except Exception as error:
+            # Whatever a constructor that checks nothing trips over, it is the config that makes no sense.
+            raise ValueError(f"{source.folder}: config.json describes no {cls.stock_name}: {line(error)}") from None
         model.register_to_config(num_layers=depth, _name_or_path=str(source.folder))
         outer = model.state_dict()
         for name, tensor in outer.items():
@@ -425,11 +441,7 @@ class Pluggable:
             if kwargs.get(name) is not None:
                 raise ValueError(f"from_pretrained here takes no {name}: load first, then place or quantise the model")
         ours = {name: kwargs[name] for name in ("ratio", "plan", "device", "resident", "subfolder") if name in kwargs}
-        hub = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "revision", "token")
-            if kwargs.get(name) is not None
-        }
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
         return cls.load(pretrained_model_name_or_path, dtype=dtype, **ours, **hub)
 
@@ -447,7 +459,17 @@ class Pluggable:
             raise ValueError("safe_serialization=False would write pickle: checkpoints here are safetensors only")
         config = {**dict(self.config), "_class_name": self.stock_name}  # type: ignore[attr-defined]
         config.pop("_name_or_path", None)
-        write_checkpoint(save_directory, config, self.catalog, self.full_state(), max_shard_size)
+        catalog = write_checkpoint(save_directory, config, self.catalog, self.full_state(), max_shard_size)
+        if self._source is not None and Path(save_directory).resolve() == self._source.folder.resolve():
+            self._reopen(catalog)
+
+    def _reopen(self, catalog: Catalog) -> None:
+        """Go on with the checkpoint that was just written over the one that this model was loaded from."""
+        assert self._source is not None
+        plan = self.plan.model_copy(update={"checkpoint": catalog.fingerprint})
+        self._source, self._catalog, self._planner = Checkpoint(self._source.folder), catalog, None
+        self._programs.clear()
+        self.set_plan(plan)
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """All tensors of the checkpoint, heads and channels in stock order, in the model's dtype, on the CPU."""
@@ -496,6 +518,6 @@ def _assign(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
     if part == "weight" and tensor.ndim == 2 and (leaf not in home._modules or isinstance(home._modules[leaf], Absent)):
         home.add_module(leaf, nn.Linear(tensor.shape[1], tensor.shape[0], device="meta"))
     module = block.get_submodule(path)
-    setattr(module, part, nn.Parameter(tensor))
+    setattr(module, part, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
     if isinstance(module, nn.Linear) and part == "weight":
         module.out_features, module.in_features = tensor.shape

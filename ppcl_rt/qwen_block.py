@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import nn
 
@@ -129,6 +130,13 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
         if image.dtype == torch.float16:
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
         return text, image
+
+
+# diffusers' caches look blocks up by their exact class. They return (text, image).
+TransformerBlockRegistry.register(
+    PPCLQwenImageTransformerBlock,
+    TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
+)
 
 
 def as_real(rotation: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+
+# ModelMixin is for diffusers: a pipeline that loads a class of another package looks for it in the class's module.
+from diffusers import ModelMixin, QwenImageTransformer2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
@@ -48,6 +50,8 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         use_additional_t_cond: bool = False,
         use_layer3d_rope: bool = False,
     ) -> None:
+        if sum(axes_dims_rope) != attention_head_dim:
+            raise ValueError(f"axes_dims_rope {list(axes_dims_rope)} does not add up to heads of {attention_head_dim}")
         # No stock blocks: at 20B parameters, building them only to throw them away would take minutes.
         super().__init__(
             patch_size=patch_size,
@@ -88,6 +92,11 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             width=Width(config["num_attention_heads"], 4 * dim, 4 * dim),
             outer_params=outer_params,
         )
+
+    def adopt(self, block: Any) -> None:
+        """Take over the attention backend of the blocks that are there."""
+        for other in [*self.transformer_blocks, *self.students.values()]:
+            block.attn.processor._attention_backend = other.attn.processor._attention_backend
 
     def set_attn_processor(self, processor: Any) -> None:
         """Refuse a processor other than the stock one: attention over kept heads alone has no use for it.
