@@ -167,9 +167,10 @@ class Pluggable:
         Raises:
             ValueError: as `set_ratio` and `set_plan`, or not exactly one of the two was given.
         """
-        if (ratio is None) == (plan is None):
+        choice = ratio if plan is None else plan
+        if choice is None or (ratio is not None and plan is not None):
             raise ValueError("at() takes a ratio or a plan: give one of them")
-        program = self._prepare(plan if plan is not None else self.planner.plan(ratio))
+        program = self._prepare(self._plan_of(choice))
         token = _CHOSEN.set({**_CHOSEN.get(), id(self): program})
         try:
             yield self
