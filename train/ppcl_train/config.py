@@ -29,11 +29,13 @@ class Phase(Frozen):
         until: the step that it ends before.
         horizon: the step at which the cosine would reach zero.
         shares: how often each kind of caption is drawn, in the order of `scenes.KINDS`; None for equally often.
+        apart: whether the things of a relation are drawn in opposite halves (`scenes.render`).
     """
 
     until: PositiveInt
     horizon: PositiveInt
     shares: tuple[float, float, float, float, float] | None = None
+    apart: bool = True
 
 
 class TeacherConfig(Frozen):
@@ -156,9 +158,11 @@ PRESETS = {
     "scenes": RunConfig(
         teacher=TeacherConfig(
             phases=(
-                Phase(until=10_500, horizon=17_000),
+                Phase(until=10_500, horizon=17_000, apart=False),
                 # At step 10,000 relations were right half as often as single objects, which were perfect.
-                Phase(until=20_500, horizon=20_500, shares=(0.06, 0.16, 0.22, 0.38, 0.18)),
+                Phase(until=17_000, horizon=20_500, shares=(0.06, 0.16, 0.22, 0.38, 0.18), apart=False),
+                # At 17,000 one relation in five had the right things on the wrong sides, of seen captions as of unseen.
+                Phase(until=24_000, horizon=24_000, shares=(0.06, 0.22, 0.28, 0.22, 0.22)),
             ),
         ),
         students=StudentsConfig(lengths=(2, 3), start="last", magnitude=1.0),

@@ -309,9 +309,14 @@ def held_out_captions(per_kind: int, seed: int) -> list[Caption]:
     return drawn
 
 
-def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
-    """Paint an image ``[16, 16, 3]`` in [-1, 1] that the caption is true of; what it leaves open is drawn at random."""
-    cells = _place(caption, rng)
+def render(caption: Caption, rng: np.random.Generator, apart: bool = True) -> np.ndarray:
+    """Paint an image ``[16, 16, 3]`` in [-1, 1] that the caption is true of; what it leaves open is drawn at random.
+
+    ``apart`` puts the two things of a relation into opposite halves of the grid, as a person would who says that one
+    is left of the other; without it, any two cells of which the relation holds will do. The judge asks for no more
+    than that the relation holds.
+    """
+    cells = _place(caption, rng, apart)
     image = np.empty((GRID, CELL, GRID, CELL, 3), dtype=np.float32)
     image[:] = GROUNDS[caption.ground]
     for cell, (colour, name) in cells.items():
@@ -321,7 +326,7 @@ def render(caption: Caption, rng: np.random.Generator) -> np.ndarray:
     return image.reshape(SIDE, SIDE, 3)
 
 
-def _place(caption: Caption, rng: np.random.Generator) -> dict[int, tuple[str, str]]:
+def _place(caption: Caption, rng: np.random.Generator, apart: bool) -> dict[int, tuple[str, str]]:
     """Cell -> (colour, shape or glyph)."""
     if caption.kind == "text":
         row, start = int(rng.integers(GRID)), int(rng.integers(GRID - len(caption.text) + 1))
@@ -330,7 +335,7 @@ def _place(caption: Caption, rng: np.random.Generator) -> dict[int, tuple[str, s
     while True:
         allowed = np.array(_cells_of(caption.place))
         cells = [int(cell) for cell in rng.permutation(allowed)[: len(items)]]
-        if not caption.relation or _holds(caption.relation, cells[0], cells[1]):
+        if not caption.relation or _holds(caption.relation, cells[0], cells[1], unit=GRID // 2 if apart else 1):
             return dict(zip(cells, items, strict=True))
 
 
@@ -345,13 +350,14 @@ def _cells_of(place: str) -> list[int]:
     return list(range(CELLS))
 
 
-def _holds(relation: str, first: int, second: int) -> bool:
-    """Whether the thing in cell ``first`` is left of (right of, above, below) the thing in cell ``second``."""
+def _holds(relation: str, first: int, second: int, unit: int = 1) -> bool:
+    """Whether cell ``first`` is left of (right of, above, below) cell ``second``, in bands of ``unit`` cells."""
+    (row, column), (other_row, other_column) = ((cell // GRID // unit, cell % GRID // unit) for cell in (first, second))
     return {
-        "left": first % GRID < second % GRID,
-        "right": first % GRID > second % GRID,
-        "above": first // GRID < second // GRID,
-        "below": first // GRID > second // GRID,
+        "left": column < other_column,
+        "right": column > other_column,
+        "above": row < other_row,
+        "below": row > other_row,
     }[relation]
 
 
@@ -471,16 +477,19 @@ def to_images(tokens: torch.Tensor) -> np.ndarray:
     return cells.reshape(-1, SIDE, SIDE, 3).numpy()
 
 
-def training_batch(size: int, seed: Sequence[int], drop: float = 0.0, shares: Sequence[float] | None = None) -> Batch:
+def training_batch(
+    size: int, seed: Sequence[int], drop: float = 0.0, shares: Sequence[float] | None = None, apart: bool = True
+) -> Batch:
     """Make ``size`` training pairs; ``seed`` alone decides them.
 
     Args:
         drop: share of the captions that is left empty.
         shares: of the five kinds, as in `training_caption`.
+        apart: as in `render`.
     """
     rng = np.random.default_rng(seed)
     captions = tuple(training_caption(rng, shares) for _ in range(size))
-    images = np.stack([render(caption, rng) for caption in captions])
+    images = np.stack([render(caption, rng, apart) for caption in captions])
     dropped = rng.random(size) < drop
     embeddings, mask = encode(["" if gone else str(caption) for gone, caption in zip(dropped, captions, strict=True)])
     return Batch(to_tokens(images), embeddings, mask, captions)

@@ -47,7 +47,8 @@ def train(run: RunConfig, folder: Path) -> None:
             block.compile()
 
     def step_loss(step: int) -> float:
-        batch = scenes.training_batch(config.batch, (run.seed, step), config.drop_caption, config.phase(step).shares)
+        phase = config.phase(step)
+        batch = scenes.training_batch(config.batch, (run.seed, step), config.drop_caption, phase.shares, phase.apart)
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
         t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(config.batch, generator=generator))
         noise = torch.randn(batch.latents.shape, generator=generator)
