@@ -516,6 +516,11 @@ def _assign(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, part = name.rpartition(".")
     parent, _, leaf = path.rpartition(".")
     home = block.get_submodule(parent)
+    old = getattr(home._modules.get(leaf), part, None) if leaf else None
+    if isinstance(old, nn.Parameter) and not old.is_meta:
+        # What is resident may have been trained since: a block grows around it.
+        with torch.no_grad():
+            tensor[tuple(slice(size) for size in old.shape)] = old
     if part == "weight" and tensor.ndim == 2 and (leaf not in home._modules or isinstance(home._modules[leaf], Absent)):
         home.add_module(leaf, nn.Linear(tensor.shape[1], tensor.shape[0], device="meta"))
     module = block.get_submodule(path)

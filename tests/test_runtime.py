@@ -502,3 +502,17 @@ def test_bad_arguments(made, build_inputs, model):
         ppcl_rt.load(made.folder, resident="some")
     with pytest.raises((ValueError, TypeError)):
         ppcl_rt.load(made.folder, resdient="all")
+
+
+def test_growing_keeps_what_was_trained(made):
+    """A block that was changed in memory grows around the change instead of reading over it."""
+    small = made.plan(ppcl_rt.Step(blocks=ppcl_rt.Interval(0, 0), width=ppcl_rt.Width(1, 17, 31)))
+    model = ppcl_rt.load(made.folder, plan=small)
+    with torch.no_grad():
+        for parameter in model.transformer_blocks.parameters():
+            parameter.fill_(7.0)
+    model.set_ratio(1.0)
+    block = model.transformer_blocks[0]
+    up, down = block.img_mlp.net[0].proj, block.img_mlp.net[2]
+    assert (up.weight[:17] == 7).all() and not (up.weight[17:] == 7).any()
+    assert (down.weight[:, :17] == 7).all() and not (down.weight[:, 17:] == 7).any()
