@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up .venv first; nothing else has to be run before them.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || command -v python3)
+# The first that really runs (a version manager may leave stubs of versions that are not there).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 # Pinned so that everybody tests the same torch; the package itself takes 2.11 and up.
 TORCH ?= torch==2.13.0
 VENV := .venv

@@ -201,16 +201,19 @@ def write_checkpoint(
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:
-    """Rename ``partial`` to ``folder``; where that holds other files (a log, a card), only the checkpoint's go."""
+    """Rename ``partial`` to ``folder``; of what was there, all but the old checkpoint's files stay (a log, a card)."""
     if not folder.exists():
         partial.rename(folder)
         return
-    new = {path.name for path in partial.iterdir()}
-    for path in partial.iterdir():
-        os.replace(path, folder / path.name)
-    for path in folder.glob("diffusion_pytorch_model*"):
-        if path.name not in new:
-            path.unlink()
+    # The old folder is whole under this name until the new one is in place.
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    partial.rename(folder)
+    for path in old.iterdir():
+        if path.name != CONFIG and not path.name.startswith("diffusion_pytorch_model"):
+            os.replace(path, folder / path.name)
+    shutil.rmtree(old)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -39,9 +39,11 @@ PlanFile = Annotated[Path | None, typer.Option(help="a plan written by `ppcl pla
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Device = Annotated[str, typer.Option(help="torch device")]
 
-# Click's base class of wrong usage. Newer typers carry a click of their own, so it is found through typer.
-_UsageError: Any = typer.BadParameter.__mro__[2]
+# Newer typers carry a click of their own, so click's base class of what a user did wrong is found through typer.
+_ClickException: Any = typer.BadParameter.__mro__[2]
 
+# Columns that tables need; narrower terminals wrap lines, which is better than cut numbers.
+_TABLE_WIDTH = 150
 # Forwards that a time is the median of, after one that is not counted.
 _TIMED = 7
 _TIMED_BATCH = 64
@@ -53,7 +55,7 @@ def main() -> None:
         app.add_typer(entry.load(), name=entry.name)
     try:
         status = app(standalone_mode=False)
-    except _UsageError as error:
+    except _ClickException as error:
         status = _complain(error.format_message())
     except typer.Abort:
         status = 130
@@ -86,14 +88,14 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     table = Table("stands for", "copied from", "loss", title="students")
     for student in catalog.students:
         table.add_row(str(student.interval), str(student.start), f"{student.loss:.5f}")
-    Console().print(table)
+    _print(table)
     table = Table("block", *ppcl_rt.Width._fields, title="widths (loss)")
     for block, widths in enumerate(catalog.blocks):
         table.add_row(
             str(block),
             *("  ".join(f"{n} ({loss:.4f})" for n, loss in widths.of(group)) for group in ppcl_rt.Width._fields),
         )
-    Console().print(table)
+    _print(table)
 
 
 @app.command()
@@ -105,14 +107,14 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show the plan with the least predicted loss at a ratio."""
-    catalog = _catalog(checkpoint)
-    made = ppcl_rt.Planner(catalog).plan(ratio)
-    if out is not None:
-        with _writing(out) as beside:
-            beside.write_text(made.to_json() + "\n")
-    if picture is not None:
-        with _writing(picture) as beside:
-            draw_plan(catalog, made).save(beside, format="PNG")
+    with contextlib.ExitStack() as files:
+        beside_out, beside_picture = (files.enter_context(_writing(path)) if path else None for path in (out, picture))
+        catalog = _catalog(checkpoint)
+        made = ppcl_rt.Planner(catalog).plan(ratio)
+        if beside_out is not None:
+            beside_out.write_text(made.to_json() + "\n")
+        if beside_picture is not None:
+            draw_plan(catalog, made).save(beside_picture, format="PNG")
     if as_json:
         print(made.to_json())
         return
@@ -158,11 +160,8 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Judge samples at several ratios, and say what each costs."""
-    asked = [_number(text) for text in ratios.split(",")]
     with _writing(json_file) if json_file else contextlib.nullcontext() as beside:
-        planner = ppcl_rt.Planner(_catalog(checkpoint))
-        for ratio in asked:
-            planner.plan(ratio)
+        asked = _ratios(ratios, checkpoint)
         results = []
         for ratio in asked:
             model, task = _load(checkpoint, ratio, None, device)
@@ -174,7 +173,7 @@ def evaluate(
             )
         if beside is not None:
             beside.write_text(json.dumps(results, indent=1) + "\n")
-    Console().print(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
+    _print(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
 
 
 @app.command()
@@ -187,8 +186,8 @@ def demo(
     device: Device = "cpu",
 ) -> None:
     """Draw the same prompts and seeds at several ratios, and print what each costs and scores."""
-    asked = [_number(text) for text in ratios.split(",")]
     with _writing(out) as beside:
+        asked = _ratios(ratios, checkpoint)
         rows, results = [], []
         for ratio in asked:
             model, task = _load(checkpoint, ratio, None, device)
@@ -196,8 +195,13 @@ def demo(
             results.append({"ratio": ratio, **_costs(model, task), **task.judge(model, prompts, seed)})
             print(f"ratio {ratio:g}: drawn and judged", flush=True)
         grid(rows, list(task.demo_prompts), [f"ratio {ratio:g}" for ratio in asked]).save(beside, format="PNG")
-    Console().print(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
+    _print(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
     print(f"wrote {out}")
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    Console(width=max(_TABLE_WIDTH, console.width)).print(table)
 
 
 def _catalog(checkpoint: str) -> ppcl_rt.Catalog:
@@ -210,19 +214,26 @@ def _catalog(checkpoint: str) -> ppcl_rt.Catalog:
 def _load(checkpoint: str, ratio: float, plan: Path | None, device: str) -> tuple[Any, Task]:
     """A model in float32 (scores are compared across machines), and its task."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError):
+        # Reads a value back, which a device without memory (meta) cannot.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError):
         raise ValueError(f"there is no device {device} here") from None
     chosen = Plan.read(plan) if plan is not None else None
     model = ppcl_rt.load(checkpoint, ratio, plan=chosen, dtype=torch.float32, device=device)
     return model, task_of(model.catalog)
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f'a ratio is a number above 0 and up to 1, not "{text.strip()}"') from None
+def _ratios(text: str, checkpoint: str) -> list[float]:
+    """Ratios with commas between, each of which the checkpoint has a plan for."""
+    planner = ppcl_rt.Planner(_catalog(checkpoint))
+    ratios = []
+    for part in text.split(","):
+        try:
+            ratios.append(float(part))
+        except ValueError:
+            raise ValueError(f'a ratio is a number above 0 and up to 1, not "{part.strip()}"') from None
+        planner.plan(ratios[-1])
+    return ratios
 
 
 def _costs(model: Any, task: Task) -> dict[str, Any]:
@@ -285,7 +296,9 @@ def _writing(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: at once, where ``path`` cannot be written.
     """
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    path = path.resolve()
+    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    if not writable or (path.exists() and not path.is_file()):
         raise ValueError(f"cannot write {path}: name a file in a folder that exists and can be written to")
     beside = path.with_name(f".{path.name}.partial")
     try:

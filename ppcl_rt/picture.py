@@ -5,20 +5,20 @@ from __future__ import annotations
 from PIL import Image, ImageDraw
 
 from ppcl_rt.catalog import Catalog
-from ppcl_rt.plan import Plan, Width
+from ppcl_rt.plan import Plan
 
 # Pixels that a pixel of a small sample is drawn with.
 _ZOOM = 12
 _COLUMN, _GAP, _LEFT, _TOP = 46, 6, 86, 26
-_HEIGHTS = Width(heads=66, image=88, text=88)
+_HEIGHTS = {"heads": 66, "image": 88, "text": 88}
 _KEPT, _STUDENT, _REMOVED = (66, 113, 176), (214, 125, 44), (228, 228, 228)
-_LABELS = Width(heads="heads", image="image MLP", text="text MLP")  # type: ignore[arg-type]
+_LABELS = {"heads": "heads", "image": "image MLP", "text": "text MLP"}
 
 
 def draw_plan(catalog: Catalog, plan: Plan) -> Image.Image:
     """Draw a plan: a column a block, filled as far as its heads and channels are kept; students span their interval."""
     depth = plan.depth
-    height = _TOP + sum(_HEIGHTS) + 3 * _GAP + 40
+    height = _TOP + sum(_HEIGHTS.values()) + 3 * _GAP + 40
     sheet = Image.new("RGB", (_LEFT + depth * (_COLUMN + _GAP) + _GAP, height), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -28,8 +28,8 @@ def draw_plan(catalog: Catalog, plan: Plan) -> Image.Image:
     for block in range(depth):
         pen.text((left(block) + _COLUMN // 2 - 6, 6), str(block), fill="black")
     top = _TOP
-    for group, tall in _HEIGHTS._asdict().items():
-        pen.text((4, top + tall // 2 - 6), getattr(_LABELS, group), fill="black")
+    for group, tall in _HEIGHTS.items():
+        pen.text((4, top + tall // 2 - 6), _LABELS[group], fill="black")
         for block in range(depth):
             pen.rectangle((left(block), top, left(block) + _COLUMN, top + tall), fill=_REMOVED)
         for step in plan.steps:

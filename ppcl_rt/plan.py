@@ -67,6 +67,11 @@ class Interval:
         """The interval as a part of a tensor name: ``3-5``."""
         return f"{self.first}-{self.last}"
 
+    @classmethod
+    def of_key(cls, key: str) -> Interval:
+        """Undo `key`."""
+        return cls(*map(int, key.split("-")))
+
 
 class Frozen(BaseModel):
     """Immutable, validated, JSON both ways; unknown keys are refused."""

@@ -458,9 +458,7 @@ class Pluggable:
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickle: checkpoints here are safetensors only")
-        config = {**dict(self.config), "_class_name": self.stock_name}  # type: ignore[attr-defined]
-        config.pop("_name_or_path", None)
-        catalog = write_checkpoint(save_directory, config, self.catalog, self.full_state(), max_shard_size)
+        catalog = write_checkpoint(save_directory, self.stock_config, self.catalog, self.full_state(), max_shard_size)
         if self._source is not None and Path(save_directory).resolve() == self._source.folder.resolve():
             self._reopen(catalog)
 
@@ -471,6 +469,13 @@ class Pluggable:
         self._source, self._catalog, self._planner = Checkpoint(self._source.folder), catalog, None
         self._programs.clear()
         self.set_plan(plan)
+
+    @property
+    def stock_config(self) -> dict[str, Any]:
+        """What diffusers' class is built from, as ``config.json`` has it."""
+        config = {**dict(self.config), "_class_name": self.stock_name}  # type: ignore[attr-defined]
+        config.pop("_name_or_path", None)
+        return config
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """All tensors of the checkpoint, heads and channels in stock order, in the model's dtype, on the CPU."""

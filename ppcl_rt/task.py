@@ -38,11 +38,14 @@ def task_of(catalog: Catalog) -> Task:
     Raises:
         ValueError: it names none, or one that is not installed.
     """
-    if catalog.task is None or "name" not in catalog.task:
+    if catalog.task is None or not isinstance(catalog.task.get("name"), str):
         raise ValueError("this checkpoint names no task that could sample or judge it: use it in a diffusers pipeline")
     found = {entry.name: entry for entry in entry_points(group="ppcl.tasks")}
     name = catalog.task["name"]
     if name not in found:
         raise ValueError(f'the task "{name}" is not installed; there are: {", ".join(found) or "none"}')
-    task: Task = found[name].load()(**{key: value for key, value in catalog.task.items() if key != "name"})
+    try:
+        task: Task = found[name].load()(**{key: value for key, value in catalog.task.items() if key != "name"})
+    except TypeError as error:
+        raise ValueError(f'the checkpoint\'s settings of its task "{name}" are not what it takes: {error}') from None
     return task

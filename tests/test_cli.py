@@ -27,7 +27,6 @@ def ppcl(monkeypatch, capsys):
         return int(stopped.value.code or 0), said.out, said.err
 
     # The program adds its plug-ins every time that it starts; here it starts often.
-    monkeypatch.setattr(cli, "app", cli.app)
     groups = list(cli.app.registered_groups)
     yield run
     cli.app.registered_groups[:] = groups
@@ -65,7 +64,7 @@ def test_sample_takes_a_plan(ppcl, tmp_path):
     status, out, err = ppcl(
         "sample", CHECKPOINT, "--plan", tmp_path / "p.json", "--prompt", "a red ring", "--out", tmp_path / "x.png"
     )
-    assert (status == 0 and "ratio 0.5" in out) or "ratio 0.6" in out, err
+    assert status == 0 and "at ratio 0.5" in out, err
 
 
 def test_eval_writes_what_it_promises(ppcl, tmp_path):
@@ -109,6 +108,15 @@ BAD = {
     "bad setting": ("train", "run", "--set", "students.steps=many", "--out", "run"),
     "setting without value": ("train", "run", "--set", "students.steps", "--out", "run"),
     "no teacher": ("train", "run", "--teacher", "/nowhere/teacher.safetensors", "--out", "run"),
+    "a plan beside a picture that cannot be": ("plan", CHECKPOINT, "--out", "p.json", "--picture", "/nowhere/x.png"),
+    "a folder as a picture": ("sample", CHECKPOINT, "--prompt", "a red ring", "--out", "/tmp"),
+    "no whole teacher": ("train", "run", "--teacher", __file__, "--out", "run"),
+    "shares that do not sum to 1": (
+        *("train", "run", "--out", "run", "--set"),
+        'teacher.phases=[{"until": 1, "horizon": 1, "shares": [1, 1, 1, 1, 1]}]',
+    ),
+    "an architecture of nothing": ("train", "run", "--set", 'teacher.architecture={"foo": 1}', "--out", "run"),
+    "more than all channels": ("train", "run", "--set", "width.channels=[1.5]", "--out", "run"),
     "no run": ("train", "status", "--out", "run"),
     "no folder to write to": ("sample", CHECKPOINT, "--prompt", "a red ring", "--out", "/nowhere/x.png"),
     "json into no folder": ("eval", CHECKPOINT, "--prompts", "10", "--json", "/nowhere/out.json"),

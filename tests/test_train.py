@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def test_compensation_restores_what_the_kept_inputs_determine():
 
 
 def test_importance_is_the_share_of_the_output():
+    torch.manual_seed(4)
     layer, x = nn.Linear(6, 5, bias=False), torch.randn(100, 6)
     fit = LeastSquares(6)
     fit.add(x)
@@ -175,6 +177,30 @@ def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finish
     assert compensated < 0.8 * (plain(**given.call)[0] - dense).square().mean()
 
 
+def test_a_draft_that_a_kill_left_broken_is_made_again(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in ("sensitivities.json", "checkpoint/config.json"):
+        (folder / name).unlink()
+    (folder / "draft" / "config.json").write_text("{")
+    pipeline.run_stages(TINY, folder)
+    again, before = (read_tensors(f / "checkpoint/diffusion_pytorch_model.safetensors") for f in (folder, finished))
+    assert again.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in again.items())
+
+
+def test_a_teacher_of_another_architecture_is_refused(finished, tmp_path):
+    for changes in ({"teacher.architecture": {**ARCHITECTURE, "num_layers": 5}}, {"students.steps": 9}):
+        config = with_changes(TINY, changes)
+        if "students.steps" in changes:
+            # The same architecture is taken, into a run of another config.
+            pipeline.begin(config, tmp_path / "b", finished / "teacher.safetensors")
+            assert pipeline.is_done(pipeline.STAGES[0], tmp_path / "b")
+        else:
+            with pytest.raises(ValueError, match="other tensors"):
+                pipeline.begin(config, tmp_path / "a", finished / "teacher.safetensors")
+            assert not (tmp_path / "a").exists()
+
+
 def test_a_finished_run_does_nothing_when_run_again(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     pipeline.run_stages(TINY, finished)
@@ -203,7 +229,6 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_state(tmp_path):
 RUN = """
 import sys, torch
 from pathlib import Path
-from ppcl_rt.plan import read_json
 from ppcl_train import pipeline
 from ppcl_train.config import RunConfig
 torch.set_num_threads(1)

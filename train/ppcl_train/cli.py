@@ -48,7 +48,7 @@ def _begin(preset: str, out: Path, teacher: Path | None, changes: list[str] | No
     else:
         config = config_of(preset, changes)
     begin(config, out, teacher)
-    return config
+    return read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
 
 
 @app.command()

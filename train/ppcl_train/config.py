@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from ppcl_rt.checkpoint import line
 from ppcl_rt.plan import Frozen
+from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_train import scenes
 from ppcl_train.sampling import Sampler
 
@@ -37,6 +40,13 @@ class Phase(Frozen):
     shares: tuple[float, float, float, float, float] | None = None
     apart: bool = True
 
+    @field_validator("shares")
+    @classmethod
+    def _sum_to_one(cls, shares: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if shares is not None and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+            raise ValueError(f"shares are 0 or more and sum to 1, not {shares}")
+        return shares
+
 
 class TeacherConfig(Frozen):
     """How the dense model is trained from nothing; ``architecture`` is what diffusers' class takes."""
@@ -54,6 +64,18 @@ class TeacherConfig(Frozen):
     compile: bool = True
     judge_every: PositiveInt = 2000
     judge_per_kind: PositiveInt = 50
+
+    @field_validator("architecture")
+    @classmethod
+    def _builds(cls, architecture: dict[str, Any]) -> dict[str, Any]:
+        try:
+            with torch.device("meta"):
+                model = PPCLQwenImageTransformer2DModel(**architecture)
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"this architecture cannot be built: {line(error)}") from None
+        if model.config.num_layers < 2:
+            raise ValueError("compressing takes a num_layers of 2 or more")
+        return architecture
 
     @field_validator("phases")
     @classmethod
@@ -112,11 +134,14 @@ class TuneConfig(Frozen):
     warmup: int = 20
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 class WidthConfig(Frozen):
     """Rank orders and least-squares compensation, at these shares of the heads and channels."""
 
-    heads: tuple[float, ...] = (0.84, 0.67, 0.5)
-    channels: tuple[float, ...] = (0.75, 0.5, 0.25)
+    heads: tuple[Share, ...] = (0.84, 0.67, 0.5)
+    channels: tuple[Share, ...] = (0.75, 0.5, 0.25)
     samples: PositiveInt = 2048
     ridge: PositiveFloat = 1e-4
 
@@ -138,7 +163,7 @@ class RunConfig(Frozen):
     """
 
     task: Literal["scenes"] = "scenes"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     # t = sigmoid(mean + std * normal), t = 1 is noise.
     time_mean: float = 0.4
     time_std: PositiveFloat = 1.2

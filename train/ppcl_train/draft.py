@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def write_draft(
                 for group, counts in widths.items()
             }
         )
-    intervals = sorted({Interval(*map(int, name.split(".")[1].split("-"))) for name in students})
+    intervals = sorted({Interval.of_key(name.split(".")[1]) for name in students})
     catalog = Catalog(
         family=teacher.family,
         shape=shape,
@@ -44,7 +45,7 @@ def write_draft(
         students=tuple(
             Student(
                 interval=interval,
-                start=interval.first if run.students.start == "first" else interval.last,
+                start=start_of(run, interval),
                 loss=_UNMEASURED,
                 widths=options,
             )
@@ -55,14 +56,14 @@ def write_draft(
     )
     tensors = {**teacher.full_state(), **students, **(width or {})}
     stored = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    return ppcl_rt.write_checkpoint(folder / "draft", stock_config(teacher), catalog, stored)
+    # What an earlier stage left is of no more use, and where there is nothing to replace, one rename does it.
+    shutil.rmtree(folder / "draft", ignore_errors=True)
+    return ppcl_rt.write_checkpoint(folder / "draft", teacher.stock_config, catalog, stored)
 
 
-def stock_config(model: Any) -> dict[str, Any]:
-    """What diffusers' class is built from."""
-    config = {**dict(model.config), "_class_name": model.stock_name}
-    config.pop("_name_or_path", None)
-    return config
+def start_of(run: RunConfig, interval: Interval) -> int:
+    """The teacher block that an interval's student is copied from."""
+    return interval.first if run.students.start == "first" else interval.last
 
 
 def open_draft(folder: Path) -> Any:

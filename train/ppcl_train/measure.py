@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ppcl_train import states
 from ppcl_train.config import RunConfig
 from ppcl_train.draft import open_draft, write_draft
 from ppcl_train.runs import Log, read_tensors, write_json
+from ppcl_train.teacher import load
 from ppcl_train.width import legal_counts
 
 # Losses are kept above this: a choice that measures as free is still a choice, and the dense plan loses exactly 0.
@@ -30,7 +32,7 @@ def sensitivities(run: RunConfig, folder: Path) -> None:
     width = read_tensors(folder / "width.safetensors")
     students = read_tensors(folder / "tuned.safetensors")
     storage = getattr(torch, run.storage)
-    full = ppcl_rt.load(folder / "draft").catalog.shape.width
+    full = load(run, folder).catalog.shape.width
     catalog = write_draft(run, folder, students, width, legal_counts(run, full), storage)
     model = open_draft(folder)
     given = list(states.batches(run, run.measure.samples, states.MEASURE))
@@ -77,7 +79,7 @@ def sensitivities(run: RunConfig, folder: Path) -> None:
 def pack(run: RunConfig, folder: Path) -> None:
     """Put the measured catalog and the tensors together; writes ``checkpoint/``.
 
-    Students that no plan between ratio 1 and the smallest takes are left out.
+    Students that no plan takes are left out (`used_students`).
     """
     log = Log(folder, "pack")
     source = Checkpoint(folder / "draft")
@@ -95,8 +97,9 @@ def pack(run: RunConfig, folder: Path) -> None:
 
 
 def used_students(catalog: Catalog) -> set[Interval]:
-    """Intervals whose student some plan takes, over ratios in steps of 0.01."""
+    """Intervals whose student some plan takes: the smallest plan, or one at a ratio in steps of 0.005."""
     planner = ppcl_rt.Planner(catalog)
-    smallest = planner.smallest
-    plans = [planner.plan(percent / 100) for percent in range(100, 0, -1) if percent / 100 >= smallest]
+    smallest = math.ceil(planner.smallest * 1e4) / 1e4
+    ratios = [smallest, *(n / 200 for n in range(200, 0, -1) if n / 200 > smallest)]
+    plans = [planner.plan(ratio) for ratio in ratios]
     return {step.blocks for plan in plans for step in plan.steps if step.student}

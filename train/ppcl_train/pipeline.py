@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import platform
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from ppcl_rt.plan import read_json
 from ppcl_train import measure, probes, students, teacher, width
 from ppcl_train.config import RunConfig
-from ppcl_train.runs import read_note, write_json
+from ppcl_train.runs import replacing, write_json
 
 
 class Stage(NamedTuple):
@@ -50,20 +51,19 @@ def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> 
         before = read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
         if difference := _difference(before.model_dump(), config.model_dump()):
             raise ValueError(f"{folder} was begun with {difference}: go on with that, or choose another --out")
+    trained = folder / STAGES[0].output
     if teacher_file is not None:
-        if not teacher_file.is_file():
-            raise ValueError(f"there is no teacher at {teacher_file}")
-        note = read_note(teacher_file)
-        if note.get("architecture") != config.teacher.architecture:
-            raise ValueError(f"{teacher_file} has another architecture than this config asks for")
+        teacher.check(config, teacher_file)
+        if trained.exists() and not filecmp.cmp(trained, teacher_file, shallow=False):
+            raise ValueError(f"{folder} has another teacher already: choose another --out")
     if not stored.exists():
         folder.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
         write_json(folder / "versions.json", versions)
         write_json(stored, config.model_dump(mode="json"))
-    if teacher_file is not None and not (folder / STAGES[0].output).exists():
-        shutil.copyfile(teacher_file, folder / ".teacher.partial")
-        (folder / ".teacher.partial").replace(folder / STAGES[0].output)
+    if teacher_file is not None and not trained.exists():
+        with replacing(trained) as beside:
+            shutil.copyfile(teacher_file, beside)
 
 
 def is_done(stage: Stage, folder: Path) -> bool:
@@ -85,8 +85,8 @@ def run_stages(config: RunConfig, folder: Path, last: str = STAGES[-1].name) -> 
 def _difference(before: Any, now: Any, path: str = "") -> str:
     """The first setting that differs, as ``name = value``; ``""`` where none does."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in before:
-            if found := _difference(before[key], now.get(key), f"{path}.{key}" if path else key):
+        for key in {**before, **now}:
+            if found := _difference(before.get(key), now.get(key), f"{path}.{key}" if path else key):
                 return found
         return ""
     return "" if before == now else f"{path} = {before}"

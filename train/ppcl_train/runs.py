@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+from ppcl_rt.checkpoint import line
 
 
 @contextlib.contextmanager
@@ -46,14 +48,23 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], note: Mapping
 
 def read_note(path: Path) -> dict[str, Any]:
     """Read the note of a file that `write_tensors` wrote."""
-    with safe_open(path, framework="pt") as file:
+    with _whole(path), safe_open(path, framework="pt") as file:
         note: dict[str, Any] = json.loads((file.metadata() or {}).get("note", "{}"))
     return note
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read all tensors of a file."""
-    return load_file(path)
+    with _whole(path):
+        return load_file(path)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({line(error)}): delete it or bring it back") from None
 
 
 class Log:
@@ -65,10 +76,10 @@ class Log:
 
     def __call__(self, **values: Any) -> None:
         """Write down some values."""
-        line = {**values, "seconds": round(time.monotonic() - self._start, 1)}
+        event = {**values, "seconds": round(time.monotonic() - self._start, 1)}
         with self._path.open("a") as file:
-            file.write(json.dumps({"stage": self._stage, **line}) + "\n")
-        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items())
+            file.write(json.dumps({"stage": self._stage, **event}) + "\n")
+        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in event.items())
         print(f"{self._stage:>9}  {'  '.join(shown)}", flush=True)
 
 

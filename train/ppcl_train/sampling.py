@@ -71,7 +71,8 @@ def judged(
     model: nn.Module, sampler: Sampler, captions: Sequence[scenes.Caption], seed: int, batch: int = 250
 ) -> np.ndarray:
     """Sample every caption once and return the share of it that came out right, ``[N]``."""
-    noise = noise_for(len(captions), seed)
+    like = next(model.parameters())
+    noise = noise_for(len(captions), seed).to(like)
     shares = []
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]

@@ -42,11 +42,6 @@ class ScenesTask:
         images = scenes.to_images(self.sampler.sample(model, prompts, noise))
         return [Image.fromarray(pixels) for pixels in ((images + 1) / 2 * 255 + 0.5).astype(np.uint8)]
 
-    def shares(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> list[float]:
-        """Share of each request that a picture fulfils, in [0, 1]."""
-        pixels = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / 255 * 2 - 1
-        return list(map(float, scenes.judge([scenes.Caption.parse(prompt) for prompt in prompts], pixels)))
-
     def example(self, batch: int) -> dict[str, Any]:
         """Arguments of one forward over ``batch`` samples."""
         made = scenes.training_batch(batch, (0, 0))

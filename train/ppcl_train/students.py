@@ -14,7 +14,7 @@ from torch import nn
 from ppcl_rt import Interval, Plan, Step, Streams, Width
 from ppcl_train import states
 from ppcl_train.config import RunConfig
-from ppcl_train.draft import open_draft, write_draft
+from ppcl_train.draft import open_draft, start_of, write_draft
 from ppcl_train.probes import rows
 from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_tensors
 from ppcl_train.teacher import load
@@ -79,11 +79,6 @@ def distil(run: RunConfig, folder: Path) -> None:
     write_tensors(folder / "students.safetensors", named, {"steps": config.steps})
 
 
-def start_of(run: RunConfig, interval: Interval) -> int:
-    """The teacher block that an interval's student is copied from."""
-    return interval.first if run.students.start == "first" else interval.last
-
-
 def adamw(named: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW as in the paper; biases and norms do not decay."""
     groups = [
@@ -108,6 +103,7 @@ def tune(run: RunConfig, folder: Path) -> None:
         named = {n: p for n, p in model.named_parameters() if n.startswith("students.")}
         intervals = [student.interval for student in model.catalog.students]
 
+        # On the predicted x_0: with v = (x - x_0) / t that is the velocity's error times t squared.
         def step_loss(step: int) -> float:
             batch = states.inputs(run, config.batch, states.TUNE + step)
             with torch.no_grad(), model.at(plan=model.catalog.dense):

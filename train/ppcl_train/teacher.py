@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,7 +44,9 @@ def train(run: RunConfig, folder: Path) -> None:
     model = initial(config, run.seed)
     parameters = dict(model.named_parameters())
     averages = {name: p.detach().clone() for name, p in parameters.items()}
-    if config.compile:
+    if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        log(compile="no C++ compiler here: training goes on uncompiled, slower")
+    elif config.compile:
         for block in model.transformer_blocks:
             block.compile()
 
@@ -79,6 +83,20 @@ def train(run: RunConfig, folder: Path) -> None:
         after_step=after_step,
     )
     write_tensors(folder / "teacher.safetensors", averages, {"architecture": config.architecture, "step": config.steps})
+
+
+def check(run: RunConfig, file: Path) -> None:
+    """Compare a file with the network that a config asks for.
+
+    Raises:
+        ValueError: no such file, or other tensors than the network's.
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no teacher at {file}")
+    with torch.device("meta"):
+        wanted = {n: p.shape for n, p in PPCLQwenImageTransformer2DModel(**run.teacher.architecture).named_parameters()}
+    if wanted != {name: tensor.shape for name, tensor in read_tensors(file).items()}:
+        raise ValueError(f"{file} holds other tensors than the teacher of this config has")
 
 
 def load(run: RunConfig, folder: Path) -> PPCLQwenImageTransformer2DModel:

@@ -54,9 +54,7 @@ def prune(run: RunConfig, folder: Path) -> None:
     blocks: dict[str, tuple[nn.Module, int]] = {
         f"transformer_blocks.{n}": (block, n) for n, block in enumerate(model.transformer_blocks)
     }
-    blocks |= {
-        f"students.{key}": (block, Interval(*map(int, key.split("-"))).first) for key, block in model.students.items()
-    }
+    blocks |= {f"students.{key}": (block, Interval.of_key(key).first) for key, block in model.students.items()}
     watchers = {prefix: OutputInputs(block, model.layout.outputs) for prefix, (block, _) in blocks.items()}
     for batch in states.batches(run, run.width.samples, states.WIDTH):
         passed = states.trace(model, batch)
@@ -110,11 +108,13 @@ def compensate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight ``[out, kept]`` and bias that reproduce a layer's output from some of its inputs with the least error.
 
-    With ``W`` the weight and bias side by side and ``G`` the Gram matrix of inputs and constant, the least-squares
-    solution is ``W G[:, K] G[K, K]^-1``, ``K`` the kept columns and the constant.
+    With ``W`` the weight and bias side by side, ``G`` the Gram matrix of inputs and constant, ``K`` the kept columns
+    and the constant, ``P`` the rest, the least-squares solution is ``W_K + W_P G[P, K] G[K, K]^-1``. It is written as
+    a change of what is kept, so that the ridge pulls towards the layer as it was, not towards zero.
     """
     columns = torch.cat([kept, torch.tensor([layer.in_features])])
     full = torch.cat([layer.weight, layer.bias[:, None]], dim=1).double()
-    target = full @ gram[:, columns]
-    solution = torch.linalg.solve(ridged(gram[columns][:, columns], ridge), target.T).T.float()
+    own = gram[columns][:, columns]
+    lost = full @ gram[:, columns] - full[:, columns] @ own
+    solution = (full[:, columns] + torch.linalg.solve(ridged(own, ridge), lost.T).T).float()
     return solution[:, :-1].contiguous(), solution[:, -1].contiguous()

@@ -1,0 +1,1 @@
+"""Training: from a stock model, or from nothing, to a pluggable checkpoint."""
