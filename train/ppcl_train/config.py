@@ -192,7 +192,7 @@ PRESETS = {
         ),
         students=StudentsConfig(lengths=(2, 3), start="last", magnitude=1.0),
         tune=TuneConfig(steps=1500),
-        sampler=Sampler(steps=16, shift=1.5, guidance=2.0),
+        sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
     ),
 }
 
