@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 
 import ppcl_rt
 from ppcl_rt.task import task_of
@@ -82,6 +83,8 @@ def test_forward(benchmark, dense, ratio):
 
 def test_stock_forward(benchmark, dense):
     """The baseline: diffusers' own class, same weights."""
+    # It names a thousand tensors that it does not know.
+    diffusers_logging.set_verbosity_error()
     stock = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT, torch_dtype=torch.float32).eval()
     task = task_of(dense.catalog)
     call = task.example(BATCH)
