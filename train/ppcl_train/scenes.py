@@ -297,12 +297,13 @@ def held_out_captions(per_kind: int, seed: int) -> list[Caption]:
     for kind in KINDS:
         rng = np.random.default_rng([seed, KINDS.index(kind)])
         found: dict[Caption, None] = {}
-        for _ in range(1000 * per_kind):
-            if len(found) == per_kind:
-                break
+        # Kinds have few captions or many; one is taken to be exhausted when so many draws in a row bring nothing new.
+        misses = 0
+        while len(found) < per_kind and misses < 10_000:
             caption = draw_caption(kind, rng)
-            if caption.held_out:
-                found[caption] = None
+            misses += 1
+            if caption.held_out and caption not in found:
+                found[caption], misses = None, 0
         if len(found) < per_kind:
             raise ValueError(f'there are only {len(found)} held-out prompts of kind "{kind}": ask for fewer')
         drawn.extend(found)
