@@ -473,9 +473,9 @@ class Pluggable:
     @property
     def stock_config(self) -> dict[str, Any]:
         """What diffusers' class is built from, as ``config.json`` has it."""
-        config = {**dict(self.config), "_class_name": self.stock_name}  # type: ignore[attr-defined]
-        config.pop("_name_or_path", None)
-        return config
+        # diffusers keeps notes of its own under private names: where it was loaded from, a set in no fixed order.
+        public = {key: value for key, value in self.config.items() if not key.startswith("_")}  # type: ignore[attr-defined]
+        return {"_class_name": self.stock_name, **public}
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """All tensors of the checkpoint, heads and channels in stock order, in the model's dtype, on the CPU."""
