@@ -10,7 +10,6 @@ from ppcl_rt import Interval, Streams
 from ppcl_train import states
 from ppcl_train.config import RunConfig
 from ppcl_train.runs import Log, write_json, write_tensors
-from ppcl_train.states import Trace
 from ppcl_train.teacher import load
 
 
@@ -84,17 +83,18 @@ def fit(run: RunConfig, folder: Path) -> None:
     model = load(run, folder)
     depth, dim = model.catalog.shape.depth, model.catalog.shape.dim
     fits = [(LeastSquares(dim, dim), LeastSquares(dim, dim)) for _ in range(depth)]
-    held: list[tuple[Trace, torch.Tensor]] = []
+    held: list[list[Streams]] = []
     for batch in states.batches(run, config.samples, states.PROBES):
         passed = states.trace(model, batch)
         tokens = [rows(state, batch.mask) for state in passed.states]
         for block, probe in enumerate(fits):
             for fitted, before, after in zip(probe, tokens[block], tokens[block + 1], strict=True):
                 fitted.add(before, after - before)
-        if sum(len(mask) for _, mask in held) < config.cka_samples:
-            held.append((passed, batch.mask))
+        if len(held) * run.batch < config.cka_samples:
+            held.append(tokens)
     solved = [[fitted.solve(config.ridge) for fitted in probe] for probe in fits]
-    alignment = compose(solved, held, depth)
+    states_of = [Streams(*map(torch.cat, zip(*(tokens[k] for tokens in held)))) for k in range(depth + 1)]
+    alignment = compose(solved, states_of)
     intervals = find_intervals(alignment, depth)
     log(samples=config.samples, intervals=" ".join(map(str, intervals)))
     tensors = {
@@ -114,19 +114,19 @@ def fit(run: RunConfig, folder: Path) -> None:
 
 
 def compose(
-    solved: list[list[tuple[torch.Tensor, torch.Tensor]]], held: list[tuple[Trace, torch.Tensor]], depth: int
+    solved: list[list[tuple[torch.Tensor, torch.Tensor]]], states_of: list[Streams]
 ) -> dict[tuple[int, int], float]:
-    """``cka(u, k)`` for all ``u <= k``, the mean over both streams."""
+    """``cka(u, k)`` for all ``u <= k``, the mean over both streams.
+
+    Args:
+        solved: per block and stream, weight and bias of its probe.
+        states_of: ``h_0 .. h_L`` as rows ``[n, D]`` per stream.
+    """
     alignment = {}
-    for u in range(depth):
-        now = [[rows(passed.states[u], mask)[s] for passed, mask in held] for s in range(2)]
-        current = [torch.cat(parts) for parts in now]
-        for k in range(u, depth):
-            total = 0.0
-            for s in range(2):
-                weight, bias = solved[k][s]
+    for u in range(len(solved)):
+        current = list(states_of[u])
+        for k in range(u, len(solved)):
+            for s, (weight, bias) in enumerate(solved[k]):
                 current[s] = current[s] + current[s] @ weight.T + bias
-                target = torch.cat([rows(passed.states[k + 1], mask)[s] for passed, mask in held])
-                total += linear_cka(current[s], target)
-            alignment[u, k] = total / 2
+            alignment[u, k] = sum(map(linear_cka, current, states_of[k + 1])) / 2
     return alignment

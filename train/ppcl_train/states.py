@@ -20,10 +20,9 @@ PROBES, STUDENTS, TUNE, WIDTH, MEASURE = (10_000_000 * stage for stage in range(
 
 @dataclass(frozen=True)
 class Inputs:
-    """A calibration batch: ``x [N, 16, 48]`` at ``t [N]``, with what the transformer is called with."""
+    """A calibration batch: noisy latents ``x [N, 16, 48]``, and all that the transformer is called with."""
 
     x: torch.Tensor
-    t: torch.Tensor
     call: dict[str, Any] = field(repr=False)
 
     @property
@@ -39,7 +38,7 @@ def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
     t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
     x = torch.lerp(batch.latents, torch.randn(batch.latents.shape, generator=generator), t[:, None, None])
-    return Inputs(x, t, arguments(x, t, batch.embeddings, batch.mask))
+    return Inputs(x, arguments(x, t, batch.embeddings, batch.mask))
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
@@ -53,12 +52,10 @@ class Trace:
     """One pass of a teacher.
 
     Attributes:
-        output: the network's, ``[N, S, C]``.
         states: ``h_0 .. h_L``; block ``i`` (from 0) maps ``states[i]`` to ``states[i + 1]``.
         context: keyword arguments that every block was called with.
     """
 
-    output: torch.Tensor
     states: list[Streams]
     context: dict[str, Any] = field(repr=False)
 
@@ -80,12 +77,12 @@ def trace(model: Any, given: Inputs) -> Trace:
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in model.transformer_blocks]
     hooks += [block.register_forward_hook(after, with_kwargs=True) for block in model.transformer_blocks]
     try:
-        output = model(**given.call)[0]
+        model(**given.call)
     finally:
         for hook in hooks:
             hook.remove()
     context.pop("width", None)
-    return Trace(output, [*states, *last], context)
+    return Trace([*states, *last], context)
 
 
 def run_block(block: nn.Module, state: Streams, context: dict[str, Any]) -> Streams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from ppcl_rt import Interval, Plan, Step, Streams, Width
 from ppcl_train import states
-from ppcl_train.config import RunConfig
+from ppcl_train.config import RunConfig, StudentsConfig, TuneConfig
 from ppcl_train.draft import open_draft, start_of, write_draft
 from ppcl_train.probes import rows
 from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_tensors
@@ -66,30 +67,38 @@ def distil(run: RunConfig, folder: Path) -> None:
         return total / len(students)
 
     log(students=len(students), intervals=" ".join(map(str, intervals)))
+    _train(run, folder, "students", config, named, step_loss, log)
+    write_tensors(folder / "students.safetensors", named, {"steps": config.steps})
+
+
+def _train(
+    run: RunConfig,
+    folder: Path,
+    stage: str,
+    config: StudentsConfig | TuneConfig,
+    named: dict[str, nn.Parameter],
+    step_loss: Callable[[int], float],
+    log: Log,
+) -> None:
+    """Train parameters with AdamW as in the paper (biases and norms do not decay), or go on where a stage stopped."""
+    groups = [
+        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     train_loop(
-        state_file=folder / "students.state.safetensors",
+        state_file=folder / f"{stage}.state.safetensors",
         parameters=named,
-        optimisers=[adamw(named, config.lr, config.weight_decay)],
+        optimisers=[torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))],
         step_loss=step_loss,
         steps=config.steps,
         rate=lambda step: cosine(step, config.steps, config.warmup),
         save_every=run.save_every,
         log=log,
     )
-    write_tensors(folder / "students.safetensors", named, {"steps": config.steps})
-
-
-def adamw(named: dict[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW as in the paper; biases and norms do not decay."""
-    groups = [
-        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
 def tune(run: RunConfig, folder: Path) -> None:
-    """Train all students end to end on the teacher's velocity, under random plans; writes ``tuned.safetensors``.
+    """Train all students end to end on the teacher's prediction, under random plans; writes ``tuned.safetensors``.
 
     The teacher's blocks stay as they are, so ratio 1 stays the teacher.
     """
@@ -114,16 +123,7 @@ def tune(run: RunConfig, folder: Path) -> None:
             loss.backward()
             return loss.item()
 
-        train_loop(
-            state_file=folder / "tune.state.safetensors",
-            parameters=named,
-            optimisers=[adamw(named, config.lr, config.weight_decay)],
-            step_loss=step_loss,
-            steps=config.steps,
-            rate=lambda step: cosine(step, config.steps, config.warmup),
-            save_every=run.save_every,
-            log=log,
-        )
+        _train(run, folder, "tune", config, named, step_loss, log)
         trained = named
     write_tensors(folder / "tuned.safetensors", trained, {"steps": config.steps})
 
