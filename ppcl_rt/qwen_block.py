@@ -86,46 +86,54 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
         """
         width, attn, head_dim = width or self.width, self.attn, self.attention_head_dim
         image, text = hidden_states, encoder_hidden_states
-        image_mod, text_mod = self.img_mod(temb), self.txt_mod(temb[: len(text)])
-        image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = (
-            _per_token(part, modulate_index) for part in image_mod.chunk(6, dim=-1)
-        )
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = (
-            part.unsqueeze(1) for part in text_mod.chunk(6, dim=-1)
-        )
+        image_mod, text_mod = self.img_mod(temb).chunk(6, dim=-1), self.txt_mod(temb[: len(text)]).chunk(6, dim=-1)
+        image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = image_mod
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_mod
         image_rope, text_rope = map(as_real, image_rotary_emb) if image_rotary_emb else (None, None)
 
+        image_qkv = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
+        text_qkv = ops.Projection(
+            attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
+        )
+        normed_text = ops.ada_layer_norm(text, self.txt_norm1, text_scale1, text_shift1)
+        normed_image = ops.ada_layer_norm(image, self.img_norm1, image_scale1, image_shift1, modulate_index)
         attended = ops.joint_attention(
-            text=ops.qkv_projection(
-                ops.Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k),
-                ops.ada_layer_norm(text, self.txt_norm1, text_scale1, text_shift1),
-                text_rope,
-                width.heads,
-                head_dim,
-            ),
-            image=ops.qkv_projection(
-                ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k),
-                ops.ada_layer_norm(image, self.img_norm1, image_scale1, image_shift1),
-                image_rope,
+            *ops.qkv_projection(
+                [
+                    ops.ProjectedStream(normed_text, text_qkv, text_rope),
+                    ops.ProjectedStream(normed_image, image_qkv, image_rope),
+                ],
                 width.heads,
                 head_dim,
             ),
             key_mask=_joint_mask(encoder_hidden_states_mask, image.shape[1]),
             backend=attn.processor._attention_backend,
         )
-        image_out = self._output("attn_image", width.heads)
-        text_out = self._output("attn_text", width.heads)
-        image = ops.gated_residual(image, image_gate1, ops.linear(image_out, attended.image))
-        text = ops.gated_residual(text, text_gate1, ops.linear(text_out, attended.text))
-
-        image_down = self._output("mlp_image", width.image)
-        text_down = self._output("mlp_text", width.text)
-        normed = ops.ada_layer_norm(image, self.img_norm2, image_scale2, image_shift2)
-        image = ops.gated_residual(
-            image, image_gate2, ops.mlp(self.img_mlp.net[0].proj, image_down, normed, width.image)
+        attended_text, attended_image = attended[:, : text.shape[1]], attended[:, text.shape[1] :]
+        image_out, text_out = self._output("attn_image", width.heads), self._output("attn_text", width.heads)
+        image, text = ops.linears(
+            [
+                ops.Layer(image_out, attended_image, None, image_gate1, modulate_index, image),
+                ops.Layer(text_out, attended_text, None, text_gate1, None, text),
+            ]
         )
-        normed = ops.ada_layer_norm(text, self.txt_norm2, text_scale2, text_shift2)
-        text = ops.gated_residual(text, text_gate2, ops.mlp(self.txt_mlp.net[0].proj, text_down, normed, width.text))
+
+        normed_text = ops.ada_layer_norm(text, self.txt_norm2, text_scale2, text_shift2)
+        normed_image = ops.ada_layer_norm(image, self.img_norm2, image_scale2, image_shift2, modulate_index)
+        hidden_image, hidden_text = ops.linears(
+            [
+                ops.Layer(self.img_mlp.net[0].proj, normed_image, width.image),
+                ops.Layer(self.txt_mlp.net[0].proj, normed_text, width.text),
+            ],
+            gelu=True,
+        )
+        image_down, text_down = self._output("mlp_image", width.image), self._output("mlp_text", width.text)
+        image, text = ops.linears(
+            [
+                ops.Layer(image_down, hidden_image, None, image_gate2, modulate_index, image),
+                ops.Layer(text_down, hidden_text, None, text_gate2, None, text),
+            ]
+        )
 
         if image.dtype == torch.float16:
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
@@ -148,11 +156,3 @@ def _joint_mask(text_mask: torch.Tensor | None, image_tokens: int) -> torch.Tens
     if text_mask is None:
         return None
     return torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], image_tokens)], dim=1)
-
-
-def _per_token(modulation: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Give every token its modulation: ``[B, 1, D]``, or ``[B, S, D]`` picked from two by ``index [B, S]``."""
-    if index is None:
-        return modulation.unsqueeze(1)
-    first, second = modulation.chunk(2, dim=0)
-    return torch.where(index.unsqueeze(-1) == 0, first.unsqueeze(1), second.unsqueeze(1))

@@ -1,16 +1,377 @@
-"""Attention over text and image tokens together: ``softmax(q k^T / sqrt(E)) v``.
+"""Attention over text and image tokens together: ``softmax(q k^T * scale) v``, forward.
 
-B batch, S tokens (text first), H heads kept, E head dim.
+B batch, S queries, T keys, H heads kept, E head dim. Flash attention: a block of queries keeps its running maximum, sum
+and output in registers while tiles of keys pass, so the ``[S, T]`` scores are never written. Keys may be cut off per
+sample (``key_lengths``) or masked in any pattern (``key_mask``): tiles before the first and after the last key that
+counts are skipped, and the longest run of tiles in which every key counts takes the loop without a mask, so that a mask
+costs what its ragged tiles cost.
 """
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from ppcl_kernels._check import check_like, check_shape, wants_gradient
+from ppcl_kernels._triton import jit, tl
+from ppcl_kernels.launch import Launch, Target
+from ppcl_kernels.matmul import operand, takes_tma
+from ppcl_kernels.qkv_projection import MAX_HEAD_DIM, head_cols
+
 
 def joint_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Attend; q, k, v and the result are ``[B, S, H, E]``, ``key_mask [B, S]`` is true on keys that count."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
+    """Attend; q ``[B, S, H, E]``, k and v ``[B, T, H, E]``, the rest as in `joint_attention`."""
+    mask = _joint_mask(k, key_mask, key_lengths)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if mask is None else mask[:, None, None, :], scale=scale
+    ).transpose(1, 2)
+    if mask is None:
+        return y
+    # Not every backend of SDPA gives zeros where no key counts.
+    return torch.where(mask.any(dim=1)[:, None, None, None], y, 0.0)
+
+
+def _joint_mask(
+    k: torch.Tensor, key_mask: torch.Tensor | None, key_lengths: torch.Tensor | None
+) -> torch.Tensor | None:
+    if key_lengths is None:
+        return key_mask
+    within = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+    return within if key_mask is None else within & key_mask
+
+
+class Tile(NamedTuple):
+    """How attention is cut up: queries and keys of a tile, warps a block, tiles of keys in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def candidates(cls, target: Target, dtype: torch.dtype, head_dim: int) -> tuple[Tile, ...]:
+        """Tiles worth measuring on a target, best guess first; none spills (`ppcl_kernels.aot` checks)."""
+        if dtype == torch.float32:
+            return (cls(32, 32, 4, 1),)
+        if target.amd:
+            return (cls(128, 32, 8, 1), cls(64, 64, 4, 1))
+        tiles: tuple[Tile, ...]
+        if target.wgmma:
+            tiles = (cls(128, 128, 8, 2), cls(128, 64, 8, 3), cls(64, 64, 4, 3))
+        elif target.tcgen05:
+            tiles = (cls(128, 128, 8, 2), cls(64, 64, 4, 2))
+        else:
+            tiles = (cls(128, 64, 8, 3), cls(128, 64, 8, 2), cls(64, 64, 4, 2))
+        bytes_a_row = head_cols(head_dim) * dtype.itemsize
+        return tuple(t for t in tiles if (t.queries + 2 * t.stages * t.keys) * bytes_a_row <= target.shared_bytes)
+
+    @classmethod
+    def choose(cls, target: Target, dtype: torch.dtype, batch: int, queries: int, heads: int, head_dim: int) -> Tile:
+        """Pick the first candidate that gives every multiprocessor a block, or the one with most blocks."""
+        tiles = cls.candidates(target, dtype, head_dim)
+        for tile in tiles:
+            if batch * heads * -(-queries // tile.queries) >= target.multiprocessors:
+                return tile
+        return min(tiles, key=lambda tile: tile.queries)
+
+
+@jit()
+def _later(a, b):
+    return tl.maximum(a, b)
+
+
+@jit(do_not_specialize=["T"])
+def _key_ranges_kernel(mask, ranges, T, TILES: tl.constexpr, KEYS: tl.constexpr):
+    """Write, per sample, which tiles of keys to visit: first, begin and end of the run without a mask, and last + 1."""
+    b = tl.program_id(0).to(tl.int64)
+    tiles = tl.arange(0, TILES)
+    at = tiles[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    counts = tl.sum(tl.load(mask + b * T + at, mask=at < T, other=0).to(tl.int32), axis=1)
+    # Of a tile that hangs over the end not every key counts.
+    full = counts == KEYS
+    last_ragged = tl.associative_scan(tl.where(full, -1, tiles), 0, _later)
+    run = tiles - last_ragged
+    longest = tl.max(run, axis=0)
+    end = tl.max(tl.where(run == longest, tiles + 1, 0), axis=0)
+    tl.store(ranges + b * 4, tl.min(tl.where(counts > 0, tiles, TILES), axis=0))
+    tl.store(ranges + b * 4 + 1, end - longest)
+    tl.store(ranges + b * 4 + 2, end)
+    tl.store(ranges + b * 4 + 3, tl.max(tl.where(counts > 0, tiles + 1, 0), axis=0))
+
+
+@jit()
+def _load_tile(
+    x,
+    b,
+    head,
+    row,
+    S,
+    batch_step,
+    row_step,
+    head_step,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Load ``x[b, row : row + ROWS, head]``; zeros beyond E, anything finite beyond S."""
+    if TMA:
+        return x.load([b, row, head, 0]).reshape(ROWS, COLS)
+    else:
+        start = x + b.to(tl.int64) * batch_step + row.to(tl.int64) * row_step + head.to(tl.int64) * head_step
+        rows = tl.minimum(tl.arange(0, ROWS), S - 1 - row)
+        cols = tl.arange(0, COLS)
+        at = rows[:, None] * row_step + cols[None, :]
+        if COLS == E:
+            return tl.load(start + at)
+        else:
+            return tl.load(start + at, mask=cols[None, :] < E, other=0.0)
+
+
+@jit()
+def _absorb(scores, v_tile, top, weight, total, factor, MASKED: tl.constexpr):
+    """Take a tile of scores into the running maximum ``top`` (base 2), sum ``weight`` and output ``total``."""
+    best = tl.maximum(top, tl.max(scores, 1) * factor)
+    # The maximum of a row that has met no key yet is -inf, and -inf - -inf is not a number.
+    shift = tl.where(best == float("-inf"), 0.0, best) if MASKED else best
+    p = tl.exp2(scores * factor - shift[:, None])
+    fade = tl.exp2(top - shift)
+    weight = weight * fade + tl.sum(p, 1)
+    total = total * fade[:, None]
+    total = tl.dot(p.to(v_tile.dtype), v_tile, total, input_precision="ieee")
+    return best, weight, total
+
+
+_COUNTS = ("H", "S", "T")
+
+
+# Counts of heads and tokens differ from plan to plan and prompt to prompt: none may specialise the kernel.
+@jit(do_not_specialize=list(_COUNTS))
+def _joint_attention_kernel(
+    q,
+    k,
+    v,
+    y,
+    mask,
+    ranges,
+    lengths,
+    H,
+    S,
+    T,
+    q_batch_step,
+    q_row_step,
+    q_head_step,
+    k_batch_step,
+    k_row_step,
+    k_head_step,
+    v_batch_step,
+    v_row_step,
+    v_head_step,
+    factor,
+    E: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLS: tl.constexpr,
+    RAGGED_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    # Blocks of one head follow each other: its keys and values stay in L2.
+    blocks = tl.cdiv(S, QUERIES)
+    row = tl.program_id(0) % blocks * QUERIES
+    head = tl.program_id(0) // blocks % H
+    b = tl.program_id(0) // blocks // H
+    if ranges is not None:
+        begin = tl.load(ranges + b * 4)
+        full_begin = tl.load(ranges + b * 4 + 1)
+        full_end = tl.load(ranges + b * 4 + 2)
+        end = tl.load(ranges + b * 4 + 3)
+    else:
+        length = T
+        if lengths is not None:
+            length = tl.minimum(tl.load(lengths + b).to(tl.int32), T)
+        begin = 0
+        full_begin = 0
+        full_end = length // KEYS
+        end = tl.cdiv(length, KEYS)
+
+    q_tile = _load_tile(q, b, head, row, S, q_batch_step, q_row_step, q_head_step, E, QUERIES, COLS, TMA)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    weight = tl.zeros((QUERIES,), tl.float32)
+    total = tl.zeros((QUERIES, COLS), tl.float32)
+    for tile in range(full_begin, full_end):
+        key = (b * 0 + tile) * KEYS
+        k_tile = _load_tile(k, b, head, key, T, k_batch_step, k_row_step, k_head_step, E, KEYS, COLS, TMA)
+        v_tile = _load_tile(v, b, head, key, T, v_batch_step, v_row_step, v_head_step, E, KEYS, COLS, TMA)
+        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor, False)
+    # The ragged tiles: those before the run, then those after it.
+    before = tl.maximum(tl.minimum(full_begin, end) - begin, 0)
+    for step in tl.range(0, before + tl.maximum(end - full_end, 0), num_stages=RAGGED_STAGES):
+        key = (b * 0 + tl.where(step < before, begin + step, full_end + step - before)) * KEYS
+        k_tile = _load_tile(k, b, head, key, T, k_batch_step, k_row_step, k_head_step, E, KEYS, COLS, TMA)
+        v_tile = _load_tile(v, b, head, key, T, v_batch_step, v_row_step, v_head_step, E, KEYS, COLS, TMA)
+        keys = key + tl.arange(0, KEYS)
+        if mask is not None:
+            counted = tl.load(mask + b.to(tl.int64) * T + keys, mask=keys < T, other=0) != 0
+        else:
+            counted = keys < length
+        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        scores = tl.where(counted[None, :], scores, float("-inf"))
+        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor, True)
+    # Rows without any key have weight 0 and total 0.
+    total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    rows, cols = tl.arange(0, QUERIES), tl.arange(0, COLS)
+    corner = ((b.to(tl.int64) * S + row) * H + head) * E
+    inside = (row + rows[:, None] < S) & (cols[None, :] < E)
+    tl.store(y + corner + rows[:, None] * (H * E) + cols[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+def launch_key_ranges(key_mask: torch.Tensor, ranges: torch.Tensor, keys: int) -> Launch:
+    """Describe the launch that writes ``ranges [B, 4]`` for tiles of so many keys of ``key_mask [B, T]`` (bytes)."""
+    batch, length = key_mask.shape
+    # At least one tile more than there are keys is never needed, at least one always.
+    tiles = 1 << (-(-length // keys) - 1).bit_length()
+    arguments = {"mask": key_mask, "ranges": ranges, "T": length, "TILES": tiles, "KEYS": keys}
+    return Launch(_key_ranges_kernel, (batch,), arguments, 8, 1)
+
+
+def launch_joint_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    y: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    ranges: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    scale: float,
+    tile: Tile,
+    target: Target,
+) -> Launch:
+    """Describe the launch that writes ``y``, contiguous ``[B, S, H, E]``."""
+    batch, tokens, heads, head_dim = q.shape
+    cols = head_cols(head_dim)
+    # Tensor cores that read operands from registers (sm_80, sm_120): descriptors would need more of them, and spill.
+    from_shared = target.wgmma or target.tcgen05
+    tma = from_shared and takes_tma(target, q, k, v)
+    arguments = {
+        "q": operand(q, (1, tile.queries, 1, cols), tma),
+        "k": operand(k, (1, tile.keys, 1, cols), tma),
+        "v": operand(v, (1, tile.keys, 1, cols), tma),
+        "y": y,
+        "mask": key_mask,
+        "ranges": ranges,
+        "lengths": key_lengths,
+        "H": heads,
+        "S": tokens,
+        "T": k.shape[1],
+        **{
+            f"{name}_{axis}_step": t.stride(dim)
+            for name, t in (("q", q), ("k", k), ("v", v))
+            for dim, axis in enumerate(("batch", "row", "head"))
+        },
+        # exp2 is the one exponential that the hardware has.
+        "factor": scale * math.log2(math.e),
+        "E": head_dim,
+        "QUERIES": tile.queries,
+        "KEYS": tile.keys,
+        "COLS": cols,
+        # Few tiles are ragged. Where operands come from shared memory, not to pipeline them saves registers; elsewhere
+        # it costs some (sm_80 spills).
+        "RAGGED_STAGES": 1 if from_shared else tile.stages,
+        "TMA": tma,
+    }
+    grid = (batch * heads * -(-tokens // tile.queries),)
+    return Launch(_joint_attention_kernel, grid, arguments, tile.warps, tile.stages)
+
+
+def _check(q, k, v, key_mask, key_lengths) -> None:
+    if q.dim() != 4 or q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"q is {list(q.shape)}, wanted [B, S, H, E] with E up to {MAX_HEAD_DIM}")
+    check_shape("k", k, (q.shape[0], k.shape[1], *q.shape[2:]))
+    check_shape("v", v, k.shape)
+    check_like(q, q=q, k=k, v=v)
+    if key_mask is not None and key_lengths is not None:
+        raise ValueError("key_mask and key_lengths were both given: put the lengths into the mask")
+    if key_mask is not None:
+        check_shape("key_mask", key_mask, k.shape[:2])
+        if key_mask.dtype != torch.bool or key_mask.device != q.device:
+            raise ValueError(f"key_mask is {key_mask.dtype} on {key_mask.device}, wanted bool on {q.device}")
+    if key_lengths is not None:
+        check_shape("key_lengths", key_lengths, k.shape[:1])
+        if key_lengths.dtype not in (torch.int32, torch.int64) or key_lengths.device != q.device:
+            raise ValueError(f"key_lengths is {key_lengths.dtype} on {key_lengths.device}, wanted int32 on {q.device}")
+
+
+@torch.library.custom_op(
+    "ppcl::joint_attention",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_lengths, float scale, int[]? tile) -> Tensor"
+    ),
+)
+def _attention_op(q, k, v, key_mask, key_lengths, scale, tile):
+    _check(q, k, v, key_mask, key_lengths)
+    target = Target.of(q.device)
+    y = q.new_empty(q.shape)
+    if not q.numel():
+        return y
+    if not k.shape[1]:
+        return y.zero_()
+    tile = Tile.choose(target, q.dtype, *q.shape) if tile is None else Tile(*tile)
+    ranges = None
+    if key_mask is not None:
+        key_mask = key_mask.contiguous().view(torch.uint8)
+        ranges = torch.empty(q.shape[0], 4, dtype=torch.int32, device=q.device)
+        launch_key_ranges(key_mask, ranges, tile.keys).run()
+    if key_lengths is not None:
+        key_lengths = key_lengths.contiguous()
+    launch_joint_attention(q, k, v, y, key_mask, ranges, key_lengths, scale, tile, target).run()
+    return y
+
+
+@_attention_op.register_fake
+def _(q, k, v, key_mask, key_lengths, scale, tile):
+    return q.new_empty(q.shape)
+
+
+def joint_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    scale: float | None = None,
+    *,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Attend over text and image tokens together; where a gradient is asked for, the reference computes it.
+
+    Args:
+        q: ``[B, S, H, E]``, E up to 128; of the streams whose output is read.
+        k, v: ``[B, T, H, E]``, of all streams.
+        key_mask: bool ``[B, T]``, true on keys that count, in any pattern; or None.
+        key_lengths: int32 or int64 ``[B]``: the first so many keys count; or None. Not both.
+        scale: of the scores, ``E ** -0.5`` where None.
+        tile: None to choose by shape and device.
+
+    Returns:
+        ``[B, S, H, E]``, contiguous, in the dtype of ``q``; zeros where no key counts.
+
+    Raises:
+        ValueError: wrong device, dtype, shape or stride.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if wants_gradient(q, k, v):
+        return joint_attention_reference(q, k, v, key_mask, key_lengths, scale)
+    return _attention_op(q, k, v, key_mask, key_lengths, scale, tile)

@@ -1,0 +1,71 @@
+"""What every public function asks of its arguments, in one place, so that all refuse in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a result would have to carry a gradient: the references do, the kernels do not."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors that a kernel cannot read beside ``like``.
+
+    Raises:
+        ValueError: another device, another dtype, or a last dimension that is not contiguous.
+    """
+    if like.dtype not in DTYPES:
+        raise ValueError(f"kernels take float32, float16 or bfloat16, got {like.dtype}: cast, or call the reference")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device}, wanted {like.device} as the first tensor: move it")
+        if tensor.dtype != like.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, wanted {like.dtype} as the first tensor: cast it")
+        if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension, wanted 1: .contiguous()")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: Iterable[int]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        ValueError: it has.
+    """
+    shape = tuple(shape)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}, wanted {list(shape)}")
+
+
+def check_index(index: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Refuse an index into modulations that is not one integer (0 or 1) a token of ``x [B, S, D]``.
+
+    Raises:
+        ValueError: wrong device, dtype, shape or stride.
+    """
+    if index is None:
+        return
+    check_shape("index", index, x.shape[:2])
+    if index.device != x.device:
+        raise ValueError(f"index is on {index.device}, wanted {x.device}: move it")
+    if index.dtype not in (torch.int32, torch.int64) or not index.is_contiguous():
+        raise ValueError(f"index is {index.dtype} with strides {index.stride()}, wanted contiguous int32 or int64")
+
+
+def check_modulation(
+    name: str, modulation: torch.Tensor | None, x: torch.Tensor, width: int, index: torch.Tensor | None
+) -> None:
+    """Refuse a modulation that is not ``[B, width]`` (``[2 B, width]`` with an index) for ``x [B, S, D]``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if modulation is not None:
+        check_shape(name, modulation, (x.shape[0] * (1 if index is None else 2), width))

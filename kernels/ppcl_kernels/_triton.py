@@ -1,0 +1,21 @@
+"""Triton where there is one: platforms without (macOS, Windows) still import the references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = tl = TensorDescriptor = None
+
+# TRITON_INTERPRET=1 makes kernels run on CPU tensors; triton reads it when a kernel is defined, so do we.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def jit(**options: Any) -> Callable[[Callable], Any]:
+    """Decorate with ``triton.jit(**options)``; without triton, leave the function alone (nothing can launch it)."""
+    return (lambda kernel: kernel) if triton is None else triton.jit(**options)

@@ -1,0 +1,172 @@
+"""What a kernel is launched on and with: the same description runs it on a device and compiles it without one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ppcl_kernels._triton import INTERPRETED, TensorDescriptor, triton
+
+_KIB = 1024
+_TRITON_DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture and those of its limits that tiles depend on.
+
+    Attributes:
+        arch: ``sm_90`` for compute capability 9.0, ``gfx942`` for an AMD one, ``interpreter`` for no device at all.
+        shared_bytes: shared memory that one block may take.
+        multiprocessors: how many of them; a persistent grid is a multiple of it.
+    """
+
+    arch: str
+    shared_bytes: int
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """Read the target off a device.
+
+        Raises:
+            ValueError: kernels cannot run there.
+        """
+        if device.type == "cpu" and INTERPRETED:
+            # Few multiprocessors, so that a persistent loop goes round more than once.
+            return cls("interpreter", 227 * _KIB, 2)
+        if device.type != "cuda" or triton is None:
+            raise ValueError(
+                f"kernels need a GPU and triton, the tensors are on {device}: move them, or call the reference "
+                "(TRITON_INTERPRET=1, set before the import, runs kernels on a CPU, slowly)"
+            )
+        return _device_target(device.index if device.index is not None else torch.cuda.current_device())
+
+    @property
+    def amd(self) -> bool:
+        """Whether it is one of AMD's."""
+        return self.arch.startswith("gfx")
+
+    @property
+    def capability(self) -> int:
+        """Compute capability as one number (90 for 9.0); 0 where there is none."""
+        return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
+
+    @property
+    def wgmma(self) -> bool:
+        """Whether Hopper's tensor cores read both operands from shared memory (the interpreter follows Hopper)."""
+        return self.capability == 90 or self.arch == "interpreter"
+
+    @property
+    def tcgen05(self) -> bool:
+        """Whether datacentre Blackwell's do, and accumulate in a memory of their own."""
+        return self.capability in (100, 103)
+
+    @property
+    def tma(self) -> bool:
+        """Whether tiles can be copied by tensor descriptors (Hopper and newer; the interpreter mimics them)."""
+        return self.capability >= 90 or self.arch == "interpreter"
+
+
+def can_run(x: torch.Tensor) -> bool:
+    """Whether kernels can run on a tensor's device and take its dtype."""
+    able = INTERPRETED if x.device.type == "cpu" else x.device.type == "cuda" and triton is not None
+    return able and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    # Triton asks the driver: torch does not say everywhere how much shared memory a block may opt in to.
+    limits = triton.runtime.driver.active.utils.get_device_properties(index)
+    if torch.version.hip:
+        arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+    return Target(arch, limits["max_shared_mem"], limits["multiprocessor_count"])
+
+
+# What `aot` compiles for, with the limits of the vendors' tables.
+TARGETS = {
+    target.arch: target
+    for target in (
+        Target("sm_80", 163 * _KIB, 108),
+        Target("sm_90", 227 * _KIB, 132),
+        Target("sm_100", 227 * _KIB, 148),
+        Target("sm_120", 99 * _KIB, 170),
+        Target("gfx942", 64 * _KIB, 304),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and arguments.
+
+    ``registers`` limits what a thread may take, None for no limit. Tensors may be meta tensors, for `compile`: what is
+    compiled without a device is what would run on one.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any] = field(repr=False)
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def run(self) -> None:
+        """Launch on the device of the tensors, which need not be the current one."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, **self._options(amd=torch.version.hip is not None))
+
+    def _options(self, amd: bool) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        # AMD's compiler takes no limit of registers.
+        return options if self.registers is None or amd else options | {"maxnreg": self.registers}
+
+    def compile(self, target: Target) -> Any:
+        """Compile for a target, with no device; returns triton's compiled kernel."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature, constants, attributes = {}, {}, {}
+        for number, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            kind = "constexpr" if parameter.is_constexpr else _kind(value, parameter.do_not_specialize)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constants[parameter.name] = value
+            elif not parameter.do_not_specialize and _divisible(value):
+                attributes[(number,)] = [["tt.divisibility", 16]]
+        gpu = GPUTarget("hip", target.arch, 64) if target.amd else GPUTarget("cuda", target.capability, 32)
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=gpu, options=self._options(target.amd))
+
+
+def _kind(value: Any, unspecialized: bool) -> str:
+    """The type that triton gives an argument: None and 1 become constants, as at run time."""
+    if value is None or (isinstance(value, int) and value == 1 and not unspecialized):
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return f"*{_TRITON_DTYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TRITON_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _divisible(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0

@@ -1,0 +1,177 @@
+"""The epilogue of `qkv_projection` alone: RMSNorm and RoPE of q and k, and the joint layout, after cuBLAS's products.
+
+B batch, S tokens, h heads kept, E head dim. One read and one write; eager takes six of each for q and k, and a copy to
+join the streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ppcl_kernels._check import check_like, check_shape, wants_gradient
+from ppcl_kernels._triton import jit, tl
+from ppcl_kernels.launch import Launch, Target
+from ppcl_kernels.qkv_projection import (
+    MAX_HEAD_DIM,
+    Rope,
+    finish_head,
+    head_cols,
+    joint_outputs,
+    norm_rope_reference,
+    rope_tables,
+)
+
+# Tokens a block; 32 x 128 elements over 4 warps are 32 a thread.
+_ROWS, _WARPS = 32, 4
+_COUNTS = ("S", "q_first", "kv_first", "q_tokens", "kv_tokens", "heads")
+
+
+@jit()
+def _move(raw, norm, table, place, b, row, head, heads, eps, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    S = place[1]
+    corner = ((b.to(tl.int64) * S + row) * heads + head) * E
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (row + rows[:, None] < S) & (cols[None, :] < E)
+    total = tl.load(raw + corner + rows[:, None] * (heads * E) + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    finish_head(total, norm, table, place, b, row, head, heads, eps, E, ROWS, COLS, 1)
+
+
+# fmt: off
+@jit(do_not_specialize=list(_COUNTS))
+def _norm_rope_kernel(
+    raw_q, raw_k, raw_v, norm_q, norm_k, cos, sin, q, k, v,
+    S, q_first, kv_first, q_tokens, kv_tokens, heads, rope_row_step, rope_pair_step, eps,
+    E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):
+    # fmt: on
+    row_tiles = tl.cdiv(S, ROWS)
+    b = tl.program_id(0) // row_tiles
+    row = tl.program_id(0) % row_tiles * ROWS
+    head = tl.program_id(1)
+    table = (cos, sin, rope_row_step, rope_pair_step)
+    if raw_q is not None:
+        _move(raw_q, norm_q, table, (q, S, q_tokens, q_first), b, row, head, heads, eps, E, ROWS, COLS)
+    _move(raw_k, norm_k, table, (k, S, kv_tokens, kv_first), b, row, head, heads, eps, E, ROWS, COLS)
+    _move(raw_v, None, (None, None, 0, 0), (v, S, kv_tokens, kv_first), b, row, head, heads, eps, E, ROWS, COLS)
+
+
+def launch_norm_rope(
+    raw: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    rope: Rope | None,
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    q_first: int,
+    kv_first: int,
+    eps: float,
+) -> Launch:
+    """Describe the launch for one stream, whose tokens start at ``q_first`` and ``kv_first`` of the joint ones."""
+    batch, tokens, heads, head_dim = raw[1].shape
+    cos, sin = rope_tables(rope, head_dim)
+    arguments: dict[str, Any] = {
+        "raw_q": raw[0],
+        "raw_k": raw[1],
+        "raw_v": raw[2],
+        "norm_q": norms[0],
+        "norm_k": norms[1],
+        "cos": cos,
+        "sin": sin,
+        "q": outputs[0],
+        "k": outputs[1],
+        "v": outputs[2],
+        "S": tokens,
+        "q_first": q_first,
+        "kv_first": kv_first,
+        "q_tokens": outputs[0].shape[1],
+        "kv_tokens": outputs[1].shape[1],
+        "heads": heads,
+        "rope_row_step": 0 if cos is None else cos.stride(0),
+        "rope_pair_step": 0 if cos is None else cos.stride(1),
+        "eps": eps,
+        "E": head_dim,
+        "ROWS": _ROWS,
+        "COLS": head_cols(head_dim),
+    }
+    grid = (batch * -(-tokens // _ROWS), heads)
+    return Launch(_norm_rope_kernel, grid, arguments, _WARPS, 1)
+
+
+@torch.library.custom_op(
+    "ppcl::norm_rope",
+    mutates_args=(),
+    schema=(
+        "(Tensor?[] q, Tensor[] k, Tensor[] v, Tensor?[] norms, Tensor?[] tables, float eps) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _norm_rope_op(q, k, v, norms, tables, eps):
+    head_dim = k[0].shape[-1]
+    if k[0].dim() != 4 or head_dim > MAX_HEAD_DIM or head_dim % 2:
+        raise ValueError(f"k is {list(k[0].shape)}, wanted [B, S, h, E] with an even E up to {MAX_HEAD_DIM}")
+    outputs = _make_room(q, k)
+    Target.of(k[0].device)
+    q_first = kv_first = 0
+    for n, (part_q, part_k, part_v) in enumerate(zip(q, k, v, strict=True)):
+        shape = (k[0].shape[0], part_k.shape[1], *k[0].shape[2:])
+        for name, part in (("q", part_q), ("k", part_k), ("v", part_v)):
+            if part is not None:
+                check_shape(name, part, shape)
+                check_like(k[0], **{name: part})
+                if not part.is_contiguous():
+                    raise ValueError(f"{name} has strides {part.stride()}, wanted contiguous: .contiguous()")
+        norm_q, norm_k = norms[2 * n : 2 * n + 2]
+        check_like(k[0], norm_q=norm_q, norm_k=norm_k)
+        if (norm_q is None) != (norm_k is None):
+            raise ValueError("q or k alone has a norm: give both or none")
+        cos, sin = tables[2 * n : 2 * n + 2]
+        for table in (cos, sin):
+            if table is not None:
+                check_shape("rope (pairs)", table, (shape[1], head_dim // 2))
+        if part_k.numel():
+            rope = None if cos is None else (cos, sin)
+            launch_norm_rope((part_q, part_k, part_v), (norm_q, norm_k), rope, outputs, q_first, kv_first, eps).run()
+        q_first += 0 if part_q is None else shape[1]
+        kv_first += shape[1]
+    return outputs
+
+
+def _make_room(q, k):
+    tokens, asked = [part.shape[1] for part in k], [part is not None for part in q]
+    return joint_outputs(k[0], tokens, asked, *k[0].shape[2:])
+
+
+@_norm_rope_op.register_fake
+def _(q, k, v, norms, tables, eps):
+    return _make_room(q, k)
+
+
+def norm_rope(
+    raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
+    norms: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+    ropes: Sequence[Rope | None],
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalise and rotate q and k of each stream, and join the streams, one launch a stream.
+
+    Where a gradient is asked for, the reference computes it.
+
+    Args:
+        raw: q (None for a stream without queries), k and v of each stream, ``[B, S, h, E]``, contiguous.
+        norms: RMSNorm weights of q and k a stream, ``[E]``, both or neither.
+        ropes: a stream's rotation (`ppcl_kernels.qkv_projection.Stream`), or None.
+        eps: of the norms.
+
+    Returns:
+        q, k, v as `ppcl_kernels.qkv_projection` gives them.
+
+    Raises:
+        ValueError: wrong device, dtype, shape or stride.
+    """
+    if wants_gradient(*(t for part in (*raw, *norms) for t in part)):
+        return norm_rope_reference(raw, norms, ropes, eps)
+    q, k, v = (list(part) for part in zip(*raw, strict=True))
+    head_dim = k[0].shape[-1]
+    tables = [table for rope in ropes for table in rope_tables(rope, head_dim)]
+    return _norm_rope_op(q, k, v, [norm for pair in norms for norm in pair], tables, eps)
