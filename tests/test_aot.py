@@ -1,0 +1,82 @@
+"""Ahead-of-time compiles: what runs on sm_80 and sm_90 compiles, without spills, within shared memory, with wgmma."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ppcl_kernels.launch import TARGETS
+
+COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def run(*arguments: str, script: str | None = None) -> subprocess.CompletedProcess:
+    """Compile in a process of its own: in this one triton interprets."""
+    command = [sys.executable, *(["-m", "ppcl_kernels.aot", *arguments] if script is None else ["-c", script])]
+    return subprocess.run(command, env=COMPILING, capture_output=True, text=True)
+
+
+def test_every_kernel_compiles():
+    done = run("--arch", "sm_80", "--arch", "sm_90", "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    kernels = {r["kernel"] for r in results}
+    assert kernels >= {"ada_layer_norm", "qkv_projection", "joint_attention", "linear", "norm_rope", "key_ranges"}
+    for arch in ("sm_80", "sm_90"):
+        assert {r["kernel"] for r in results if r["arch"] == arch} == kernels
+    for r in results:
+        matrix = r["kernel"] in ("qkv_projection", "joint_attention", "linear")
+        assert r["mma"] == ({"sm_80": "mma", "sm_90": "wgmma"}[r["arch"]] if matrix else "none"), r
+        assert r["spilled_bytes"] == 0 and 0 < r["registers"] <= 255, r
+        assert r["shared_bytes"] <= TARGETS[r["arch"]].shared_bytes, r
+
+
+# A tile whose accumulator alone takes 256 registers a thread, and one that asks for 8 stages.
+@pytest.mark.parametrize(
+    ("tile", "arch", "problem"),
+    [
+        ("128, 256, 64, 4, 2", "sm_80", "spills"),
+        ("128, 256, 64, 8, 8, 4", "sm_90", "shared memory"),
+        ("32, 64, 64, 4, 2", "sm_90", "no wgmma"),
+        ("128, 100, 64, 4, 2", "sm_90", "power of 2"),
+    ],
+)
+def test_finds_fault(tile, arch, problem):
+    """Exit status 1 and the reason, for a tile that should never be chosen."""
+    script = f"""
+import sys
+from ppcl_kernels import aot
+from ppcl_kernels.matmul import Tile
+Tile.candidates = classmethod(lambda cls, target, dtype: (Tile({tile}),))
+from concurrent.futures import ThreadPoolExecutor
+aot.ProcessPoolExecutor = ThreadPoolExecutor
+sys.exit(aot.main(["--arch", "{arch}", "--kernel", "linear", "--json"]))
+"""
+    done = run(script=script)
+    assert done.returncode == 1, done.stderr
+    assert any(problem in r["problem"] for r in json.loads(done.stdout)), done.stdout
+    assert problem in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "sm_70"], "invalid choice: 'sm_70'"),
+        (["--kernel", "softmax"], "no kernel is called softmax: there are ada_layer_norm"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_refuses_to_interpret():
+    done = subprocess.run(
+        [sys.executable, "-m", "ppcl_kernels.aot"],
+        env={**COMPILING, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "TRITON_INTERPRET unset" in done.stderr
