@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
@@ -28,7 +28,12 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest bench --benchmark-only -s
+	$(BIN)/python -m pytest bench/bench_model.py --benchmark-only -s
+	$(BIN)/python -m pytest bench/bench_kernels.py --benchmark-only -s
+
+# On a machine with a CUDA device, with its own python: nothing is installed.
+gpu:
+	bash bench/gpu.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png

@@ -1,11 +1,14 @@
-"""Whole forwards of the shipped checkpoint at several ratios, against the stock diffusers class; and switching ratios.
+"""Whole forwards of the shipped checkpoint at several ratios, one block of Qwen-Image's size, and switching ratios.
 
-    python -m pytest bench --benchmark-only          (or: make bench)
+    python -m pytest bench/bench_model.py --benchmark-only          (or: make bench)
 
-Figures of one table come from one run: every ratio is timed in turn with the dense model, so a machine that slows down
-slows both. ``extra_info`` says parameters, FLOPs, bytes held, and the time as a ratio to the dense forward beside it.
+Baselines are the stock diffusers classes. Figures of one table come from one run: every ratio is timed in turn with the
+dense model, so a machine that slows down slows both. ``extra_info`` says parameters, FLOPs, bytes
+held, and the time as a ratio to the dense forward beside it.
 """
 
+import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -14,11 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.utils import logging as diffusers_logging
 
 import ppcl_rt
+from ppcl_rt.plan import Width
+from ppcl_rt.qwen_block import PPCLQwenImageTransformerBlock
 from ppcl_rt.task import task_of
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "scenes"
 RATIOS = (1.0, 0.85, 0.7, 0.5)
 BATCH = 64
@@ -27,16 +34,22 @@ PAIRS = 15
 
 @pytest.fixture(scope="module")
 def dense():
-    return ppcl_rt.load(CHECKPOINT, 1.0, dtype=torch.float32)
+    return ppcl_rt.load(CHECKPOINT, 1.0, dtype=torch.float32, device=DEVICE)
+
+
+def on_device(call) -> dict:
+    return {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in call.items()}
+
+
+def device_name() -> str:
+    return f"CPU, {torch.get_num_threads()} threads" if DEVICE == "cpu" else torch.cuda.get_device_name()
 
 
 def about(model, task) -> dict:
     shape = model.catalog.shape
     return {
         "command": " ".join(["python -m pytest", *sys.argv[1:]]),
-        "device": f"CPU, {torch.get_num_threads()} threads"
-        if model.device.type == "cpu"
-        else torch.cuda.get_device_name(),
+        "device": device_name(),
         "dtype": str(model.dtype),
         "shape": f"batch {BATCH}, {task.image_tokens} image and {task.text_tokens} text tokens, width {shape.dim}",
         "torch": torch.__version__,
@@ -47,9 +60,16 @@ def about(model, task) -> dict:
     }
 
 
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def seconds(model, call) -> float:
+    synchronize()
     start = time.perf_counter()
     model(**call)
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -61,14 +81,14 @@ def paired(model, other, call) -> float:
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_forward(benchmark, dense, ratio):
     """One forward at a ratio: plain torch operations, weights of that plan alone resident."""
-    model = ppcl_rt.load(CHECKPOINT, ratio, dtype=torch.float32)
+    model = ppcl_rt.load(CHECKPOINT, ratio, dtype=torch.float32, device=DEVICE)
     task = task_of(model.catalog)
-    call = task.example(BATCH)
+    call = on_device(task.example(BATCH))
     with torch.no_grad():
         # Check, then time: the same plan out of a model that holds everything gives the same.
         with dense.at(ratio=ratio):
             assert torch.allclose(dense(**call)[0], model(**call)[0], atol=1e-5)
-        benchmark.pedantic(lambda: model(**call), rounds=PAIRS, warmup_rounds=2)
+        benchmark.pedantic(lambda: seconds(model, call), rounds=PAIRS, warmup_rounds=2)
         benchmark.extra_info.update(about(model, task))
         benchmark.extra_info["time_to_dense"] = round(paired(model, dense, call), 3)
         fresh = ppcl_rt.load(CHECKPOINT, 1.0, dtype=torch.float32).resident_bytes
@@ -85,15 +105,92 @@ def test_stock_forward(benchmark, dense):
     """The baseline: diffusers' own class, same weights."""
     # It names a thousand tensors that it does not know.
     diffusers_logging.set_verbosity_error()
-    stock = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT, torch_dtype=torch.float32).eval()
+    stock = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT, torch_dtype=torch.float32).eval().to(DEVICE)
     task = task_of(dense.catalog)
-    call = task.example(BATCH)
+    call = on_device(task.example(BATCH))
     with torch.no_grad():
         assert torch.allclose(stock(**call)[0], dense(**call)[0], atol=1e-5)
-        benchmark.pedantic(lambda: stock(**call), rounds=PAIRS, warmup_rounds=2)
+        benchmark.pedantic(lambda: seconds(stock, call), rounds=PAIRS, warmup_rounds=2)
         benchmark.extra_info.update(about(dense, task))
         benchmark.extra_info["time_to_dense"] = round(paired(stock, dense, call), 3)
     print(f"\nstock diffusers: {benchmark.extra_info['time_to_dense']:.3f} of the time of ours at ratio 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A block, and the tokens that it runs on."""
+
+    heads: int
+    head_dim: int
+    image: int
+    text: int
+    dtype: torch.dtype
+
+
+SIZE = Size(24, 128, 4096, 512, torch.bfloat16) if DEVICE == "cuda" else Size(4, 16, 64, 16, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """The stock block, ours with its weights, and their arguments."""
+    torch.manual_seed(0)
+    dim = SIZE.heads * SIZE.head_dim
+    stock = QwenImageTransformerBlock(dim, SIZE.heads, SIZE.head_dim).to(DEVICE, SIZE.dtype).eval()
+    ours = PPCLQwenImageTransformerBlock(dim, SIZE.heads, SIZE.head_dim).to(DEVICE, SIZE.dtype).eval()
+    ours.load_state_dict(stock.state_dict())
+    angles = [torch.rand(tokens, SIZE.head_dim // 2, device=DEVICE) * 6.28 for tokens in (SIZE.image, SIZE.text)]
+    image, text, temb = (
+        torch.randn(1, *shape, device=DEVICE, dtype=SIZE.dtype)
+        for shape in ((SIZE.image, dim), (SIZE.text, dim), (dim,))
+    )
+    call = {
+        "hidden_states": image,
+        "encoder_hidden_states": text,
+        "encoder_hidden_states_mask": None,
+        "temb": temb,
+        "image_rotary_emb": tuple(torch.polar(torch.ones_like(a), a) for a in angles),
+    }
+    return stock, ours, call
+
+
+@pytest.mark.parametrize("width", [100, 50])
+@pytest.mark.parametrize("contestant", ["stock compiled", "ours torch", "ours triton", "ours auto"])
+def test_block(benchmark, blocks, monkeypatch, contestant, width):
+    """One block, as a ratio to the stock block in eager mode beside it; widths are per cent of heads and channels."""
+    stock, ours, call = blocks
+    model, options = ours, {}
+    if contestant == "stock compiled":
+        if width != 100 or DEVICE == "cpu":
+            pytest.skip("the stock block has one width, and is compiled on a GPU")
+        torch.compiler.reset()
+        model = torch.compile(stock, dynamic=False)
+    else:
+        backend = contestant.split()[1]
+        if backend == "triton" and DEVICE == "cpu":
+            pytest.skip("kernels need a GPU")
+        monkeypatch.setenv("PPCL_BACKEND", backend)
+        full = ours.width
+        options = {"width": Width(*(count * width // 100 for count in full))}
+    with torch.no_grad():
+        wanted, got = stock(**call), model(**call)
+        for a, b in zip(got, wanted, strict=True):
+            # bf16 rounds to 2^-9, some ten times on the way, in either.
+            limit = 1e-5 if SIZE.dtype == torch.float32 else 10 * 2**-9
+            assert (a - b).float().square().mean().sqrt() < limit * b.float().square().mean().sqrt()
+        run = functools.partial(model, **options)
+        benchmark.pedantic(lambda: seconds(run, call), rounds=PAIRS, warmup_rounds=2)
+        to_stock = round(paired(run, stock, call), 3)
+    benchmark.extra_info.update(
+        {
+            "device": device_name(),
+            "dtype": str(SIZE.dtype),
+            "shape": str(SIZE),
+            "torch": torch.__version__,
+            "width": width,
+            "time_to_dense": to_stock,
+        }
+    )
+    print(f"\nblock, {contestant}, {width} % wide: {to_stock:.3f} of the stock block's time; {device_name()}, {SIZE}")
 
 
 def test_switch(benchmark):

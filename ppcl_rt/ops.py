@@ -22,7 +22,7 @@ from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.matmul import Tile
 from ppcl_kernels.qkv_projection import MAX_HEAD_DIM, tile_candidates
 from ppcl_rt import ways
-from ppcl_rt.ways import CUBLAS, TORCH, TRITON, Way
+from ppcl_rt.ways import CUBLAS, TORCH, Way
 
 
 class Streams(NamedTuple):
@@ -34,27 +34,32 @@ class Streams(NamedTuple):
 
 def _is_plain(module: Any) -> bool:
     """Whether a kernel may read the weights: adapters, hooks and quantised tensors are to be called instead."""
+    # Look-ups in dictionaries: this runs for every layer of every forward, and hasattr on a module takes microseconds.
     return (
         type(module) in (nn.Linear, nn.LayerNorm, RMSNorm)
-        and (module.weight is None or type(module.weight) is nn.Parameter)
         and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"))
+        and "_hf_hook" not in module.__dict__
+        and "_diffusers_hook" not in module.__dict__
+        and type(module._parameters["weight"]) in (nn.Parameter, type(None))
     )
 
 
-def _kernels_can(x: torch.Tensor, *modules: nn.Module | None) -> bool:
+def _kernels_can(x: torch.Tensor, *modules: Any) -> bool:
     """Whether kernels give what the modules would: plain weights of the dtype of ``x``, no gradient, no autocast."""
-    used = [module for module in modules if module is not None]
-    return (
-        kernels.can_run(x)
-        and all(_is_plain(module) for module in used)
-        and all(p.dtype == x.dtype for module in used for p in module.parameters(recurse=False))
-        and not torch.is_autocast_enabled(x.device.type)
-        and not (
-            torch.is_grad_enabled()
-            and (x.requires_grad or any(p.requires_grad for module in used for p in module.parameters(recurse=False)))
-        )
-    )
+    if not kernels.can_run(x) or torch.is_autocast_enabled(x.device.type):
+        return False
+    graded = torch.is_grad_enabled()
+    if graded and x.requires_grad:
+        return False
+    for module in modules:
+        if module is None:
+            continue
+        if not _is_plain(module):
+            return False
+        for parameter in module._parameters.values():
+            if parameter is not None and (parameter.dtype != x.dtype or (graded and parameter.requires_grad)):
+                return False
+    return True
 
 
 def linear(module: Any, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
@@ -77,14 +82,14 @@ def ada_layer_norm(
         return kernels.ada_layer_norm(x, scale, shift, index, norm.eps, tile=tile)
 
     batch, tokens, width = x.shape
-    able = _kernels_can(x, norm) and not norm.elementwise_affine
     return ways.run(
         "ada_layer_norm",
         x,
-        (batch, ways.bucket(tokens), width, index is not None),
-        (TRITON, TORCH) if able else (TORCH,),
-        lambda: [(tile.rows, tile.warps) for tile in NormTile.candidates(width)],
-        call,
+        able=lambda: _kernels_can(x, norm) and not norm.elementwise_affine,
+        shape=lambda: (batch, ways.bucket(tokens), width, index is not None),
+        others=(TORCH,),
+        tiles=lambda: [(tile.rows, tile.warps) for tile in NormTile.candidates(width)],
+        call=call,
     )
 
 
@@ -111,7 +116,7 @@ def qkv_projection(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Project streams (text first) to joint q, k, v ``[B, S, heads, head_dim]``, q and k normalised and rotated."""
     x = streams[0].x
-    eps = getattr(streams[0].projection.norm_q, "eps", 1e-6)
+    eps: float = getattr(streams[0].projection.norm_q, "eps", 1e-6)
 
     def raw() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         return [
@@ -150,18 +155,18 @@ def qkv_projection(
             tile=None if way.tile is None else Tile(*way.tile),
         )
 
-    able = (
-        head_dim <= MAX_HEAD_DIM
-        and all(_kernels_can(s.x, *s.projection) for s in streams)
-        and all(getattr(m, "eps", eps) == eps for s in streams for m in s.projection[3:])
-    )
     return ways.run(
         "qkv_projection",
         x,
-        (x.shape[0], *(ways.bucket(s.x.shape[1]) for s in streams), x.shape[2], heads, head_dim),
-        (TRITON, CUBLAS, TORCH) if able else (TORCH,),
-        lambda: tile_candidates(kernels.Target.of(x.device), x.dtype, head_dim),
-        call,
+        able=lambda: (
+            head_dim <= MAX_HEAD_DIM
+            and all(_kernels_can(s.x, *s.projection) for s in streams)
+            and all(m is None or m.eps == eps for s in streams for m in s.projection[3:])
+        ),
+        shape=lambda: (x.shape[0], *(ways.bucket(s.x.shape[1]) for s in streams), x.shape[2], heads, head_dim),
+        others=(CUBLAS, TORCH),
+        tiles=lambda: tile_candidates(kernels.Target.of(x.device), x.dtype, head_dim),
+        call=call,
     )
 
 
@@ -187,14 +192,14 @@ def joint_attention(
         return kernels.joint_attention(q, k, v, key_mask, tile=tile)
 
     batch, tokens, heads, head_dim = q.shape
-    able = backend is None and head_dim <= MAX_HEAD_DIM and _kernels_can(q) and not q.requires_grad
     return ways.run(
         "joint_attention",
         q,
-        (batch, ways.bucket(tokens), heads, head_dim, key_mask is not None),
-        (TRITON, TORCH) if able else (TORCH,),
-        lambda: AttentionTile.candidates(kernels.Target.of(q.device), q.dtype, head_dim),
-        call,
+        able=lambda: backend is None and head_dim <= MAX_HEAD_DIM and _kernels_can(q),
+        shape=lambda: (batch, ways.bucket(tokens), heads, head_dim, key_mask is not None),
+        others=(TORCH,),
+        tiles=lambda: AttentionTile.candidates(kernels.Target.of(q.device), q.dtype, head_dim),
+        call=call,
     ).flatten(2)
 
 
@@ -244,22 +249,21 @@ def linears(layers: Sequence[Layer], *, gelu: bool = False) -> list[torch.Tensor
         return kernels.grouped_linear(groups, gelu=gelu, tile=None if way.tile is None else Tile(*way.tile))
 
     x = layers[0].x
-    widths = tuple(layer.out_features or layer.module.out_features for layer in layers)
     # Without a gated residual cuBLAS has no kernel to go with it, and is the same as plain torch.
     gated = any(layer.gate is not None and layer.residual is not None for layer in layers)
-    able = all(_kernels_can(layer.x, layer.module) for layer in layers)
     return ways.run(
         "linear",
         x,
-        (
+        able=lambda: all(_kernels_can(layer.x, layer.module) for layer in layers),
+        shape=lambda: (
             x.shape[0],
             *(ways.bucket(layer.x.shape[1]) for layer in layers),
             *(layer.x.shape[2] for layer in layers),
-            *widths,
+            *(layer.out_features or layer.module.out_features for layer in layers),
             "gelu" if gelu else "gate" if gated else "plain",
             layers[0].index is not None,
         ),
-        ((TRITON, CUBLAS, TORCH) if gated else (TRITON, TORCH)) if able else (TORCH,),
-        lambda: Tile.candidates(kernels.Target.of(x.device), x.dtype),
-        call,
+        others=(CUBLAS, TORCH) if gated else (TORCH,),
+        tiles=lambda: Tile.candidates(kernels.Target.of(x.device), x.dtype),
+        call=call,
     )

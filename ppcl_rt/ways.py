@@ -75,31 +75,31 @@ class Table:
     path: Path
     about: dict[str, str]
     clock: Callable[[Callable[[], Any]], float]
-    _known: dict[str, str] | None = field(default=None, repr=False)
+    _chosen: dict[str, Way] = field(default_factory=dict, repr=False)
 
-    def fastest(self, key: str, ways: Iterable[Way], call: Callable[[Way], Any]) -> Way:
+    def fastest(self, key: str, ways: Callable[[], Iterable[Way]], call: Callable[[Way], Any]) -> Way:
         """Look up, or measure, which of ``ways`` runs ``call`` fastest. A way that fails is left out.
 
         Raises:
             RuntimeError: every way failed.
         """
-        if self._known is None:
-            self._known = {k: v["way"] for k, v in self._read().items()}
-        by_name = {str(way): way for way in ways}
-        if self._known.get(key) not in by_name:
-            times = dict(self._measure(key, by_name, call))
-            if not times:
-                raise RuntimeError(f"no way to run {key} works here; the log says what each failed of")
-            self._known[key] = min(times, key=times.__getitem__)
-            self._write(key, {"way": self._known[key], "milliseconds": {k: round(v, 4) for k, v in times.items()}})
-        return by_name[self._known[key]]
+        if (way := self.recall(key, ways)) is not None:
+            return way
+        by_name = {str(way): way for way in ways()}
+        times = dict(self._measure(key, by_name, call))
+        if not times:
+            raise RuntimeError(f"no way to run {key} works here; the log says what each failed of")
+        name = min(times, key=times.__getitem__)
+        self._write(key, {"way": name, "milliseconds": {k: round(v, 4) for k, v in times.items()}})
+        self._chosen[key] = by_name[name]
+        return by_name[name]
 
-    def recall(self, key: str, ways: Iterable[Way]) -> Way | None:
+    def recall(self, key: str, ways: Callable[[], Iterable[Way]]) -> Way | None:
         """Look up without measuring; None where nothing is known."""
-        by_name = {str(way): way for way in ways}
-        if self._known is None:
-            self._known = {k: v["way"] for k, v in self._read().items()}
-        return by_name.get(self._known.get(key, ""))
+        if key not in self._chosen:
+            name = self._read().get(key, {}).get("way")
+            self._chosen.update({key: way for way in ways() if str(way) == name})
+        return self._chosen.get(key)
 
     def _measure(self, key: str, ways: dict[str, Way], call: Callable[[Way], Any]) -> Iterable[tuple[str, float]]:
         for name, way in ways.items():
@@ -175,8 +175,10 @@ def cuda_milliseconds(call: Callable[[], Any]) -> float:
 def run(
     operation: str,
     like: torch.Tensor,
-    shape: tuple[Hashable, ...],
-    kinds: tuple[Way, ...],
+    *,
+    able: Callable[[], bool],
+    shape: Callable[[], tuple[Hashable, ...]],
+    others: tuple[Way, ...],
     tiles: Callable[[], Iterable[tuple[int, ...]]],
     call: Callable[[Way], _T],
 ) -> _T:
@@ -185,24 +187,28 @@ def run(
     Args:
         operation: its name.
         like: a tensor of the device and dtype.
-        shape: what the time depends on beside them; token counts through `bucket`.
-        kinds: what can run it here; `TORCH` always can.
-        tiles: the tiles at which ``triton`` is measured.
+        able: says whether anything but plain torch can run it here.
+        shape: gives what the time depends on beside device and dtype; token counts through `bucket`.
+        others: the ways beside ``triton``, `TORCH` among them.
+        tiles: gives the tiles at which ``triton`` is measured.
         call: runs it one way.
+
+    Raises:
+        ValueError: ``PPCL_BACKEND`` is none of `BACKENDS`.
     """
     asked = backend()
-    if asked == "torch" or kinds == (TORCH,):
+    on_gpu = like.device.type == "cuda"
+    if asked == "torch" or (asked == "auto" and not on_gpu) or not able():
         return call(TORCH)
-    if asked == "triton":
+    # Nothing can be timed while tracing; the kernels' own choosers know a good tile.
+    if asked == "triton" or torch.compiler.is_compiling():
         return call(TRITON)
-    if like.device.type != "cuda":
-        return call(TORCH)
-    if torch.compiler.is_compiling():
-        # Nothing can be timed while tracing; the kernels' own choosers know a good tile.
-        return call(TRITON)
-    key = " ".join(map(str, (operation, str(like.dtype).removeprefix("torch."), *shape)))
+    key = " ".join(map(str, (operation, str(like.dtype).removeprefix("torch."), *shape())))
     table = table_of(like.device.index or 0)
-    ways = [*(way for way in kinds if way != TRITON), *(Way("triton", tuple(tile)) for tile in tiles())]
+
+    def ways() -> list[Way]:
+        return [*others, *(Way("triton", tuple(tile)) for tile in tiles())]
+
     if torch.cuda.is_current_stream_capturing():
         return call(table.recall(key, ways) or TRITON)
     return call(table.fastest(key, ways, call))

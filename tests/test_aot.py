@@ -60,6 +60,38 @@ sys.exit(aot.main(["--arch", "{arch}", "--kernel", "linear", "--json"]))
     assert problem in done.stderr
 
 
+def test_no_width_compiles_anew():
+    """One source, so one compiled kernel, for every count of heads, channels and tokens, at batch 1 as at 2."""
+    script = """
+import torch
+from ppcl_kernels.joint_attention import Tile as AttentionTile, launch_joint_attention
+from ppcl_kernels.launch import TARGETS
+from ppcl_kernels.linear import Linear, launch_linear
+from ppcl_kernels.matmul import Tile
+from ppcl_kernels.qkv_projection import Stream, joint_outputs, launch_qkv_projection
+
+target, tile = TARGETS["sm_90"], Tile(128, 128, 64, 8, 3)
+meta = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+sources = {"linear": set(), "qkv_projection": set(), "joint_attention": set()}
+for heads, channels, text, batch in ((24, 12288, 512, 2), (18, 9216, 37, 1), (12, 6144, 1, 2), (1, 128, 1000, 1)):
+    groups = [Linear(meta(batch, s, 3072), meta(12288, 3072), meta(12288), channels) for s in (4096, text)]
+    outputs = [meta(batch, s, channels) for s in (4096, text)]
+    streams = [Stream(meta(batch, s, 3072), (meta(3072, 3072),) * 3) for s in (text, 4096)]
+    joint = joint_outputs(streams[0].x, (text, 4096), (True, True), heads, 128)
+    attention = AttentionTile(128, 128, 8, 2)
+    for name, launch in (
+        ("linear", launch_linear(groups, outputs, True, tile, target)),
+        ("qkv_projection", launch_qkv_projection(streams, joint, heads, None, 128, 1e-6, tile, target)),
+        ("joint_attention", launch_joint_attention(*joint, joint[0], None, None, None, 1.0, attention, target)),
+    ):
+        source = launch.source()
+        sources[name].add(repr((source.signature, source.constants, source.attrs)))
+print({name: len(different) for name, different in sources.items()})
+"""
+    done = run(script=script)
+    assert done.stdout.strip() == "{'linear': 1, 'qkv_projection': 1, 'joint_attention': 1}", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

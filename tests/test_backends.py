@@ -13,9 +13,25 @@ from ppcl_rt.task import task_of
 
 # The interpreter computes GELU's sigmoid with numpy, which says that exp(large) is infinite; it is meant to be.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCENES = Path(__file__).parents[1] / "examples" / "scenes"
 # A block makes four norms, one projection, one attention, and three launches of linear layers.
 KERNELS_A_BLOCK = {"ppcl::ada_layer_norm": 4, "ppcl::qkv_projection": 1, "ppcl::joint_attention": 1, "ppcl::linear": 3}
+
+
+def load(*arguments, **options):
+    """Load a model to where kernels run: a GPU, or a CPU and the interpreter."""
+    return ppcl_rt.load(*arguments, device=DEVICE, **options)
+
+
+@pytest.fixture
+def build_inputs(build_inputs):
+    """Inputs on the device of the model."""
+    return lambda **options: on_device(build_inputs(**options))
+
+
+def on_device(inputs):
+    return {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
 class Kernels(TorchDispatchMode):
@@ -52,9 +68,9 @@ def both(monkeypatch, run):
 
 @pytest.mark.parametrize("ratio", [1.0, 0.7, 0.5])
 def test_scenes(both, same, ratio):
-    model = ppcl_rt.load(SCENES, ratio, dtype=torch.float32)
+    model = load(SCENES, ratio, dtype=torch.float32)
     call = task_of(model.catalog).example(1)
-    got, wanted = both(model, {name: value for name, value in call.items() if name != "return_dict"})
+    got, wanted = both(model, on_device({name: value for name, value in call.items() if name != "return_dict"}))
     # float32 sums in another order, over 12 blocks: 5e-6 seen.
     same(got, wanted, 2e-5)
 
@@ -62,7 +78,7 @@ def test_scenes(both, same, ratio):
 @pytest.mark.parametrize("mask", ["none", "random", "rows", "prefix"])
 def test_random_plans(made, build_inputs, both, same, mask):
     """Widths that no tile divides, students, compensated layers, any mask of the text."""
-    model = ppcl_rt.load(made.folder)
+    model = load(made.folder)
     model.set_plan(made.random_plan(np.random.default_rng(len(mask))))
     same(*both(model, build_inputs(mask=mask)), 2e-5)
 
@@ -70,16 +86,16 @@ def test_random_plans(made, build_inputs, both, same, mask):
 def test_edit_model(tmp_path, make_checkpoint, build_inputs, both, same):
     """Two modulations a sample, chosen by token (``zero_cond_t``)."""
     made = make_checkpoint(tmp_path / "checkpoint", zero_cond_t=True)
-    model = ppcl_rt.load(made.folder)
+    model = load(made.folder)
     same(*both(model, build_inputs(images=((1, 3, 5), (1, 2, 3)))), 2e-5)
 
 
 def test_half_precision(made, build_inputs, both):
     """float16 on both: either rounds a few times a block, the kernels less often."""
-    model = ppcl_rt.load(made.folder, dtype=torch.float16)
+    model = load(made.folder, dtype=torch.float16)
     inputs = {k: v.half() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in build_inputs().items()}
     got, wanted = both(model, inputs)
-    exact = ppcl_rt.load(made.folder, dtype=torch.float32)
+    exact = load(made.folder, dtype=torch.float32)
     with torch.no_grad():
         exact = exact(
             **{k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
@@ -91,7 +107,7 @@ def test_half_precision(made, build_inputs, both):
 
 def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatch):
     """What a kernel cannot read runs as a module, and the rest of the block on kernels."""
-    model = ppcl_rt.load(made.folder)
+    model = load(made.folder)
     called = []
     handle = model.transformer_blocks[0].attn.to_k.register_forward_hook(lambda *_: called.append(1))
     monkeypatch.setenv("PPCL_BACKEND", "triton")
@@ -106,7 +122,7 @@ def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatc
 
 def test_gradients(made, build_inputs, monkeypatch):
     """Training on the kernels' backend gives the gradients of plain torch, never a silent zero."""
-    model, inputs, gradients = ppcl_rt.load(made.folder), build_inputs(), []
+    model, inputs, gradients = load(made.folder), build_inputs(), []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("PPCL_BACKEND", backend)
         model.zero_grad()
@@ -120,7 +136,7 @@ def test_gradients(made, build_inputs, monkeypatch):
 
 def test_gradient_of_the_input_alone(made, build_inputs, same, monkeypatch):
     """Frozen weights, as in guidance by a gradient; what needs none (the text at first) runs on kernels."""
-    model, inputs = ppcl_rt.load(made.folder).requires_grad_(False), build_inputs()
+    model, inputs = load(made.folder).requires_grad_(False), build_inputs()
     gradients = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("PPCL_BACKEND", backend)
@@ -132,16 +148,16 @@ def test_gradient_of_the_input_alone(made, build_inputs, same, monkeypatch):
 
 
 def test_autocast_is_left_to_torch(made, build_inputs, run, monkeypatch):
-    model = ppcl_rt.load(made.folder)
+    model = load(made.folder)
     monkeypatch.setenv("PPCL_BACKEND", "triton")
-    with Kernels() as kernels, torch.autocast("cpu", torch.bfloat16):
+    with Kernels() as kernels, torch.autocast(DEVICE, torch.bfloat16):
         run(model, build_inputs())
     assert not kernels.counts
 
 
 def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
     """`torch.compile` takes the kernels as they are."""
-    model, inputs = ppcl_rt.load(made.folder), build_inputs()
+    model, inputs = load(made.folder), build_inputs()
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     wanted = run(model, inputs)
     taken = Counter()

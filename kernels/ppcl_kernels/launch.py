@@ -136,9 +136,8 @@ class Launch:
         # AMD's compiler takes no limit of registers.
         return options if self.registers is None or amd else options | {"maxnreg": self.registers}
 
-    def compile(self, target: Target) -> Any:
-        """Compile for a target, with no device; returns triton's compiled kernel."""
-        from triton.backends.compiler import GPUTarget
+    def source(self) -> Any:
+        """Say what would be compiled: launches of equal sources share a compiled kernel."""
         from triton.compiler import ASTSource
 
         signature, constants, attributes = {}, {}, {}
@@ -150,9 +149,14 @@ class Launch:
                 constants[parameter.name] = value
             elif not parameter.do_not_specialize and _divisible(value):
                 attributes[(number,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+    def compile(self, target: Target) -> Any:
+        """Compile for a target, with no device; returns triton's compiled kernel."""
+        from triton.backends.compiler import GPUTarget
+
         gpu = GPUTarget("hip", target.arch, 64) if target.amd else GPUTarget("cuda", target.capability, 32)
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=gpu, options=self._options(target.amd))
+        return triton.compile(self.source(), target=gpu, options=self._options(target.amd))
 
 
 def _kind(value: Any, unspecialized: bool) -> str:

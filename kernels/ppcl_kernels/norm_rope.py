@@ -24,8 +24,8 @@ from ppcl_kernels.qkv_projection import (
     rope_tables,
 )
 
-# Tokens a block; 32 x 128 elements over 4 warps are 32 a thread.
-_ROWS, _WARPS = 32, 4
+# Tokens a block: 16 elements of a head of 128 a thread, so that registers leave room for blocks to hide latency.
+_ROWS, _WARPS = 16, 4
 _COUNTS = ("S", "q_first", "kv_first", "q_tokens", "kv_tokens", "heads")
 
 

@@ -1,0 +1,157 @@
+"""What only a GPU can show: nothing compiles anew when the plan changes, graphs capture, ways are measured for real."""
+
+import json
+
+import pytest
+import torch
+
+import ppcl_kernels as kernels
+from ppcl_kernels.joint_attention import Tile as AttentionTile
+from ppcl_kernels.matmul import Tile
+from ppcl_rt import ways
+from ppcl_rt.plan import Width
+from ppcl_rt.qwen_block import PPCLQwenImageTransformerBlock
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HEADS, HEAD_DIM, TEXT, IMAGE, BATCH = 8, 64, 33, 257, 2
+DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
+NARROW = Width(5, CHANNELS // 2, CHANNELS // 4)
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return PPCLQwenImageTransformerBlock(DIM, HEADS, HEAD_DIM).to("cuda", torch.bfloat16).requires_grad_(False)
+
+
+@pytest.fixture
+def call():
+    torch.manual_seed(1)
+    text, image, temb = (
+        torch.randn(BATCH, *shape, device="cuda", dtype=torch.bfloat16) for shape in ((TEXT, DIM), (IMAGE, DIM), (DIM,))
+    )
+    angles = [torch.rand(tokens, HEAD_DIM // 2, device="cuda") * 6.28 for tokens in (IMAGE, TEXT)]
+    return {
+        "hidden_states": image,
+        "encoder_hidden_states": text,
+        "encoder_hidden_states_mask": torch.rand(BATCH, TEXT, device="cuda") < 0.7,
+        "temb": temb,
+        "image_rotary_emb": tuple(torch.stack((a.cos(), a.sin()), dim=-1) for a in angles),
+    }
+
+
+def close(got, wanted):
+    """bf16 rounds to 2^-9 relative, some ten times on the way through a block, either way."""
+    for a, b in zip(got, wanted, strict=True):
+        error = (a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt()
+        assert error < 10 * 2**-9, error
+
+
+def test_no_width_compiles_anew(monkeypatch):
+    """Heads, channels and tokens are run-time arguments: after the first width nothing is compiled."""
+    import triton
+
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about))
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    weight, up, down = (
+        torch.randn(DIM, DIM, **bf16),
+        torch.randn(CHANNELS, DIM, **bf16),
+        torch.randn(DIM, CHANNELS, **bf16),
+    )
+    tile = Tile(64, 64, 64, 4, 3)
+    seen = []
+    for heads, channels, tokens in ((8, 2048, 256), (5, 1024, 257), (3, 512, 1), (1, 128, 1000)):
+        x = torch.randn(1, tokens, DIM, **bf16)
+        q, k, v = kernels.qkv_projection([kernels.Stream(x, (weight,) * 3)], heads, HEAD_DIM, tile=tile)
+        kernels.joint_attention(q, k, v, tile=AttentionTile(64, 64, 4, 2))
+        hidden = kernels.linear(x, up, None, channels, gelu=True, tile=tile)
+        kernels.linear(hidden, down, tile=tile)
+        seen.append(len(compiled))
+    assert seen[0] > 0 and seen[-1] == seen[0], seen
+
+
+def test_graph_captures_a_block(monkeypatch, block, call):
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    with torch.no_grad():
+        for _ in range(3):
+            wanted = block(**call, width=NARROW)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = block(**call, width=NARROW)
+        for part in got:
+            part.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("width", [None, NARROW])
+def test_ways_are_measured_once(monkeypatch, tmp_path, block, call, width):
+    monkeypatch.setenv("PPCL_CACHE", str(tmp_path))
+    ways.table_of.cache_clear()
+    results = {}
+    with torch.no_grad():
+        for backend in ("torch", "triton", "auto"):
+            monkeypatch.setenv("PPCL_BACKEND", backend)
+            results[backend] = block(**call, width=width)
+        (path,) = tmp_path.glob("ways-*.json")
+        written = path.read_text()
+        monkeypatch.setattr(ways, "cuda_milliseconds", lambda call: pytest.fail("measured again"))
+        ways.table_of.cache_clear()
+        close(block(**call, width=width), results["auto"])
+    assert path.read_text() == written
+    table = json.loads(written)
+    assert table["about"]["device"] == torch.cuda.get_device_name()
+    assert {key.split()[0] for key in table["ways"]} == {
+        "ada_layer_norm",
+        "qkv_projection",
+        "joint_attention",
+        "linear",
+    }
+    for key, entry in table["ways"].items():
+        # Every way works here, and was timed.
+        assert {name.split()[0] for name in entry["milliseconds"]} >= {"torch", "triton"}, key
+    close(results["triton"], results["torch"])
+    close(results["auto"], results["torch"])
+    ways.table_of.cache_clear()
+
+
+def test_no_more_error_than_torch(monkeypatch, block, call):
+    """bf16 against float64: a fused block rounds less often than one of separate operations."""
+    exact = {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in call.items()}
+    results = {}
+    with torch.no_grad():
+        for backend in ("torch", "triton"):
+            monkeypatch.setenv("PPCL_BACKEND", backend)
+            results[backend] = block(**call)
+        monkeypatch.setenv("PPCL_BACKEND", "torch")
+        wanted = block.double()(**exact)
+    for number in range(2):
+        error, plain = (
+            (results[b][number].double() - wanted[number]).square().mean().sqrt() for b in ("triton", "torch")
+        )
+        # Two draws of the same roundings differ by a few per cent.
+        assert error <= 1.05 * plain
+
+
+def test_compiled_block(monkeypatch, block, call):
+    """Inductor takes the kernels as they are, without a graph break."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    with torch.no_grad():
+        wanted = block(**call, width=NARROW)
+        torch.compiler.reset()
+        block.compile(fullgraph=True)
+        close(block(**call, width=NARROW), wanted)
+    torch.compiler.reset()
+
+
+def test_second_device():
+    """Tensors need not be on the current device."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x, weight = torch.randn(1, 70, 64, device="cuda:1"), torch.randn(48, 64, device="cuda:1")
+    close([kernels.linear(x, weight)], [kernels.linear_reference(x, weight)])
