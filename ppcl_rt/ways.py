@@ -98,7 +98,9 @@ class Table:
         """Look up without measuring; None where nothing is known."""
         if key not in self._chosen:
             name = self._read().get(key, {}).get("way")
-            self._chosen.update({key: way for way in ways() if str(way) == name})
+            for way in ways():
+                if str(way) == name:
+                    self._chosen[key] = way
         return self._chosen.get(key)
 
     def _measure(self, key: str, ways: dict[str, Way], call: Callable[[Way], Any]) -> Iterable[tuple[str, float]]:

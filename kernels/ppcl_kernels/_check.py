@@ -44,6 +44,16 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Iterable[int]) -> None:
         raise ValueError(f"{name} is {list(tensor.shape)}, wanted {list(shape)}")
 
 
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight that is no matrix.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"{name} is {list(weight.shape)}, wanted [outputs, inputs]")
+
+
 def check_index(index: torch.Tensor | None, x: torch.Tensor) -> None:
     """Refuse an index into modulations that is not one integer (0 or 1) a token of ``x [B, S, D]``.
 

@@ -183,8 +183,7 @@ def launch_ada_layer_norm(
     return Launch(_ada_layer_norm_kernel, (batch * -(-tokens // tile.rows),), arguments, tile.warps, 1)
 
 
-def _run(x, gate, h, scale, shift, index, eps, tile) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Check, launch, and return (sum, normalised), each None where it is not asked for."""
+def _check(x, gate, h, scale, shift, index) -> None:
     if x.dim() != 3 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"x is {list(x.shape)}, wanted [B, S, D] with D up to {MAX_WIDTH}")
     check_like(x, x=x, h=h, gate=gate, scale=scale, shift=shift)
@@ -193,6 +192,11 @@ def _run(x, gate, h, scale, shift, index, eps, tile) -> tuple[torch.Tensor | Non
         check_modulation(name, modulation, x, x.shape[-1], index)
     if h is not None:
         check_shape("h", h, x.shape)
+
+
+def _run(x, gate, h, scale, shift, index, eps, tile) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Check, launch, and return (sum, normalised), each None where it is not asked for."""
+    _check(x, gate, h, scale, shift, index)
     total = None if gate is None else x.new_empty(x.shape)
     y = None if scale is None else x.new_empty(x.shape)
     target = Target.of(x.device)
@@ -235,16 +239,19 @@ def _gated_residual_op(x, gate, h, index, tile):
 
 @_norm_op.register_fake
 def _(x, scale, shift, index, eps, tile):
+    _check(x, None, None, scale, shift, index)
     return x.new_empty(x.shape)
 
 
 @_gated_norm_op.register_fake
 def _(x, gate, h, scale, shift, index, eps, tile):
+    _check(x, gate, h, scale, shift, index)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @_gated_residual_op.register_fake
 def _(x, gate, h, index, tile):
+    _check(x, gate, h, None, None, index)
     return x.new_empty(x.shape)
 
 

@@ -140,13 +140,14 @@ def _load_tile(
 
 
 @jit()
-def _absorb(scores, v_tile, top, weight, total, factor, MASKED: tl.constexpr):
-    """Take a tile of scores into the running maximum ``top`` (base 2), sum ``weight`` and output ``total``."""
+def _absorb(scores, v_tile, top, weight, total, factor):
+    """Take a tile of scores into the running maximum ``top`` (base 2), sum ``weight`` and output ``total``.
+
+    The first tile that a block visits has a key that counts, for all rows alike: ``best`` is finite from then on.
+    """
     best = tl.maximum(top, tl.max(scores, 1) * factor)
-    # The maximum of a row that has met no key yet is -inf, and -inf - -inf is not a number.
-    shift = tl.where(best == float("-inf"), 0.0, best) if MASKED else best
-    p = tl.exp2(scores * factor - shift[:, None])
-    fade = tl.exp2(top - shift)
+    p = tl.exp2(scores * factor - best[:, None])
+    fade = tl.exp2(top - best)
     weight = weight * fade + tl.sum(p, 1)
     total = total * fade[:, None]
     total = tl.dot(p.to(v_tile.dtype), v_tile, total, input_precision="ieee")
@@ -199,7 +200,7 @@ def _joint_attention_kernel(
     else:
         length = T
         if lengths is not None:
-            length = tl.minimum(tl.load(lengths + b).to(tl.int32), T)
+            length = tl.maximum(tl.minimum(tl.load(lengths + b), T), 0).to(tl.int32)
         begin = 0
         full_begin = 0
         full_end = length // KEYS
@@ -214,7 +215,7 @@ def _joint_attention_kernel(
         k_tile = _load_tile(k, b, head, key, T, k_batch_step, k_row_step, k_head_step, E, KEYS, COLS, TMA)
         v_tile = _load_tile(v, b, head, key, T, v_batch_step, v_row_step, v_head_step, E, KEYS, COLS, TMA)
         scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor, False)
+        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor)
     # The ragged tiles: those before the run, then those after it.
     before = tl.maximum(tl.minimum(full_begin, end) - begin, 0)
     for step in tl.range(0, before + tl.maximum(end - full_end, 0), num_stages=RAGGED_STAGES):
@@ -228,7 +229,7 @@ def _joint_attention_kernel(
             counted = keys < length
         scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         scores = tl.where(counted[None, :], scores, float("-inf"))
-        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor, True)
+        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor)
     # Rows without any key have weight 0 and total 0.
     total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, COLS)
@@ -295,14 +296,16 @@ def launch_joint_attention(
     return Launch(_joint_attention_kernel, grid, arguments, tile.warps, tile.stages)
 
 
-def _check(q, k, v, key_mask, key_lengths) -> None:
-    if q.dim() != 4 or q.shape[3] > MAX_HEAD_DIM:
+def _check(q, k, v, key_mask, key_lengths, scale) -> None:
+    if q.dim() != 4 or not 0 < q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"q is {list(q.shape)}, wanted [B, S, H, E] with E up to {MAX_HEAD_DIM}")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, wanted above 0")
+    if k.dim() != 4:
+        raise ValueError(f"k is {list(k.shape)}, wanted [B, T, H, E]")
     check_shape("k", k, (q.shape[0], k.shape[1], *q.shape[2:]))
     check_shape("v", v, k.shape)
     check_like(q, q=q, k=k, v=v)
-    if key_mask is not None and key_lengths is not None:
-        raise ValueError("key_mask and key_lengths were both given: put the lengths into the mask")
     if key_mask is not None:
         check_shape("key_mask", key_mask, k.shape[:2])
         if key_mask.dtype != torch.bool or key_mask.device != q.device:
@@ -321,7 +324,7 @@ def _check(q, k, v, key_mask, key_lengths) -> None:
     ),
 )
 def _attention_op(q, k, v, key_mask, key_lengths, scale, tile):
-    _check(q, k, v, key_mask, key_lengths)
+    _check(q, k, v, key_mask, key_lengths, scale)
     target = Target.of(q.device)
     y = q.new_empty(q.shape)
     if not q.numel():
@@ -342,6 +345,7 @@ def _attention_op(q, k, v, key_mask, key_lengths, scale, tile):
 
 @_attention_op.register_fake
 def _(q, k, v, key_mask, key_lengths, scale, tile):
+    _check(q, k, v, key_mask, key_lengths, scale)
     return q.new_empty(q.shape)
 
 
@@ -362,7 +366,7 @@ def joint_attention(
         k, v: ``[B, T, H, E]``, of all streams.
         key_mask: bool ``[B, T]``, true on keys that count, in any pattern; or None.
         key_lengths: int32 or int64 ``[B]``: the first so many keys count; or None. Not both.
-        scale: of the scores, ``E ** -0.5`` where None.
+        scale: of the scores, above 0; ``E ** -0.5`` where None.
         tile: None to choose by shape and device.
 
     Returns:
@@ -371,7 +375,9 @@ def joint_attention(
     Raises:
         ValueError: wrong device, dtype, shape or stride.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if key_mask is not None and key_lengths is not None:
+        raise ValueError("key_mask and key_lengths were both given: put the lengths into the mask")
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     if wants_gradient(q, k, v):
         return joint_attention_reference(q, k, v, key_mask, key_lengths, scale)
     return _attention_op(q, k, v, key_mask, key_lengths, scale, tile)

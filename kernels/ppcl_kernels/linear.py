@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, wants_gradient
+from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, check_weight, wants_gradient
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.matmul import Tile, locate_tile, next_start, operand, product_tile, split_columns, takes_tma
@@ -77,7 +77,10 @@ def linear_reference(
 
 
 def _widths(x: torch.Tensor, weight: torch.Tensor, out_features: int | None) -> tuple[int, int]:
+    check_weight("weight", weight)
     n, k = weight.shape[0] if out_features is None else out_features, x.shape[-1]
+    if n < 1:
+        raise ValueError(f"out_features is {n}, wanted at least 1")
     if n > weight.shape[0] or k > weight.shape[1]:
         raise ValueError(f"wanted {n} outputs of {k} inputs, the weight holds {weight.shape[0]} of {weight.shape[1]}")
     return n, k
@@ -241,10 +244,8 @@ def check_linear(groups: Sequence[Linear]) -> None:
     """Refuse groups that the kernel cannot compute.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, a width beyond the weight, or not one or two groups.
+        ValueError: wrong device, dtype, shape or stride, or a width beyond the weight.
     """
-    if len(groups) not in (1, 2):
-        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
     first = groups[0].x
     for g in groups:
         if g.x.dim() != 3 or g.x.shape[0] != first.shape[0]:
@@ -277,6 +278,7 @@ def _linear_op(x, weight, bias, out_features, gate, index, residual, gelu, tile)
 
 @_linear_op.register_fake
 def _(x, weight, bias, out_features, gate, index, residual, gelu, tile):
+    check_linear([Linear(*group) for group in zip(x, weight, bias, out_features, gate, index, residual, strict=True)])
     return [part.new_empty(*part.shape[:2], n) for part, n in zip(x, out_features, strict=True)]
 
 
@@ -294,8 +296,10 @@ def grouped_linear(groups: Sequence[Linear], *, gelu: bool = False, tile: Tile |
         ``[B, S, n]`` a group, contiguous, in the dtype of ``x``.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, or a width beyond the weight.
+        ValueError: wrong device, dtype, shape or stride, a width beyond the weight, or not one or two groups.
     """
+    if len(groups) not in (1, 2):
+        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
     if any(wants_gradient(g.x, g.weight, g.bias, g.gate, g.residual) for g in groups):
         return [linear_reference(*g[:4], gelu=gelu, gate=g.gate, index=g.index, residual=g.residual) for g in groups]
     x, weight, bias, out_features, gate, index, residual = map(list, zip(*groups, strict=True))

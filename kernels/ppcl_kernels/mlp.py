@@ -83,6 +83,9 @@ def _mlp_op(x, up, up_bias, down, down_bias, channels, gate, index, residual, up
 
 @_mlp_op.register_fake
 def _(x, up, up_bias, down, down_bias, channels, gate, index, residual, up_tile, down_tile):
+    groups = [Mlp(*g) for g in zip(x, up, up_bias, down, down_bias, channels, gate, index, residual, strict=True)]
+    check_linear(_ups(groups))
+    check_linear(_downs(groups, [g.x.new_empty(*g.x.shape[:2], g.channels) for g in groups]))
     return [part.new_empty(*part.shape[:2], weight.shape[0]) for part, weight in zip(x, down, strict=True)]
 
 
@@ -101,8 +104,11 @@ def grouped_mlp(
         ``[B, S, D]`` a group, contiguous, in the dtype of ``x``.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, or more channels than the weights hold.
+        ValueError: wrong device, dtype, shape or stride, more channels than the weights hold, or not one or
+            two groups.
     """
+    if len(groups) not in (1, 2):
+        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
     if any(wants_gradient(g.x, *g[1:5], g.gate, g.residual) for g in groups):
         return [mlp_reference(*g[:6], gate=g.gate, index=g.index, residual=g.residual) for g in groups]
     x, up, up_bias, down, down_bias, channels, gate, index, residual = map(list, zip(*groups, strict=True))

@@ -17,6 +17,8 @@ from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.qkv_projection import (
     MAX_HEAD_DIM,
     Rope,
+    check_norms,
+    check_rope,
     finish_head,
     head_cols,
     joint_outputs,
@@ -107,34 +109,37 @@ def launch_norm_rope(
     ),
 )
 def _norm_rope_op(q, k, v, norms, tables, eps):
-    head_dim = k[0].shape[-1]
-    if k[0].dim() != 4 or head_dim > MAX_HEAD_DIM or head_dim % 2:
-        raise ValueError(f"k is {list(k[0].shape)}, wanted [B, S, h, E] with an even E up to {MAX_HEAD_DIM}")
+    _check(q, k, v, norms, tables)
     outputs = _make_room(q, k)
     Target.of(k[0].device)
     q_first = kv_first = 0
     for n, (part_q, part_k, part_v) in enumerate(zip(q, k, v, strict=True)):
-        shape = (k[0].shape[0], part_k.shape[1], *k[0].shape[2:])
-        for name, part in (("q", part_q), ("k", part_k), ("v", part_v)):
+        rope = None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1])
+        if part_k.numel():
+            norms_of = (norms[2 * n], norms[2 * n + 1])
+            launch_norm_rope((part_q, part_k, part_v), norms_of, rope, outputs, q_first, kv_first, eps).run()
+        q_first += 0 if part_q is None else part_k.shape[1]
+        kv_first += part_k.shape[1]
+    return outputs
+
+
+def _check(q, k, v, norms, tables) -> None:
+    like = k[0]
+    if like.dim() != 4 or not 0 < like.shape[3] <= MAX_HEAD_DIM or like.shape[3] % 2:
+        raise ValueError(f"k is {list(like.shape)}, wanted [B, S, h, E] with an even E up to {MAX_HEAD_DIM}")
+    if all(part is None for part in q):
+        raise ValueError("no stream has queries: give q of one")
+    for n, parts in enumerate(zip(q, k, v, strict=True)):
+        tokens = parts[1].shape[1]
+        for name, part in zip("qkv", parts, strict=True):
             if part is not None:
-                check_shape(name, part, shape)
-                check_like(k[0], **{name: part})
+                check_shape(name, part, (like.shape[0], tokens, *like.shape[2:]))
+                check_like(like, **{name: part})
                 if not part.is_contiguous():
                     raise ValueError(f"{name} has strides {part.stride()}, wanted contiguous: .contiguous()")
-        norm_q, norm_k = norms[2 * n : 2 * n + 2]
-        check_like(k[0], norm_q=norm_q, norm_k=norm_k)
-        if (norm_q is None) != (norm_k is None):
-            raise ValueError("q or k alone has a norm: give both or none")
-        cos, sin = tables[2 * n : 2 * n + 2]
-        for table in (cos, sin):
-            if table is not None:
-                check_shape("rope (pairs)", table, (shape[1], head_dim // 2))
-        if part_k.numel():
-            rope = None if cos is None else (cos, sin)
-            launch_norm_rope((part_q, part_k, part_v), (norm_q, norm_k), rope, outputs, q_first, kv_first, eps).run()
-        q_first += 0 if part_q is None else shape[1]
-        kv_first += shape[1]
-    return outputs
+        check_norms((norms[2 * n], norms[2 * n + 1]), like, like.shape[3])
+        rope = None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1])
+        check_rope(rope, tokens, like.shape[3], like.device)
 
 
 def _make_room(q, k):
@@ -144,6 +149,7 @@ def _make_room(q, k):
 
 @_norm_rope_op.register_fake
 def _(q, k, v, norms, tables, eps):
+    _check(q, k, v, norms, tables)
     return _make_room(q, k)
 
 
@@ -167,8 +173,10 @@ def norm_rope(
         q, k, v as `ppcl_kernels.qkv_projection` gives them.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride.
+        ValueError: wrong device, dtype, shape or stride, or not as many norms and rotations as streams.
     """
+    if not len(raw) == len(norms) == len(ropes):
+        raise ValueError(f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give as many")
     if wants_gradient(*(t for part in (*raw, *norms) for t in part)):
         return norm_rope_reference(raw, norms, ropes, eps)
     q, k, v = (list(part) for part in zip(*raw, strict=True))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ppcl_kernels._check import check_like, check_shape, wants_gradient
+from ppcl_kernels._check import check_like, check_shape, check_weight, wants_gradient
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.linear import linear_reference
@@ -52,8 +52,43 @@ def rope_tables(rope: Rope | None, head_dim: int) -> tuple[torch.Tensor | None, 
         return None, None
     if isinstance(rope, torch.Tensor):
         return rope[..., 0], rope[..., 1]
-    step = max(rope[0].shape[1] // (head_dim // 2), 1)
+    widths = [table.shape[1] if table.dim() == 2 else None for table in rope]
+    if widths not in ([head_dim // 2] * 2, [head_dim] * 2):
+        shapes = " and ".join(str(list(table.shape)) for table in rope)
+        raise ValueError(f"rope is {shapes}, wanted two of [S, {head_dim // 2}] or [S, {head_dim}]")
+    step = 2 if widths[0] == head_dim else 1
     return rope[0][:, ::step], rope[1][:, ::step]
+
+
+def check_rope(rope: Rope | None, tokens: int, head_dim: int, device: torch.device) -> None:
+    """Refuse a rotation that the kernels cannot read.
+
+    Raises:
+        ValueError: wrong device, dtype or shape, or cosines and sines of different strides.
+    """
+    cos, sin = rope_tables(rope, head_dim)
+    if cos is None or sin is None:
+        return
+    for table in (cos, sin):
+        check_shape("rope (pairs)", table, (tokens, head_dim // 2))
+        if table.device != device or table.dtype != torch.float32:
+            raise ValueError(f"rope is {table.dtype} on {table.device}, wanted float32 on {device}")
+    if cos.stride() != sin.stride():
+        raise ValueError(f"rope's cosines have strides {cos.stride()}, its sines {sin.stride()}: make them alike")
+
+
+def check_norms(norms: tuple[torch.Tensor | None, torch.Tensor | None], like: torch.Tensor, head_dim: int) -> None:
+    """Refuse norms of q and k that the kernels cannot read.
+
+    Raises:
+        ValueError: wrong device, dtype or shape, or one of the two without the other.
+    """
+    check_like(like, norm_q=norms[0], norm_k=norms[1])
+    if (norms[0] is None) != (norms[1] is None):
+        raise ValueError("q or k alone has a norm: give both or none")
+    for norm in norms:
+        if norm is not None:
+            check_shape("norm", norm, (head_dim,))
 
 
 def apply_rope_reference(x: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -405,12 +440,12 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
     """Refuse streams that the kernel cannot project.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, more heads than the weights hold, or not one or two streams.
+        ValueError: wrong device, dtype, shape or stride, or more heads than the weights hold.
     """
-    if len(streams) not in (1, 2):
-        raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
-    if head_dim > MAX_HEAD_DIM or head_dim % 2:
+    if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}, wanted an even number up to {MAX_HEAD_DIM}")
+    if heads < 1:
+        raise ValueError(f"heads is {heads}, wanted at least 1")
     if not any(stream.queries for stream in streams):
         raise ValueError("no stream has queries: set queries=True on one")
     first = streams[0].x
@@ -418,8 +453,9 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
         if s.x.dim() != 3 or s.x.shape[0] != first.shape[0] or s.x.shape[2] != first.shape[2]:
             raise ValueError(f"x is {list(s.x.shape)}, wanted [B, S, D] with the same B and D in every stream")
         check_like(first, x=s.x, **dict(zip(("q", "k", "v"), s.weights)), **dict(zip(("bias_q", "bias_k"), s.biases)))
-        check_like(first, bias_v=s.biases[2], norm_q=s.norms[0], norm_k=s.norms[1])
+        check_like(first, bias_v=s.biases[2])
         for weight, bias in zip(s.weights, s.biases, strict=True):
+            check_weight("a weight", weight)
             if weight.shape[1] < first.shape[2] or weight.shape != s.weights[0].shape:
                 raise ValueError(f"a weight is {list(weight.shape)}, wanted [H * E, {first.shape[2]}] for q, k and v")
             if weight.stride(0) != s.weights[0].stride(0):
@@ -428,18 +464,25 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
                 raise ValueError(f"wanted {heads} heads of {head_dim}, the weight holds {weight.shape[0] // head_dim}")
             if bias is not None:
                 check_shape("bias", bias, weight.shape[:1])
-        if (s.norms[0] is None) != (s.norms[1] is None):
-            raise ValueError("q or k alone has a norm: give both or none")
-        for norm in s.norms:
-            if norm is not None:
-                check_shape("norm", norm, (head_dim,))
-        for table in rope_tables(s.rope, head_dim):
-            if table is not None:
-                check_shape("rope (pairs)", table, (s.x.shape[1], head_dim // 2))
-                if table.device != first.device or table.dtype != torch.float32:
-                    raise ValueError(f"rope is {table.dtype} on {table.device}, wanted float32 on {first.device}")
+        check_norms(s.norms, first, head_dim)
+        check_rope(s.rope, s.x.shape[1], head_dim, first.device)
     if chosen is not None and (chosen.dim() != 1 or chosen.dtype != torch.int32 or chosen.device != first.device):
         raise ValueError(f"heads is {chosen.dtype} {list(chosen.shape)} on {chosen.device}, wanted int32 [h] as x")
+
+
+def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
+    """Undo what an op's schema, which knows lists alone, does to streams."""
+    return [
+        Stream(
+            part,
+            tuple(weights[3 * n : 3 * n + 3]),
+            tuple(biases[3 * n : 3 * n + 3]),
+            tuple(norms[2 * n : 2 * n + 2]),
+            None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1]),
+            queries[n],
+        )
+        for n, part in enumerate(x)
+    ]
 
 
 @torch.library.custom_op(
@@ -451,17 +494,7 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
     ),
 )
 def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
-    streams = [
-        Stream(
-            part,
-            tuple(weights[3 * n : 3 * n + 3]),
-            tuple(biases[3 * n : 3 * n + 3]),
-            tuple(norms[2 * n : 2 * n + 2]),
-            None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1]),
-            queries[n],
-        )
-        for n, part in enumerate(x)
-    ]
+    streams = _streams(x, weights, biases, norms, tables, queries)
     check_streams(streams, heads, chosen, head_dim)
     tokens = [s.x.shape[1] for s in streams]
     outputs = joint_outputs(x[0], tokens, queries, heads, head_dim)
@@ -477,6 +510,7 @@ def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim,
 
 @_qkv_op.register_fake
 def _(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
+    check_streams(_streams(x, weights, biases, norms, tables, queries), heads, chosen, head_dim)
     return joint_outputs(x[0], [part.shape[1] for part in x], queries, heads, head_dim)
 
 
@@ -504,9 +538,11 @@ def qkv_projection(
         dtype of ``x``.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, or more heads than the weights hold. (A list of heads is not
-            read back to be checked.)
+        ValueError: wrong device, dtype, shape or stride, more heads than the weights hold, or not one or two streams.
+            (A list of heads is not read back to be checked.)
     """
+    if len(streams) not in (1, 2):
+        raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
     flat = [t for s in streams for t in (s.x, *s.weights, *s.biases, *s.norms)]
     if wants_gradient(*flat):
         return qkv_projection_reference(streams, heads, head_dim, eps)

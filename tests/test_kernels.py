@@ -1,0 +1,989 @@
+"""The Triton kernels against their references: on a GPU where there is one, else in triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined, that is when ppcl_kernels is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import ppcl_kernels as pk
+from ppcl_kernels.launch import TARGETS, Launch, Target
+from ppcl_kernels.matmul import Tile, takes_tma
+from ppcl_kernels.qkv_projection import choose_tile, head_cols, tile_candidates
+
+# The package exports functions of the same names as its modules.
+ada_module, linear_module, qkv_module, attention_module = (
+    importlib.import_module(f"ppcl_kernels.{name}")
+    for name in ("ada_layer_norm", "linear", "qkv_projection", "joint_attention")
+)
+AdaTile, AttentionTile = ada_module.Tile, attention_module.Tile
+
+# exp of what a mask or a sigmoid drives far out; numpy warns in the interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# The interpreter's bfloat16 dot is wrong.
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if CUDA else ()))
+# Half the distance of neighbouring numbers around 1: what one rounding moves a value by.
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+TOKENS = (1, 7, 63, 64, 65)
+# The tiny preset: model width, head_dim, and what its plans keep.
+DIM, HEAD_DIM, HEADS, CHANNELS = 96, 16, (6, 5, 4, 3), (384, 288, 192, 96)
+SMALL_TILES = (Tile(16, 16, 16, 4, 2), Tile(16, 32, 16, 4, 2, 2), Tile(32, 64, 16, 4, 2, 4), Tile(32, 32, 32, 4, 2))
+# Examples are small as they are; to shrink them takes minutes in the interpreter.
+sampled = settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+paths = pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
+MARGIN = 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned() -> Iterator[None]:
+    """Fill what is allocated without a value with NaN, so that an element that no kernel writes shows."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def margins(poisoned: None) -> Iterator[list[torch.Tensor]]:
+    """Allocate every output amid NaN, and see that the NaN around it are left alone."""
+    original, buffers = torch.Tensor.new_empty, []
+
+    def amid(self: torch.Tensor, *shape, **options) -> torch.Tensor:
+        if type(self) is not torch.Tensor or self.device.type != DEVICE.type or options:
+            return original(self, *shape, **options)
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = torch.Size(shape).numel()
+        buffers.append(torch.empty(count + 2 * MARGIN, dtype=self.dtype, device=self.device))
+        return buffers[-1][MARGIN : MARGIN + count].view(shape)
+
+    with mock.patch.object(torch.Tensor, "new_empty", amid):
+        yield buffers
+    for buffer in buffers:
+        assert buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all(), "written beyond the output"
+
+
+def test_outputs_are_poisoned(margins):
+    """The fixtures do what they are for: fresh memory is NaN, also inside a custom op."""
+    x = make(2, 3, 8)
+    assert x.new_empty(5).isnan().all() and x.half().new_empty((2, 3)).isnan().all() and len(margins) == 2
+    with mock.patch.object(Launch, "run", lambda self: None):
+        assert pk.linear(x, make(4, 8)).isnan().all()
+        assert pk.ada_layer_norm(x, make(2, 8), make(2, 8)).isnan().all()
+        assert pk.joint_attention(x[:, None], x[:, None], x[:, None]).isnan().all()
+
+
+def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, size: float = 1.0) -> torch.Tensor:
+    """Normal values; the same on every device. Seeded by the shape too, so that no two operands are alike."""
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * size).to(DEVICE, dtype)
+
+
+def weight(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A weight that keeps products at size 1."""
+    return make(n, k, seed=seed, dtype=dtype, size=k**-0.5)
+
+
+def amid_nan(whole: torch.Tensor, *part: slice) -> torch.Tensor:
+    """A part of a tensor, all around which is NaN: what a kernel reads there shows."""
+    values = whole[part].clone()
+    whole.fill_(float("nan"))[part] = values
+    return whole[part]
+
+
+def double(value):
+    """The same arguments in float64: what the kernel was given, already rounded. Tables stay float32, see rope."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        items = [double(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, terms: int = 1, roundings: int = 1, size: float = 1.0) -> None:
+    """Assert a result in its dtype near a float64 one, at its worst element and in the mean square.
+
+    Inputs are normal and weights scaled by the width, so results and what they are summed from are of ``size`` 1. A sum
+    of ``terms`` products in float32 rounds once a term, either way: the errors add up like a random walk, to about
+    ``2**-24 * sqrt(terms)`` of the size; the worst of some thousand elements is 4 deviations out. The few float32
+    operations that follow (gelu, norm, rotation, softmax) count as 16 terms more. ``roundings`` to the dtype itself (1
+    for the result; what a kernel rounds on its way comes on top) move a value by half a last place each.
+    """
+    assert actual.shape == expected.shape and actual.is_contiguous()
+    assert torch.isfinite(actual).all()
+    if not actual.numel():
+        return
+    error = (actual.double() - expected.double()).abs()
+    relative = roundings * ROUNDING[actual.dtype] + 4 * ROUNDING[torch.float32] * (terms + 16) ** 0.5
+    rms = expected.double().square().mean().sqrt().item()
+    assert error.max() <= relative * max(size, expected.abs().max().item()), f"off by {error.max():.2e}"
+    assert error.square().mean().sqrt() <= relative * max(size, rms), f"off by {error.square().mean().sqrt():.2e} RMS"
+
+
+@contextlib.contextmanager
+def operands(tma: bool) -> Iterator[None]:
+    """Load operands by descriptors where their strides allow it, or all by pointers."""
+    with contextlib.ExitStack() as stack:
+        for module in () if tma else (linear_module, qkv_module, attention_module):
+            stack.enter_context(mock.patch.object(module, "takes_tma", lambda *_: False))
+        yield
+
+
+def token_index(batch: int, tokens: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Zeros and ones in no pattern that a tile or a sample repeats."""
+    return (torch.arange(batch * tokens).mul(7).remainder(11) < 5).view(batch, tokens).to(DEVICE, dtype)
+
+
+def modulation(batch: int, width: int, seed: int, dtype: torch.dtype, chunk: int = 2) -> torch.Tensor:
+    """``[B, D]`` as a model has it: one of six chunks of a wider tensor, so not contiguous."""
+    return make(batch, 6 * width, seed=seed, dtype=dtype).chunk(6, dim=-1)[chunk]
+
+
+# Adaptive LayerNorm and the gated residual.
+
+
+@dtypes
+@pytest.mark.parametrize("indexed", [False, True], ids=["sample", "token"])
+@pytest.mark.parametrize(
+    ("tokens", "width", "rows"),
+    [*((s, w, r) for s, w, r in zip(TOKENS, (33, 96, 17, 50, 1), (None, 4, 16, 1, 4))), (7, 1025, None), (33, 96, 16)],
+)
+def test_ada_layer_norm(dtype, indexed, tokens, width, rows):
+    """All three operations on slices of joint tensors, whole blocks of rows and ragged ones."""
+    batch = 2
+    joint = make(batch, tokens + 3, width + 5, seed=1, dtype=dtype)
+    # Rows further apart than they are wide.
+    x = amid_nan(joint, slice(None), slice(3, None), slice(width))
+    other = make(batch, tokens + 2, width + 3, seed=2, dtype=dtype)
+    h = amid_nan(other, slice(None), slice(tokens), slice(3, None))
+    index = token_index(batch, tokens, torch.int32) if indexed else None
+    gate, scale, shift = (modulation(batch * (1 + indexed), width, 3, dtype, chunk) for chunk in range(3))
+    tile = None if rows is None else AdaTile(rows, 4)
+    y = pk.ada_layer_norm(x, scale, shift, index, tile=tile)
+    # Values reach some 4 deviations times 1 + scale; LayerNorm sums over the width twice.
+    close(y, pk.ada_layer_norm_reference(*double((x, scale, shift)), index), terms=2 * width)
+    total = pk.gated_residual(x, gate, h, index, tile=tile)
+    close(total, pk.gated_residual_reference(*double((x, gate, h)), index))
+    both = pk.gated_ada_layer_norm(x, gate, h, scale, shift, index, tile=tile)
+    assert torch.equal(both[0], total)
+    # What is normalised is the sum as it is stored.
+    close(both[1], pk.ada_layer_norm_reference(*double((total, scale, shift)), index), terms=2 * width)
+
+
+def test_ada_layer_norm_many_tokens():
+    """More tokens than tiles of rows want: chosen tiles with several rows a block."""
+    tokens = 1025
+    x, scale, shift = make(1, tokens, 50), make(1, 50, seed=1), make(1, 50, seed=2)
+    assert CUDA or AdaTile.choose(Target.of(DEVICE), 1, tokens, 50).rows > 1
+    close(pk.ada_layer_norm(x, scale, shift), pk.ada_layer_norm_reference(*double((x, scale, shift))), terms=100)
+
+
+def test_ada_layer_norm_far_from_zero():
+    """The variance is that of centred values: a large mean costs no more than its own rounding."""
+    x, scale, shift = make(1, 3, 64) + 100, make(1, 64, seed=1), make(1, 64, seed=2)
+    y = pk.ada_layer_norm(x, scale, shift, eps=1e-3)
+    # The mean, of size 100, is rounded in float32.
+    close(y, pk.ada_layer_norm_reference(*double((x, scale, shift)), eps=1e-3), terms=128, size=100.0)
+    small = x * 1e-3 - 0.1
+    # eps counts: of size 1e-3, values have a variance beneath it.
+    close(pk.ada_layer_norm(small, scale, shift, eps=1e-3), pk.ada_layer_norm_reference(small, scale, shift, eps=1e-3))
+
+
+def test_no_tokens():
+    """A stream without tokens gives a result without."""
+    x, m = make(2, 0, 8), make(2, 8)
+    assert pk.ada_layer_norm(x, m, m).shape == (2, 0, 8) and pk.gated_residual(x, m, x).shape == (2, 0, 8)
+    assert pk.linear(x, weight(5, 8)).shape == (2, 0, 5)
+    assert pk.joint_attention(x[:, :, None], x[:, :, None], x[:, :, None]).shape == (2, 0, 1, 8)
+
+
+# Linear layers.
+
+
+def expected_linear(groups: Sequence[pk.Linear], gelu: bool = False) -> list[torch.Tensor]:
+    return [
+        pk.linear_reference(*double(g[:4]), gelu=gelu, gate=double(g.gate), index=g.index, residual=double(g.residual))
+        for g in groups
+    ]
+
+
+def check_groups(groups: Sequence[pk.Linear], gelu: bool = False, tile: Tile | None = None) -> None:
+    outputs = pk.grouped_linear(groups, gelu=gelu, tile=tile)
+    for y, wanted, group in zip(outputs, expected_linear(groups, gelu), groups, strict=True):
+        close(y, wanted, terms=group.x.shape[-1])
+
+
+def group(batch, tokens, k, n, dtype, seed=0, kept=None, gate="none", bias=True, residual=False, more=0) -> pk.Linear:
+    """A group whose x is a slice of a joint tensor; x and weight have ``more`` columns than are kept."""
+    kept = n if kept is None else kept
+    x, w = make(batch, tokens + 5, k + more, seed=seed, dtype=dtype), weight(n, k + more, seed + 1, dtype)
+    b = make(n, seed=seed + 2, dtype=dtype)
+    for whole, *part in ((w, slice(kept), slice(k)), (b, slice(kept))):
+        amid_nan(whole, *part)
+    return pk.Linear(
+        amid_nan(x, slice(None), slice(5, None), slice(k)),
+        w,
+        b if bias else None,
+        kept,
+        None if gate == "none" else modulation(batch * (2 if gate == "token" else 1), kept, seed + 3, dtype),
+        token_index(batch, tokens) if gate == "token" else None,
+        make(batch, tokens, kept, seed=seed + 4, dtype=dtype) if residual else None,
+    )
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("k", "n"), [(33, 50), (96, 17), (16, 136)])
+def test_linear_sizes(dtype, tma, tokens, k, n):
+    """Token counts and widths around the edges of tiles, also such that TMA does not take."""
+    with operands(tma):
+        check_groups([group(2, tokens, k, n, dtype)])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("gate", ["none", "sample", "token"])
+@pytest.mark.parametrize("residual", [False, True])
+@dtypes
+def test_linear_epilogue(bias, gelu, gate, residual, dtype):
+    """Every combination of what follows the product."""
+    check_groups([group(2, 19, 32, 40, dtype, gate=gate, bias=bias, residual=residual)], gelu, SMALL_TILES[1])
+
+
+def interpreted_tiles(dtype: torch.dtype) -> list[Tile]:
+    return [*SMALL_TILES, *Tile.candidates(Target.of(DEVICE), dtype)]
+
+
+@paths
+@pytest.mark.parametrize("text", [0, 7])
+@pytest.mark.parametrize(
+    ("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in (None, *interpreted_tiles(dtype))], ids=str
+)
+def test_linear_groups(tma, text, dtype, tile):
+    """Two streams that differ in everything, on every tile; programs go on from one group into the other."""
+    groups = [
+        group(2, text, 24, 42, dtype, seed=10, kept=35, gate="sample", more=8),
+        group(2, 35, 32, 51, dtype, seed=20, gate="token", residual=True),
+    ]
+    with operands(tma):
+        check_groups(groups, gelu=True, tile=tile)
+        if text and tile is None:
+            check_groups(groups[::-1])
+
+
+def test_linear_many_tokens():
+    """More row tiles than a band of them: the order of tiles wraps."""
+    check_groups([group(1, 300, 16, 20, torch.float32)], tile=SMALL_TILES[0])
+    check_groups([group(1, 1472, 33, 50, torch.float32)])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@dtypes
+def test_linear_out_projection(heads, dtype):
+    """The out-projection of the tiny preset: the first heads' columns of a square weight."""
+    x, w = make(2, 9, heads * HEAD_DIM, dtype=dtype), weight(DIM, DIM, 1, dtype)
+    close(pk.linear(x, w), pk.linear_reference(*double((x, w))), terms=heads * HEAD_DIM)
+
+
+@sampled
+@given(data=st.data())
+def test_linear_sampled(data):
+    """Random counts of channels kept on both sides of the product, of tokens and samples."""
+
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    dtype = data.draw(st.sampled_from(DTYPES))
+    gate, residual = data.draw(st.sampled_from(["none", "sample", "token"])), data.draw(st.booleans())
+    groups = []
+    for seed in range(draw(1, 2)):
+        n = draw(1, 70)
+        groups.append(
+            group(2, draw(0, 40), draw(1, 50), n, dtype, seed, draw(1, n), gate, residual=residual, more=draw(0, 9))
+        )
+    with operands(data.draw(st.booleans())):
+        check_groups(groups, data.draw(st.booleans()), data.draw(st.sampled_from([None, *SMALL_TILES[1:]])))
+
+
+# The MLP.
+
+
+def mlp_group(batch, tokens, width, full, kept, dtype, seed=0, gate="none", residual=False) -> pk.Mlp:
+    tail = group(batch, tokens, full, width, dtype, seed + 2, gate=gate, residual=residual)
+    up = weight(full, width, seed, dtype), make(full, seed=seed + 1, dtype=dtype)
+    x = make(batch, tokens + 4, width, seed=seed + 9, dtype=dtype)[:, :tokens]
+    return pk.Mlp(x, *up, tail.weight, tail.bias, kept, tail.gate, tail.index, tail.residual)
+
+
+def check_mlps(groups: Sequence[pk.Mlp], **tiles: Tile) -> None:
+    for y, g in zip(pk.grouped_mlp(groups, **tiles), groups, strict=True):
+        wanted = pk.mlp_reference(*double(g[:6]), gate=double(g.gate), index=g.index, residual=double(g.residual))
+        # The hidden layer is rounded to the dtype on its way; each of its channels once, which averages out below 1.
+        close(y, wanted, terms=g.x.shape[-1] + g.down.shape[1], roundings=2)
+
+
+@pytest.mark.parametrize("channels", (*CHANNELS, 50, 1))
+@dtypes
+def test_mlp(channels, dtype):
+    """Every width of the tiny preset, and some that no tile divides."""
+    check_mlps([mlp_group(2, 7, DIM, CHANNELS[0], channels, dtype, gate="sample", residual=True)])
+
+
+@pytest.mark.parametrize("text", [0, 5])
+@paths
+@dtypes
+def test_mlp_streams(text, tma, dtype):
+    """Two streams that keep different counts, all channels where none is given, tiles given."""
+    groups = [
+        mlp_group(2, text, 40, 64, 33, dtype, 10, "token"),
+        mlp_group(2, 17, 48, 72, None, dtype, 30, "token", residual=True),
+    ]
+    with operands(tma):
+        check_mlps(groups, up_tile=SMALL_TILES[2], down_tile=SMALL_TILES[0])
+    g = groups[1]
+    alone = pk.mlp(*g[:6], gate=g.gate, index=g.index, residual=g.residual)
+    close(alone, double(pk.grouped_mlp(groups)[1]), roundings=2, terms=72)
+
+
+# Queries, keys and values.
+
+
+def rope_of(
+    tokens: int, head_dim: int, form: str, seed: int = 0
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+    """Rotations by any angle: none, table [S, E/2, 2], pairs ([S, E/2] twice), or doubled ([S, E] twice)."""
+    angles = make(tokens, head_dim // 2, seed=seed, size=3.0)
+    cos, sin = angles.cos(), angles.sin()
+    return {
+        "none": None,
+        "table": torch.stack((cos, sin), -1),
+        "pairs": (cos, sin),
+        "doubled": (cos.repeat_interleave(2, 1), sin.repeat_interleave(2, 1)),
+    }[form]
+
+
+def stream(
+    tokens, width, heads, head_dim, dtype, seed, norms=True, biases=True, rope="table", queries=True
+) -> pk.Stream:
+    """A stream of two samples, a slice of a joint tensor, whose weights hold ``heads`` heads and 8 columns too many."""
+    rows = heads * head_dim
+    weights = tuple(weight(rows, width + 8, seed + n, dtype) for n in (1, 2, 3))
+    for whole in weights:
+        amid_nan(whole, slice(None), slice(width))
+    return pk.Stream(
+        amid_nan(make(2, tokens + 3, width, seed=seed, dtype=dtype), slice(None), slice(3, None)),
+        weights,
+        tuple(make(rows, seed=seed + n, dtype=dtype) if biases else None for n in (4, 5, 6)),
+        tuple(make(head_dim, seed=seed + n, dtype=dtype) if norms else None for n in (7, 8)),
+        rope_of(tokens, head_dim, rope, seed + 9),
+        queries,
+    )
+
+
+def wide(streams: Sequence[pk.Stream]) -> list[pk.Stream]:
+    """Streams in float64; the reference rotates by float32 tables."""
+    return [pk.Stream(*double(s[:4]), s.rope, s.queries) for s in streams]
+
+
+def check_qkv(streams, heads, head_dim, tile=None, eps=1e-6) -> None:
+    outputs = pk.qkv_projection(streams, heads, head_dim, eps, tile=tile)
+    wanted = pk.qkv_projection_reference(wide(streams), heads, head_dim, eps)
+    for out, reference in zip(outputs, wanted, strict=True):
+        close(out, reference, terms=streams[0].x.shape[-1] + head_dim)
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 128])
+def test_qkv_head_dims(dtype, tma, head_dim):
+    """Heads narrower than a tile and as wide; eps large enough to count."""
+    streams = [stream(t, 40, 3, head_dim, dtype, s, rope="pairs") for t, s in ((5, 10), (35, 30))]
+    with operands(tma):
+        check_qkv(streams, 2, head_dim, eps=0.1)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("rope", ["none", "table", "pairs", "doubled"])
+@pytest.mark.parametrize("text_queries", [False, True])
+def test_qkv_forms(norms, biases, rope, text_queries):
+    """Every combination of what a stream may have; image first or alone too."""
+    options = {"norms": norms, "biases": biases, "rope": rope}
+    text = stream(7, 32, 2, 16, torch.float32, 10, **options, queries=text_queries)
+    image = stream(18, 32, 2, 16, torch.float32, 30, **options)
+    for streams in ([text, image], [image] if text_queries else [image, text]):
+        check_qkv(streams, 2, 16)
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize(
+    ("head_dim", "parts"), [(16, 1), (24, 2), (64, 1), (64, 2), (64, 4), (24, None)], ids=lambda value: str(value)
+)
+def test_qkv_tiles(dtype, tma, head_dim, parts):
+    """Small tiles, split or not, and every candidate."""
+    tile = Tile(16, head_cols(head_dim), 16, 4, 2, parts) if parts else None
+    image = stream(19, 17 if parts == 1 else 24, 2, head_dim, dtype, 30)
+    text = stream(5, image.x.shape[2], 2, head_dim, dtype, 50, queries=parts == 2)
+    with operands(tma):
+        for one in tile_candidates(Target.of(DEVICE), dtype, head_dim) if tile is None else (tile,):
+            check_qkv([text, image], 2, head_dim, one)
+
+
+@dtypes
+@pytest.mark.parametrize("queries", [False, True])
+def test_qkv_without_text(dtype, queries):
+    """A prompt may be empty."""
+    text, image = (stream(t, 17, 2, 16, dtype, 10 + t, queries=queries or t > 0) for t in (0, 9))
+    check_qkv([text, image], 2, 16)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_qkv_tokens(tokens):
+    """Odd counts of tokens on either stream."""
+    streams = [stream(t, 33, 2, 16, torch.float32, s, queries=s > 10) for t, s in ((tokens, 10), (66 - tokens, 30))]
+    check_qkv(streams, 2, 16)
+
+
+@pytest.mark.parametrize("heads", [*HEADS, [0, 1, 2], [4, 0, 5]], ids=str)
+@dtypes
+def test_qkv_tiny_preset(heads, dtype):
+    """The first heads in rank order, or listed ones in the order of the list."""
+    streams = [stream(t, DIM, HEADS[0], HEAD_DIM, dtype, s) for t, s in ((3, 10), (12, 30))]
+    check_qkv(streams, torch.tensor(heads, device=DEVICE).int() if isinstance(heads, list) else heads, HEAD_DIM)
+
+
+@sampled
+@given(data=st.data())
+def test_qkv_sampled(data):
+    """Random sets of heads, in any order, of random widths."""
+    held = data.draw(st.integers(1, 4))
+    chosen = data.draw(st.permutations(range(held)))[: data.draw(st.integers(1, held))]
+    heads = torch.tensor(chosen, dtype=torch.int32, device=DEVICE) if data.draw(st.booleans()) else len(chosen)
+    head_dim, width = 2 * data.draw(st.integers(1, 17)), data.draw(st.integers(1, 40))
+    dtype, form = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(["none", "table", "pairs", "doubled"]))
+    streams = [stream(data.draw(st.integers(0, 18)), width, held, head_dim, dtype, s, rope=form) for s in (10, 30)]
+    with operands(data.draw(st.booleans())):
+        check_qkv(streams, heads, head_dim, eps=0.01)
+
+
+def raw_heads(tokens, heads, head_dim, dtype, seed, queries=True):
+    q, k, v = (make(2, tokens, heads, head_dim, seed=seed + n, dtype=dtype) for n in range(3))
+    return q if queries else None, k, v
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("head_dim", "rope"), zip((8, 16, 24, 64, 128), ("table", "none", "pairs", "doubled", "table"))
+)
+@pytest.mark.parametrize(("text", "queries"), [(0, True), (7, False)])
+def test_norm_rope(dtype, head_dim, rope, text, queries):
+    """Norm, rotation and the joint layout after another's products; the image without norms too."""
+    raw = [raw_heads(text, 2, head_dim, dtype, 10, queries), raw_heads(35, 2, head_dim, dtype, 20)]
+    norms = [tuple(make(head_dim, seed=n, dtype=dtype) for n in pair) for pair in ((1, 2), (3, 4))]
+    ropes = [rope_of(part[1].shape[1], head_dim, rope, n) for n, part in enumerate(raw)]
+    for both in (norms, [norms[0], (None, None)]):
+        wanted = pk.norm_rope_reference(double(raw), double(both), ropes, 0.1)
+        for out, reference in zip(pk.norm_rope(raw, both, ropes, 0.1), wanted, strict=True):
+            close(out, reference, terms=head_dim)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_norm_rope_one_stream(tokens):
+    """One stream alone, any count of heads."""
+    raw, norms = [raw_heads(tokens, 5, 16, torch.float32, 0)], [(make(16, seed=1), make(16, seed=2))]
+    ropes = [rope_of(tokens, 16, "table")]
+    wanted = pk.norm_rope_reference(double(raw), double(norms), ropes)
+    for out, reference in zip(pk.norm_rope(raw, norms, ropes), wanted, strict=True):
+        close(out, reference, terms=16)
+
+
+# Attention.
+
+
+def attention_inputs(queries, keys, heads, head_dim, dtype, batch=2, seed=0):
+    """q, k and v that share nothing; k and v are slices of wider tensors, as of a cache."""
+    q = make(batch, queries, heads, head_dim, seed=seed, dtype=dtype)
+    wholes = (make(batch, keys + 3, heads, head_dim, seed=seed + n, dtype=dtype) for n in (1, 2))
+    k, v = (amid_nan(whole, slice(None), slice(keys)) for whole in wholes)
+    return q, k, v
+
+
+def check_attention(q, k, v, key_mask=None, key_lengths=None, scale=None, tile=None) -> torch.Tensor:
+    y = pk.joint_attention(q, k, v, key_mask, key_lengths, scale, tile=tile)
+    wanted = pk.joint_attention_reference(*double((q, k, v)), key_mask, key_lengths, scale)
+    # Weights of the softmax are rounded to the dtype before they meet v, whose values reach 4: relative to the largest
+    # output, which averaging makes smaller than them, one rounding of size 4 at most. Scores are sums over E, and what
+    # they are off by is taken times the weight; values sum over T.
+    close(y, wanted, terms=k.shape[1] + 16 * q.shape[3], roundings=2, size=4.0 if q.dtype != torch.float32 else 1.0)
+    return y
+
+
+def attention_tiles(dtype: torch.dtype, head_dim: int) -> list:
+    small = [AttentionTile(16, 16, 4, 2), AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 2)]
+    return [None, *small, *AttentionTile.candidates(Target.of(DEVICE), dtype, head_dim)]
+
+
+def masks(keys: int, step: int) -> torch.Tensor:
+    """Patterns, one a sample, that begin, end and break within tiles of ``step`` keys and at their edges."""
+    at = torch.arange(keys)
+    patterns = (
+        *(at < 0, at >= 0, at < keys * 2 // 3, at >= keys // 2, (at >= keys // 4) & (at < keys * 3 // 4)),
+        *((at < keys // 5) | (at >= keys // 2), at % 3 == 1, at == keys - 1, at // step % 2 == 1),
+        *((at < 1) | (at >= 2 * step), (at >= step) & (at < 2 * step), at != 0),
+    )
+    return torch.stack(patterns).to(DEVICE)
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize("head_dim", [8, 16, 17, 24, 64, 128])
+def test_attention_head_dims(dtype, tma, head_dim):
+    """Without a mask, with a scale of its own, fewer queries than keys."""
+    q, k, v = attention_inputs(33, 70, 2, head_dim, dtype)
+    with operands(tma):
+        check_attention(q, k, v)
+        check_attention(q[:, :5], k, v, scale=0.3)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("keys", [1, 64, 65, 257])
+def test_attention_tokens(tokens, keys):
+    """Queries and keys around the edges of tiles."""
+    check_attention(*attention_inputs(tokens, keys, 1, 16, torch.float32, batch=1))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention_tiny_preset(heads):
+    """The heads of the tiny preset; also every other head of a wider tensor."""
+    q, k, v = attention_inputs(20, 30, 2 * heads, HEAD_DIM, torch.float32)
+    check_attention(q[:, :, :heads], k[:, :, :heads], v[:, :, heads:])
+    check_attention(q[:, :, ::2], k[:, :, ::2], v[:, :, 1::2])
+
+
+@paths
+@pytest.mark.parametrize(
+    ("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in attention_tiles(dtype, 16)], ids=str
+)
+def test_attention_masks(tma, dtype, tile):
+    """Lengths and masks on every tile: cut within tiles, at their edges, nothing left, nothing cut."""
+    step = 16 if tile is None else tile.keys
+    keys = 2 * step + step // 2 + 1
+    mask = masks(keys, step)
+    lengths = torch.tensor((0, 1, keys, step, step + 1, 2 * step, 2 * step + 1, keys - 1, 999), device=DEVICE)
+    with operands(tma):
+        for some in ({"key_mask": mask}, {"key_lengths": lengths.int() if tma else lengths}):
+            q, k, v = attention_inputs(9, keys, 1, 16, dtype, len(*some.values()))
+            assert (check_attention(q, k, v, **some, tile=tile)[0] == 0).all()
+
+
+@sampled
+@given(data=st.data())
+def test_attention_laws(data):
+    """Any mask is attention over the keys that count, gathered; a prefix is a length."""
+    keys, block = data.draw(st.integers(1, 90)), data.draw(st.sampled_from([1, 1, 8, 16]))
+    bits = data.draw(st.lists(st.booleans(), min_size=-(-keys // block), max_size=-(-keys // block)))
+    mask = torch.tensor(bits, device=DEVICE).repeat_interleave(block)[:keys]
+    q, k, v = attention_inputs(9, keys, 2, 2 * data.draw(st.integers(1, 20)), torch.float32, batch=1)
+    tile = data.draw(st.sampled_from(attention_tiles(torch.float32, q.shape[3])))
+    with operands(data.draw(st.booleans())):
+        y = check_attention(q, k, v, mask[None], tile=tile)
+        if mask.any():
+            # The same sums, in tiles that begin elsewhere.
+            gathered = pk.joint_attention(q, k[:, mask], v[:, mask], tile=tile)
+            close(y, gathered, terms=keys + 16 * q.shape[3])
+        else:
+            assert (y == 0).all()
+        length = int(mask.sum())
+        prefix = torch.arange(keys, device=DEVICE)[None] < length
+        by_length = pk.joint_attention(q, k, v, key_lengths=torch.tensor([length], device=DEVICE), tile=tile)
+        close(by_length, pk.joint_attention(q, k, v, prefix, tile=tile), terms=keys + 16 * q.shape[3])
+
+
+def test_attention_many_keys():
+    """Many tiles of keys, cut off in the midst."""
+    q, k, v = attention_inputs(3, 1472, 1, 16, torch.float32)
+    check_attention(q, k, v, key_lengths=torch.tensor([1472, 1025], device=DEVICE))
+
+
+def test_attention_large_scores():
+    """Scores that exp could not take; the maximum moves from tile to tile."""
+    q, k, v = attention_inputs(9, 90, 1, 16, torch.float32)
+    k = k * torch.linspace(0.1, 30, 90, device=DEVICE)[:, None, None]
+    q, lengths = q * 10, torch.tensor([90, 50], device=DEVICE)
+    y = pk.joint_attention(q, k, v, key_lengths=lengths, tile=AttentionTile(16, 16, 4, 2))
+    # Scores reach a thousand: what float32 rounds off them, 2**-24 of that, is relative to a weight.
+    close(y, pk.joint_attention_reference(*double((q, k, v)), None, lengths), terms=16, size=1000.0)
+
+
+# What torch asks of an operation.
+
+
+def samples() -> dict[str, tuple]:
+    """Arguments of every raw operation, two streams where it takes them."""
+    x, h, m, w = make(2, 5, 16), make(2, 5, 16, seed=1), make(2, 16, seed=2), weight(16, 16, 3)
+    token = token_index(2, 5)
+    qkv = [stream(t, 16, 2, 8, torch.float32, s) for t, s in ((3, 10), (5, 30))]
+    tables = [table for s in qkv for table in (s.rope[..., 0], s.rope[..., 1])]
+    norms, weights = [n for s in qkv for n in s.norms], [w for s in qkv for w in s.weights]
+    q, k, v = attention_inputs(5, 7, 2, 8, torch.float32)
+    raw = [raw_heads(t, 2, 8, torch.float32, t) for t in (3, 5)]
+    two = ([w, w.clone()], [make(16, seed=4), None])
+    tail = ([None, make(4, 16, seed=5)], [None, token], [None, h])
+    return {
+        "ada_layer_norm": (x, m, m.flip(0), None, 1e-6, None),
+        "gated_ada_layer_norm": (x, make(4, 16), h, *make(2, 4, 16, seed=6).unbind(0), token, 1e-6, [4, 4]),
+        "gated_residual": (x, m, h, None, None),
+        "linear": ([x, h], *two, [16, 16], *tail, True, None),
+        "mlp": (
+            [x, h],
+            *two,
+            *([t.clone() if t is not None else t for t in p] for p in two),
+            [9, 16],
+            *tail,
+            None,
+            None,
+        ),
+        "qkv_projection": (
+            *([s.x for s in qkv], weights, [b for s in qkv for b in s.biases], norms, tables),
+            *([True, True], 2, None, 8, 1e-6, None),
+        ),
+        "norm_rope": (*(list(part) for part in zip(*raw)), norms, tables, 1e-6),
+        "joint_attention": (q, k, v, None, torch.tensor([3, 7], device=DEVICE), 0.25, None),
+    }
+
+
+@paths
+def test_attention_extreme_lengths(tma):
+    """Lengths below zero count no key, lengths beyond 32 bits all."""
+    q, k, v = make(2, 5, 1, 16, seed=1), make(2, 70, 1, 16, seed=2), make(2, 70, 1, 16, seed=3)
+    lengths = torch.tensor([-1000, 2**31 + 5], device=DEVICE)
+    with operands(tma):
+        y = pk.joint_attention(q, k, v, key_lengths=lengths)
+    assert (y[0] == 0).all()
+    close(y[1], pk.joint_attention_reference(*double((q, k, v)))[1], terms=16)
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name):
+    """Schema, fake implementation, autograd registration and tracing, as torch checks them."""
+    # Outputs of their own again: the margins would be taken for an offset that the fake implementation lacks.
+    with mock.patch.object(torch.Tensor, "new_empty", torch._C.TensorBase.new_empty):
+        torch.library.opcheck(getattr(torch.ops.ppcl, name).default, samples()[name])
+
+
+def leaves(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, tuple | list) else []
+
+
+@pytest.mark.parametrize("name", samples())
+def test_raw_op_has_no_gradient(name):
+    """Backward through a kernel raises: it never gives a gradient of zero."""
+    arguments = samples()[name]
+    for leaf in leaves(arguments):
+        leaf.requires_grad_()
+    outputs = leaves(getattr(torch.ops.ppcl, name)(*arguments))
+    with pytest.raises(RuntimeError, match=r"autograd|does not require grad"):
+        sum(out.sum() for out in outputs).backward()
+
+
+def public_calls() -> dict[str, tuple]:
+    """Public function, reference and arguments, which both take alike."""
+    x, h, m, w, bias = make(2, 5, 16), make(2, 5, 16, seed=1), make(2, 16, seed=2), weight(16, 16, 3), make(16)
+    qkv = [stream(t, 16, 2, 8, torch.float32, s, rope="pairs") for t, s in ((3, 10), (5, 30))]
+    raw, norms, ropes = [raw_heads(5, 2, 8, torch.float32, 0)], [(make(8), make(8, seed=1))], [qkv[1].rope]
+    up = (weight(9, 16, 4), make(9, seed=5), weight(16, 9, 6), None)
+    return {
+        "ada_layer_norm": (pk.ada_layer_norm, pk.ada_layer_norm_reference, (x, m, m.flip(0))),
+        "gated_ada_layer_norm": (
+            pk.gated_ada_layer_norm,
+            pk.gated_ada_layer_norm_reference,
+            (x, m, h, m.flip(1), m + 1),
+        ),
+        "gated_residual": (pk.gated_residual, pk.gated_residual_reference, (x, m, h)),
+        "linear": (
+            lambda *a: pk.linear(*a[:3], 9, gelu=True, gate=a[3], residual=a[4]),
+            lambda *a: pk.linear_reference(*a[:3], 9, gelu=True, gate=a[3], residual=a[4]),
+            (x, w, bias, make(2, 9), make(2, 5, 9)),
+        ),
+        "mlp": (
+            lambda *a: pk.mlp(*a[:5], 7, gate=a[5], residual=a[6]),
+            lambda *a: pk.mlp_reference(*a[:5], 7, gate=a[5], residual=a[6]),
+            (x, *up, m, h),
+        ),
+        "qkv_projection": (
+            lambda *a: pk.qkv_projection(a[0], 2, 8),
+            lambda *a: pk.qkv_projection_reference(a[0], 2, 8),
+            (qkv,),
+        ),
+        "norm_rope": (
+            lambda *a: pk.norm_rope(a[0], a[1], ropes),
+            lambda *a: pk.norm_rope_reference(a[0], a[1], ropes),
+            (raw, norms),
+        ),
+        "joint_attention": (
+            lambda *a: pk.joint_attention(*a, None, torch.tensor([3, 7], device=DEVICE)),
+            lambda *a: pk.joint_attention_reference(*a, None, torch.tensor([3, 7], device=DEVICE)),
+            attention_inputs(5, 7, 2, 8, torch.float32),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", public_calls())
+def test_gradients(name):
+    """Where any one input asks for a gradient, the reference gives it; under no_grad the kernel runs all the same."""
+    function, reference, arguments = public_calls()[name]
+    inputs = [leaf for leaf in leaves(arguments) if leaf.is_floating_point()]
+    with mock.patch.object(Launch, "run", autospec=True, side_effect=Launch.run) as launched:
+        for one in inputs:
+            if name == "qkv_projection" and one.dim() == 2 and one.shape[-1] == 4:
+                # Tables of angles are not learned.
+                continue
+            one.requires_grad_()
+            got, wanted = (
+                torch.autograd.grad(sum(out.square().sum() for out in leaves(call(*arguments))), one)[0]
+                for call in (function, reference)
+            )
+            assert not launched.called and torch.equal(got, wanted) and got.abs().max() > 0
+            one.requires_grad_(False)
+        inputs[0].requires_grad_()
+        with torch.no_grad():
+            outputs = leaves(function(*arguments))
+        assert launched.called
+    for out, wanted in zip(outputs, leaves(reference(*arguments)), strict=True):
+        assert not out.requires_grad
+        close(out, wanted.detach(), terms=32, roundings=2)
+
+
+def test_compile():
+    """A graph takes the operations whole, at any count of tokens."""
+
+    def function(x, w, lengths):
+        q = pk.linear(x, w, gelu=True).unflatten(-1, (2, 8))
+        return pk.joint_attention(q, q, q, key_lengths=lengths)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        arguments = make(2, tokens, 16), weight(16, 16, 1), torch.tensor([2, tokens], device=DEVICE)
+        assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+# Tiles and paths.
+
+
+def test_takes_tma():
+    """Steps and starts of 16 bytes, on an architecture that has it."""
+    hopper, x = TARGETS["sm_90"], torch.empty(2, 8, 16)
+    assert takes_tma(hopper, x) and takes_tma(hopper, x[:, 1:]) and takes_tma(Target("interpreter", 0, 2), x)
+    assert takes_tma(hopper, torch.empty(4, 12)) and not takes_tma(hopper, torch.empty(4, 12).half())
+    assert not takes_tma(hopper, x, torch.empty(4, 33)) and not takes_tma(hopper, x[..., 1:])
+    assert not takes_tma(TARGETS["sm_80"], x) and not takes_tma(TARGETS["gfx942"], x)
+
+
+@pytest.mark.parametrize("target", [*TARGETS.values(), Target("interpreter", 227 * 1024, 2)], ids=lambda t: t.arch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tiles_fit(target, dtype):
+    """Whatever is chosen is a candidate, and candidates fit: operands in flight, of all blocks that are resident."""
+    for batch, tokens, width in itertools.product((1, 2), (1, 65, 4096), (1, 96, 3072, 16384)):
+        tile = Tile.choose(target, dtype, [tokens, 7], batch, width)
+        tiles = Tile.candidates(target, dtype)
+        assert tile in tiles
+        assert all(t.resident * t.shared_bytes(dtype.itemsize) <= target.shared_bytes for t in tiles)
+        for normed in (False, True):
+            assert AdaTile.choose(target, batch, tokens, width, normed) in AdaTile.candidates(width, normed)
+        for head_dim, heads in itertools.product((8, 16, 24, 64, 128), (1, 24)):
+            tiles = tile_candidates(target, dtype, head_dim)
+            assert choose_tile(target, dtype, [tokens, 7], batch, heads, head_dim) in tiles
+            assert all(t.resident * t.shared_bytes(dtype.itemsize) <= target.shared_bytes for t in tiles)
+            tiles = AttentionTile.candidates(target, dtype, head_dim)
+            assert AttentionTile.choose(target, dtype, batch, tokens, heads, head_dim) in tiles
+            row = head_cols(head_dim) * dtype.itemsize
+            # Queries stay, keys and values are in flight.
+            assert all((t.queries + 2 * t.stages * t.keys) * row <= target.shared_bytes for t in tiles)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.arch)
+def test_tiles_fill_the_device(target):
+    """Little work takes the smallest tile, plenty the first that every multiprocessor gets one of."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tiles = Tile.candidates(target, dtype)
+        assert Tile.choose(target, dtype, [1], 1, 16) == min(tiles, key=lambda t: t.rows * t.cols)
+        assert Tile.choose(target, dtype, [100_000], 1, 12288) == tiles[0]
+
+
+# Errors.
+
+
+X, M, W = (2, 5, 16), (2, 16), (9, 16)
+t = make
+
+
+def qkv(**changes):
+    return pk.qkv_projection([stream(5, 16, 2, 8, torch.float32, 10)._replace(**changes)], 2, 8)
+
+
+def norm_rope(norms=(None, None), rope=None, **changes):
+    q, k, v = (changes.get(name, t(2, 5, 2, 8)) for name in "qkv")
+    return pk.norm_rope([(q, k, v)], [norms], [rope])
+
+
+def attend(*, q=(2, 5, 2, 8), k=(2, 7, 2, 8), v=(2, 7, 2, 8), **more):
+    return pk.joint_attention(*(t(*s) if isinstance(s, tuple) else s for s in (q, k, v)), **more)
+
+
+def turned(*shape):
+    """The shape, but its last dimension is not the contiguous one."""
+    return t(*shape).mT.contiguous().mT
+
+
+HALF, LONG, OTHER = {"dtype": torch.float16}, {"dtype": torch.float64}, torch.device("meta")
+ERRORS = {
+    "target": (lambda: Target.of(OTHER), "kernels need a GPU"),
+    "norm device": (lambda: pk.ada_layer_norm(t(*X), t(*M), t(*M).to(OTHER)), "shift is on meta"),
+    "norm index device": (
+        lambda: pk.ada_layer_norm(t(*X), t(4, 16), t(4, 16), token_index(2, 5).to(OTHER)),
+        "index is on meta",
+    ),
+    "residual device": (lambda: pk.gated_residual(t(*X), t(*M), t(*X).to(OTHER)), "h is on meta"),
+    "gated norm device": (lambda: pk.gated_ada_layer_norm(t(*X), t(*M).to(OTHER), t(*X), t(*M), t(*M)), "gate is on"),
+    "linear device": (lambda: pk.linear(t(*X), t(*W).to(OTHER)), "weight is on meta"),
+    "mlp device": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9), t(16).to(OTHER)), "bias is on meta"),
+    "qkv rope device": (lambda: qkv(rope=t(5, 4, 2).to(OTHER)), "rope is .* on meta"),
+    "norm_rope device": (lambda: norm_rope(v=t(2, 5, 2, 8).to(OTHER)), "v is on meta"),
+    "attention device": (lambda: attend(key_mask=token_index(2, 7).bool().to(OTHER)), "on meta, wanted bool"),
+    "linear no outputs": (lambda: pk.linear(t(*X), t(*W), None, -1), "out_features is -1, wanted at least 1"),
+    "linear weight": (lambda: pk.linear(t(*X), t(9, 16, 3)), r"weight is \[9, 16, 3\], wanted \[outputs, inputs\]"),
+    "linear no groups": (lambda: pk.grouped_linear([]), "got 0"),
+    "mlp no groups": (lambda: pk.grouped_mlp([]), "got 0"),
+    "qkv no heads": (lambda: pk.qkv_projection([pk.Stream(t(*X), (t(16, 16),) * 3)], -1, 8), "heads is -1"),
+    "qkv odd head": (lambda: pk.qkv_projection([pk.Stream(t(*X), (t(16, 16),) * 3)], 1, 1), "wanted an even number"),
+    "qkv rope pair width": (lambda: qkv(rope=(t(5, 12), t(5, 12))), r"rope is .* wanted two of \[S, 4\] or \[S, 8\]"),
+    "qkv rope flat": (lambda: qkv(rope=(t(5), t(5))), "rope is"),
+    "qkv rope strides": (lambda: qkv(rope=(t(5, 4), t(5, 8)[:, :4])), "rope's cosines have strides"),
+    "norm_rope counts": (lambda: pk.norm_rope([(t(2, 5, 2, 8),) * 3], [], [None]), "1 streams, 0 pairs of norms"),
+    "attention scale": (lambda: attend(scale=-0.3), "scale is -0.3, wanted above 0"),
+    "attention no scale": (lambda: attend(scale=0.0), "scale is 0.0"),
+    "attention flat keys": (lambda: attend(k=(7,)), r"k is \[7\]"),
+    "attention empty head": (lambda: attend(q=(2, 5, 2, 0), k=(2, 7, 2, 0), v=(2, 7, 2, 0)), "up to 128"),
+    "norm dtype": (lambda: pk.ada_layer_norm(t(*X, **LONG), t(*M, **LONG), t(*M, **LONG)), "float64"),
+    "norm mixed": (lambda: pk.ada_layer_norm(t(*X), t(*M, **HALF), t(*M)), "scale is torch.float16"),
+    "norm strides": (lambda: pk.ada_layer_norm(turned(*X), t(*M), t(*M)), "x has stride"),
+    "norm dim": (lambda: pk.ada_layer_norm(t(5, 16), t(*M), t(*M)), r"wanted \[B, S, D\]"),
+    "norm width": (lambda: pk.ada_layer_norm(t(1, 1, 16385), t(1, 16385), t(1, 16385)), "up to 16384"),
+    "norm scale": (lambda: pk.ada_layer_norm(t(*X), t(2, 15), t(*M)), r"scale is \[2, 15\], wanted \[2, 16\]"),
+    "norm shift": (lambda: pk.ada_layer_norm(t(*X), t(*M), t(1, 16)), "shift is"),
+    "norm index rows": (lambda: pk.ada_layer_norm(t(*X), t(*M), t(*M), token_index(2, 5)), r"wanted \[4, 16\]"),
+    "norm index": (lambda: pk.ada_layer_norm(t(*X), t(4, 16), t(4, 16), token_index(2, 4)), "index is"),
+    "norm index dtype": (lambda: pk.ada_layer_norm(t(*X), t(4, 16), t(4, 16), t(2, 5)), "index is torch.float32"),
+    "norm index strides": (
+        lambda: pk.ada_layer_norm(t(*X), t(4, 16), t(4, 16), token_index(5, 2).mT),
+        "index is .* wanted contiguous",
+    ),
+    "residual h": (lambda: pk.gated_residual(t(*X), t(*M), t(2, 4, 16)), "h is"),
+    "residual gate": (lambda: pk.gated_residual(t(*X), t(3, 16), t(*X)), "gate is"),
+    "gated norm h": (lambda: pk.gated_ada_layer_norm(t(*X), t(*M), t(2, 5, 15), t(*M), t(*M)), "h is"),
+    "linear dtype": (lambda: pk.linear(t(*X, **LONG), t(*W, **LONG)), "float64"),
+    "linear mixed": (lambda: pk.linear(t(*X), t(*W, **HALF)), "weight is torch.float16"),
+    "linear mixed groups": (
+        lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W)), pk.Linear(t(*X, **HALF), t(*W, **HALF))]),
+        "x is torch.float16",
+    ),
+    "linear strides": (lambda: pk.linear(t(*X), turned(*W)), "weight has stride"),
+    "linear x strides": (lambda: pk.linear(turned(*X), t(*W)), "x has stride"),
+    "linear inputs": (lambda: pk.linear(t(2, 5, 17), t(*W)), "the weight holds 9 of 16"),
+    "linear outputs": (lambda: pk.linear(t(*X), t(*W), None, 10), "wanted 10 outputs"),
+    "linear dim": (lambda: pk.linear(t(5, 16), t(*W)), r"wanted \[B, S, k\]"),
+    "linear batch": (lambda: pk.grouped_linear([pk.Linear(t(b, 5, 16), t(*W)) for b in (1, 2)]), "same B"),
+    "linear bias": (lambda: pk.linear(t(*X), t(*W), t(8)), "bias is"),
+    "linear gate": (lambda: pk.linear(t(*X), t(*W), gate=t(2, 8)), "gate is"),
+    "linear gate rows": (lambda: pk.linear(t(*X), t(*W), gate=t(2, 9), index=token_index(2, 5)), r"wanted \[4, 9\]"),
+    "linear index": (lambda: pk.linear(t(*X), t(*W), gate=t(4, 9), index=token_index(5, 2)), "index is"),
+    "linear residual": (lambda: pk.linear(t(*X), t(*W), residual=t(2, 5, 8)), "residual is"),
+    "linear residual strides": (lambda: pk.linear(t(*X), t(*W), residual=t(2, 6, 9)[:, 1:]), "residual has strides"),
+    "linear three groups": (lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W))] * 3), "one or two groups"),
+    "mlp channels": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9), None, 10), "wanted 10 outputs"),
+    "mlp down": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 8), None), "the weight holds 16 of 8"),
+    "mlp bias": (lambda: pk.mlp(t(*X), t(*W), t(16), t(16, 9), None), "bias is"),
+    "mlp mixed": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9, **HALF), None), "weight is torch.float16"),
+    "mlp three groups": (lambda: pk.grouped_mlp([pk.Mlp(t(*X), t(*W), None, t(16, 9), None)] * 3), "one or two"),
+    "qkv dtype": (lambda: qkv(x=t(*X, **LONG)), "float64"),
+    "qkv mixed": (lambda: qkv(x=t(*X, **HALF)), "wanted torch.float16"),
+    "qkv strides": (lambda: qkv(x=turned(*X)), "x has stride"),
+    "qkv width": (lambda: qkv(x=t(2, 5, 25)), "a weight is"),
+    "qkv weights": (lambda: qkv(weights=(t(16, 16), t(16, 16), t(8, 16))), "a weight is"),
+    "qkv weight strides": (lambda: qkv(weights=(t(16, 16), t(16, 24)[:, :16], t(16, 16))), "differ in stride"),
+    "qkv heads": (lambda: pk.qkv_projection([stream(5, 16, 2, 8, torch.float32, 1)], 3, 8), "the weight holds 2"),
+    "qkv bias": (lambda: qkv(biases=(t(15), None, None)), "bias is"),
+    "qkv norm": (lambda: qkv(norms=(t(7), t(8))), "norm is"),
+    "qkv one norm": (lambda: qkv(norms=(t(8), None)), "q or k alone"),
+    "qkv rope": (lambda: qkv(rope=t(4, 4, 2)), "rope"),
+    "qkv rope width": (lambda: qkv(rope=(t(5, 3), t(5, 3))), "rope"),
+    "qkv rope dtype": (lambda: qkv(rope=t(5, 4, 2, **HALF)), "wanted float32"),
+    "qkv no queries": (lambda: qkv(queries=False), "no stream has queries"),
+    "qkv head dim": (lambda: pk.qkv_projection([stream(5, 16, 2, 130, torch.float32, 1)], 2, 130), "up to 128"),
+    "qkv odd head dim": (lambda: pk.qkv_projection([pk.Stream(t(*X), (t(*W),) * 3)], 1, 9), "even"),
+    "qkv list": (lambda: pk.qkv_projection([stream(5, 16, 2, 8, torch.float32, 1)], token_index(1, 2)[0], 8), "int32"),
+    "qkv three streams": (lambda: pk.qkv_projection([stream(5, 16, 2, 8, torch.float32, 1)] * 3, 2, 8), "one or two"),
+    "qkv widths": (
+        lambda: pk.qkv_projection([stream(5, w, 2, 8, torch.float32, 1) for w in (16, 24)], 2, 8),
+        "same B and D",
+    ),
+    "norm_rope dtype": (lambda: norm_rope(**{n: t(2, 5, 2, 8, **LONG) for n in "qkv"}), "float64"),
+    "norm_rope mixed": (lambda: norm_rope(v=t(2, 5, 2, 8, **HALF)), "v is torch.float16"),
+    "norm_rope shape": (lambda: norm_rope(q=t(2, 4, 2, 8)), "q is"),
+    "norm_rope strides": (lambda: norm_rope(k=t(2, 6, 2, 8)[:, 1:]), "k has strides"),
+    "norm_rope one norm": (lambda: norm_rope((None, t(8))), "q or k alone"),
+    "norm_rope norm": (lambda: norm_rope((t(7), t(7))), "norm"),
+    "norm_rope rope": (lambda: norm_rope(rope=t(4, 4, 2)), "rope"),
+    "norm_rope rope dtype": (lambda: norm_rope(rope=t(5, 4, 2, **HALF)), "rope"),
+    "norm_rope no queries": (lambda: norm_rope(q=None), "no stream has queries"),
+    "norm_rope head dim": (lambda: norm_rope(**{n: t(2, 5, 2, 130) for n in "qkv"}), "up to 128"),
+    "attention dtype": (lambda: attend(q=t(2, 5, 2, 8, **LONG)), "float64"),
+    "attention mixed": (lambda: attend(k=t(2, 7, 2, 8, **HALF)), "k is torch.float16"),
+    "attention strides": (lambda: attend(v=turned(2, 7, 2, 8)), "v has stride"),
+    "attention dim": (lambda: attend(q=(5, 2, 8)), r"wanted \[B, S, H, E\]"),
+    "attention head dim": (lambda: attend(q=(2, 5, 1, 129), k=(2, 7, 1, 129), v=(2, 7, 1, 129)), "up to 128"),
+    "attention keys": (lambda: attend(k=(2, 7, 3, 8)), "k is"),
+    "attention values": (lambda: attend(v=(2, 6, 2, 8)), "v is"),
+    "attention mask": (lambda: attend(key_mask=token_index(2, 6).bool()), "key_mask is"),
+    "attention mask dtype": (lambda: attend(key_mask=token_index(2, 7)), "wanted bool"),
+    "attention lengths": (lambda: attend(key_lengths=token_index(1, 3)[0]), "key_lengths is"),
+    "attention lengths dtype": (lambda: attend(key_lengths=t(2)), "key_lengths is torch.float32"),
+    "attention both": (lambda: attend(key_mask=token_index(2, 7).bool(), key_lengths=token_index(1, 2)[0]), "both"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    """What a kernel cannot compute is refused in one line that says what came and what was wanted."""
+    call, words = ERRORS[name]
+    with pytest.raises(ValueError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
