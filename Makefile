@@ -33,7 +33,7 @@ bench: $(VENV)/installed
 
 # On a machine with a CUDA device, with its own python: nothing is installed.
 gpu:
-	bash bench/gpu.sh
+	$(if $(filter file,$(origin PYTHON)),,PYTHON=$(PYTHON)) bash bench/gpu.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
