@@ -804,6 +804,7 @@ def test_takes_tma():
     assert takes_tma(hopper, x) and takes_tma(hopper, x[:, 1:]) and takes_tma(Target("interpreter", 0, 2), x)
     assert takes_tma(hopper, torch.empty(4, 12)) and not takes_tma(hopper, torch.empty(4, 12).half())
     assert not takes_tma(hopper, x, torch.empty(4, 33)) and not takes_tma(hopper, x[..., 1:])
+    assert not takes_tma(hopper, x[:1].expand(2, 8, 16)) and not takes_tma(hopper, x[..., ::4][..., :1])
     assert not takes_tma(TARGETS["sm_80"], x) and not takes_tma(TARGETS["gfx942"], x)
 
 

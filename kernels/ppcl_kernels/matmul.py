@@ -88,9 +88,11 @@ def operand(tensor: torch.Tensor, block: Sequence[int], tma: bool) -> Any:
 
 
 def takes_tma(target: Target, *tensors: torch.Tensor) -> bool:
-    """Whether TMA can copy tiles of all these: it wants 16-byte steps and starts."""
+    """Whether TMA can copy tiles of all these: it wants 16-byte starts and steps, and no tensor that was expanded."""
     return target.tma and all(
-        tensor.data_ptr() % 16 == 0 and all(step * tensor.itemsize % 16 == 0 for step in tensor.stride()[:-1])
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(-1) == 1
+        and all(step > 0 and step * tensor.itemsize % 16 == 0 for step in tensor.stride()[:-1])
         for tensor in tensors
     )
 
