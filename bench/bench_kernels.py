@@ -1,6 +1,6 @@
 """Every operation of a block at the widths of its plans: our kernels against eager, compiled, cuBLAS and specialists.
 
-    python -m pytest bench/bench_kernels.py --benchmark-only -s        (the first PPCL_BENCH_SECONDS=270 of it)
+    python -m pytest bench/bench_kernels.py --benchmark-only -s        (the first PPCL_BENCH_SECONDS=230 of it)
 
 A case is an operation at a shape. Its contestants are checked against float64, then timed in turn, round by round, so
 that a ratio comes from one run; the cache is flushed before every call. On a GPU that flush also lets the host run
@@ -639,7 +639,7 @@ def raced(case: Case) -> tuple[dict[str, dict], dict[str, Callable]]:
     """Rows and calls of a case by contestant; measured when the first of them asks, and dumped."""
     if case not in _latest:
         _started.append(time.monotonic())
-        spent, budget = time.monotonic() - _started[0], float(os.environ.get("PPCL_BENCH_SECONDS", 270))
+        spent, budget = time.monotonic() - _started[0], float(os.environ.get("PPCL_BENCH_SECONDS", 230))
         if spent > budget:
             pytest.skip(f"{budget:.0f} s are over: raise PPCL_BENCH_SECONDS")
         _latest.clear()

@@ -87,7 +87,8 @@ def test_forward(benchmark, dense, ratio):
     with torch.no_grad():
         # Check, then time: the same plan out of a model that holds everything gives the same.
         with dense.at(ratio=ratio):
-            assert torch.allclose(dense(**call)[0], model(**call)[0], atol=1e-5)
+            # Either may run other kernels at other shapes: float32 sums in another order.
+            assert torch.allclose(dense(**call)[0], model(**call)[0], atol=5e-5)
         benchmark.pedantic(lambda: seconds(model, call), rounds=PAIRS, warmup_rounds=2)
         benchmark.extra_info.update(about(model, task))
         benchmark.extra_info["time_to_dense"] = round(paired(model, dense, call), 3)
@@ -109,7 +110,7 @@ def test_stock_forward(benchmark, dense):
     task = task_of(dense.catalog)
     call = on_device(task.example(BATCH))
     with torch.no_grad():
-        assert torch.allclose(stock(**call)[0], dense(**call)[0], atol=1e-5)
+        assert torch.allclose(stock(**call)[0], dense(**call)[0], atol=5e-5)
         benchmark.pedantic(lambda: seconds(stock, call), rounds=PAIRS, warmup_rounds=2)
         benchmark.extra_info.update(about(dense, task))
         benchmark.extra_info["time_to_dense"] = round(paired(stock, dense, call), 3)

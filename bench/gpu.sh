@@ -48,17 +48,19 @@ for part in "$@"; do
     case $part in
         tests)
             # What is marked gpu, and the tests of kernels and of models on them, which run natively here.
+            # Hundreds of small kernels to compile: on all cores, where pytest-xdist is there.
+            "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 12) || workers=()
             run_part tests 150 "$left/tests.xml" \
-                "$PYTHON" -m pytest tests -k "gpu or test_kernels or test_backends" --junitxml="$left/tests.xml"
+                "$PYTHON" -m pytest "${workers[@]}" tests -k "gpu or test_kernels or test_backends" --junitxml="$left/tests.xml"
             ;;
         kernels)
             # Dumped after each case, so that what was measured survives the time limit.
-            run_part kernels 330 "$left/kernels.json" \
-                env PPCL_BENCH_JSON="$left/kernels.json" PPCL_BENCH_SECONDS="${PPCL_BENCH_SECONDS:-270}" \
+            run_part kernels 270 "$left/kernels.json" \
+                env PPCL_BENCH_JSON="$left/kernels.json" PPCL_BENCH_SECONDS="${PPCL_BENCH_SECONDS:-230}" \
                 "$PYTHON" -m pytest bench/bench_kernels.py --benchmark-only -s
             ;;
         model)
-            run_part model 60 "$left/model.json" \
+            run_part model 120 "$left/model.json" \
                 "$PYTHON" -m pytest bench/bench_model.py --benchmark-only --benchmark-json="$left/model.json" -s
             ;;
     esac

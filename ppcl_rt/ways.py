@@ -165,8 +165,13 @@ def cuda_milliseconds(call: Callable[[], Any]) -> float:
     """Median time of a call on the current CUDA stream, after one that compiles and one that warms up."""
     for _ in range(2):
         call()
+    # Larger than any L2: what is timed reads its inputs from memory, as it does in a model.
+    filler = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(_REPEATS)]
     for start, end in events:
+        filler.zero_()
+        # Half a millisecond on the device, in which python gets ahead: the kernel is timed, not its launch.
+        torch.cuda._sleep(1_000_000)
         start.record()
         call()
         end.record()

@@ -10,14 +10,14 @@ costs what its ragged tiles cost.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
 from ppcl_kernels._triton import jit, tl
-from ppcl_kernels.launch import Launch, Target
+from ppcl_kernels.launch import Launch, Target, register_limit
 from ppcl_kernels.matmul import operand, takes_tma
 from ppcl_kernels.qkv_projection import MAX_HEAD_DIM, head_cols
 
@@ -52,12 +52,13 @@ def _joint_mask(
 
 
 class Tile(NamedTuple):
-    """How attention is cut up: queries and keys of a tile, warps a block, tiles of keys in flight."""
+    """How attention is cut up: queries and keys of a tile, warps a block, tiles of keys in flight, blocks resident."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    resident: int = 1
 
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype, head_dim: int) -> tuple[Tile, ...]:
@@ -68,7 +69,7 @@ class Tile(NamedTuple):
             return (cls(128, 32, 8, 1), cls(64, 64, 4, 1))
         tiles: tuple[Tile, ...]
         if target.wgmma:
-            tiles = (cls(128, 128, 8, 2), cls(128, 64, 8, 3), cls(64, 64, 4, 3))
+            tiles = (cls(128, 128, 8, 3), cls(128, 64, 8, 2, 2), cls(128, 128, 8, 2), cls(64, 64, 4, 3))
         elif target.tcgen05:
             tiles = (cls(128, 128, 8, 2), cls(64, 64, 4, 2))
         else:
@@ -127,7 +128,7 @@ def _load_tile(
 ):
     """Load ``x[b, row : row + ROWS, head]``; zeros beyond E, anything finite beyond S."""
     if TMA:
-        return x.load([b, row, head, 0]).reshape(ROWS, COLS)
+        return x.load([b, head, row, 0]).reshape(ROWS, COLS)
     else:
         start = x + b.to(tl.int64) * batch_step + row.to(tl.int64) * row_step + head.to(tl.int64) * head_step
         rows = tl.minimum(tl.arange(0, ROWS), S - 1 - row)
@@ -226,7 +227,10 @@ def _joint_attention_kernel(
         if mask is not None:
             counted = tl.load(mask + b.to(tl.int64) * T + keys, mask=keys < T, other=0) != 0
         else:
-            counted = keys < length
+            counted = keys < T
+            if lengths is not None:
+                # Read again: a register held through the loop before is one too many.
+                counted = counted & (keys < tl.load(lengths + b))
         scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         scores = tl.where(counted[None, :], scores, float("-inf"))
         top, weight, total = _absorb(scores, v_tile, top, weight, total, factor)
@@ -265,10 +269,15 @@ def launch_joint_attention(
     # Tensor cores that read operands from registers (sm_80, sm_120): descriptors would need more of them, and spill.
     from_shared = target.wgmma or target.tcgen05
     tma = from_shared and takes_tma(target, q, k, v)
+
+    def rows_of(x: torch.Tensor, rows: int) -> Any:
+        # Dimensions of 1 must lead the block, or the compiler takes the tile through registers.
+        return operand(x.transpose(1, 2), (1, 1, rows, cols), tma) if tma else x
+
     arguments = {
-        "q": operand(q, (1, tile.queries, 1, cols), tma),
-        "k": operand(k, (1, tile.keys, 1, cols), tma),
-        "v": operand(v, (1, tile.keys, 1, cols), tma),
+        "q": rows_of(q, tile.queries),
+        "k": rows_of(k, tile.keys),
+        "v": rows_of(v, tile.keys),
         "y": y,
         "mask": key_mask,
         "ranges": ranges,
@@ -293,7 +302,9 @@ def launch_joint_attention(
         "TMA": tma,
     }
     grid = (batch * heads * -(-tokens // tile.queries),)
-    return Launch(_joint_attention_kernel, grid, arguments, tile.warps, tile.stages)
+    return Launch(
+        _joint_attention_kernel, grid, arguments, tile.warps, tile.stages, register_limit(tile.warps, tile.resident)
+    )
 
 
 def _check(q, k, v, key_mask, key_lengths, scale) -> None:

@@ -110,6 +110,12 @@ TARGETS = {
 }
 
 
+def register_limit(warps: int, resident: int) -> int | None:
+    """Registers a thread that let so many blocks share a multiprocessor's 65,536, None for no limit."""
+    limit = 65536 // (32 * warps * resident) // 8 * 8
+    return limit if limit < 255 else None
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with its grid and arguments.

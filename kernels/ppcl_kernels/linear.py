@@ -127,6 +127,7 @@ def _work_off(
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
+    FLAT: tl.constexpr,
     TMA: tl.constexpr,
     GELU: tl.constexpr,
 ):
@@ -135,7 +136,7 @@ def _work_off(
     row_tiles = tl.cdiv(S, ROWS)
     col_tiles = tl.cdiv(N, COLS)
     PART: tl.constexpr = COLS // PARTS
-    for tile in range(start, B * row_tiles * col_tiles, tl.num_programs(0)):
+    for tile in tl.range(start, B * row_tiles * col_tiles, tl.num_programs(0), flatten=FLAT):
         at, col = locate_tile(tile, B * row_tiles, col_tiles, 8)
         b = at // row_tiles
         row = at % row_tiles * ROWS
@@ -165,18 +166,18 @@ def _linear_kernel(
     x0, w0, bias0, gate0, index0, residual0, y0, S0, N0, K0, batch_step0, row_step0, w_step0, gate_step0,
     x1, w1, bias1, gate1, index1, residual1, y1, S1, N1, K1, batch_step1, row_step1, w_step1, gate_step1,
     B,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
-    GELU: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
+    TMA: tl.constexpr, GELU: tl.constexpr,
 ):
     # fmt: on
     group = (bias0, gate0, index0, residual0, y0, S0, N0, gate_step0)
     sizes, steps = (S0, N0, K0), ((batch_step0, row_step0), w_step0)
     start = tl.program_id(0)
-    start = _work_off(start, x0, w0, sizes, steps, group, B, ROWS, COLS, DEPTH, PARTS, TMA, GELU)
+    start = _work_off(start, x0, w0, sizes, steps, group, B, ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU)
     if y1 is not None:
         group1 = (bias1, gate1, index1, residual1, y1, S1, N1, gate_step1)
         sizes1, steps1 = (S1, N1, K1), ((batch_step1, row_step1), w_step1)
-        _work_off(start, x1, w1, sizes1, steps1, group1, B, ROWS, COLS, DEPTH, PARTS, TMA, GELU)
+        _work_off(start, x1, w1, sizes1, steps1, group1, B, ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU)
 
 
 # fmt: off
@@ -220,6 +221,7 @@ def launch_linear(groups: Sequence[Linear], outputs: Sequence[torch.Tensor], gel
         "COLS": tile.cols,
         "DEPTH": tile.depth,
         "PARTS": tile.parts,
+        "FLAT": bool(tile.flat),
         "TMA": tma,
         "GELU": gelu,
     }

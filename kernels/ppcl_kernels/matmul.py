@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ppcl_kernels._triton import TensorDescriptor, jit, tl
-from ppcl_kernels.launch import Target
+from ppcl_kernels.launch import Target, register_limit
 
 
 class Tile(NamedTuple):
@@ -23,6 +23,8 @@ class Tile(NamedTuple):
         warps, stages: per block, and tiles in flight.
         parts: pieces that the epilogue works off one by one; a residual beside a whole wide tile would spill.
         resident: blocks per multiprocessor of the persistent grid; two hide each other's epilogue.
+        flat: 1 to make one loop of those over tiles and depth, so that a tile's first copies start before the epilogue
+            of the one before it.
     """
 
     rows: int
@@ -32,6 +34,7 @@ class Tile(NamedTuple):
     stages: int
     parts: int = 1
     resident: int = 1
+    flat: int = 0
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the operand tiles in flight."""
@@ -39,9 +42,13 @@ class Tile(NamedTuple):
 
     @property
     def registers(self) -> int | None:
-        """Registers a thread that let so many blocks be resident (65,536 a multiprocessor), None for no limit."""
-        limit = 65536 // (32 * self.warps * self.resident) // 8 * 8
-        return limit if limit < 255 else None
+        """Registers a thread that let so many blocks be resident, None for no limit."""
+        return register_limit(self.warps, self.resident)
+
+    @property
+    def speed(self) -> float:
+        """Share of the fastest tile's speed where every multiprocessor is busy: guesses until measured."""
+        return {128 * 256: 1.0, 128 * 128: 0.93, 64 * 64: 0.65}.get(self.rows * self.cols, 0.4)
 
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -57,20 +64,22 @@ class Tile(NamedTuple):
 
     @classmethod
     def choose(cls, target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, cols: int) -> Tile:
-        """Pick the first candidate that gives every multiprocessor a tile, or the one with most tiles."""
-        tiles = cls.candidates(target, dtype)
-        for tile in tiles:
-            if batch * sum(-(-s // tile.rows) for s in tokens) * -(-cols // tile.cols) >= target.multiprocessors:
-                return tile
-        return min(tiles, key=lambda tile: tile.rows * tile.cols)
+        """Pick the tile that keeps multiprocessors busiest: the last wave of large tiles may be nearly empty."""
+
+        def rate(tile: Tile) -> float:
+            tiles = batch * sum(-(-s // tile.rows) for s in tokens) * -(-cols // tile.cols)
+            slots = target.multiprocessors * tile.resident
+            return tile.speed * tiles / (slots * -(-tiles // slots))
+
+        return max(cls.candidates(target, dtype), key=rate)
 
 
 # Hopper and Blackwell: operands by TMA.
 _TILES_WGMMA = (
-    Tile(128, 256, 64, 8, 4, parts=4),
+    Tile(128, 256, 64, 8, 4, parts=4, flat=1),
     Tile(128, 256, 64, 8, 3, parts=4),
+    Tile(128, 128, 64, 8, 3, parts=4, resident=2, flat=1),
     Tile(128, 128, 64, 8, 3, parts=4, resident=2),
-    Tile(128, 128, 64, 4, 3, parts=4, resident=2),
     Tile(64, 64, 64, 4, 4, resident=2),
 )
 _TILES_MMA = (
