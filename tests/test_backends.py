@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ppcl_kernels as kernels
 import ppcl_rt
 from ppcl_rt.task import task_of
 
@@ -111,12 +112,12 @@ def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatc
     called = []
     handle = model.transformer_blocks[0].attn.to_k.register_forward_hook(lambda *_: called.append(1))
     monkeypatch.setenv("PPCL_BACKEND", "triton")
-    with Kernels() as kernels:
+    with Kernels() as ran:
         run(model, build_inputs())
     steps = len(model._program().steps)
     assert called
-    assert kernels.counts["ppcl::qkv_projection"] == steps - 1
-    assert kernels.counts["ppcl::linear"] == 3 * steps
+    assert ran.counts["ppcl::qkv_projection"] == steps - 1
+    assert ran.counts["ppcl::linear"] == 3 * steps
     handle.remove()
 
 
@@ -150,9 +151,9 @@ def test_gradient_of_the_input_alone(made, build_inputs, same, monkeypatch):
 def test_autocast_is_left_to_torch(made, build_inputs, run, monkeypatch):
     model = load(made.folder)
     monkeypatch.setenv("PPCL_BACKEND", "triton")
-    with Kernels() as kernels, torch.autocast(DEVICE, torch.bfloat16):
+    with Kernels() as ran, torch.autocast(DEVICE, torch.bfloat16):
         run(model, build_inputs())
-    assert not kernels.counts
+    assert not ran.counts
 
 
 def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
@@ -173,3 +174,30 @@ def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
     torch._dynamo.reset()
     # Blocks of one shape share a graph.
     assert taken["ppcl.linear.default"] >= 3 and taken["ppcl.joint_attention.default"] >= 1
+
+
+@pytest.mark.parametrize("form", ["qwen", "flux"])
+def test_rotations_are_those_of_diffusers(same, form):
+    """Both forms of RoPE's tables, as the two families' pipelines hand them over, turn q and k as diffusers does."""
+    from diffusers.models.embeddings import apply_rotary_emb
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, apply_rotary_emb_qwen
+
+    torch.manual_seed(0)
+    x, weight, tokens, head_dim = torch.randn(2, 15, 32, device=DEVICE), torch.randn(32, 32, device=DEVICE), 15, 16
+    raw = (x @ weight.T).unflatten(-1, (2, head_dim))
+    if form == "qwen":
+        table = QwenEmbedRope(10_000, [4, 4, 8])([(1, 3, 5)], device=DEVICE, max_txt_seq_len=1)[0]
+        rope, wanted = torch.view_as_real(table), apply_rotary_emb_qwen(raw, table, use_real=False)
+    else:
+        positions = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(3), torch.arange(5), indexing="ij"), -1)
+        rope = FluxPosEmbed(10_000, [4, 4, 8])(positions.flatten(0, 2).to(DEVICE))
+        rope = tuple(table.float() for table in rope)
+        wanted = apply_rotary_emb(raw, rope, sequence_dim=1)
+    assert wanted.shape[1] == tokens
+    q, k, v = kernels.qkv_projection([kernels.Stream(x, (weight,) * 3, rope=rope)], 2, head_dim)
+    # Sums of 32 products of size 1.
+    same(q, wanted, 1e-4)
+    same(k, wanted, 1e-4)
+    same(v, raw, 1e-4)
+    same(kernels.apply_rope_reference(raw, rope), wanted)

@@ -20,15 +20,16 @@ def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
     Raises:
         ValueError: another device, another dtype, or a last dimension that is not contiguous.
     """
-    if like.dtype not in DTYPES:
-        raise ValueError(f"kernels take float32, float16 or bfloat16, got {like.dtype}: cast, or call the reference")
+    dtype, device = like.dtype, like.device
+    if dtype not in DTYPES:
+        raise ValueError(f"kernels take float32, float16 or bfloat16, got {dtype}: cast, or call the reference")
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.device != like.device:
-            raise ValueError(f"{name} is on {tensor.device}, wanted {like.device} as the first tensor: move it")
-        if tensor.dtype != like.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, wanted {like.dtype} as the first tensor: cast it")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, wanted {device} as the first tensor: move it")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, wanted {dtype} as the first tensor: cast it")
         if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension, wanted 1: .contiguous()")
 

@@ -52,12 +52,11 @@ def rope_tables(rope: Rope | None, head_dim: int) -> tuple[torch.Tensor | None, 
         return None, None
     if isinstance(rope, torch.Tensor):
         return rope[..., 0], rope[..., 1]
-    widths = [table.shape[1] if table.dim() == 2 else None for table in rope]
-    if widths not in ([head_dim // 2] * 2, [head_dim] * 2):
+    widths = tuple(table.shape[1] if table.dim() == 2 else None for table in rope)
+    if widths not in ((head_dim // 2, head_dim // 2), (head_dim, head_dim)):
         shapes = " and ".join(str(list(table.shape)) for table in rope)
         raise ValueError(f"rope is {shapes}, wanted two of [S, {head_dim // 2}] or [S, {head_dim}]")
-    step = 2 if widths[0] == head_dim else 1
-    return rope[0][:, ::step], rope[1][:, ::step]
+    return rope if widths[0] != head_dim else (rope[0][:, ::2], rope[1][:, ::2])
 
 
 def check_rope(rope: Rope | None, tokens: int, head_dim: int, device: torch.device) -> None:
