@@ -245,7 +245,7 @@ def _joint_attention_kernel(
 def launch_key_ranges(key_mask: torch.Tensor, ranges: torch.Tensor, keys: int) -> Launch:
     """Describe the launch that writes ``ranges [B, 4]`` for tiles of so many keys of ``key_mask [B, T]`` (bytes)."""
     batch, length = key_mask.shape
-    # At least one tile more than there are keys is never needed, at least one always.
+    # A power of two, which is what a kernel can lay out.
     tiles = 1 << (-(-length // keys) - 1).bit_length()
     arguments = {"mask": key_mask, "ranges": ranges, "T": length, "TILES": tiles, "KEYS": keys}
     return Launch(_key_ranges_kernel, (batch,), arguments, 8, 1)
@@ -290,7 +290,7 @@ def launch_joint_attention(
             for name, t in (("q", q), ("k", k), ("v", v))
             for dim, axis in enumerate(("batch", "row", "head"))
         },
-        # exp2 is the one exponential that the hardware has.
+        # exp2 is the exponential that GPUs have.
         "factor": scale * math.log2(math.e),
         "E": head_dim,
         "QUERIES": tile.queries,

@@ -188,10 +188,12 @@ _GROUP_ARGUMENTS = (
 # fmt: on
 
 
-def launch_linear(groups: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile, target: Target):
+def launch_linear(
+    groups: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile, target: Target
+) -> Launch:
     """Describe the launch that writes ``outputs`` (contiguous ``[B, S, n]``) of one or two groups."""
     tma = takes_tma(target, *(g.x for g in groups), *(g.weight for g in groups))
-    batch, tiles, arguments = groups[0].x.shape[0], 0, {}
+    batch, tiles, arguments = groups[0].x.shape[0], 0, dict[str, Any]()
     for number in range(2):
         values: Sequence[Any] = (None,) * 7 + (0,) * 7
         if number < len(groups):

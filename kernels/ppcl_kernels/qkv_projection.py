@@ -273,8 +273,8 @@ _COUNTS = (
 )
 
 
-# Counts of tokens and heads differ from prompt to prompt and plan to plan: none may specialise the kernel.
-# A loop a part, since one loop cannot choose among descriptors.
+# Counts of tokens and heads differ from prompt to prompt and plan to plan: none may specialise the kernel. Each of q, k
+# and v has a loop of its own: one loop could not choose among descriptors, and a branch in it costs 100 registers.
 # fmt: off
 @jit(do_not_specialize=list(_COUNTS))
 def _qkv_projection_kernel(
