@@ -201,10 +201,15 @@ def run(
         call: runs it one way.
 
     Raises:
-        ValueError: ``PPCL_BACKEND`` is none of `BACKENDS`.
+        ValueError: ``PPCL_BACKEND`` is none of `BACKENDS`, or ``triton`` where no kernel can run.
     """
     asked = backend()
     on_gpu = like.device.type == "cuda"
+    if asked == "triton" and not (on_gpu or ppcl_kernels.can_run(like)):
+        raise ValueError(
+            f"PPCL_BACKEND is triton, but the model is on {like.device}: move it to a GPU, or set PPCL_BACKEND=auto "
+            "(TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
+        )
     if asked == "torch" or (asked == "auto" and not on_gpu) or not able():
         return call(TORCH)
     # Nothing can be timed while tracing; the kernels' own choosers know a good tile.

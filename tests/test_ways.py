@@ -139,6 +139,14 @@ def test_backend_is_checked(monkeypatch):
         choose()
 
 
+def test_forced_kernels_need_a_device(monkeypatch):
+    """Nobody who asks for kernels gets plain torch without a word."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    monkeypatch.setattr("ppcl_kernels.launch.INTERPRETED", False)
+    with pytest.raises(ValueError, match="PPCL_BACKEND is triton, but the model is on cpu: move it to a GPU"):
+        choose()
+
+
 def test_bucket():
     assert [ways.bucket(n) for n in (0, 1, 64, 65, 100, 512, 513, 4096, 4097, 4608)] == [
         64, 64, 64, 80, 112, 512, 640, 4096, 5120, 5120,
