@@ -132,7 +132,8 @@ def test_gradients(made, build_inputs, monkeypatch):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
     for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        # The same operations; on a GPU their sums may come in another order.
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_gradient_of_the_input_alone(made, build_inputs, same, monkeypatch):

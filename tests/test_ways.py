@@ -59,6 +59,34 @@ def test_leaves_out_what_fails(make_table, caplog):
     assert "linear 1: triton 64x64 failed and is left out: out of shared memory" in caplog.text
 
 
+def test_leaves_out_what_is_wrong(make_table, caplog):
+    """A kernel that computes something else is not the fastest way, however fast; one that rounds is."""
+    torch.manual_seed(0)
+    wanted = torch.randn(4, 64)
+    results = {
+        TORCH: [wanted, wanted],
+        CUBLAS: [wanted.bfloat16(), wanted.bfloat16()],
+        SMALL: [wanted, wanted.roll(1, 0)],
+        LARGE: [wanted, torch.full_like(wanted, float("nan"))],
+    }
+    make, _ = make_table
+    table = make()
+    table.clock = lambda call: MILLISECONDS[call.args[0]]
+    assert table.fastest("linear 1", lambda: MILLISECONDS, results.__getitem__) == CUBLAS
+    for tile in ("64x64", "128x128"):
+        assert f"linear 1: triton {tile} failed and is left out: its result is not that of plain torch" in caplog.text
+
+
+def test_torch_is_right_by_definition(make_table):
+    """Activations that overflowed are no reason to stop, and a stream without tokens agrees with itself."""
+    results = dict.fromkeys((TORCH, CUBLAS), torch.full((2, 3), float("nan")))
+    make, _ = make_table
+    table = make()
+    table.clock = lambda call: MILLISECONDS[call.args[0]]
+    assert table.fastest("nan", lambda: [CUBLAS, TORCH], results.__getitem__) == TORCH
+    assert ways.agree([torch.zeros(0, 3)], [torch.zeros(0, 3)]) and ways.agree(torch.zeros(2), torch.zeros(2))
+
+
 def test_says_when_nothing_works(make_table):
     make, _ = make_table
 
@@ -66,7 +94,7 @@ def test_says_when_nothing_works(make_table):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no way to run linear 1 works here"):
-        make().fastest("linear 1", lambda: [TORCH], call)
+        make().fastest("linear 1", lambda: [CUBLAS], call)
 
 
 def test_two_processes_merge(make_table, tmp_path):
