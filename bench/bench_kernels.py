@@ -505,11 +505,6 @@ def ceilings() -> dict[str, float]:
     return found
 
 
-def numbers(tile: Any) -> list[int]:
-    """Any kind of tile, as JSON takes it."""
-    return list(dataclasses.astuple(tile) if dataclasses.is_dataclass(tile) else tile)
-
-
 def errors(outputs: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, float]:
     """Largest error to the largest value, and RMS error to the RMS value; the worst output counts."""
     assert [t.shape for t in outputs] == [t.shape for t in exact]
@@ -532,11 +527,11 @@ def best_tile(contest: Contest) -> tuple[Any, dict[str, float | str]]:
             contest.ours(tile)
             calls[tile] = functools.partial(contest.ours, tile)
         except Exception as error:
-            failed[" ".join(map(str, numbers(tile)))] = why(error)
+            failed[" ".join(map(str, tile))] = why(error)
     if not calls:
         raise RuntimeError(f"no tile runs: {failed}")
     ms = paired_ms(calls, PRESET.screening)
-    return min(ms, key=ms.get), {" ".join(map(str, numbers(tile))): round(ms[tile], 5) for tile in ms} | failed
+    return min(ms, key=ms.get), {" ".join(map(str, tile)): round(ms[tile], 5) for tile in ms} | failed
 
 
 def enter(contest: Contest, name: str, row: dict[str, Any]) -> Callable[[], Any]:
@@ -544,11 +539,11 @@ def enter(contest: Contest, name: str, row: dict[str, Any]) -> Callable[[], Any]
     if name.startswith(OURS) and not (CUDA or INTERPRETED):
         pytest.skip("kernels need a GPU, or TRITON_INTERPRET=1")
     if name == "triton":
-        row["tile"] = numbers(contest.chosen())
+        row["tile"] = list(contest.chosen())
         return functools.partial(contest.ours, None)
     if name == "triton best tile":
         tile, row["tiles"] = best_tile(contest)
-        row["tile"] = numbers(tile)
+        row["tile"] = list(tile)
         return functools.partial(contest.ours, tile)
     if name == "eager":
         return functools.partial(contest.chain, *contest.inputs)

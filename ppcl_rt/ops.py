@@ -44,22 +44,19 @@ def _is_plain(module: Any) -> bool:
     )
 
 
-def _kernels_can(x: torch.Tensor, *modules: Any) -> bool:
-    """Whether kernels give what the modules would: plain weights of the dtype of ``x``, no gradient, no autocast."""
+def _kernels_can(x: torch.Tensor, *modules: Any, beside: Sequence[torch.Tensor | None] = ()) -> bool:
+    """Whether kernels give what the modules would.
+
+    They do for plain weights, and what is read ``beside`` them, of the dtype of ``x``; without gradient and autocast.
+    """
     if not kernels.can_run(x) or torch.is_autocast_enabled(x.device.type):
         return False
-    graded = torch.is_grad_enabled()
-    if graded and x.requires_grad:
+    used = [module for module in modules if module is not None]
+    if not all(map(_is_plain, used)):
         return False
-    for module in modules:
-        if module is None:
-            continue
-        if not _is_plain(module):
-            return False
-        for parameter in module._parameters.values():
-            if parameter is not None and (parameter.dtype != x.dtype or (graded and parameter.requires_grad)):
-                return False
-    return True
+    read = [x, *beside, *(parameter for module in used for parameter in module._parameters.values())]
+    graded = torch.is_grad_enabled()
+    return all(t is None or (t.dtype == x.dtype and not (graded and t.requires_grad)) for t in read)
 
 
 def linear(module: Any, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
@@ -85,10 +82,10 @@ def ada_layer_norm(
     return ways.run(
         "ada_layer_norm",
         x,
-        able=lambda: _kernels_can(x, norm) and not norm.elementwise_affine,
+        able=lambda: _kernels_can(x, norm, beside=(scale, shift)) and not norm.elementwise_affine,
         shape=lambda: (batch, ways.bucket(tokens), width, index is not None),
         others=(TORCH,),
-        tiles=lambda: [(tile.rows, tile.warps) for tile in NormTile.candidates(width)],
+        tiles=lambda: NormTile.candidates(width),
         call=call,
     )
 
@@ -195,7 +192,7 @@ def joint_attention(
     return ways.run(
         "joint_attention",
         q,
-        able=lambda: backend is None and head_dim <= MAX_HEAD_DIM and _kernels_can(q),
+        able=lambda: backend is None and head_dim <= MAX_HEAD_DIM and _kernels_can(q, beside=(k, v)),
         shape=lambda: (batch, ways.bucket(tokens), heads, head_dim, key_mask is not None),
         others=(TORCH,),
         tiles=lambda: AttentionTile.candidates(kernels.Target.of(q.device), q.dtype, head_dim),
@@ -254,7 +251,7 @@ def linears(layers: Sequence[Layer], *, gelu: bool = False) -> list[torch.Tensor
     return ways.run(
         "linear",
         x,
-        able=lambda: all(_kernels_can(layer.x, layer.module) for layer in layers),
+        able=lambda: all(_kernels_can(each.x, each.module, beside=(each.gate, each.residual)) for each in layers),
         shape=lambda: (
             x.shape[0],
             *(ways.bucket(layer.x.shape[1]) for layer in layers),

@@ -114,6 +114,7 @@ class Table:
                     raise RuntimeError("its result is not that of plain torch")
                 milliseconds = self.clock(functools.partial(call, way))
             except Exception as error:
+                # A compiler's or a driver's, of any kind: the other ways can still run.
                 _log.warning("%s: %s failed and is left out: %s", key, name, error)
                 continue
             _log.info("%s: %s takes %.3f ms", key, name, milliseconds)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppcl_kernels as kernels
 import ppcl_rt
+from ppcl_rt import ops
 from ppcl_rt.task import task_of
 
 # The interpreter computes GELU's sigmoid with numpy, which says that exp(large) is infinite; it is meant to be.
@@ -155,6 +156,24 @@ def test_autocast_is_left_to_torch(made, build_inputs, run, monkeypatch):
     with Kernels() as ran, torch.autocast(DEVICE, torch.bfloat16):
         run(model, build_inputs())
     assert not ran.counts
+
+
+@pytest.mark.parametrize("beside", ["modulation", "residual"])
+def test_other_dtypes_are_left_to_torch(monkeypatch, same, beside):
+    """A modulation or a residual stream kept in float32 beside a half model: eager promotes, a kernel would refuse."""
+    torch.manual_seed(0)
+    x, vector = torch.randn(2, 5, 8, device=DEVICE).half(), torch.randn(2, 8, device=DEVICE)
+    norm, layer = torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.Linear(8, 8, device=DEVICE).half()
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("PPCL_BACKEND", backend)
+        with torch.no_grad():
+            if beside == "modulation":
+                results.append(ops.ada_layer_norm(x, norm, vector, vector))
+            else:
+                results += ops.linears([ops.Layer(layer, x, None, vector.half(), None, x.float())])
+    assert results[0].dtype == torch.float32
+    same(*results, 0.0)
 
 
 def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -13,10 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-
-if not torch.cuda.is_available():
-    # Triton reads it when a kernel is defined, that is when ppcl_kernels is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import ppcl_kernels as pk
 from ppcl_kernels.launch import TARGETS, Launch, Target

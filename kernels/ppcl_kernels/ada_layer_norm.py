@@ -6,7 +6,7 @@ B batch, S tokens, D width. The norm has no affine part; its statistics are floa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,7 @@ def gated_ada_layer_norm_reference(
     return x, ada_layer_norm_reference(x, scale, shift, index, eps)
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How tokens are shared out.
 
     Attributes:
@@ -255,10 +254,6 @@ def _(x, gate, h, index, tile):
     return x.new_empty(x.shape)
 
 
-def _numbers(tile: Tile | None) -> list[int] | None:
-    return None if tile is None else [tile.rows, tile.warps]
-
-
 def ada_layer_norm(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -285,7 +280,7 @@ def ada_layer_norm(
     """
     if wants_gradient(x, scale, shift):
         return ada_layer_norm_reference(x, scale, shift, index, eps)
-    return _norm_op(x, scale, shift, index, eps, _numbers(tile))
+    return _norm_op(x, scale, shift, index, eps, tile)
 
 
 def gated_ada_layer_norm(
@@ -308,7 +303,7 @@ def gated_ada_layer_norm(
     """
     if wants_gradient(x, gate, h, scale, shift):
         return gated_ada_layer_norm_reference(x, gate, h, scale, shift, index, eps)
-    return _gated_norm_op(x, gate, h, scale, shift, index, eps, _numbers(tile))
+    return _gated_norm_op(x, gate, h, scale, shift, index, eps, tile)
 
 
 def gated_residual(
@@ -320,4 +315,4 @@ def gated_residual(
     """
     if wants_gradient(x, gate, h):
         return gated_residual_reference(x, gate, h, index)
-    return _gated_residual_op(x, gate, h, index, _numbers(tile))
+    return _gated_residual_op(x, gate, h, index, tile)

@@ -171,7 +171,7 @@ def cases(target: Target) -> Iterator[Case]:
     ):
         for tile in NormTile.candidates(WIDTH, normed=forms[1]):
             shape = f"B {BATCH}, S {IMAGE}, D {WIDTH}" + (", by token" if forms[2] else "")
-            yield Case(name, shape, f"{tile.rows}x{tile.warps}w", False, partial(_norm, tile, *forms))
+            yield Case(name, shape, _numbers(tile), False, partial(_norm, tile, *forms))
     for queries in (True, False):
         shape = f"B {BATCH}, S {IMAGE}, H {HEADS}" + ("" if queries else ", no queries")
         yield Case("norm_rope", shape, "", False, partial(_norm_rope, queries))
@@ -181,7 +181,7 @@ def _numbers(tile: Any) -> str:
     return "x".join(map(str, tile))
 
 
-# The longest name first: HGMMA and UTCHMMA contain no other whole word, but HMMA is looked for last.
+# Whole words, so HMMA is not found in HGMMA; the first of them that a kernel has counts.
 _INSTRUCTIONS = {"wgmma": r"\bHGMMA\b", "tcgen05": r"\bUTC\w*MMA\b", "mma": r"\bHMMA\b", "mfma": r"\bv_mfma"}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ppcl_kernels._check import DTYPES
 from ppcl_kernels._triton import INTERPRETED, TensorDescriptor, triton
 
 _KIB = 1024
@@ -19,7 +20,6 @@ _TRITON_DTYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
-    torch.bool: "i1",
 }
 
 
@@ -83,7 +83,7 @@ class Target:
 def can_run(x: torch.Tensor) -> bool:
     """Whether kernels can run on a tensor's device and take its dtype."""
     able = INTERPRETED if x.device.type == "cpu" else x.device.type == "cuda" and triton is not None
-    return able and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return able and x.dtype in DTYPES
 
 
 @functools.cache

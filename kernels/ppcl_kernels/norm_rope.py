@@ -111,6 +111,7 @@ def launch_norm_rope(
 def _norm_rope_op(q, k, v, norms, tables, eps):
     _check(q, k, v, norms, tables)
     outputs = _make_room(q, k)
+    # Refuses a device that kernels cannot run on.
     Target.of(k[0].device)
     q_first = kv_first = 0
     for n, (part_q, part_k, part_v) in enumerate(zip(q, k, v, strict=True)):

@@ -451,8 +451,8 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
     for s in streams:
         if s.x.dim() != 3 or s.x.shape[0] != first.shape[0] or s.x.shape[2] != first.shape[2]:
             raise ValueError(f"x is {list(s.x.shape)}, wanted [B, S, D] with the same B and D in every stream")
-        check_like(first, x=s.x, **dict(zip(("q", "k", "v"), s.weights)), **dict(zip(("bias_q", "bias_k"), s.biases)))
-        check_like(first, bias_v=s.biases[2])
+        names = ("q", "k", "v", "bias_q", "bias_k", "bias_v")
+        check_like(first, x=s.x, **dict(zip(names, (*s.weights, *s.biases), strict=True)))
         for weight, bias in zip(s.weights, s.biases, strict=True):
             check_weight("a weight", weight)
             if weight.shape[1] < first.shape[2] or weight.shape != s.weights[0].shape:
