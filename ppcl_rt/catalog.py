@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -52,18 +52,22 @@ class Widths(Frozen):
         return Width(*(self.of(group)[0].count for group in Width._fields))
 
 
+# The teacher block of an interval that a student was copied from; ``average`` is the mean of all.
+Start = Literal["first", "middle", "last", "average"]
+
+
 class Student(Frozen):
     """A block distilled to stand in for an interval.
 
     Attributes:
         interval: the blocks that it replaces.
-        start: the teacher block that it was copied from.
+        start: the teacher block of the interval that it was copied from.
         loss: of the teacher's velocity with this student alone plugged in, at full width.
         widths: its own legal widths.
     """
 
     interval: Interval
-    start: int = Field(ge=0)
+    start: Start
     loss: float = Field(gt=0, allow_inf_nan=False)
     widths: Widths
 
@@ -153,7 +157,7 @@ class Catalog(Frozen):
             if widths.full != self.shape.width:
                 raise ValueError(f"{name} starts at {widths.full}, the dense block has {self.shape.width}")
         for student in self.students:
-            if student.interval.last >= self.shape.depth or student.start >= self.shape.depth:
+            if student.interval.last >= self.shape.depth:
                 raise ValueError(f"student {student.interval} reaches beyond block {self.shape.depth - 1}")
         if len({student.interval for student in self.students}) != len(self.students):
             raise ValueError("an interval has two students: drop one")

@@ -87,7 +87,7 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     print(f"{shape.dense_params:,} parameters at ratio 1; the smallest plan has ratio {smallest:.3f}")
     table = Table("stands for", "copied from", "loss", title="students")
     for student in catalog.students:
-        table.add_row(str(student.interval), str(student.start), f"{student.loss:.5f}")
+        table.add_row(str(student.interval), student.start, f"{student.loss:.5f}")
     _print(table)
     table = Table("block", *ppcl_rt.Width._fields, title="widths (loss)")
     for block, widths in enumerate(catalog.blocks):

@@ -212,7 +212,7 @@ def _make_checkpoint(
         interval = ppcl_rt.Interval(first, last)
         listed.append(
             ppcl_rt.Student(
-                interval=interval, start=first, loss=float(rng.uniform(0.5, 2.0)), widths=_random_widths(rng, groups)
+                interval=interval, start="first", loss=float(rng.uniform(0.5, 2.0)), widths=_random_widths(rng, groups)
             )
         )
         block = _build_block(1000 + 100 * seed + n)

@@ -371,7 +371,7 @@ def test_catalog_json_round_trip(losses, outer, task):
         )
         for n in range(2)
     ]
-    student = ppcl_rt.Student(interval=Interval(0, 1), start=1, loss=losses[5], widths=widths[0])
+    student = ppcl_rt.Student(interval=Interval(0, 1), start="last", loss=losses[5], widths=widths[0])
     catalog = ppcl_rt.Catalog(
         family="qwen-image",
         shape=ppcl_rt.Shape(depth=2, dim=32, head_dim=8, width=FULL, outer_params=outer),

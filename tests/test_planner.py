@@ -36,7 +36,7 @@ def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: 
         family="qwen-image",
         shape=Shape(depth=depth, dim=24, head_dim=8, width=full, outer_params=int(rng.integers(0, 20000))),
         blocks=tuple(widths() for _ in range(depth)),
-        students=tuple(Student(interval=i, start=i.first, loss=loss(), widths=widths()) for i in chosen),
+        students=tuple(Student(interval=i, start="first", loss=loss(), widths=widths()) for i in chosen),
     )
 
 
@@ -121,7 +121,7 @@ def test_a_plan_is_found_at_its_own_ratio(seed):
         family="qwen-image",
         shape=Shape(depth=4, dim=3072, head_dim=128, width=full, outer_params=10**7),
         blocks=tuple(widths() for _ in range(4)),
-        students=(Student(interval=Interval(1, 2), start=1, loss=0.7, widths=widths()),),
+        students=(Student(interval=Interval(1, 2), start="first", loss=0.7, widths=widths()),),
     )
     planner, dense = Planner(catalog), catalog.shape.dense_params
     for ratio in rng.uniform(0.6, 1.0, 5):

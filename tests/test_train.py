@@ -213,7 +213,7 @@ def test_a_run_folder_refuses_another_config(finished):
 
 
 def test_settings_are_checked():
-    for changes in ({"students.stepz": 1}, {"nothing.at.all": 1}, {"students.steps": -1}, {"students.start": "middle"}):
+    for changes in ({"students.stepz": 1}, {"nothing.at.all": 1}, {"students.steps": -1}, {"students.start": "second"}):
         with pytest.raises(ValueError):
             with_changes(TINY, changes)
     assert RunConfig.model_validate_json(TINY.model_dump_json()) == TINY

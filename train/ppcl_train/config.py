@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from ppcl_rt.catalog import Start
 from ppcl_rt.checkpoint import line
 from ppcl_rt.plan import Frozen
 from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
@@ -115,7 +116,7 @@ class StudentsConfig(Frozen):
     """
 
     lengths: tuple[PositiveInt, ...] = ()
-    start: Literal["first", "last"] = "first"
+    start: Start = "first"
     steps: PositiveInt = 400
     batch: PositiveInt = 64
     lr: PositiveFloat = 1e-3

@@ -11,6 +11,7 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Catalog, Interval, Option, Student, Widths
+from ppcl_train import selection
 from ppcl_train.config import RunConfig
 from ppcl_train.teacher import load
 
@@ -38,6 +39,7 @@ def write_draft(
             }
         )
     intervals = sorted({Interval.of_key(name.split(".")[1]) for name in students})
+    starts = dict(selection.read(folder))
     catalog = Catalog(
         family=teacher.family,
         shape=shape,
@@ -45,7 +47,7 @@ def write_draft(
         students=tuple(
             Student(
                 interval=interval,
-                start=start_of(run, interval),
+                start=starts[interval],
                 loss=_UNMEASURED,
                 widths=options,
             )
@@ -59,11 +61,6 @@ def write_draft(
     # What an earlier stage left is of no more use, and where there is nothing to replace, one rename does it.
     shutil.rmtree(folder / "draft", ignore_errors=True)
     return ppcl_rt.write_checkpoint(folder / "draft", teacher.stock_config, catalog, stored)
-
-
-def start_of(run: RunConfig, interval: Interval) -> int:
-    """The teacher block that an interval's student is copied from."""
-    return interval.first if run.students.start == "first" else interval.last
 
 
 def open_draft(folder: Path) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ppcl_rt import Interval, Streams
-from ppcl_train import states
+from ppcl_train import selection, states
 from ppcl_train.config import RunConfig
 from ppcl_train.runs import Log, write_json, write_tensors
 from ppcl_train.teacher import load
@@ -96,6 +96,8 @@ def fit(run: RunConfig, folder: Path) -> None:
     states_of = [Streams(*map(torch.cat, zip(*(tokens[k] for tokens in held)))) for k in range(depth + 1)]
     alignment = compose(solved, states_of)
     intervals = find_intervals(alignment, depth)
+    lengths = {Interval(u, u + n - 1) for n in run.students.lengths for u in range(depth - n + 1) if n > 1}
+    selection.write(folder, [selection.Selected(i, run.students.start) for i in {*intervals, *lengths}])
     log(samples=config.samples, intervals=" ".join(map(str, intervals)))
     tensors = {
         f"probes.{block}.{stream}.{part}": tensor

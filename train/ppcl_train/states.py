@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,16 +20,33 @@ PROBES, STUDENTS, TUNE, WIDTH, MEASURE = (10_000_000 * stage for stage in range(
 
 @dataclass(frozen=True)
 class Inputs:
-    """A calibration batch: noisy latents ``x [N, 16, 48]``, and all that the transformer is called with."""
+    """A batch of a task.
+
+    Attributes:
+        x: noisy latents ``[N, S, C]``.
+        t: their timesteps ``[N]`` in [0, 1]; 1 is noise.
+        call: all that the transformer is called with.
+        predicts: what its output is: ``x_0``, or the velocity ``noise - x_0 = (x - x_0) / t``.
+    """
 
     x: torch.Tensor
+    t: torch.Tensor
     call: dict[str, Any] = field(repr=False)
+    predicts: Literal["clean", "velocity"] = "velocity"
 
     @property
     def mask(self) -> torch.Tensor:
-        """``[N, 7]``, true on words."""
+        """``[N, S_text]``, true on words."""
         mask: torch.Tensor = self.call["encoder_hidden_states_mask"]
         return mask
+
+    def clean(self, output: torch.Tensor) -> torch.Tensor:
+        """The ``x_0`` that an output points at, ``[N, S, C]``.
+
+        A difference of two of these is ``t`` times the difference of velocities: high noise weighs most, as it does
+        for the picture.
+        """
+        return output if self.predicts == "clean" else self.x - self.t[:, None, None] * output
 
 
 def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
@@ -38,7 +55,7 @@ def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
     t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
     x = torch.lerp(batch.latents, torch.randn(batch.latents.shape, generator=generator), t[:, None, None])
-    return Inputs(x, arguments(x, t, batch.embeddings, batch.mask))
+    return Inputs(x, t, arguments(x, t, batch.embeddings, batch.mask), predicts="clean")
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ppcl_rt import Interval, Plan, Step, Streams, Width
-from ppcl_train import states
+from ppcl_train import selection, states
 from ppcl_train.config import RunConfig, StudentsConfig, TuneConfig
-from ppcl_train.draft import open_draft, start_of, write_draft
+from ppcl_train.draft import open_draft, write_draft
 from ppcl_train.probes import rows
 from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_tensors
 from ppcl_train.teacher import load
-
-
-def candidates(run: RunConfig, folder: Path, depth: int) -> list[Interval]:
-    """Intervals that get a student: those that eq. 5 found, and all of the configured lengths."""
-    found = {Interval(*pair) for pair in json.loads((folder / "intervals.json").read_text())["intervals"]}
-    found |= {Interval(u, u + n - 1) for n in run.students.lengths for u in range(depth - n + 1) if n > 1}
-    return sorted(found)
 
 
 def matching_loss(student: Streams, teacher: Streams, mask: torch.Tensor, magnitude: float) -> torch.Tensor:
@@ -49,9 +40,8 @@ def distil(run: RunConfig, folder: Path) -> None:
     """
     log, config = Log(folder, "students"), run.students
     teacher = load(run, folder)
-    intervals = candidates(run, folder, teacher.catalog.shape.depth)
-    blocks = teacher.transformer_blocks
-    students = {i: copy.deepcopy(blocks[start_of(run, i)]).requires_grad_(True) for i in intervals}
+    chosen = selection.read(folder)
+    students = {selected.interval: selection.begin(teacher.transformer_blocks, selected) for selected in chosen}
     named = {f"students.{i.key}.{name}": p for i, block in students.items() for name, p in block.named_parameters()}
 
     def step_loss(step: int) -> float:
@@ -66,7 +56,7 @@ def distil(run: RunConfig, folder: Path) -> None:
             total += loss.item()
         return total / len(students)
 
-    log(students=len(students), intervals=" ".join(map(str, intervals)))
+    log(students=len(students), intervals=" ".join(map(str, students)))
     _train(run, folder, "students", config, named, step_loss, log)
     write_tensors(folder / "students.safetensors", named, {"steps": config.steps})
 
