@@ -7,31 +7,36 @@ import math
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ppcl_rt.plan import Frozen, Interval, Plan, Step, Width
 
+# The groups of `Width` that are MLPs: those that a linear map can stand in for, which is their count 0.
+MLPS = ("image", "text")
+
 
 class Option(NamedTuple):
-    """A legal count of heads or channels, and the loss of the teacher's velocity when this alone is narrowed to it."""
+    """A legal count of a group of `Width`, and the loss of the teacher's velocity when this alone is narrowed to it."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of an option
     loss: float
 
 
 class Widths(Frozen):
-    """The legal counts of a block, per group, widest first; the widest is the full one and loses nothing."""
+    """The legal counts of a block, per group of `Width`, widest first; the widest is the full one and loses nothing."""
 
     heads: tuple[Option, ...]
     image: tuple[Option, ...]
     text: tuple[Option, ...]
+    modulation: tuple[Option, ...]
 
-    @field_validator("heads", "image", "text")
+    @field_validator("heads", "image", "text", "modulation")
     @classmethod
-    def _sound(cls, options: tuple[Option, ...]) -> tuple[Option, ...]:
+    def _sound(cls, options: tuple[Option, ...], info: ValidationInfo) -> tuple[Option, ...]:
         counts = [option.count for option in options]
-        if not counts or min(counts) < 1 or counts != sorted(set(counts), reverse=True):
-            raise ValueError(f"counts fall strictly from the full one and stay above 0, not {counts}")
+        least = 0 if info.field_name in MLPS else 1
+        if not counts or counts[0] < 1 or min(counts) < least or counts != sorted(set(counts), reverse=True):
+            raise ValueError(f"counts fall strictly from the full one and stay at {least} or more, not {counts}")
         if options[0].loss != 0 or not all(option.loss > 0 and math.isfinite(option.loss) for option in options[1:]):
             raise ValueError("the full count loses 0, every narrower one more than 0")
         return options
@@ -45,6 +50,15 @@ class Widths(Frozen):
         """Options of one group: a field of `Width`."""
         options: tuple[Option, ...] = getattr(self, group)
         return options
+
+    def has(self, group: str, count: int) -> bool:
+        """Whether a count is legal."""
+        return any(option.count == count for option in self.of(group))
+
+    @property
+    def rank(self) -> int:
+        """The highest rank below the full one that modulations come in, 0 for none: lower ones are prefixes of it."""
+        return self.modulation[1].count if len(self.modulation) > 1 else 0
 
     @property
     def full(self) -> Width:
@@ -79,7 +93,7 @@ class Shape(Frozen):
         depth: blocks.
         dim: width D of the residual streams.
         head_dim: channels of a head, E.
-        width: heads and MLP channels of the dense block.
+        width: heads, MLP channels and modulation rank of the dense block.
         outer_params: parameters outside the blocks.
     """
 
@@ -89,19 +103,30 @@ class Shape(Frozen):
     width: Width
     outer_params: int = Field(ge=0)
 
-    @property
-    def fixed_params(self) -> int:
-        """Parameters of a block at no width at all: modulations, q/k norms, output biases."""
-        return 12 * self.dim * (self.dim + 1) + 4 * self.head_dim + 4 * self.dim
+    @model_validator(mode="after")
+    def _full_rank(self) -> Shape:
+        if self.width.modulation != self.dim:
+            raise ValueError(f"the full rank of modulations is the width {self.dim}, not {self.width.modulation}")
+        return self
 
     @property
-    def unit_params(self) -> Width:
-        """Parameters of one head (both streams) and of one channel of each MLP."""
-        return Width(heads=2 * self.head_dim * (4 * self.dim + 3), image=2 * self.dim + 1, text=2 * self.dim + 1)
+    def fixed_params(self) -> int:
+        """Parameters of a block at no width at all: q/k norms, output biases."""
+        return 4 * self.head_dim + 4 * self.dim
+
+    def group_params(self, group: str, count: int) -> int:
+        """Parameters of a group of a block (a field of `Width`) at a count."""
+        if group == "heads":
+            return count * 2 * self.head_dim * (4 * self.dim + 3)
+        if group == "modulation":
+            # Six vectors for each of two streams; below the full rank through ``count`` channels that both share.
+            shared = count * (self.dim + 1) if count < self.dim else 0
+            return 12 * self.dim * (count + 1) + shared
+        return count * (2 * self.dim + 1) or self.dim**2
 
     def block_params(self, width: Width) -> int:
         """Parameters of a block at a width."""
-        return self.fixed_params + sum(n * unit for n, unit in zip(width, self.unit_params, strict=True))
+        return self.fixed_params + sum(self.group_params(group, n) for group, n in width._asdict().items())
 
     @property
     def dense_params(self) -> int:
@@ -119,9 +144,11 @@ class Shape(Frozen):
         for step in plan.steps:
             inner = step.width.heads * self.head_dim
             total += 8 * tokens * self.dim * inner + 4 * tokens**2 * inner
-            total += 4 * self.dim * (image_tokens * step.width.image + text_tokens * step.width.text)
+            for count, rows in ((step.width.image, image_tokens), (step.width.text, text_tokens)):
+                total += rows * (4 * self.dim * count or 2 * self.dim**2)
             # Modulations of both streams, once a sample.
-            total += 24 * self.dim**2
+            rank = step.width.modulation
+            total += 24 * self.dim * rank + (2 * self.dim * rank if rank < self.dim else 0)
         return batch * total
 
 
@@ -134,6 +161,7 @@ class Catalog(Frozen):
         blocks: legal widths of each teacher block.
         students: what can stand in for which interval; intervals may overlap, a plan takes disjoint ones.
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
+            Linear maps for MLPs and modulations of a lower rank always do where they are legal.
         checksums: SHA-256 of every tensor's bytes, by name.
         task: how to sample and judge, for checkpoints of a task that the project can judge: ``{"name": ..., ...}``.
     """
@@ -208,6 +236,15 @@ class Catalog(Frozen):
                 self.student(step.blocks)
             if not step.width.within(self.shape.width):
                 raise ValueError(f"blocks {step.blocks} run {step.width}, the checkpoint holds {self.shape.width}")
+            widths = self.widths(step)
+            for group in MLPS:
+                if getattr(step.width, group) == 0 and not widths.has(group, 0):
+                    raise ValueError(f"blocks {step.blocks}: the checkpoint holds no linear map for the {group} MLP")
+            if widths.rank < step.width.modulation < self.shape.width.modulation:
+                raise ValueError(
+                    f"blocks {step.blocks}: modulations come at full rank and up to {widths.rank}, "
+                    f"not at {step.width.modulation}"
+                )
         return plan
 
     def ratio(self, plan: Plan) -> float:

@@ -10,15 +10,16 @@ from ppcl_rt.plan import Plan
 # Pixels that a pixel of a small sample is drawn with.
 _ZOOM = 12
 _COLUMN, _GAP, _LEFT, _TOP = 46, 6, 86, 26
-_HEIGHTS = {"heads": 66, "image": 88, "text": 88}
+# About as each counts in parameters.
+_HEIGHTS = {"heads": 66, "image": 66, "text": 66, "modulation": 66}
 _KEPT, _STUDENT, _REMOVED = (66, 113, 176), (214, 125, 44), (228, 228, 228)
-_LABELS = {"heads": "heads", "image": "image MLP", "text": "text MLP"}
+_LABELS = {"heads": "heads", "image": "image MLP", "text": "text MLP", "modulation": "modulation"}
 
 
 def draw_plan(catalog: Catalog, plan: Plan) -> Image.Image:
-    """Draw a plan: a column a block, filled as far as its heads and channels are kept; students span their interval."""
+    """Draw a plan: a column a block, filled as far as each part is kept; students span their interval."""
     depth = plan.depth
-    height = _TOP + sum(_HEIGHTS.values()) + 3 * _GAP + 40
+    height = _TOP + sum(_HEIGHTS.values()) + len(_HEIGHTS) * _GAP + 40
     sheet = Image.new("RGB", (_LEFT + depth * (_COLUMN + _GAP) + _GAP, height), "white")
     pen = ImageDraw.Draw(sheet)
 

@@ -15,14 +15,17 @@ class Width(NamedTuple):
     """How much of a block runs: the first so many in rank order.
 
     Attributes:
-        heads: attention heads, of both streams together.
-        image: hidden channels of the image stream's MLP.
-        text: hidden channels of the text stream's MLP.
+        heads: attention heads, of both streams together; 1 or more.
+        image: hidden channels of the image stream's MLP; 0 for the linear map that stands in for it (PPCL eq. 9).
+        text: hidden channels of the text stream's MLP, likewise.
+        modulation: rank of the map from timestep embedding to modulations, of both streams together; 1 or more. The
+            full rank, which is the model's width, is the stock layers.
     """
 
     heads: int
     image: int
     text: int
+    modulation: int
 
     def within(self, other: Width) -> bool:
         """Whether no part is wider than ``other``'s."""
@@ -110,8 +113,8 @@ class Step(Frozen):
     def _valid(self) -> Step:
         if not self.student and len(self.blocks) != 1:
             raise ValueError(f"a step over {self.blocks} needs student: true; without it, a step is one block")
-        if min(self.width) < 1:
-            raise ValueError(f"blocks {self.blocks}: every part of a width is 1 or more, not {self.width}")
+        if min(self.width) < 0 or min(self.width.heads, self.width.modulation) < 1:
+            raise ValueError(f"blocks {self.blocks}: heads and modulation are 1 or more, MLPs 0 or more: {self.width}")
         return self
 
 

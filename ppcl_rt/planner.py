@@ -1,8 +1,8 @@
 """The planner: the plan with the least predicted loss within a budget of parameters, exactly.
 
 A multiple-choice knapsack with interval students, solved as a mixed-integer program. For every block and group (heads,
-image MLP, text MLP) one of its counts is taken, unless a student stands in for the block; a taken student has counts of
-its own. The predicted loss is the sum of what each choice alone was measured to lose.
+image MLP, text MLP, modulations) one of its counts is taken, unless a student stands in for the block; a taken student
+has counts of its own. The predicted loss is the sum of what each choice alone was measured to lose.
 """
 
 from __future__ import annotations
@@ -82,10 +82,12 @@ class Planner:
         shape = self.catalog.shape
         choices = []
         for block, widths in enumerate(self.catalog.blocks):
-            for group, unit in shape.unit_params._asdict().items():
+            for group in Width._fields:
                 # What a block costs at any width is counted with its heads: exactly one count of them is taken.
                 fixed = shape.fixed_params if group == "heads" else 0
-                choices += [_Choice(block, group, n, n * unit + fixed, loss) for n, loss in widths.of(group)]
+                choices += [
+                    _Choice(block, group, n, shape.group_params(group, n) + fixed, loss) for n, loss in widths.of(group)
+                ]
         return choices
 
     def _choices_of_students(self) -> list[_Choice]:
@@ -93,8 +95,11 @@ class Planner:
         choices = []
         for student in self.catalog.students:
             choices.append(_Choice(student.interval, "", 0, shape.fixed_params, student.loss))
-            for group, unit in shape.unit_params._asdict().items():
-                choices += [_Choice(student.interval, group, n, n * unit, loss) for n, loss in student.widths.of(group)]
+            for group in Width._fields:
+                choices += [
+                    _Choice(student.interval, group, n, shape.group_params(group, n), loss)
+                    for n, loss in student.widths.of(group)
+                ]
         return choices
 
     def _one_of_each(self) -> LinearConstraint:

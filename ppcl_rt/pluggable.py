@@ -31,6 +31,8 @@ _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=M
 _READING = threading.RLock()
 # Programs that are remembered; one is a tuple of references, a few kilobytes.
 _MOST_PROGRAMS = 256
+# Names of the two layers that stand in for modulations below the full rank.
+DOWN, UP = "modulation_down", "modulation_up"
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
 
 
@@ -42,19 +44,30 @@ class BlockLayout:
         axes: parameter name -> (group of `Width`, axis that the group's units lie along).
         outputs: name -> (path of a linear layer that reads a group's units, the group). These are the layers that
             least squares compensates.
+        inputs: paths of the linear layers that make an MLP's units: what is not there where a linear map stands in.
+        modulations: paths of the linear layers ``[P, D]`` that make modulations, all of the same input. Below the full
+            rank two layers in ``narrow`` stand in for all of them: `DOWN`, ``[rank, D]``, and `UP`, the outputs of
+            all side by side, ``[sum of P, rank]``. A lower rank is a prefix of a higher one.
     """
 
     axes: Mapping[str, tuple[str, int]]
     outputs: Mapping[str, tuple[str, str]]
+    inputs: tuple[str, ...]
+    modulations: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        factors = {f"narrow.{DOWN}.weight": 0, f"narrow.{DOWN}.bias": 0, f"narrow.{UP}.weight": 1}
+        axes = {**self.axes, **{name: ("modulation", axis) for name, axis in factors.items()}}
+        object.__setattr__(self, "axes", MappingProxyType(axes))
 
     def narrow_name(self, output: str, count: int) -> str:
-        """Name of an output's compensated layer at a count."""
+        """Name of an output's compensated layer at a count; at 0, of the linear map that stands in for the MLP."""
         return f"{output}_{count}"
 
-    def output_of(self, parameter: str) -> str:
-        """The output that a parameter belongs to, ``""`` for none."""
-        layer = parameter.rpartition(".")[0]
-        return next((name for name, (path, _) in self.outputs.items() if path == layer), "")
+    @property
+    def on_demand(self) -> tuple[str, ...]:
+        """Paths of the layers that a step may do without."""
+        return (*(path for path, _ in self.outputs.values()), *self.inputs, *self.modulations)
 
 
 class Absent(nn.Module):
@@ -246,13 +259,12 @@ class Pluggable:
         if block is None:
             with torch.device("meta"):
                 block = self.make_block(self.config)  # type: ignore[attr-defined]
-            for path, _ in self.layout.outputs.values():
+            for path in self.layout.on_demand:
                 block.set_submodule(path, Absent())
             block.orders = self._read_orders(prefix)
             self.adopt(block)
-            held = Width(0, 0, 0)
-        else:
-            held = block.width
+        layout, full, first = self.layout, self.catalog.shape.width, block is not home._modules.get(key)
+        held = Width(0, 0, 0, 0) if first else block.width
         width = step.width.union(held)
 
         def read(name: str, count: int) -> torch.Tensor:
@@ -262,19 +274,32 @@ class Pluggable:
 
         # A width is given by what the block holds, so what it reads comes in first and the block is grown at the end.
         fresh: dict[str, torch.Tensor] = {}
+
+        def bring(path: str, count: int = 0) -> None:
+            fresh.update({f"{path}.{part}": read(f"{path}.{part}", count) for part in ("weight", "bias")})
+
+        apart = {path for path, _ in layout.outputs.values()} | set(layout.modulations)
         for name in self._block_names:
-            group, _ = self.layout.axes.get(name, ("", 0))
-            wider = getattr(width, group) > getattr(held, group) if group else held == (0, 0, 0)
-            if wider and not self.layout.output_of(name):
+            group, _ = layout.axes.get(name, ("", 0))
+            wider = getattr(width, group) > getattr(held, group) if group else first
+            if wider and name.rpartition(".")[0] not in apart:
                 fresh[name] = read(name, getattr(width, group) if group else 0)
-        for output, (path, group) in self.layout.outputs.items():
-            count, full = getattr(step.width, group), getattr(self.catalog.shape.width, group)
-            narrow = f"narrow.{self.layout.narrow_name(output, count)}"
-            if count < full and f"{prefix}{narrow}.weight" in self._source:
-                if narrow.removeprefix("narrow.") not in block.narrow:
-                    fresh |= {f"{narrow}.{part}": read(f"{narrow}.{part}", 0) for part in ("weight", "bias")}
+        for output, (path, group) in layout.outputs.items():
+            count = getattr(step.width, group)
+            narrow = layout.narrow_name(output, count)
+            if count < getattr(full, group) and f"{prefix}narrow.{narrow}.weight" in self._source:
+                if narrow not in block.narrow:
+                    bring(f"narrow.{narrow}")
             elif getattr(block.get_submodule(path), "in_features", 0) < count * block.orders[group].shape[1]:
-                fresh |= {f"{path}.{part}": read(f"{path}.{part}", count) for part in ("weight", "bias")}
+                bring(path, count)
+        rank = step.width.modulation
+        if rank < full.modulation:
+            if DOWN not in block.narrow or block.narrow[DOWN].out_features < rank:
+                bring(f"narrow.{DOWN}", rank)
+                bring(f"narrow.{UP}", rank)
+        elif isinstance(block.get_submodule(layout.modulations[0]), Absent):
+            for path in layout.modulations:
+                bring(path)
         for name, tensor in fresh.items():
             _assign(block, name, tensor.requires_grad_(like.requires_grad))
         block.train(self.training)  # type: ignore[attr-defined]
@@ -289,6 +314,7 @@ class Pluggable:
         orders = {}
         for group, count in self.catalog.shape.width._asdict().items():
             name = f"{prefix}order.{group}"
+            # The rank order of modulations is that of their factors as they lie.
             order = self._source.read(name) if name in self._source else torch.arange(count)
             if order.is_floating_point() or not torch.equal(order.long().sort().values, torch.arange(count)):
                 raise ValueError(f"{self._source.folder}: {name} is no permutation of 0..{count - 1}")
@@ -403,14 +429,23 @@ class Pluggable:
         for prefix, widths in runnable.items():
             wanted = dict(expected)
             for group, count in full._asdict().items():
-                if len(widths.of(group)) > 1:
+                if len(widths.of(group)) > 1 and group != "modulation":
                     wanted[f"order.{group}"] = (count,)
-            if catalog.compensated:
-                for output, (path, group) in self.layout.outputs.items():
-                    rows, unit = expected[f"{path}.weight"][0], head_dim if group == "heads" else 1
-                    for option in widths.of(group)[1:]:
-                        narrow = f"narrow.{self.layout.narrow_name(output, option.count)}"
-                        wanted |= {f"{narrow}.weight": (rows, option.count * unit), f"{narrow}.bias": (rows,)}
+            for output, (path, group) in self.layout.outputs.items():
+                rows, unit = expected[f"{path}.weight"][0], head_dim if group == "heads" else 1
+                for option in widths.of(group)[1:]:
+                    narrow = f"narrow.{self.layout.narrow_name(output, option.count)}"
+                    if catalog.compensated or option.count == 0:
+                        columns = option.count * unit or catalog.shape.dim
+                        wanted |= {f"{narrow}.weight": (rows, columns), f"{narrow}.bias": (rows,)}
+            if widths.rank:
+                rows = sum(expected[f"{path}.weight"][0] for path in self.layout.modulations)
+                wanted |= {
+                    f"narrow.{DOWN}.weight": (widths.rank, catalog.shape.dim),
+                    f"narrow.{DOWN}.bias": (widths.rank,),
+                    f"narrow.{UP}.weight": (rows, widths.rank),
+                    f"narrow.{UP}.bias": (rows,),
+                }
             for name, shape in wanted.items():
                 if self._source.shape(f"{prefix}.{name}") != shape:
                     raise ValueError(

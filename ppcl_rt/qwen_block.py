@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import nn
 
 from ppcl_rt import ops
 from ppcl_rt.plan import Width
-from ppcl_rt.pluggable import BlockLayout
+from ppcl_rt.pluggable import DOWN, UP, Absent, BlockLayout
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 LAYOUT = BlockLayout(
@@ -30,15 +31,18 @@ LAYOUT = BlockLayout(
         "mlp_image": ("img_mlp.net.2", "image"),
         "mlp_text": ("txt_mlp.net.2", "text"),
     },
+    inputs=("img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
+    modulations=("img_mod.1", "txt_mod.1"),
 )
 
 
 class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
     """The stock block, over the first heads and channels in rank order.
 
-    Modules, their names and the returned order (text, image) are those of diffusers. ``narrow`` holds the output layers
-    that least squares has compensated for what a width leaves out (`BlockLayout`); a width without one uses a prefix of
-    the full layer.
+    Modules, their names and the returned order (text, image) are those of diffusers. ``narrow`` holds what stands in
+    for a part of the block at a narrower width (`BlockLayout`): output layers that least squares has compensated for
+    what is left out (a width without one uses a prefix of the full layer), linear maps in place of MLPs, and
+    modulations of a low rank.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,16 +51,33 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
 
     @property
     def width(self) -> Width:
-        """How many heads and channels the modules hold: the widest that this block can run."""
+        """What the modules hold: the widest that this block can run."""
+        factored = DOWN in self.narrow and isinstance(self.img_mod[1], Absent)
         return Width(
             heads=self.attn.to_q.out_features // self.attention_head_dim,
-            image=self.img_mlp.net[0].proj.out_features,
-            text=self.txt_mlp.net[0].proj.out_features,
+            image=getattr(self.img_mlp.net[0].proj, "out_features", 0),
+            text=getattr(self.txt_mlp.net[0].proj, "out_features", 0),
+            modulation=self._factor(DOWN).out_features if factored else self.dim,
         )
+
+    def _factor(self, name: str) -> nn.Linear:
+        layer = self.narrow[name]
+        assert isinstance(layer, nn.Linear), "factors are linear layers"
+        return layer
 
     def _output(self, output: str, count: int) -> nn.Module:
         name = LAYOUT.narrow_name(output, count)
         return self.narrow[name] if name in self.narrow else self.get_submodule(LAYOUT.outputs[output][0])
+
+    def _modulations(self, temb: torch.Tensor, batch: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Six vectors for each stream, image ``[B or 2 B, 6 D]`` and text ``[B, 6 D]``."""
+        if DOWN not in self.narrow or rank == temb.shape[-1]:
+            return self.img_mod(temb), self.txt_mod(temb[:batch])
+        down, up = self._factor(DOWN), self._factor(UP)
+        shared = F.linear(self.img_mod[0](temb), down.weight[:rank], down.bias[:rank])
+        both = F.linear(shared, up.weight[:, :rank], up.bias)
+        image, text = both.chunk(2, dim=-1)
+        return image, text[:batch]
 
     def forward(
         self,
@@ -79,16 +100,16 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
             image_rotary_emb: (image, text) rotations, complex ``[S, E / 2]`` or real ``[S, E / 2, 2]``.
             joint_attention_kwargs: accepted for the sake of callers; there is nothing that it could set.
             modulate_index: ``[B, S_image]``, which of two modulations an image token takes (Qwen-Image-Edit).
-            width: heads and channels to run; None for all that the block holds.
+            width: what to run; None for all that the block holds.
 
         Returns:
             (text, image) streams, in diffusers' order.
         """
         width, attn, head_dim = width or self.width, self.attn, self.attention_head_dim
         image, text = hidden_states, encoder_hidden_states
-        image_mod, text_mod = self.img_mod(temb).chunk(6, dim=-1), self.txt_mod(temb[: len(text)]).chunk(6, dim=-1)
-        image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = image_mod
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_mod
+        image_mod, text_mod = self._modulations(temb, len(text), width.modulation)
+        image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = image_mod.chunk(6, dim=-1)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_mod.chunk(6, dim=-1)
         image_rope, text_rope = map(as_real, image_rotary_emb) if image_rotary_emb else (None, None)
 
         image_qkv = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
@@ -118,22 +139,26 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
             ]
         )
 
-        normed_text = ops.ada_layer_norm(text, self.txt_norm2, text_scale2, text_shift2)
-        normed_image = ops.ada_layer_norm(image, self.img_norm2, image_scale2, image_shift2, modulate_index)
-        hidden_image, hidden_text = ops.linears(
-            [
-                ops.Layer(self.img_mlp.net[0].proj, normed_image, width.image),
-                ops.Layer(self.txt_mlp.net[0].proj, normed_text, width.text),
-            ],
-            gelu=True,
-        )
-        image_down, text_down = self._output("mlp_image", width.image), self._output("mlp_text", width.text)
-        image, text = ops.linears(
-            [
-                ops.Layer(image_down, hidden_image, None, image_gate2, modulate_index, image),
-                ops.Layer(text_down, hidden_text, None, text_gate2, None, text),
-            ]
-        )
+        # What is not mapped of both streams goes up in one launch and down in one.
+        after, ups, downs = {}, [], []
+        for stream, x, norm, mlp, shift, scale, gate, index in (
+            ("image", image, self.img_norm2, self.img_mlp, image_shift2, image_scale2, image_gate2, modulate_index),
+            ("text", text, self.txt_norm2, self.txt_mlp, text_shift2, text_scale2, text_gate2, None),
+        ):
+            count = getattr(width, stream)
+            down = ops.Layer(self._output(f"mlp_{stream}", count), x, None, gate, index, residual=x)
+            if count:
+                normed = ops.ada_layer_norm(x, norm, scale, shift, index)
+                ups.append(ops.Layer(mlp.net[0].proj, normed, count))
+                downs.append((stream, down))
+            else:
+                # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
+                [after[stream]] = ops.linears([down._replace(gate=None, index=None)])
+        if ups:
+            hidden = ops.linears(ups, gelu=True)
+            made = ops.linears([down._replace(x=x) for (_, down), x in zip(downs, hidden, strict=True)])
+            after |= {stream: out for (stream, _), out in zip(downs, made, strict=True)}
+        image, text = after["image"], after["text"]
 
         if image.dtype == torch.float16:
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)

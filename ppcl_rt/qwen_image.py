@@ -89,7 +89,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             depth=config["num_layers"],
             dim=dim,
             head_dim=config["attention_head_dim"],
-            width=Width(config["num_attention_heads"], 4 * dim, 4 * dim),
+            width=Width(config["num_attention_heads"], 4 * dim, 4 * dim, dim),
             outer_params=outer_params,
         )
 

@@ -27,9 +27,11 @@ from ppcl_rt.qwen_block import LAYOUT
 
 HEADS, HEAD_DIM, DEPTH = 4, 8, 4
 DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
-FULL = ppcl_rt.Width(HEADS, CHANNELS, CHANNELS)
+FULL = ppcl_rt.Width(HEADS, CHANNELS, CHANNELS, DIM)
 # Some counts (50, 31, 17) that no tile divides.
-NARROWER = {"heads": (3, 2, 1), "image": (96, 50, 17), "text": (100, 64, 31)}
+NARROWER = {"heads": (3, 2, 1), "image": (96, 50, 17), "text": (100, 64, 31), "modulation": ()}
+# With linear maps in place of MLPs, and modulations of a low rank.
+WITH_MAPS = {**NARROWER, "image": (96, 50, 0), "text": (64, 31, 0), "modulation": (7, 5, 1)}
 STUDENTS = ((0, 1), (1, 2), (3, 3))
 CONFIG = {
     "patch_size": 2,
@@ -111,6 +113,19 @@ def _random_widths(rng: np.random.Generator, groups: dict[str, tuple[int, ...]])
     return ppcl_rt.Widths(**options)
 
 
+def _put_map(
+    block: QwenImageTransformerBlock, mlp: str, layer: nn.Linear, tensors: dict[str, torch.Tensor], name: str
+) -> None:
+    """Make a stock block compute ``g + l(g)`` in place of a stream's MLP: gate 1, and an MLP that sees ``g`` itself."""
+    stream, seen = mlp.split("_")[0], {}
+    layer.load_state_dict({part: tensors[f"{name}.{part}"] for part in ("weight", "bias")})
+    modulation = getattr(block, f"{stream}_mod")[1]
+    with torch.no_grad():
+        modulation.weight[5 * DIM :], modulation.bias[5 * DIM :] = 0, 1
+    getattr(block, f"{stream}_norm2").register_forward_pre_hook(lambda _, args: seen.update(g=args[0]))
+    getattr(block, mlp).register_forward_hook(lambda *_: layer(seen["g"]))
+
+
 @dataclass
 class Made:
     """A checkpoint on disk, and what it was made of, for tests to compute by hand what it should do."""
@@ -146,8 +161,19 @@ class Made:
     def reference_block(self, step: ppcl_rt.Step) -> QwenImageTransformerBlock:
         """diffusers' block, with what a step leaves out zeroed in its output layers, or fitted layers in place."""
         block = self.stock_block(step)
+        if step.width.modulation < DIM:
+            self._lower_rank(block, f"{self.prefix(step)}narrow.", step.width.modulation)
         for output, (path, group) in LAYOUT.outputs.items():
             count, kept, layer = getattr(step.width, group), self.kept(step, group), block.get_submodule(path)
+            if count == 0:
+                _put_map(
+                    block,
+                    path.split(".")[0],
+                    nn.Linear(DIM, DIM),
+                    self.tensors,
+                    f"{self.prefix(step)}narrow.{output}_0",
+                )
+                continue
             zeroed = torch.zeros_like(layer.weight)
             narrow = f"{self.prefix(step)}narrow.{output}_{count}"
             with torch.no_grad():
@@ -158,6 +184,17 @@ class Made:
                     zeroed[:, kept] = layer.weight[:, kept]
                 layer.weight.copy_(zeroed)
         return block
+
+    def _lower_rank(self, block: QwenImageTransformerBlock, prefix: str, rank: int) -> None:
+        """Put the product of the two factors into the stock modulations, image first."""
+        down, down_bias, up, up_bias = (
+            self.tensors[f"{prefix}modulation_{name}"] for name in ("down.weight", "down.bias", "up.weight", "up.bias")
+        )
+        weight, bias = up[:, :rank] @ down[:rank], up[:, :rank] @ down_bias[:rank] + up_bias
+        with torch.no_grad():
+            for modulation, rows in ((block.img_mod[1], slice(6 * DIM)), (block.txt_mod[1], slice(6 * DIM, None))):
+                modulation.weight.copy_(weight[rows])
+                modulation.bias.copy_(bias[rows])
 
     def reference(self, plan: ppcl_rt.Plan) -> QwenImageTransformer2DModel:
         """diffusers' model for a plan, by the law of it: columns zeroed, students put in, skipped blocks left out."""
@@ -174,7 +211,9 @@ class Made:
         def width(widths: ppcl_rt.Widths) -> ppcl_rt.Width:
             if legal:
                 return ppcl_rt.Width(*(int(rng.choice([o.count for o in widths.of(g)])) for g in FULL._fields))
-            return ppcl_rt.Width(*(int(rng.integers(1, full + 1)) for full in FULL))
+            # Modulations come at full rank, or at any up to the highest that was factored.
+            ranks = [*range(1, widths.rank + 1), DIM]
+            return ppcl_rt.Width(*(int(rng.integers(1, full + 1)) for full in FULL[:3]), int(rng.choice(ranks)))
 
         steps, block = [], 0
         while block < self.catalog.shape.depth:
@@ -235,13 +274,19 @@ def _make_checkpoint(
     prefixes |= {f"students.{student.interval.key}": student.widths for student in catalog.students}
     for prefix, widths in prefixes.items():
         for group, full in FULL._asdict().items():
-            tensors[f"{prefix}.order.{group}"] = torch.randperm(full, generator=generator)
-        for output, (path, group) in LAYOUT.outputs.items() if compensated else ():
+            if group != "modulation":
+                tensors[f"{prefix}.order.{group}"] = torch.randperm(full, generator=generator)
+        made = {}
+        for output, (path, group) in LAYOUT.outputs.items():
             rows, unit = tensors[f"{prefix}.{path}.weight"].shape[0], HEAD_DIM if group == "heads" else 1
             for option in widths.of(group)[1:]:
-                narrow = f"{prefix}.narrow.{LAYOUT.narrow_name(output, option.count)}"
-                tensors[f"{narrow}.weight"] = torch.randn(rows, option.count * unit, generator=generator) * 0.2
-                tensors[f"{narrow}.bias"] = torch.randn(rows, generator=generator) * 0.2
+                if compensated or option.count == 0:
+                    made[LAYOUT.narrow_name(output, option.count)] = (rows, option.count * unit or DIM)
+        if widths.rank:
+            made |= {"modulation_down": (widths.rank, DIM), "modulation_up": (12 * DIM, widths.rank)}
+        for name, (rows, columns) in made.items():
+            tensors[f"{prefix}.narrow.{name}.weight"] = torch.randn(rows, columns, generator=generator) * 0.2
+            tensors[f"{prefix}.narrow.{name}.bias"] = torch.randn(rows, generator=generator) * 0.2
     if edit is not None:
         edit(config, tensors)
     catalog = ppcl_rt.write_checkpoint(folder, config, catalog, tensors, max_shard_size)
@@ -277,6 +322,13 @@ def compensated(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The same with fitted output layers, in several files. For reading only."""
     folder = tmp_path_factory.mktemp("compensated") / "checkpoint"
     return _make_checkpoint(folder, seed=1, compensated=True, max_shard_size=200_000)
+
+
+@pytest.fixture(scope="session")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """One whose MLPs have linear maps and whose modulations come at low ranks. For reading only."""
+    folder = tmp_path_factory.mktemp("mapped") / "checkpoint"
+    return _make_checkpoint(folder, seed=2, compensated=True, groups=WITH_MAPS)
 
 
 @pytest.fixture(scope="session")

@@ -231,7 +231,7 @@ CATALOGS = {
     "head_dim": change_catalog(set_at("shape", "head_dim", 16)),
     "zero head_dim": change_catalog(set_at("shape", "head_dim", 0)),
     "outer_params": change_catalog(set_at("shape", "outer_params", 7)),
-    "width of shape": change_catalog(set_at("shape", "width", [8, 128, 128])),
+    "width of shape": change_catalog(set_at("shape", "width", [8, 128, 128, 32])),
     "family": change_catalog(set_at("family", "flux")),
     "format": change_catalog(set_at("format", 2)),
     "unknown key": change_catalog(set_at("surprise", 1)),
@@ -329,16 +329,16 @@ def test_plans_for_something_else(made):
     message = refused(ppcl_rt.load, made.folder, plan=other)
     assert "0123456789abcdef" in message and made.catalog.fingerprint in message
     document = json.loads(dense.to_json())
-    absent = {**document, "steps": [{"blocks": {"first": 0, "last": 2}, "width": [4, 128, 128], "student": True}]}
+    absent = {**document, "steps": [{"blocks": {"first": 0, "last": 2}, "width": [4, 128, 128, 32], "student": True}]}
     message = refused(ppcl_rt.load, made.folder, plan=Plan.from_json(json.dumps(absent)))
     assert "0..2" in message and "0..1" in message
-    wide = {**document, "steps": [{"blocks": {"first": 0, "last": 0}, "width": [4, 129, 128]}]}
+    wide = {**document, "steps": [{"blocks": {"first": 0, "last": 0}, "width": [4, 129, 128, 32]}]}
     assert "129" in refused(ppcl_rt.load, made.folder, plan=Plan.from_json(json.dumps(wide)))
     deep = {**document, "depth": DEPTH + 1}
     refused(ppcl_rt.load, made.folder, plan=Plan.from_json(json.dumps(deep)))
 
 
-def step(first, last, width=(1, 1, 1), **more):
+def step(first, last, width=(1, 1, 1, 1), **more):
     return {"blocks": {"first": first, "last": last}, "width": list(width), **more}
 
 
@@ -351,15 +351,16 @@ PLANS = {
     "backwards": {"steps": [step(2, 1, student=True)]},
     "negative": {"steps": [step(-1, 0, student=True)]},
     "long teacher": {"steps": [step(0, 1)]},
-    "width 0": {"steps": [step(0, 0, (0, 1, 1))]},
-    "width negative": {"steps": [step(0, 0, (1, -1, 1))]},
-    "width short": {"steps": [step(0, 0, (1, 1))]},
-    "width long": {"steps": [step(0, 0, (1, 1, 1, 1))]},
-    "width fraction": {"steps": [step(0, 0, (1.5, 1, 1))]},
+    "width 0": {"steps": [step(0, 0, (0, 1, 1, 1))]},
+    "rank 0": {"steps": [step(0, 0, (1, 1, 1, 0))]},
+    "width negative": {"steps": [step(0, 0, (1, -1, 1, 1))]},
+    "width short": {"steps": [step(0, 0, (1, 1, 1))]},
+    "width long": {"steps": [step(0, 0, (1, 1, 1, 1, 1))]},
+    "width fraction": {"steps": [step(0, 0, (1.5, 1, 1, 1))]},
     "unknown key": {"surprise": 1},
     "unknown key of two lines": {"sur\nprise": 1},
     "unknown key in step": {"steps": [step(0, 0, surprise=1)]},
-    "unknown key in blocks": {"steps": [{"blocks": {"first": 0, "last": 0, "surprise": 1}, "width": [1, 1, 1]}]},
+    "unknown key in blocks": {"steps": [{"blocks": {"first": 0, "last": 0, "surprise": 1}, "width": [1, 1, 1, 1]}]},
     "no steps": {"steps": None},
     "steps text": {"steps": "all"},
     "depth text": {"depth": "deep"},

@@ -168,8 +168,8 @@ def test_save_and_load(tmp_path, kind, request, build_inputs, run, same, max_sha
 def test_saving_keeps_what_was_changed(tmp_path, made, build_inputs, run, same):
     """Weights that were changed in memory are saved where they belong in stock order; the rest as it was."""
     plan = made.plan(
-        Step(blocks=Interval(0, 1), width=Width(2, 50, 31), student=True),
-        Step(blocks=Interval(3, 3), width=Width(3, 9, 5)),
+        Step(blocks=Interval(0, 1), width=Width(2, 50, 31, 32), student=True),
+        Step(blocks=Interval(3, 3), width=Width(3, 9, 5, 32)),
     )
     model = ppcl_rt.load(made.folder, plan=plan)
     with torch.no_grad():

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 HEADS, HEAD_DIM, TEXT, IMAGE, BATCH = 8, 64, 33, 257, 2
 DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
-NARROW = Width(5, CHANNELS // 2, CHANNELS // 4)
+NARROW = Width(5, CHANNELS // 2, CHANNELS // 4, DIM)
 
 
 @pytest.fixture

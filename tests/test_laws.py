@@ -16,7 +16,7 @@ import ppcl_rt
 from ppcl_rt import Interval, Plan, Schedule, Step, Width
 
 HEADS, CHANNELS, DEPTH = 4, 128, 4
-FULL = Width(HEADS, CHANNELS, CHANNELS)
+FULL = Width(HEADS, CHANNELS, CHANNELS, 32)
 # Derandomised: a failure is the same one on every machine.
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -134,7 +134,7 @@ def test_built_by_hand(build_stock, build_inputs, run, same):
 @settings(seeded, max_examples=25)
 @given(
     widths=st.lists(
-        st.builds(Width, st.integers(1, HEADS), st.integers(1, CHANNELS), st.integers(1, CHANNELS)),
+        st.builds(Width, st.integers(1, HEADS), st.integers(1, CHANNELS), st.integers(1, CHANNELS), st.just(32)),
         min_size=DEPTH,
         max_size=DEPTH,
     )
@@ -144,7 +144,7 @@ def test_narrow_is_stock_with_columns_zeroed(made, everything, build_inputs, run
     inputs = build_inputs()
     stock = made.reference(made.catalog.dense)
     for n, (width, block) in enumerate(zip(widths, stock.transformer_blocks, strict=True)):
-        order = {group: made.tensors[f"transformer_blocks.{n}.order.{group}"] for group in Width._fields}
+        order = {g: made.tensors[f"transformer_blocks.{n}.order.{g}"] for g in ("heads", "image", "text")}
         with torch.no_grad():
             for head in order["heads"][width.heads :]:
                 block.attn.to_out[0].weight[:, head * 8 : head * 8 + 8] = 0
@@ -158,7 +158,7 @@ def test_narrow_is_stock_with_columns_zeroed(made, everything, build_inputs, run
 
 def test_order_matters(made, build_inputs, run):
     """What the plan keeps is not what a plain prefix would keep: the law above has teeth."""
-    plan = made.plan(*(Step(blocks=Interval(n, n), width=Width(2, 64, 64)) for n in range(DEPTH)))
+    plan = made.plan(*(Step(blocks=Interval(n, n), width=Width(2, 64, 64, 32)) for n in range(DEPTH)))
     unordered = {name: tensor for name, tensor in made.tensors.items() if ".order." not in name}
     blind = type(made)(made.folder, made.stock, made.config, made.catalog, unordered)
     inputs = build_inputs()
@@ -219,7 +219,7 @@ def test_controlnet_keeps_original_numbers(made, everything, build_inputs, run, 
     inputs, stock = build_inputs(), made.stock
     residuals = [torch.randn(3, 15, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     plan = made.plan(
-        Step(blocks=Interval(1, 2), width=FULL, student=True), Step(blocks=Interval(3, 3), width=Width(2, 50, 31))
+        Step(blocks=Interval(1, 2), width=FULL, student=True), Step(blocks=Interval(3, 3), width=Width(2, 50, 31, 32))
     )
     student, last = map(made.reference_block, plan.steps)
     with torch.no_grad():
@@ -292,13 +292,79 @@ def test_growing(kind, request, build_inputs, run, same):
             same(run(model, inputs), run(made.reference(plan), inputs))
 
 
+# Linear maps and modulations of a low rank.
+
+
+def test_maps_and_low_ranks_by_the_law(mapped, build_inputs, run, same):
+    """A map in place of an MLP is ``g + l(g)``; a rank is a prefix of two factors: against diffusers' blocks with
+    gate 1 and an MLP that sees the stream, and with the factors' product for a modulation."""
+    model, inputs = ppcl_rt.load(mapped.folder, resident="all"), build_inputs()
+    for width in (
+        FULL._replace(image=0),
+        FULL._replace(text=0),
+        FULL._replace(modulation=7),
+        FULL._replace(modulation=3),
+        Width(2, 0, 0, 1),
+        Width(3, 50, 0, 5),
+    ):
+        steps = [Step(blocks=Interval(n, n), width=width) for n in range(1, 3)]
+        plan = mapped.plan(Step(blocks=Interval(0, 0), width=FULL), *steps, Step(blocks=Interval(3, 3), width=FULL))
+        model.set_plan(plan)
+        got = run(model, inputs)
+        same(got, run(mapped.reference(plan), inputs), tolerance=2e-5)
+        assert (got - run(mapped.stock, inputs)).abs().max() > 1e-2
+
+
+@settings(seeded, max_examples=15)
+@given(seed=st.integers(0, 10**6))
+def test_random_plans_with_maps_grow_and_count_what_they_hold(seed, mapped, build_inputs, run, same):
+    """In any order of plans, weights that come later leave what was there right; a lone plan holds what it counts."""
+    rng, inputs, model = np.random.default_rng(seed), build_inputs(), None
+    for legal in (True, False, True):
+        plan = mapped.random_plan(rng, legal=legal)
+        if model is None:
+            model = ppcl_rt.load(mapped.folder, plan=plan)
+            assert sum(p.numel() for p in model.parameters()) == mapped.catalog.shape.params(plan)
+        model.set_plan(plan)
+        same(run(model, inputs), run(mapped.reference(plan), inputs), tolerance=2e-5)
+
+
+def test_maps_survive_saving(tmp_path, mapped):
+    """A model that was grown from a small plan saves the whole checkpoint."""
+    rng = np.random.default_rng(3)
+    model = ppcl_rt.load(mapped.folder, plan=mapped.random_plan(rng, legal=True))
+    model.set_plan(mapped.random_plan(rng, legal=True))
+    model.save_pretrained(tmp_path / "again")
+    again = ppcl_rt.Checkpoint(tmp_path / "again")
+    assert set(again.names) == set(mapped.tensors)
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in mapped.tensors.items())
+
+
+@pytest.mark.parametrize(("width", "wrong"), [((2, 96, 31, 8), "up to 7"), ((2, 96, 31, 31), "up to 7")])
+def test_ranks_that_are_not_there_are_refused(mapped, width, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        mapped.catalog.check(mapped.plan(Step(blocks=Interval(1, 1), width=Width(*width))))
+
+
+def test_maps_that_are_not_there_are_refused(made):
+    for width in (FULL._replace(image=0), FULL._replace(text=0)):
+        with pytest.raises(ValueError, match="no linear map"):
+            made.catalog.check(made.plan(Step(blocks=Interval(1, 1), width=width)))
+
+
 # Compensated outputs.
 
 
 def test_compensated_layers_are_used(compensated, fitted, build_inputs, run, same):
     """At a catalog's count the fitted layer runs, at any other a prefix of the full one."""
     inputs = build_inputs()
-    for width in (Width(2, 96, 31), Width(4, 50, 64), Width(1, 17, 128), Width(3, 97, 64), Width(2, 18, 30)):
+    for width in (
+        Width(2, 96, 31, 32),
+        Width(4, 50, 64, 32),
+        Width(1, 17, 128, 32),
+        Width(3, 97, 64, 32),
+        Width(2, 18, 30, 32),
+    ):
         plan = compensated.plan(*(Step(blocks=Interval(n, n), width=width) for n in range(DEPTH)))
         fitted.set_plan(plan)
         same(run(fitted, inputs), run(compensated.reference(plan), inputs))
@@ -307,7 +373,7 @@ def test_compensated_layers_are_used(compensated, fitted, build_inputs, run, sam
 def test_compensated_block_by_hand(compensated, fitted, build_inputs):
     """The image MLP at a fitted count is ``gelu(x U[order]^T + u[order]) N^T + n``, N and n from the checkpoint."""
     key, count = "transformer_blocks.2.", 50
-    plan = compensated.plan(Step(blocks=Interval(2, 2), width=Width(HEADS, count, CHANNELS)))
+    plan = compensated.plan(Step(blocks=Interval(2, 2), width=FULL._replace(image=count)))
     fitted.set_plan(plan)
     block = fitted.transformer_blocks[2]
     seen = []
@@ -339,7 +405,7 @@ def plans(draw):
         kind = draw(st.sampled_from(["skip", "teacher", "student"]))
         if kind != "skip":
             last = last if kind == "student" else block
-            width = Width(*(draw(st.integers(1, 20000)) for _ in range(3)))
+            width = Width(*(draw(st.integers(1, 20000)) for _ in FULL))
             steps.append(Step(blocks=Interval(block, last), width=width, student=kind == "student"))
         block = last + 1
     return Plan(checkpoint=draw(st.text(max_size=20)), depth=depth, steps=tuple(steps))
@@ -368,6 +434,7 @@ def test_catalog_json_round_trip(losses, outer, task):
             heads=((4, 0.0), (2, losses[n])),
             image=((128, 0.0), (9, losses[n + 1])),
             text=((128, 0.0), (5, losses[n + 2])),
+            modulation=((32, 0.0),),
         )
         for n in range(2)
     ]
@@ -401,14 +468,14 @@ def test_loss_is_the_sum_of_choices(made):
     assert catalog.loss(catalog.dense) == 0 and catalog.ratio(catalog.dense) == 1
     student = catalog.student(Interval(0, 1))
     plan = made.plan(
-        Step(blocks=Interval(0, 1), width=Width(2, CHANNELS, 64), student=True),
-        Step(blocks=Interval(2, 2), width=Width(HEADS, 17, CHANNELS)),
+        Step(blocks=Interval(0, 1), width=Width(2, CHANNELS, 64, 32), student=True),
+        Step(blocks=Interval(2, 2), width=FULL._replace(image=17)),
         Step(blocks=Interval(3, 3), width=FULL),
     )
     wanted = student.loss + student.widths.heads[2].loss + student.widths.text[2].loss + catalog.blocks[2].image[3].loss
     assert catalog.loss(plan) == pytest.approx(wanted, rel=1e-12)
     assert np.isnan(catalog.loss(made.plan(*plan.steps[1:])))
-    odd = Step(blocks=Interval(3, 3), width=Width(HEADS, 18, CHANNELS))
+    odd = Step(blocks=Interval(3, 3), width=FULL._replace(image=18))
     assert np.isnan(catalog.loss(made.plan(*plan.steps[:2], odd)))
 
 

@@ -128,7 +128,7 @@ def test_importance_is_the_share_of_the_output():
 
 
 def test_random_plans_are_plans():
-    dense = Plan.dense("x", 12, Width(2, 8, 8))
+    dense = Plan.dense("x", 12, Width(2, 8, 8, 4))
     intervals = [Interval(u, u + n - 1) for n in (2, 3) for u in range(13 - n)]
     lengths = {len(random_plan(dense, intervals, random.Random(seed)).steps) for seed in range(200)}
     assert not any(random_plan(dense, intervals, random.Random(seed)).skipped for seed in range(50))
