@@ -125,26 +125,48 @@ class StudentsConfig(Frozen):
     magnitude: float = Field(0.0, ge=0)
 
 
-class TuneConfig(Frozen):
-    """End to end on the teacher's velocity: students alone are trained, under plans drawn anew at every step."""
-
-    steps: int = Field(0, ge=0)
-    batch: PositiveInt = 64
-    lr: PositiveFloat = 5e-4
-    weight_decay: float = Field(0.02, ge=0)
-    warmup: int = 20
-
-
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class WidthConfig(Frozen):
-    """Rank orders and least-squares compensation, at these shares of the heads and channels."""
+    """Narrower blocks in closed form.
+
+    Attributes:
+        heads: legal shares of the heads.
+        channels: legal shares of the channels of each MLP.
+        maps: whether a linear map may stand in for an MLP (PPCL eq. 9).
+        ranks: legal ranks of modulations, beside the full one.
+        samples: calibration inputs.
+        ridge: share of the mean variance that is added to each input's.
+        blocks_at_once: blocks whose Gram matrices are in memory together; more take another pass of the teacher.
+    """
 
     heads: tuple[Share, ...] = (0.84, 0.67, 0.5)
-    channels: tuple[Share, ...] = (0.75, 0.5, 0.25)
-    samples: PositiveInt = 2048
+    channels: tuple[Share, ...] = (0.75, 0.5, 0.375, 0.25, 0.125)
+    maps: bool = True
+    ranks: tuple[PositiveInt, ...] = (16, 8, 4)
+    samples: PositiveInt = 4096
     ridge: PositiveFloat = 1e-4
+    blocks_at_once: PositiveInt = 64
+
+
+class RecoverConfig(Frozen):
+    """End to end on the teacher's prediction, under plans drawn anew at every step.
+
+    Attributes:
+        steps: for students and all that only narrower plans run (compensated layers, maps, factors).
+        kept_steps: after them, for the teacher's own blocks as well, the dense plan among the plans. More than 0 gives
+            up that ratio 1 is the teacher.
+        planned: share of the steps whose plan is one that the planner would take; the others draw theirs at random.
+    """
+
+    steps: int = Field(0, ge=0)
+    kept_steps: int = Field(0, ge=0)
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 5e-4
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = 20
+    planned: float = Field(0.7, ge=0, le=1)
 
 
 class MeasureConfig(Frozen):
@@ -174,8 +196,8 @@ class RunConfig(Frozen):
     teacher: TeacherConfig = TeacherConfig()
     probes: ProbesConfig = ProbesConfig()
     students: StudentsConfig = StudentsConfig()
-    tune: TuneConfig = TuneConfig()
     width: WidthConfig = WidthConfig()
+    recover: RecoverConfig = RecoverConfig()
     measure: MeasureConfig = MeasureConfig()
     sampler: Sampler = Sampler()
 
@@ -192,7 +214,7 @@ PRESETS = {
             ),
         ),
         students=StudentsConfig(lengths=(2, 3), start="last", magnitude=1.0),
-        tune=TuneConfig(steps=1500),
+        recover=RecoverConfig(steps=1500),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
     ),
 }

@@ -22,12 +22,11 @@ _UNMEASURED = 1.0
 def write_draft(
     run: RunConfig,
     folder: Path,
-    students: Mapping[str, torch.Tensor],
-    width: Mapping[str, torch.Tensor] | None = None,
+    made: Mapping[str, torch.Tensor],
     widths: Mapping[str, list[int]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Catalog:
-    """Write ``draft/``: the teacher, students and, if there are any, rank orders and compensated layers."""
+    """Write ``draft/``: the teacher, and what was made: students and, with ``widths``, all that narrower widths run."""
     teacher = load(run, folder)
     shape = teacher.catalog.shape
     options = Widths.only(shape.width)
@@ -38,7 +37,7 @@ def write_draft(
                 for group, counts in widths.items()
             }
         )
-    intervals = sorted({Interval.of_key(name.split(".")[1]) for name in students})
+    intervals = sorted({Interval.of_key(name.split(".")[1]) for name in made if name.startswith("students.")})
     starts = dict(selection.read(folder))
     catalog = Catalog(
         family=teacher.family,
@@ -56,7 +55,7 @@ def write_draft(
         compensated=bool(widths),
         task={"name": run.task, "sampler": run.sampler.model_dump()},
     )
-    tensors = {**teacher.full_state(), **students, **(width or {})}
+    tensors = {**teacher.full_state(), **made}
     stored = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     # What an earlier stage left is of no more use, and where there is nothing to replace, one rename does it.
     shutil.rmtree(folder / "draft", ignore_errors=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,58 +24,78 @@ from ppcl_train.width import legal_counts
 _LEAST = 1e-9
 
 
-def sensitivities(run: RunConfig, folder: Path) -> None:
-    """Measure every choice alone; writes ``draft/`` in the storage dtype and ``sensitivities.json``.
+class VelocityError:
+    """The loss of a plan: ``sum |t (v' - v)|^2 / sum |t v|^2`` over calibration inputs, v the teacher's velocity.
 
-    The loss of a plan is ``sum |t (v' - v)|^2 / sum |t v|^2`` over calibration inputs, v the teacher's velocity: the
-    error of the clean image that it points at, which weighs high noise as the judge does.
+    With ``v = (x - x_0) / t`` that is the error of the clean image that a velocity points at: high noise weighs most,
+    as it does for the picture.
     """
-    log = Log(folder, "measure")
-    width = read_tensors(folder / "width.safetensors")
-    students = read_tensors(folder / "tuned.safetensors")
-    storage = getattr(torch, run.storage)
-    full = load(run, folder).catalog.shape.width
-    catalog = write_draft(run, folder, students, width, legal_counts(run, full), storage)
-    model = open_draft(folder)
-    given = list(states.batches(run, run.measure.samples, states.MEASURE))
 
     @torch.no_grad()
-    def predictions(plan: Plan) -> list[torch.Tensor]:
-        with model.at(plan=plan):
-            return [model(**batch.call)[0] for batch in given]
+    def __init__(self, model: Any, run: RunConfig) -> None:
+        self._model = model
+        self._given = list(states.batches(run, run.measure.samples, states.MEASURE))
+        self._wanted = self._clean(model.catalog.dense)
+        self._scale = sum(float((b.x - c).square().sum()) for b, c in zip(self._given, self._wanted, strict=True))
 
-    dense = predictions(catalog.dense)
-    # With v = (x - x_0) / t, t (v' - v) is the difference of the predicted x_0.
-    scale = sum(float((batch.x - out).square().sum()) for batch, out in zip(given, dense, strict=True))
+    def _clean(self, plan: Plan) -> list[torch.Tensor]:
+        with self._model.at(plan=plan):
+            return [batch.clean(self._model(**batch.call)[0]) for batch in self._given]
 
-    def loss(step: Step) -> float:
-        others = [(b, full) for b in range(catalog.shape.depth) if b not in step.blocks]
-        plan = Plan.of(catalog.fingerprint, catalog.shape.depth, others, [step])
-        error = sum(float((a - b).square().sum()) for a, b in zip(predictions(plan), dense, strict=True))
-        return max(error / scale, _LEAST)
+    @torch.no_grad()
+    def of(self, plan: Plan) -> float:
+        """The loss of one plan."""
+        pairs = zip(self._clean(plan), self._wanted, strict=True)
+        return sum(float((a - b).square().sum()) for a, b in pairs) / self._scale
+
+    def of_step(self, step: Step) -> float:
+        """The loss of the teacher with one step changed."""
+        catalog = self._model.catalog
+        others = [(block, catalog.shape.width) for block in range(catalog.shape.depth) if block not in step.blocks]
+        return max(self.of(Plan.of(catalog.fingerprint, catalog.shape.depth, others, [step])), _LEAST)
+
+
+def sensitivities(model: Any, run: RunConfig, log: Callable[..., None]) -> Catalog:
+    """Measure every choice of a model's catalog alone; returns the catalog with these losses."""
+    catalog, error = model.catalog, VelocityError(model, run)
+    full = catalog.shape.width
 
     def measured(blocks: Interval, student: bool, widths: Widths, base: float) -> Widths:
-        """``widths`` with losses beyond ``base``, which the full width loses; narrower never loses less than wider."""
-        groups = {}
-        for group in Width._fields:
-            options, worst = [Option(getattr(full, group), 0.0)], _LEAST
-            for count, _ in widths.of(group)[1:]:
-                alone = loss(Step(blocks=blocks, width=full._replace(**{group: count}), student=student)) - base
-                worst = max(worst, alone)
-                options.append(Option(count, worst))
-            groups[group] = tuple(options)
-        return Widths(**groups)
+        """``widths`` with losses beyond ``base``, which the full width loses."""
 
-    blocks, measured_students = [], []
+        def alone(group: str, count: int) -> float:
+            step = Step(blocks=blocks, width=full._replace(**{group: count}), student=student)
+            return max(error.of_step(step) - base, _LEAST)
+
+        return Widths(
+            **{
+                group: tuple(
+                    Option(count, alone(group, count) if rank else 0.0)
+                    for rank, (count, _) in enumerate(widths.of(group))
+                )
+                for group in Width._fields
+            }
+        )
+
+    blocks, students = [], []
     for n, widths in enumerate(catalog.blocks):
-        blocks.append(measured(Interval(n, n), False, widths, 0.0).model_dump(mode="json"))
-        log(block=n, narrowest=max(option[1] for group in blocks[-1].values() for option in group[-1:]))
+        blocks.append(measured(Interval(n, n), False, widths, 0.0))
+        log(block=n, of=catalog.shape.depth)
     for student in catalog.students:
-        base = loss(Step(blocks=student.interval, width=full, student=True))
+        base = error.of_step(Step(blocks=student.interval, width=full, student=True))
         widths = measured(student.interval, True, student.widths, base)
-        measured_students.append(student.model_copy(update={"loss": base, "widths": widths}).model_dump(mode="json"))
+        students.append(student.model_copy(update={"loss": base, "widths": widths}))
         log(student=str(student.interval), loss=base)
-    write_json(folder / "sensitivities.json", {"blocks": blocks, "students": measured_students})
+    return catalog.model_copy(update={"blocks": tuple(blocks), "students": tuple(students)})
+
+
+def measure(run: RunConfig, folder: Path) -> None:
+    """Measure the recovered checkpoint; writes ``draft/`` in the storage dtype and ``sensitivities.json``."""
+    tensors = read_tensors(folder / "width.safetensors") | read_tensors(folder / "recovered.safetensors")
+    full = load(run, folder).catalog.shape.width
+    write_draft(run, folder, tensors, legal_counts(run, full), getattr(torch, run.storage))
+    measured = sensitivities(open_draft(folder), run, Log(folder, "measure"))
+    write_json(folder / "sensitivities.json", measured.model_dump(mode="json", include={"blocks", "students"}))
 
 
 def pack(run: RunConfig, folder: Path) -> None:
@@ -96,10 +118,14 @@ def pack(run: RunConfig, folder: Path) -> None:
     log(students=" ".join(str(s.interval) for s in catalog.students), megabytes=size / 1e6)
 
 
-def used_students(catalog: Catalog) -> set[Interval]:
-    """Intervals whose student some plan takes: the smallest plan, or one at a ratio in steps of 0.005."""
+def planned(catalog: Catalog, spacing: float) -> list[Plan]:
+    """The plans of a catalog that the planner takes: the smallest, then at ratios ``spacing`` apart."""
     planner = ppcl_rt.Planner(catalog)
     smallest = math.ceil(planner.smallest * 1e4) / 1e4
-    ratios = [smallest, *(n / 200 for n in range(200, 0, -1) if n / 200 > smallest)]
-    plans = [planner.plan(ratio) for ratio in ratios]
-    return {step.blocks for plan in plans for step in plan.steps if step.student}
+    above = (n * spacing for n in range(1, round(1 / spacing) + 1))
+    return [planner.plan(ratio) for ratio in [smallest, *(ratio for ratio in above if smallest < ratio <= 1)]]
+
+
+def used_students(catalog: Catalog) -> set[Interval]:
+    """Intervals whose student some plan takes: the smallest plan, or one at a ratio in steps of 0.005."""
+    return {step.blocks for plan in planned(catalog, 0.005) for step in plan.steps if step.student}

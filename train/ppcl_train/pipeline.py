@@ -13,7 +13,7 @@ import diffusers
 import torch
 
 from ppcl_rt.plan import read_json
-from ppcl_train import measure, probes, students, teacher, width
+from ppcl_train import measure, probes, recover, students, teacher, width
 from ppcl_train.config import RunConfig
 from ppcl_train.runs import replacing, write_json
 
@@ -30,9 +30,9 @@ STAGES = (
     Stage("teacher", "teacher.safetensors", teacher.train),
     Stage("probes", "intervals.json", probes.fit),
     Stage("students", "students.safetensors", students.distil),
-    Stage("tune", "tuned.safetensors", students.tune),
     Stage("width", "width.safetensors", width.prune),
-    Stage("measure", "sensitivities.json", measure.sensitivities),
+    Stage("recover", recover.OUTPUT, recover.recover),
+    Stage("measure", "sensitivities.json", measure.measure),
     Stage("pack", "checkpoint/config.json", measure.pack),
 )
 
@@ -77,7 +77,8 @@ def run_stages(config: RunConfig, folder: Path, last: str = STAGES[-1].name) -> 
         if not is_done(stage, folder):
             stage.run(config, folder)
             # Only now: a kill in between would otherwise lose the stage.
-            (folder / f"{stage.name}.state.safetensors").unlink(missing_ok=True)
+            for state in folder.glob("*.state.safetensors"):
+                state.unlink()
         if stage.name == last:
             return
 

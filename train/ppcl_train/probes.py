@@ -23,12 +23,13 @@ class LeastSquares:
         self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
         self.cross = torch.zeros(outputs, inputs + 1, dtype=torch.float64)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
-        """Take in n rows."""
+    def add(self, x: torch.Tensor, y: torch.Tensor | None = None, weight: torch.Tensor | None = None) -> None:
+        """Take in n rows; ``weight [n]`` is what each row's squared error counts, 1 by default."""
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1).double()
-        self.gram += x.T @ x
+        weighted = x if weight is None else x * weight.double()[:, None]
+        self.gram += x.T @ weighted
         if y is not None:
-            self.cross += y.double().T @ x
+            self.cross += y.double().T @ weighted
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight ``[P, D]`` and bias ``[P]``, float32; ``ridge`` is a share of the Gram matrix's mean diagonal."""

@@ -15,7 +15,7 @@ from ppcl_train.config import RunConfig
 from ppcl_train.sampling import arguments
 
 # Seeds of calibration batches start here, so that no stage sees a batch of another or of the teacher's training.
-PROBES, STUDENTS, TUNE, WIDTH, MEASURE = (10_000_000 * stage for stage in range(1, 6))
+PROBES, STUDENTS, RECOVER, WIDTH, MEASURE = (10_000_000 * stage for stage in range(1, 6))
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Inputs:
         """``[N, S_text]``, true on words."""
         mask: torch.Tensor = self.call["encoder_hidden_states_mask"]
         return mask
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What a sample's squared error in the output counts, ``[N]``: that of the `clean` it makes."""
+        return torch.ones_like(self.t) if self.predicts == "clean" else self.t.square()
 
     def clean(self, output: torch.Tensor) -> torch.Tensor:
         """The ``x_0`` that an output points at, ``[N, S, C]``.

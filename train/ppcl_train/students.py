@@ -1,8 +1,7 @@
-"""One student block an interval, distilled on the teacher's own streams; then, if asked, all of them end to end."""
+"""One student block an interval, distilled on the teacher's own streams."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppcl_rt import Interval, Plan, Step, Streams, Width
+from ppcl_rt import Streams
 from ppcl_train import selection, states
-from ppcl_train.config import RunConfig, StudentsConfig, TuneConfig
-from ppcl_train.draft import open_draft, write_draft
+from ppcl_train.config import RunConfig, StudentsConfig
 from ppcl_train.probes import rows
-from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_tensors
+from ppcl_train.runs import Log, cosine, train_loop, write_tensors
 from ppcl_train.teacher import load
 
 
@@ -65,7 +63,7 @@ def _train(
     run: RunConfig,
     folder: Path,
     stage: str,
-    config: StudentsConfig | TuneConfig,
+    config: StudentsConfig,
     named: dict[str, nn.Parameter],
     step_loss: Callable[[int], float],
     log: Log,
@@ -85,47 +83,3 @@ def _train(
         save_every=run.save_every,
         log=log,
     )
-
-
-def tune(run: RunConfig, folder: Path) -> None:
-    """Train all students end to end on the teacher's prediction, under random plans; writes ``tuned.safetensors``.
-
-    The teacher's blocks stay as they are, so ratio 1 stays the teacher.
-    """
-    log, config = Log(folder, "tune"), run.tune
-    trained = read_tensors(folder / "students.safetensors")
-    if config.steps:
-        write_draft(run, folder, trained)
-        model = open_draft(folder)
-        model.requires_grad_(False)
-        model.students.requires_grad_(True)
-        named = {n: p for n, p in model.named_parameters() if n.startswith("students.")}
-        intervals = [student.interval for student in model.catalog.students]
-
-        # On the predicted x_0: with v = (x - x_0) / t that is the velocity's error times t squared.
-        def step_loss(step: int) -> float:
-            batch = states.inputs(run, config.batch, states.TUNE + step)
-            with torch.no_grad(), model.at(plan=model.catalog.dense):
-                wanted = model(**batch.call)[0]
-            plan = random_plan(model.catalog.dense, intervals, random.Random(run.seed * 1_000_003 + step))
-            with model.at(plan=plan):
-                loss = (model(**batch.call)[0] - wanted).square().mean() / wanted.square().mean()
-            loss.backward()
-            return loss.item()
-
-        _train(run, folder, "tune", config, named, step_loss, log)
-        trained = named
-    write_tensors(folder / "tuned.safetensors", trained, {"steps": config.steps})
-
-
-def random_plan(dense: Plan, intervals: list[Interval], rng: random.Random) -> Plan:
-    """Plug in students, drawn one after the other until as many blocks are left as drawn at first."""
-    width: Width = dense.steps[0].width
-    target = rng.randint(dense.depth // 3, dense.depth - 1)
-    chosen: list[Interval] = []
-    for interval in rng.sample(intervals, len(intervals)):
-        free = all(interval.last < other.first or other.last < interval.first for other in chosen)
-        if free and dense.depth - sum(len(i) - 1 for i in chosen) > target:
-            chosen.append(interval)
-    kept = [(block, width) for block in range(dense.depth) if not any(block in interval for interval in chosen)]
-    return Plan.of(dense.checkpoint, dense.depth, kept, [Step(blocks=i, width=width, student=True) for i in chosen])

@@ -1,0 +1,120 @@
+"""Recovery: end to end on the teacher's prediction, under plans drawn anew at every step (PPCL stage 3)."""
+
+from __future__ import annotations
+
+import copy
+import random
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ppcl_rt import Catalog, Interval, Plan, Step, Width, Widths
+from ppcl_rt.plan import read_json
+from ppcl_train import states
+from ppcl_train.config import RunConfig
+from ppcl_train.draft import open_draft, write_draft
+from ppcl_train.measure import planned, sensitivities
+from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_json, write_tensors
+from ppcl_train.teacher import load
+from ppcl_train.width import legal_counts
+
+OUTPUT = "recovered.safetensors"
+# What the planner goes by while it chooses plans to train: losses before recovery.
+COSTS = "costs.json"
+# How far apart the ratios are whose plans are trained.
+_SPACING = 0.02
+# Shares of the steps: the smallest plan (the sandwich rule), and, where kept blocks are trained, the dense one.
+_SMALLEST, _DENSE = 0.15, 0.25
+
+
+def recover(run: RunConfig, folder: Path) -> None:
+    """Train what narrower and shallower plans run; writes ``recovered.safetensors``.
+
+    First students, compensated layers, maps and factors: what ratio 1 does not run. Then, if asked, the teacher's own
+    blocks as well, the dense plan among the plans.
+    """
+    log, config = Log(folder, "recover"), run.recover
+    given = read_tensors(folder / "students.safetensors") | read_tensors(folder / "width.safetensors")
+    if not config.steps + config.kept_steps:
+        write_tensors(folder / OUTPUT, given, {"steps": 0})
+        return
+    write_draft(run, folder, given, legal_counts(run, load(run, folder).catalog.shape.width))
+    model = open_draft(folder)
+    if not (folder / COSTS).exists():
+        write_json(folder / COSTS, sensitivities(model, run, log).model_dump(mode="json"))
+    plans = Plans(read_json(Catalog, (folder / COSTS).read_bytes(), f"{folder / COSTS} is no catalog"), config.planned)
+    teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
+    model.requires_grad_(False)
+    own = {name: p for name, p in model.named_parameters() if name.startswith("students.") or ".narrow." in name}
+    stages = [("recover", own, config.steps, states.RECOVER)]
+    stages += [("kept", dict(model.named_parameters()), config.kept_steps, states.RECOVER + config.steps)]
+    for name, trained, steps, seed in stages:
+        if not steps:
+            continue
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+
+        def step_loss(step: int, seed: int = seed, kept: bool = name == "kept") -> float:
+            batch = states.inputs(run, config.batch, seed + step)
+            with torch.no_grad(), teacher.at(plan=model.catalog.dense):
+                wanted = batch.clean(teacher(**batch.call)[0])
+            with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed + step), dense=kept)):
+                error = (batch.clean(model(**batch.call)[0]) - wanted).square().mean() / wanted.square().mean()
+            # The root, so that steps of large plans count, which lose a hundredth of what small ones do.
+            (error + 1e-8).sqrt().backward()
+            return error.item()
+
+        train_loop(
+            state_file=folder / f"{name}.state.safetensors",
+            parameters=trained,
+            optimisers=[
+                torch.optim.AdamW([*trained.values()], config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
+            ],
+            step_loss=step_loss,
+            steps=steps,
+            rate=partial(cosine, steps=steps, warmup=config.warmup),
+            save_every=run.save_every,
+            log=log,
+        )
+    state = model.full_state()
+    names = state if config.kept_steps else given
+    write_tensors(folder / OUTPUT, {n: state[n] for n in names}, {"steps": config.steps, "kept": config.kept_steps})
+
+
+class Plans:
+    """Plans to train: those that the planner takes, the smallest more often, and random ones."""
+
+    def __init__(self, catalog: Catalog, share: float) -> None:
+        self.catalog, self._share = catalog, share
+        self._planned = [plan for plan in planned(catalog, _SPACING) if plan != catalog.dense]
+
+    def draw(self, rng: random.Random, dense: bool) -> Plan:
+        """Draw a plan; ``dense`` puts the dense one among them."""
+        if dense and rng.random() < _DENSE:
+            return self.catalog.dense
+        if rng.random() < _SMALLEST:
+            return self._planned[0]
+        return rng.choice(self._planned) if rng.random() < self._share else random_plan(self.catalog, rng)
+
+
+def random_plan(catalog: Catalog, rng: random.Random) -> Plan:
+    """Plug in students, one after the other, until as many blocks are left as drawn at first; any legal widths."""
+
+    def width(widths: Widths) -> Width:
+        # Two in three parts stay whole, or hardly any plan would be near the teacher.
+        return Width(
+            *(rng.choice(widths.of(g)).count if rng.random() < 1 / 3 else widths.of(g)[0].count for g in Width._fields)
+        )
+
+    depth = catalog.shape.depth
+    target = rng.randint(depth // 3, depth)
+    chosen: list[Interval] = []
+    for student in rng.sample(catalog.students, len(catalog.students)):
+        interval = student.interval
+        free = all(interval.last < other.first or other.last < interval.first for other in chosen)
+        if free and depth - sum(len(i) - 1 for i in chosen) > target:
+            chosen.append(interval)
+    kept = [(n, width(catalog.blocks[n])) for n in range(depth) if not any(n in interval for interval in chosen)]
+    students = [Step(blocks=i, width=width(catalog.student(i).widths), student=True) for i in chosen]
+    return Plan.of(catalog.fingerprint, depth, kept, students)
