@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import ppcl_rt
-from ppcl_rt import Interval, Plan, Streams, Width
+from ppcl_rt import Interval, Plan, Streams
 from ppcl_train import pipeline, states, teacher
 from ppcl_train.config import PRESETS, RunConfig, with_changes
 from ppcl_train.measure import used_students
 from ppcl_train.probes import LeastSquares, find_intervals, linear_cka
 from ppcl_train.runs import read_note, read_tensors
-from ppcl_train.students import matching_loss, random_plan
-from ppcl_train.width import compensate, importance
+from ppcl_train.students import matching_loss
 
 ARCHITECTURE = {**PRESETS["scenes"].teacher.architecture, "num_layers": 4, "num_attention_heads": 2}
 TINY = with_changes(
@@ -36,8 +35,9 @@ TINY = with_changes(
         "students.lengths": [2],
         "students.steps": 8,
         "students.batch": 4,
-        "tune.steps": 6,
-        "tune.batch": 4,
+        "recover.steps": 6,
+        "recover.batch": 4,
+        "width.ranks": [5, 2],
         "width.samples": 48,
         "measure.samples": 8,
         "batch": 16,
@@ -102,38 +102,6 @@ def test_matching_loss_is_eq_6():
     # Direction alone: a student of any length costs nothing, until magnitude is asked for.
     longer = Streams(2 * theirs.image, 2 * theirs.text)
     assert matching_loss(longer, theirs, mask, 0.0) < 1e-10 < matching_loss(longer, theirs, mask, 1.0)
-
-
-def test_compensation_restores_what_the_kept_inputs_determine():
-    generator = torch.Generator().manual_seed(3)
-    kept, layer = torch.randn(300, 4, generator=generator), nn.Linear(6, 5)
-    # Inputs 4 and 5 are linear in the first four, and one is offset: nothing is lost by leaving them out.
-    x = torch.cat([kept, kept @ torch.randn(4, 2, generator=generator) + torch.tensor([0.0, 2.0])], dim=1)
-    fit = LeastSquares(6)
-    fit.add(x)
-    weight, bias = compensate(layer, fit.gram, torch.tensor([2, 0, 3, 1]), ridge=1e-12)
-    assert torch.allclose(F.linear(x[:, [2, 0, 3, 1]], weight, bias), layer(x), atol=1e-4)
-
-
-def test_importance_is_the_share_of_the_output():
-    torch.manual_seed(4)
-    layer, x = nn.Linear(6, 5, bias=False), torch.randn(100, 6)
-    fit = LeastSquares(6)
-    fit.add(x)
-    outputs = [
-        (x[:, 2 * unit : 2 * unit + 2] @ layer.weight[:, 2 * unit : 2 * unit + 2].T).square().sum() for unit in range(3)
-    ]
-    share = torch.stack(outputs) / sum(outputs)
-    assert torch.allclose(importance(layer, fit.gram, 3).float(), share, atol=1e-5)
-
-
-def test_random_plans_are_plans():
-    dense = Plan.dense("x", 12, Width(2, 8, 8, 4))
-    intervals = [Interval(u, u + n - 1) for n in (2, 3) for u in range(13 - n)]
-    lengths = {len(random_plan(dense, intervals, random.Random(seed)).steps) for seed in range(200)}
-    assert not any(random_plan(dense, intervals, random.Random(seed)).skipped for seed in range(50))
-    # From half the blocks to almost all of them.
-    assert min(lengths) <= 6 and max(lengths) >= 10
 
 
 def test_a_trace_is_what_the_model_computes():
@@ -240,7 +208,7 @@ pipeline.run_stages(config, folder)
 
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
     config = with_changes(
-        TINY, {"teacher.phases": [{"until": 40, "horizon": 40}], "students.steps": 30, "tune.steps": 20}
+        TINY, {"teacher.phases": [{"until": 40, "horizon": 40}], "students.steps": 30, "recover.steps": 20}
     )
     folders = [tmp_path / "whole", tmp_path / "killed"]
     rng = random.Random(time.time_ns())
@@ -261,7 +229,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_p
             process.wait()
             kills += 1
     assert process.returncode == 0 and kills > 0
-    for name in ("teacher", "students", "tuned", "width", "checkpoint/diffusion_pytorch_model"):
+    for name in ("teacher", "students", "width", "recovered", "checkpoint/diffusion_pytorch_model"):
         whole_tensors, killed = (read_tensors(folder / f"{name}.safetensors") for folder in folders)
         assert whole_tensors.keys() == killed.keys()
         assert all(torch.equal(tensor, killed[key]) for key, tensor in whole_tensors.items()), f"{name} after {kills}"

@@ -95,7 +95,12 @@ class Plans:
             return self.catalog.dense
         if rng.random() < _SMALLEST:
             return self._planned[0]
-        return rng.choice(self._planned) if rng.random() < self._share else random_plan(self.catalog, rng)
+        if rng.random() < self._share:
+            return rng.choice(self._planned)
+        # The dense plan runs nothing that could be trained, unless it was asked for.
+        while (plan := random_plan(self.catalog, rng)) == self.catalog.dense:
+            pass
+        return plan
 
 
 def random_plan(catalog: Catalog, rng: random.Random) -> Plan:

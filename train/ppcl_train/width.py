@@ -157,6 +157,7 @@ def compress_block(
 Affine = tuple[torch.Tensor, torch.Tensor]
 
 
+@torch.no_grad()
 def factor(layers: Sequence[nn.Linear], inputs: torch.Tensor, rank: int) -> tuple[Affine, Affine]:
     """Two layers whose product comes nearest to ``layers`` side by side on ``inputs [n, D]``, at each rank up to one.
 
