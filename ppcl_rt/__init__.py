@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ppcl_rt.catalog import Catalog, Option, Shape, Student, Widths
+from ppcl_rt.catalog import Catalog, Option, Shape, Student, TextRun, Widths
 from ppcl_rt.checkpoint import Checkpoint, locate, write_checkpoint
 from ppcl_rt.ops import Streams
 from ppcl_rt.plan import Interval, Plan, Step, Width
@@ -63,6 +63,7 @@ __all__ = [
     "Step",
     "Streams",
     "Student",
+    "TextRun",
     "Width",
     "Widths",
     "load",

@@ -86,6 +86,34 @@ class Student(Frozen):
     widths: Widths
 
 
+class TextRun(Frozen):
+    """Blocks along which the text stream may stand still (PPCL eq. 8; `Plan.text_runs`).
+
+    Attributes:
+        interval: two or more blocks; the first computes the text stream as ever.
+        loss: of the teacher's velocity with this run alone.
+    """
+
+    interval: Interval
+    loss: float = Field(gt=0, allow_inf_nan=False)
+
+    @field_validator("interval")
+    @classmethod
+    def _long(cls, interval: Interval) -> Interval:
+        if len(interval) < 2:
+            raise ValueError(f"a text run is two or more blocks, not {interval}")
+        return interval
+
+
+def text_maps(run: Interval, depth: int) -> tuple[str, ...]:
+    """Names of a text run's maps ``[D, D]``: what each block behind its first reads, and how the stream moves on.
+
+    Behind the last block of the model nobody reads the text.
+    """
+    read = [f"z_{block}" for block in run if block != run.first]
+    return (*read, *(["text"] if run.last < depth - 1 else []))
+
+
 class Shape(Frozen):
     """The dimensions of a two-stream transformer, from which every cost follows.
 
@@ -114,19 +142,27 @@ class Shape(Frozen):
         """Parameters of a block at no width at all: q/k norms, output biases."""
         return 4 * self.head_dim + 4 * self.dim
 
-    def group_params(self, group: str, count: int) -> int:
-        """Parameters of a group of a block (a field of `Width`) at a count."""
+    def group_params(self, group: str, count: int, still: bool = False) -> int:
+        """Parameters of a group of a block (a field of `Width`) at a count; ``still`` as in `Plan.still`."""
         if group == "heads":
-            return count * 2 * self.head_dim * (4 * self.dim + 3)
+            # Of two streams: q, k, v with biases, and the output, which a text stream that stands still has not.
+            return count * self.head_dim * (2 * (4 * self.dim + 3) - (self.dim if still else 0))
         if group == "modulation":
-            # Six vectors for each of two streams; below the full rank through ``count`` channels that both share.
+            # Six vectors a stream; below the full rank through ``count`` channels that both streams share.
             shared = count * (self.dim + 1) if count < self.dim else 0
-            return 12 * self.dim * (count + 1) + shared
+            return (6 if still else 12) * self.dim * (count + 1) + shared
+        if group == "text" and still:
+            # Less the biases of two outputs, which are counted as fixed.
+            return -2 * self.dim
         return count * (2 * self.dim + 1) or self.dim**2
 
-    def block_params(self, width: Width) -> int:
-        """Parameters of a block at a width."""
-        return self.fixed_params + sum(self.group_params(group, n) for group, n in width._asdict().items())
+    def block_params(self, width: Width, still: bool = False) -> int:
+        """Parameters of a block at a width; ``still`` as in `Plan.still`."""
+        return self.fixed_params + sum(self.group_params(group, n, still) for group, n in width._asdict().items())
+
+    def run_params(self, run: Interval) -> int:
+        """Parameters of a text run's maps."""
+        return len(text_maps(run, self.depth)) * self.dim * (self.dim + 1)
 
     @property
     def dense_params(self) -> int:
@@ -135,20 +171,25 @@ class Shape(Frozen):
 
     def params(self, plan: Plan) -> int:
         """Parameters that a plan runs."""
-        return self.outer_params + sum(self.block_params(step.width) for step in plan.steps)
+        runs = sum(map(self.run_params, plan.text_runs))
+        blocks = sum(self.block_params(step.width, step.blocks.first in plan.still) for step in plan.steps)
+        return self.outer_params + blocks + runs
 
     def flops(self, plan: Plan, image_tokens: int, text_tokens: int, batch: int = 1) -> int:
         """Floating-point operations (2 a multiply-add) of the blocks' matrix products and attention, one forward."""
         tokens = image_tokens + text_tokens
         total = 0
         for step in plan.steps:
-            inner = step.width.heads * self.head_dim
+            inner, still = step.width.heads * self.head_dim, step.blocks.first in plan.still
             total += 8 * tokens * self.dim * inner + 4 * tokens**2 * inner
-            for count, rows in ((step.width.image, image_tokens), (step.width.text, text_tokens)):
-                total += rows * (4 * self.dim * count or 2 * self.dim**2)
-            # Modulations of both streams, once a sample.
+            total += image_tokens * (4 * self.dim * step.width.image or 2 * self.dim**2)
+            total += text_tokens * (
+                -2 * self.dim * inner if still else 4 * self.dim * step.width.text or 2 * self.dim**2
+            )
+            # Modulations, once a sample.
             rank = step.width.modulation
-            total += 24 * self.dim * rank + (2 * self.dim * rank if rank < self.dim else 0)
+            total += (12 if still else 24) * self.dim * rank + (2 * self.dim * rank if rank < self.dim else 0)
+        total += sum(2 * text_tokens * self.dim**2 * len(text_maps(run, self.depth)) for run in plan.text_runs)
         return batch * total
 
 
@@ -160,6 +201,7 @@ class Catalog(Frozen):
         shape: dimensions of the dense model.
         blocks: legal widths of each teacher block.
         students: what can stand in for which interval; intervals may overlap, a plan takes disjoint ones.
+        text_runs: where the text stream may stand still; likewise.
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
             Linear maps for MLPs and modulations of a lower rank always do where they are legal.
         checksums: SHA-256 of every tensor's bytes, by name.
@@ -171,6 +213,7 @@ class Catalog(Frozen):
     shape: Shape
     blocks: tuple[Widths, ...]
     students: tuple[Student, ...] = ()
+    text_runs: tuple[TextRun, ...] = ()
     compensated: bool = False
     checksums: dict[str, str] = Field(default_factory=dict)
     task: dict[str, Any] | None = None
@@ -189,6 +232,11 @@ class Catalog(Frozen):
                 raise ValueError(f"student {student.interval} reaches beyond block {self.shape.depth - 1}")
         if len({student.interval for student in self.students}) != len(self.students):
             raise ValueError("an interval has two students: drop one")
+        if len({run.interval for run in self.text_runs}) != len(self.text_runs):
+            raise ValueError("a text run is listed twice: drop one")
+        for run in self.text_runs:
+            if run.interval.last >= self.shape.depth:
+                raise ValueError(f"text run {run.interval} reaches beyond block {self.shape.depth - 1}")
         return self
 
     @classmethod
@@ -219,6 +267,18 @@ class Catalog(Frozen):
         have = ", ".join(str(student.interval) for student in self.students) or "none"
         raise ValueError(f"no student stands in for {interval}; there are: {have}")
 
+    def text_run(self, interval: Interval) -> TextRun:
+        """The text run over an interval.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for run in self.text_runs:
+            if run.interval == interval:
+                return run
+        have = ", ".join(str(run.interval) for run in self.text_runs) or "none"
+        raise ValueError(f"the text stream cannot stand still over {interval}; it can over: {have}")
+
     def check(self, plan: Plan) -> Plan:
         """Return the plan if this checkpoint can run it.
 
@@ -238,13 +298,16 @@ class Catalog(Frozen):
                 raise ValueError(f"blocks {step.blocks} run {step.width}, the checkpoint holds {self.shape.width}")
             widths = self.widths(step)
             for group in MLPS:
-                if getattr(step.width, group) == 0 and not widths.has(group, 0):
+                still = group == "text" and step.blocks.first in plan.still
+                if getattr(step.width, group) == 0 and not widths.has(group, 0) and not still:
                     raise ValueError(f"blocks {step.blocks}: the checkpoint holds no linear map for the {group} MLP")
             if widths.rank < step.width.modulation < self.shape.width.modulation:
                 raise ValueError(
                     f"blocks {step.blocks}: modulations come at full rank and up to {widths.rank}, "
                     f"not at {step.width.modulation}"
                 )
+        for run in plan.text_runs:
+            self.text_run(run)
         return plan
 
     def ratio(self, plan: Plan) -> float:
@@ -256,10 +319,13 @@ class Catalog(Frozen):
         if plan.skipped:
             return math.nan
         total = 0.0
+        total += sum(self.text_run(run).loss for run in plan.text_runs)
         for step in plan.steps:
             total += self.student(step.blocks).loss if step.student else 0.0
             widths = self.widths(step)
             for group, count in step.width._asdict().items():
+                if group == "text" and step.blocks.first in plan.still:
+                    continue
                 total += {option.count: option.loss for option in widths.of(group)}.get(count, math.nan)
         return total
 

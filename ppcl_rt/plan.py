@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -125,11 +126,15 @@ class Plan(Frozen):
         checkpoint: fingerprint of the checkpoint that the plan was made for.
         depth: blocks of the dense model.
         steps: ascending, none overlapping.
+        text_runs: where the text stream stands still (PPCL eq. 8): the first block of a run computes it, the others
+            read a linear map of it and leave it alone (their ``width.text`` is 0), and behind the last it moves on in
+            one step. All blocks of a run are blocks of the teacher. Ascending, none overlapping.
     """
 
     checkpoint: str
     depth: int = Field(ge=1)
     steps: tuple[Step, ...]
+    text_runs: tuple[Interval, ...] = ()
 
     @field_validator("steps")
     @classmethod
@@ -147,16 +152,47 @@ class Plan(Frozen):
             raise ValueError(f"step {self.steps[-1].blocks} ends beyond the last block, {self.depth - 1}")
         return self
 
+    @model_validator(mode="after")
+    def _still(self) -> Plan:
+        for before, after in pairwise(self.text_runs):
+            if after.first <= before.last:
+                raise ValueError(f"text run {before} overlaps or follows {after}: put them in order, drop one")
+        kept = {step.blocks.first: step.width for step in self.steps if not step.student}
+        for run in self.text_runs:
+            if len(run) < 2 or any(block not in kept for block in run):
+                raise ValueError(f"text run {run} is not two or more blocks of the teacher that all run")
+            if any(kept[block].text for block in run if block != run.first):
+                raise ValueError(f"text run {run}: blocks behind its first run no text MLP, so their text width is 0")
+        return self
+
     @classmethod
     def dense(cls, checkpoint: str, depth: int, width: Width) -> Plan:
         """The plan that leaves everything in."""
         return cls.of(checkpoint, depth, ((block, width) for block in range(depth)))
 
     @classmethod
-    def of(cls, checkpoint: str, depth: int, kept: Iterable[tuple[int, Width]], students: Iterable[Step] = ()) -> Plan:
-        """Build a plan from kept blocks with their widths, and students."""
-        steps = [Step(blocks=Interval(block, block), width=width) for block, width in kept]
-        return cls(checkpoint=checkpoint, depth=depth, steps=tuple(sorted([*steps, *students], key=_first_block)))
+    def of(
+        cls,
+        checkpoint: str,
+        depth: int,
+        kept: Iterable[tuple[int, Width]],
+        students: Iterable[Step] = (),
+        text_runs: Iterable[Interval] = (),
+    ) -> Plan:
+        """Build a plan from kept blocks with their widths, students and text runs."""
+        runs = tuple(sorted(text_runs))
+        still = {block for run in runs for block in run if block != run.first}
+        steps = [
+            Step(blocks=Interval(block, block), width=width._replace(text=0) if block in still else width)
+            for block, width in kept
+        ]
+        ordered = tuple(sorted([*steps, *students], key=_first_block))
+        return cls(checkpoint=checkpoint, depth=depth, steps=ordered, text_runs=runs)
+
+    @cached_property
+    def still(self) -> frozenset[int]:
+        """Blocks that leave the text stream alone: those of text runs, but for the first of each."""
+        return frozenset(block for run in self.text_runs for block in run if block != run.first)
 
     @property
     def skipped(self) -> tuple[int, ...]:

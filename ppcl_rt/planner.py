@@ -1,21 +1,23 @@
 """The planner: the plan with the least predicted loss within a budget of parameters, exactly.
 
-A multiple-choice knapsack with interval students, solved as a mixed-integer program. For every block and group (heads,
-image MLP, text MLP, modulations) one of its counts is taken, unless a student stands in for the block; a taken student
-has counts of its own. The predicted loss is the sum of what each choice alone was measured to lose.
+A multiple-choice knapsack with interval students and text runs, solved as a mixed-integer program. For every block and
+group (heads, image MLP, text MLP, modulations) one of its counts is taken, unless a student stands in for the block; a
+taken student has counts of its own, and so has a block whose text stream stands still. The predicted loss is the sum of
+what each choice alone was measured to lose.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ppcl_rt.catalog import Catalog
+from ppcl_rt.catalog import Catalog, Widths
 from ppcl_rt.plan import Interval, Plan, Step, Width
 
 # HiGHS meets a row up to 1e-6 of its scale, so a plan may come out that much over budget; then it is asked for less.
@@ -25,10 +27,17 @@ _TRIES = 8
 _OBJECTIVE_SCALE = 1e6
 
 
-class _Choice(NamedTuple):
-    """A binary variable: a student is plugged in (``group`` is empty), or ``owner`` runs a group at a count."""
+class _Owner(NamedTuple):
+    """What a choice is about: a block, a block whose text stands still, a student or a text run."""
 
-    owner: int | Interval
+    kind: Literal["block", "still", "student", "run"]
+    blocks: Interval
+
+
+class _Choice(NamedTuple):
+    """A binary variable: ``owner`` runs a group at a count; or (``group`` is empty) a student or text run is taken."""
+
+    owner: _Owner
     group: str
     count: int  # type: ignore[assignment]  # hides tuple.count
     params: int
@@ -40,7 +49,7 @@ class Planner:
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
-        self._choices = [*self._choices_of_blocks(), *self._choices_of_students()]
+        self._choices = list(self._list_choices())
         self._rules = self._one_of_each()
         self._remembered = lru_cache(maxsize=1024)(self._plan)
 
@@ -78,50 +87,71 @@ class Planner:
         assert taken is not None, "without a budget there is always a plan"
         return self.catalog.ratio(self._assemble(taken))
 
-    def _choices_of_blocks(self) -> list[_Choice]:
-        shape = self.catalog.shape
-        choices = []
-        for block, widths in enumerate(self.catalog.blocks):
-            for group in Width._fields:
-                # What a block costs at any width is counted with its heads: exactly one count of them is taken.
-                fixed = shape.fixed_params if group == "heads" else 0
-                choices += [
-                    _Choice(block, group, n, shape.group_params(group, n) + fixed, loss) for n, loss in widths.of(group)
-                ]
-        return choices
+    def _list_choices(self) -> Iterator[_Choice]:
+        shape, catalog = self.catalog.shape, self.catalog
 
-    def _choices_of_students(self) -> list[_Choice]:
-        shape = self.catalog.shape
-        choices = []
-        for student in self.catalog.students:
-            choices.append(_Choice(student.interval, "", 0, shape.fixed_params, student.loss))
-            for group in Width._fields:
-                choices += [
-                    _Choice(student.interval, group, n, shape.group_params(group, n), loss)
-                    for n, loss in student.widths.of(group)
-                ]
-        return choices
+        def counts(owner: _Owner, widths: Widths) -> Iterator[_Choice]:
+            still = owner.kind == "still"
+            # What a block costs at any width is counted with its heads: exactly one count of them is taken.
+            fixed = 0 if owner.kind == "student" else shape.fixed_params
+            fixed += shape.group_params("text", 0, still) if still else 0
+            for group in _groups(owner):
+                for count, loss in widths.of(group):
+                    params = shape.group_params(group, count, still) + (fixed if group == "heads" else 0)
+                    yield _Choice(owner, group, count, params, loss)
+
+        for n, widths in enumerate(catalog.blocks):
+            yield from counts(_Owner("block", Interval(n, n)), widths)
+        for n in sorted({n for run in catalog.text_runs for n in run.interval if n != run.interval.first}):
+            yield from counts(_Owner("still", Interval(n, n)), catalog.blocks[n])
+        for student in catalog.students:
+            owner = _Owner("student", student.interval)
+            yield _Choice(owner, "", 0, shape.fixed_params, student.loss)
+            yield from counts(owner, student.widths)
+        for run in catalog.text_runs:
+            yield _Choice(_Owner("run", run.interval), "", 0, shape.run_params(run.interval), run.loss)
 
     def _one_of_each(self) -> LinearConstraint:
-        """Rows ``sum of choices = right side``: a block runs or is stood in for; a plugged student has one width."""
+        """Rows ``low <= sum of choices <= high`` that make a set of choices a plan."""
         rows: list[list[tuple[int, float]]] = []
-        right: list[float] = []
-        plugged = {choice.owner: n for n, choice in enumerate(self._choices) if not choice.group}
-        for owner in [*range(self.catalog.shape.depth), *plugged]:
-            for group in Width._fields:
-                row = [
-                    (n, 1.0) for n, choice in enumerate(self._choices) if (choice.owner, choice.group) == (owner, group)
-                ]
-                if isinstance(owner, Interval):
-                    row.append((plugged[owner], -1.0))
+        bounds: list[tuple[float, float]] = []
+        taken = {choice.owner: n for n, choice in enumerate(self._choices) if not choice.group}
+
+        def over(kind: str, block: int) -> list[int]:
+            """Students or runs that a block is part of; of runs, those in which it stands still."""
+            return [
+                n
+                for owner, n in taken.items()
+                if owner.kind == kind and block in owner.blocks and (kind == "student" or block != owner.blocks.first)
+            ]
+
+        for owner in dict.fromkeys(choice.owner for choice in self._choices if choice.group):
+            block = owner.blocks.first
+            for group in _groups(owner):
+                row = [(n, 1.0) for n, c in enumerate(self._choices) if (c.owner, c.group) == (owner, group)]
+                if owner.kind == "block":
+                    # It runs, at one count, unless a student stands in for it or its text stands still.
+                    row += [(n, 1.0) for n in (*over("student", block), *over("run", block))]
+                elif owner.kind == "still":
+                    row += [(n, -1.0) for n in over("run", block)]
                 else:
-                    row += [(n, 1.0) for interval, n in plugged.items() if owner in interval]  # type: ignore[operator]
+                    row.append((taken[owner], -1.0))
                 rows.append(row)
-                right.append(0.0 if isinstance(owner, Interval) else 1.0)
+                bounds.append((1.0, 1.0) if owner.kind == "block" else (0.0, 0.0))
+        for run in self.catalog.text_runs:
+            # The block that a run begins with computes its text: no student, and no other run over it.
+            block, me = run.interval.first, taken[_Owner("run", run.interval)]
+            for other in (*over("student", block), *over("run", block)):
+                rows.append([(me, 1.0), (other, 1.0)])
+                bounds.append((0.0, 1.0))
+            for other_run in self.catalog.text_runs:
+                if other_run.interval.first == block and other_run.interval > run.interval:
+                    rows.append([(me, 1.0), (taken[_Owner("run", other_run.interval)], 1.0)])
+                    bounds.append((0.0, 1.0))
         entries = [(i, column, value) for i, row in enumerate(rows) for column, value in row]
         i, columns, values = zip(*entries, strict=True)
         matrix = csr_array((values, (i, columns)), shape=(len(rows), len(self._choices)))
-        return LinearConstraint(matrix, right, right)
+        return LinearConstraint(matrix, *map(np.array, zip(*bounds, strict=True)))
 
     def _solve(self, objective: np.ndarray, budget: float) -> list[_Choice] | None:
         params = np.array([[float(choice.params) for choice in self._choices]])
@@ -140,20 +170,21 @@ class Planner:
         return [choice for choice, value in zip(self._choices, answer.x, strict=True) if value > 0.5]
 
     def _assemble(self, taken: list[_Choice]) -> Plan:
-        widths: dict[int | Interval, dict[str, int]] = {}
+        widths: dict[_Owner, dict[str, int]] = {}
         for choice in taken:
             if choice.group:
                 widths.setdefault(choice.owner, {})[choice.group] = choice.count
         steps = [
-            Step(
-                blocks=owner if isinstance(owner, Interval) else Interval(owner, owner),
-                width=Width(**counts),
-                student=isinstance(owner, Interval),
-            )
+            Step(blocks=owner.blocks, width=Width(**{"text": 0, **counts}), student=owner.kind == "student")
             for owner, counts in widths.items()
         ]
+        runs = [choice.owner.blocks for choice in taken if choice.owner.kind == "run"]
         catalog = self.catalog
-        return catalog.check(Plan.of(catalog.fingerprint, catalog.shape.depth, (), steps))
+        return catalog.check(Plan.of(catalog.fingerprint, catalog.shape.depth, (), steps, runs))
+
+
+def _groups(owner: _Owner) -> tuple[str, ...]:
+    return tuple(group for group in Width._fields if owner.kind != "still" or group != "text")
 
 
 def check_ratio(ratio: float) -> float:

@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from ppcl_rt.catalog import Catalog, Shape
+from ppcl_rt.catalog import Catalog, Shape, text_maps
 from ppcl_rt.checkpoint import Checkpoint, line, locate, write_checkpoint
 from ppcl_rt.plan import Interval, Plan, Step, Width
 from ppcl_rt.planner import Planner, check_ratio
-from ppcl_rt.program import Program, ProgramStep
+from ppcl_rt.program import Program, ProgramStep, Still
 from ppcl_rt.schedule import Schedule
 
 # Programs chosen by `at`, per model; a context variable, so that threads and tasks do not see each other's.
@@ -31,8 +31,8 @@ _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=M
 _READING = threading.RLock()
 # Programs that are remembered; one is a tuple of references, a few kilobytes.
 _MOST_PROGRAMS = 256
-# Names of the two layers that stand in for modulations below the full rank.
-DOWN, UP = "modulation_down", "modulation_up"
+# Names of the layers that stand in for modulations below the full rank.
+DOWN, UP = "modulation_down", {"image": "modulation_image", "text": "modulation_text"}
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
 
 
@@ -43,20 +43,21 @@ class BlockLayout:
     Attributes:
         axes: parameter name -> (group of `Width`, axis that the group's units lie along).
         outputs: name -> (path of a linear layer that reads a group's units, the group). These are the layers that
-            least squares compensates.
-        inputs: paths of the linear layers that make an MLP's units: what is not there where a linear map stands in.
-        modulations: paths of the linear layers ``[P, D]`` that make modulations, all of the same input. Below the full
-            rank two layers in ``narrow`` stand in for all of them: `DOWN`, ``[rank, D]``, and `UP`, the outputs of
-            all side by side, ``[sum of P, rank]``. A lower rank is a prefix of a higher one.
+            least squares compensates. Names end in the stream that they write to.
+        inputs: stream -> path of the linear layer that makes its MLP's units: not there where a linear map stands in.
+        modulations: stream -> path of the linear layer ``[P, D]`` that makes its modulations, all of the same input.
+            Below the full rank layers in ``narrow`` stand in for them: `DOWN`, ``[rank, D]``, which the streams share,
+            and `UP` of each, ``[P, rank]``. A lower rank is a prefix of a higher one.
     """
 
     axes: Mapping[str, tuple[str, int]]
     outputs: Mapping[str, tuple[str, str]]
-    inputs: tuple[str, ...]
-    modulations: tuple[str, ...]
+    inputs: Mapping[str, str]
+    modulations: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        factors = {f"narrow.{DOWN}.weight": 0, f"narrow.{DOWN}.bias": 0, f"narrow.{UP}.weight": 1}
+        factors = {f"narrow.{DOWN}.weight": 0, f"narrow.{DOWN}.bias": 0}
+        factors |= {f"narrow.{up}.weight": 1 for up in UP.values()}
         axes = {**self.axes, **{name: ("modulation", axis) for name, axis in factors.items()}}
         object.__setattr__(self, "axes", MappingProxyType(axes))
 
@@ -67,7 +68,13 @@ class BlockLayout:
     @property
     def on_demand(self) -> tuple[str, ...]:
         """Paths of the layers that a step may do without."""
-        return (*(path for path, _ in self.outputs.values()), *self.inputs, *self.modulations)
+        return (*(path for path, _ in self.outputs.values()), *self.inputs.values(), *self.modulations.values())
+
+    @property
+    def of_text(self) -> frozenset[str]:
+        """Of these, the ones that a block does without that leaves the text stream alone; and names of `UP`."""
+        outputs = {path for name, (path, _) in self.outputs.items() if name.endswith("_text")}
+        return frozenset({*outputs, self.inputs["text"], self.modulations["text"], UP["text"]})
 
 
 class Absent(nn.Module):
@@ -82,8 +89,9 @@ class Pluggable:
     """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
 
     The family's class sets `family`, `layout`, and `make_block`; blocks live in ``transformer_blocks`` under their
-    original numbers (with holes where a block is not resident) and students in ``students``, keyed ``"3-5"``. A block
-    has a property ``width``, a ``ModuleDict`` ``narrow`` and takes ``width=`` when called.
+    original numbers (with holes where a block is not resident), students in ``students`` and the maps of text runs in
+    ``text_runs``, both keyed ``"3-5"``. A block has a property ``width``, a ``ModuleDict`` ``narrow``, takes ``width=``
+    and ``text_input=`` when called, and computes the latter (`text_input`) for the blocks behind it.
     """
 
     family: ClassVar[str]
@@ -93,6 +101,7 @@ class Pluggable:
 
     transformer_blocks: nn.ModuleList
     students: nn.ModuleDict
+    text_runs: nn.ModuleDict
 
     def _become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
@@ -104,6 +113,7 @@ class Pluggable:
         self._programs: dict[Plan, Program] = {}
         self._clocks: dict[int, tuple[float, int]] = {}
         self.students = nn.ModuleDict()
+        self.text_runs = nn.ModuleDict()
 
     # What a family provides.
 
@@ -223,7 +233,10 @@ class Pluggable:
             self.catalog.check(plan)
             with _READING:
                 self._make_resident(plan)
-                steps = tuple(ProgramStep(self._module(step), step.width, step.blocks) for step in plan.steps)
+                steps = tuple(
+                    ProgramStep(self._module(step), step.width, step.blocks, self._still(plan, step))
+                    for step in plan.steps
+                )
             program = self._programs[plan] = Program(plan, steps)
             while len(self._programs) > _MOST_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
@@ -242,16 +255,31 @@ class Pluggable:
         assert module is not None, "a program is made of resident blocks"
         return module
 
+    def _still(self, plan: Plan, step: Step) -> Still | None:
+        """A step's part in the text run that it is in, None where it is in none."""
+        block = step.blocks.first
+        for run in plan.text_runs:
+            if block in run:
+                maps: Any = self.text_runs[run.key]
+                if block == run.first:
+                    return Still(begins=True)
+                ends = block == run.last and "text" in maps
+                return Still(begins=False, reads=maps[f"z_{block}"], moves_on=maps["text"] if ends else None)
+        return None
+
     def _make_resident(self, plan: Plan) -> None:
+        for run in plan.text_runs:
+            if run.key not in self.text_runs:
+                self.text_runs[run.key] = self._read_text_run(run)
         for step in plan.steps:
             home, key = self._home(step)
             if self._source is not None:
-                self._read_block(home, key, step)
+                self._read_block(home, key, step, step.blocks.first in plan.still)
             elif key not in home._modules:
                 raise ValueError(f"block {step.blocks} was dropped and there is no checkpoint to read it from")
 
-    def _read_block(self, home: nn.ModuleList | nn.ModuleDict, key: str, step: Step) -> None:
-        """Read what a step needs and the model does not hold yet."""
+    def _read_block(self, home: nn.ModuleList | nn.ModuleDict, key: str, step: Step, still: bool) -> None:
+        """Read what a step needs and the model does not hold yet; ``still`` as in `Plan.still`."""
         assert self._source is not None
         prefix = f"{'students' if step.student else 'transformer_blocks'}.{key}."
         like = next(self.parameters())  # type: ignore[attr-defined]
@@ -278,7 +306,8 @@ class Pluggable:
         def bring(path: str, count: int = 0) -> None:
             fresh.update({f"{path}.{part}": read(f"{path}.{part}", count) for part in ("weight", "bias")})
 
-        apart = {path for path, _ in layout.outputs.values()} | set(layout.modulations)
+        apart = {path for path, _ in layout.outputs.values()} | {*layout.modulations.values()}
+        unread = layout.of_text if still else frozenset()
         for name in self._block_names:
             group, _ = layout.axes.get(name, ("", 0))
             wider = getattr(width, group) > getattr(held, group) if group else first
@@ -287,6 +316,8 @@ class Pluggable:
         for output, (path, group) in layout.outputs.items():
             count = getattr(step.width, group)
             narrow = layout.narrow_name(output, count)
+            if path in unread:
+                continue
             if count < getattr(full, group) and f"{prefix}narrow.{narrow}.weight" in self._source:
                 if narrow not in block.narrow:
                     bring(f"narrow.{narrow}")
@@ -296,10 +327,13 @@ class Pluggable:
         if rank < full.modulation:
             if DOWN not in block.narrow or block.narrow[DOWN].out_features < rank:
                 bring(f"narrow.{DOWN}", rank)
-                bring(f"narrow.{UP}", rank)
-        elif isinstance(block.get_submodule(layout.modulations[0]), Absent):
-            for path in layout.modulations:
-                bring(path)
+            for up in UP.values():
+                if up not in unread and (up not in block.narrow or block.narrow[up].in_features < rank):
+                    bring(f"narrow.{up}", rank)
+        else:
+            for path in layout.modulations.values():
+                if path not in unread and isinstance(block.get_submodule(path), Absent):
+                    bring(path)
         for name, tensor in fresh.items():
             _assign(block, name, tensor.requires_grad_(like.requires_grad))
         block.train(self.training)  # type: ignore[attr-defined]
@@ -307,6 +341,18 @@ class Pluggable:
         ordered = sorted(home._modules.items(), key=lambda item: int(item[0].split("-")[0]))
         home._modules.clear()
         home._modules.update(ordered)
+
+    def _read_text_run(self, run: Interval) -> nn.ModuleDict:
+        if self._source is None:
+            raise ValueError(f"text run {run} was dropped and there is no checkpoint to read it from")
+        like, maps = next(self.parameters()), nn.ModuleDict()  # type: ignore[attr-defined]
+        for name in text_maps(run, self.catalog.shape.depth):
+            for part in ("weight", "bias"):
+                tensor = self._source.read(f"text_runs.{run.key}.{name}.{part}").to(
+                    device=like.device, dtype=like.dtype
+                )
+                _assign(maps, f"{name}.{part}", tensor.requires_grad_(like.requires_grad))
+        return maps.train(self.training)  # type: ignore[attr-defined]
 
     def _read_orders(self, prefix: str) -> dict[str, torch.Tensor]:
         """Rank order of each group ``[units, indices of a unit]``: where they lie along the stock tensors' axis."""
@@ -346,13 +392,16 @@ class Pluggable:
             for home in (self.transformer_blocks, self.students):
                 for key in [key for key in home._modules if (id(home), key) not in wanted]:
                     del home._modules[key]
+            runs = {run.key for choice in choices for run in self._plan_of(choice).text_runs}
+            for key in [key for key in self.text_runs if key not in runs]:
+                del self.text_runs[key]
             kept = {
                 id(module) for home in (self.transformer_blocks, self.students) for module in home._modules.values()
             }
             self._programs = {
                 plan: program
                 for plan, program in self._programs.items()
-                if all(id(step.module) in kept for step in program.steps)
+                if all(id(step.module) in kept for step in program.steps) and {r.key for r in plan.text_runs} <= runs
             }
 
     # Files.
@@ -426,6 +475,12 @@ class Pluggable:
         full, head_dim, catalog = self.catalog.shape.width, self.catalog.shape.head_dim, self.catalog
         runnable = {f"transformer_blocks.{n}": widths for n, widths in enumerate(catalog.blocks)}
         runnable |= {f"students.{student.interval.key}": student.widths for student in catalog.students}
+        dim = catalog.shape.dim
+        for run in (run.interval for run in catalog.text_runs):
+            maps = {f"text_runs.{run.key}.{name}" for name in text_maps(run, catalog.shape.depth)}
+            self._compare_shapes(
+                {f"{name}.weight": (dim, dim) for name in maps} | {f"{name}.bias": (dim,) for name in maps}
+            )
         for prefix, widths in runnable.items():
             wanted = dict(expected)
             for group, count in full._asdict().items():
@@ -439,19 +494,20 @@ class Pluggable:
                         columns = option.count * unit or catalog.shape.dim
                         wanted |= {f"{narrow}.weight": (rows, columns), f"{narrow}.bias": (rows,)}
             if widths.rank:
-                rows = sum(expected[f"{path}.weight"][0] for path in self.layout.modulations)
-                wanted |= {
-                    f"narrow.{DOWN}.weight": (widths.rank, catalog.shape.dim),
-                    f"narrow.{DOWN}.bias": (widths.rank,),
-                    f"narrow.{UP}.weight": (rows, widths.rank),
-                    f"narrow.{UP}.bias": (rows,),
-                }
-            for name, shape in wanted.items():
-                if self._source.shape(f"{prefix}.{name}") != shape:
-                    raise ValueError(
-                        f"{self._source.folder}: {prefix}.{name} is {list(self._source.shape(f'{prefix}.{name}'))}, "
-                        f"the catalog asks for {list(shape)}"
-                    )
+                wanted |= {f"narrow.{DOWN}.weight": (widths.rank, dim), f"narrow.{DOWN}.bias": (widths.rank,)}
+                for stream, path in self.layout.modulations.items():
+                    [rows] = expected[f"{path}.bias"]
+                    wanted |= {f"narrow.{UP[stream]}.weight": (rows, widths.rank), f"narrow.{UP[stream]}.bias": (rows,)}
+            self._compare_shapes({f"{prefix}.{name}": shape for name, shape in wanted.items()})
+
+    def _compare_shapes(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        assert self._source is not None
+        for name, shape in wanted.items():
+            if self._source.shape(name) != shape:
+                raise ValueError(
+                    f"{self._source.folder}: {name} is {list(self._source.shape(name))}, "
+                    f"the catalog asks for {list(shape)}"
+                )
 
     def _everything(self) -> Iterator[Plan]:
         """Plans that between them need every tensor: each block and student at each of its counts."""
@@ -465,6 +521,9 @@ class Pluggable:
                 counts = (widths.of(group)[min(rank, len(widths.of(group)) - 1)].count for group in Width._fields)
                 step = Step(blocks=blocks, width=Width(*counts), student=student)
                 yield Plan(checkpoint=catalog.fingerprint, depth=depth, steps=(step,))
+        for run in catalog.text_runs:
+            kept = [(n, catalog.shape.width) for n in run.interval]
+            yield Plan.of(catalog.fingerprint, depth, kept, text_runs=[run.interval])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -31,8 +31,8 @@ LAYOUT = BlockLayout(
         "mlp_image": ("img_mlp.net.2", "image"),
         "mlp_text": ("txt_mlp.net.2", "text"),
     },
-    inputs=("img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
-    modulations=("img_mod.1", "txt_mod.1"),
+    inputs={"image": "img_mlp.net.0.proj", "text": "txt_mlp.net.0.proj"},
+    modulations={"image": "img_mod.1", "text": "txt_mod.1"},
 )
 
 
@@ -69,15 +69,19 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
         name = LAYOUT.narrow_name(output, count)
         return self.narrow[name] if name in self.narrow else self.get_submodule(LAYOUT.outputs[output][0])
 
-    def _modulations(self, temb: torch.Tensor, batch: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Six vectors for each stream, image ``[B or 2 B, 6 D]`` and text ``[B, 6 D]``."""
-        if DOWN not in self.narrow or rank == temb.shape[-1]:
-            return self.img_mod(temb), self.txt_mod(temb[:batch])
-        down, up = self._factor(DOWN), self._factor(UP)
-        shared = F.linear(self.img_mod[0](temb), down.weight[:rank], down.bias[:rank])
-        both = F.linear(shared, up.weight[:, :rank], up.bias)
-        image, text = both.chunk(2, dim=-1)
-        return image, text[:batch]
+    def _modulation(self, stream: str, temb: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+        """Shift, scale and gate of both halves of the block, ``[B, D]`` each, for ``temb [B, D]``."""
+        stock = self.img_mod if stream == "image" else self.txt_mod
+        if rank == temb.shape[-1]:
+            return stock(temb).chunk(6, dim=-1)
+        down, up = self._factor(DOWN), self._factor(UP[stream])
+        shared = F.linear(stock[0](temb), down.weight[:rank], down.bias[:rank])
+        return F.linear(shared, up.weight[:, :rank], up.bias).chunk(6, dim=-1)
+
+    def text_input(self, text: torch.Tensor, temb: torch.Tensor, width: Width) -> torch.Tensor:
+        """What this block projects the text's q, k and v from, ``[B, S_text, D]``: normalised and modulated."""
+        shift, scale, *_ = self._modulation("text", temb[: len(text)], width.modulation)
+        return ops.ada_layer_norm(text, self.txt_norm1, scale, shift)
 
     def forward(
         self,
@@ -89,6 +93,7 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: torch.Tensor | None = None,
         width: Width | None = None,
+        text_input: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block.
 
@@ -101,27 +106,33 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
             joint_attention_kwargs: accepted for the sake of callers; there is nothing that it could set.
             modulate_index: ``[B, S_image]``, which of two modulations an image token takes (Qwen-Image-Edit).
             width: what to run; None for all that the block holds.
+            text_input: ``[B, S_text, D]``, what to project the text's q, k and v from, in a block that leaves the text
+                stream alone (PPCL eq. 8): no text output, no text MLP; the text is returned as it came.
 
         Returns:
             (text, image) streams, in diffusers' order.
         """
         width, attn, head_dim = width or self.width, self.attn, self.attention_head_dim
         image, text = hidden_states, encoder_hidden_states
-        image_mod, text_mod = self._modulations(temb, len(text), width.modulation)
-        image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = image_mod.chunk(6, dim=-1)
-        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_mod.chunk(6, dim=-1)
+        still = text_input is not None
+        image_mod = self._modulation("image", temb, width.modulation)
+        image_shift1, image_scale1, image_gate1, image_shift2, image_scale2, image_gate2 = image_mod
+        # A stream that is left alone is not modulated: then nothing below reads these.
+        text_mod = image_mod if still else self._modulation("text", temb[: len(text)], width.modulation)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_mod
         image_rope, text_rope = map(as_real, image_rotary_emb) if image_rotary_emb else (None, None)
 
         image_qkv = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         text_qkv = ops.Projection(
             attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
         )
-        normed_text = ops.ada_layer_norm(text, self.txt_norm1, text_scale1, text_shift1)
+        if text_input is None:
+            text_input = ops.ada_layer_norm(text, self.txt_norm1, text_scale1, text_shift1)
         normed_image = ops.ada_layer_norm(image, self.img_norm1, image_scale1, image_shift1, modulate_index)
         attended = ops.joint_attention(
             *ops.qkv_projection(
                 [
-                    ops.ProjectedStream(normed_text, text_qkv, text_rope),
+                    ops.ProjectedStream(text_input, text_qkv, text_rope),
                     ops.ProjectedStream(normed_image, image_qkv, image_rope),
                 ],
                 width.heads,
@@ -132,19 +143,18 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
         )
         attended_text, attended_image = attended[:, : text.shape[1]], attended[:, text.shape[1] :]
         image_out, text_out = self._output("attn_image", width.heads), self._output("attn_text", width.heads)
-        image, text = ops.linears(
-            [
-                ops.Layer(image_out, attended_image, None, image_gate1, modulate_index, image),
-                ops.Layer(text_out, attended_text, None, text_gate1, None, text),
-            ]
-        )
+        outs = [ops.Layer(image_out, attended_image, None, image_gate1, modulate_index, image)]
+        outs += [] if still else [ops.Layer(text_out, attended_text, None, text_gate1, None, text)]
+        image, text = (*ops.linears(outs), text)[:2]
 
         # What is not mapped of both streams goes up in one launch and down in one.
-        after, ups, downs = {}, [], []
+        after, ups, downs = {"text": text}, [], []
         for stream, x, norm, mlp, shift, scale, gate, index in (
             ("image", image, self.img_norm2, self.img_mlp, image_shift2, image_scale2, image_gate2, modulate_index),
             ("text", text, self.txt_norm2, self.txt_mlp, text_shift2, text_scale2, text_gate2, None),
         ):
+            if still and stream == "text":
+                continue
             count = getattr(width, stream)
             down = ops.Layer(self._output(f"mlp_{stream}", count), x, None, gate, index, residual=x)
             if count:

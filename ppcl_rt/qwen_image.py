@@ -158,12 +158,17 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         rotations = self.pos_embed(img_shapes, max_txt_seq_len=text.shape[1], device=image.device)
         rope = tuple(as_real(rotation) for rotation in rotations)
 
-        done = 0
+        done, kept_input = 0, text
         for step in program.steps:
             image = self._add_control(image, controlnet_block_samples, range(done, step.blocks.first))
+            text_input = None
+            if step.text is not None and step.text.begins:
+                kept_input = step.module.text_input(text, temb, step.width)  # type: ignore[operator]
+            elif step.text is not None and step.text.reads is not None:
+                text_input = kept_input + step.text.reads(kept_input)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, image = self._gradient_checkpointing_func(
-                    step.module, image, text, mask, temb, rope, attention_kwargs, modulate_index, step.width
+                    step.module, image, text, mask, temb, rope, attention_kwargs, modulate_index, step.width, text_input
                 )
             else:
                 text, image = step.module(
@@ -175,7 +180,11 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
                     joint_attention_kwargs=attention_kwargs,
                     modulate_index=modulate_index,
                     width=step.width,
+                    # Only where there is one: hooks of others know the call as it is in diffusers.
+                    **({} if text_input is None else {"text_input": text_input}),
                 )
+            if step.text is not None and step.text.moves_on is not None:
+                text = text + step.text.moves_on(text)
             done = step.blocks.last + 1
             image = self._add_control(image, controlnet_block_samples, step.blocks)
         image = self._add_control(image, controlnet_block_samples, range(done, program.plan.depth))

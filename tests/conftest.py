@@ -23,6 +23,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import nn
 
 import ppcl_rt
+from ppcl_rt.catalog import text_maps
 from ppcl_rt.qwen_block import LAYOUT
 
 HEADS, HEAD_DIM, DEPTH = 4, 8, 4
@@ -32,6 +33,7 @@ FULL = ppcl_rt.Width(HEADS, CHANNELS, CHANNELS, DIM)
 NARROWER = {"heads": (3, 2, 1), "image": (96, 50, 17), "text": (100, 64, 31), "modulation": ()}
 # With linear maps in place of MLPs, and modulations of a low rank.
 WITH_MAPS = {**NARROWER, "image": (96, 50, 0), "text": (64, 31, 0), "modulation": (7, 5, 1)}
+TEXT_RUNS = ((0, 1), (0, 2), (1, 2), (2, 3))
 STUDENTS = ((0, 1), (1, 2), (3, 3))
 CONFIG = {
     "patch_size": 2,
@@ -187,20 +189,43 @@ class Made:
 
     def _lower_rank(self, block: QwenImageTransformerBlock, prefix: str, rank: int) -> None:
         """Put the product of the two factors into the stock modulations, image first."""
-        down, down_bias, up, up_bias = (
-            self.tensors[f"{prefix}modulation_{name}"] for name in ("down.weight", "down.bias", "up.weight", "up.bias")
-        )
-        weight, bias = up[:, :rank] @ down[:rank], up[:, :rank] @ down_bias[:rank] + up_bias
-        with torch.no_grad():
-            for modulation, rows in ((block.img_mod[1], slice(6 * DIM)), (block.txt_mod[1], slice(6 * DIM, None))):
-                modulation.weight.copy_(weight[rows])
-                modulation.bias.copy_(bias[rows])
+        down, down_bias = (self.tensors[f"{prefix}modulation_down.{part}"] for part in ("weight", "bias"))
+        for stream, modulation in (("image", block.img_mod[1]), ("text", block.txt_mod[1])):
+            up, up_bias = (self.tensors[f"{prefix}modulation_{stream}.{part}"] for part in ("weight", "bias"))
+            with torch.no_grad():
+                modulation.weight.copy_(up[:, :rank] @ down[:rank])
+                modulation.bias.copy_(up[:, :rank] @ down_bias[:rank] + up_bias)
 
     def reference(self, plan: ppcl_rt.Plan) -> QwenImageTransformer2DModel:
         """diffusers' model for a plan, by the law of it: columns zeroed, students put in, skipped blocks left out."""
         model = copy.deepcopy(self.stock)
         model.transformer_blocks = nn.ModuleList([self.reference_block(step) for step in plan.steps])
+        blocks = {step.blocks.first: block for step, block in zip(plan.steps, model.transformer_blocks, strict=True)}
+        for run in plan.text_runs:
+            self._stand_still([blocks[n] for n in run], run)
         return model
+
+    def _stand_still(self, blocks: list[QwenImageTransformerBlock], run: ppcl_rt.Interval) -> None:
+        """Make stock blocks of a text run: all but the first read ``z + l(z)`` of the first's input, gates 0."""
+
+        def mapped(name: str, x: torch.Tensor) -> torch.Tensor:
+            weight, bias = (self.tensors[f"text_runs.{run.key}.{name}.{part}"] for part in ("weight", "bias"))
+            return x + x @ weight.T + bias
+
+        seen = {}
+
+        def see(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+            seen["z"] = kwargs["encoder_hidden_states"]
+
+        blocks[0].attn.register_forward_pre_hook(see, with_kwargs=True)
+        for number, block in zip(list(run)[1:], blocks[1:], strict=True):
+            with torch.no_grad():
+                # Shift, scale and gate of the attention half, and the gate of the MLP half.
+                for rows in (slice(3 * DIM), slice(5 * DIM, None)):
+                    block.txt_mod[1].weight[rows], block.txt_mod[1].bias[rows] = 0, 0
+            block.txt_norm1.register_forward_hook(lambda _, __, ___, name=f"z_{number}": mapped(name, seen["z"]))
+        if run.last < DEPTH - 1:
+            blocks[-1].register_forward_hook(lambda _, __, out: (mapped("text", out[0]), out[1]))
 
     def plan(self, *steps: ppcl_rt.Step) -> ppcl_rt.Plan:
         return ppcl_rt.Plan(checkpoint=self.catalog.fingerprint, depth=self.catalog.shape.depth, steps=steps)
@@ -227,7 +252,18 @@ class Made:
                 interval = ppcl_rt.Interval(block, block)
                 steps.append(ppcl_rt.Step(blocks=interval, width=width(self.catalog.blocks[block])))
             block += 1
-        return self.plan(*steps)
+        kept = {step.blocks.first: step.width for step in steps if not step.student}
+        runs: list[ppcl_rt.Interval] = []
+        for n in rng.permutation(len(self.catalog.text_runs)):
+            run = self.catalog.text_runs[n].interval
+            if (
+                all(b in kept for b in run)
+                and not any(b in other for other in runs for b in run)
+                and rng.random() < 0.7
+            ):
+                runs.append(run)
+        students = [step for step in steps if step.student]
+        return ppcl_rt.Plan.of(self.catalog.fingerprint, self.catalog.shape.depth, kept.items(), students, runs)
 
 
 def _make_checkpoint(
@@ -237,6 +273,7 @@ def _make_checkpoint(
     compensated: bool = False,
     max_shard_size: int | str = "10GB",
     groups: dict[str, tuple[int, ...]] = NARROWER,
+    text_runs: Sequence[tuple[int, int]] = (),
     edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], None] | None = None,
     **changes: Any,
 ) -> Made:
@@ -268,8 +305,15 @@ def _make_checkpoint(
         shape=shape,
         blocks=tuple(_random_widths(rng, groups) for _ in range(shape.depth)),
         students=tuple(listed),
+        text_runs=tuple(
+            ppcl_rt.TextRun(interval=ppcl_rt.Interval(*run), loss=float(rng.uniform(0.01, 0.5))) for run in text_runs
+        ),
         compensated=compensated,
     )
+    for run in catalog.text_runs:
+        for name in text_maps(run.interval, shape.depth):
+            tensors[f"text_runs.{run.interval.key}.{name}.weight"] = torch.randn(DIM, DIM, generator=generator) * 0.2
+            tensors[f"text_runs.{run.interval.key}.{name}.bias"] = torch.randn(DIM, generator=generator) * 0.2
     prefixes = {f"transformer_blocks.{n}": widths for n, widths in enumerate(catalog.blocks)}
     prefixes |= {f"students.{student.interval.key}": student.widths for student in catalog.students}
     for prefix, widths in prefixes.items():
@@ -283,7 +327,10 @@ def _make_checkpoint(
                 if compensated or option.count == 0:
                     made[LAYOUT.narrow_name(output, option.count)] = (rows, option.count * unit or DIM)
         if widths.rank:
-            made |= {"modulation_down": (widths.rank, DIM), "modulation_up": (12 * DIM, widths.rank)}
+            made |= {
+                "modulation_down": (widths.rank, DIM),
+                **{f"modulation_{stream}": (6 * DIM, widths.rank) for stream in ("image", "text")},
+            }
         for name, (rows, columns) in made.items():
             tensors[f"{prefix}.narrow.{name}.weight"] = torch.randn(rows, columns, generator=generator) * 0.2
             tensors[f"{prefix}.narrow.{name}.bias"] = torch.randn(rows, generator=generator) * 0.2
@@ -328,7 +375,7 @@ def compensated(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def mapped(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """One whose MLPs have linear maps and whose modulations come at low ranks. For reading only."""
     folder = tmp_path_factory.mktemp("mapped") / "checkpoint"
-    return _make_checkpoint(folder, seed=2, compensated=True, groups=WITH_MAPS)
+    return _make_checkpoint(folder, seed=2, compensated=True, groups=WITH_MAPS, text_runs=TEXT_RUNS)
 
 
 @pytest.fixture(scope="session")

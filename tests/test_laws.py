@@ -329,6 +329,40 @@ def test_random_plans_with_maps_grow_and_count_what_they_hold(seed, mapped, buil
         same(run(model, inputs), run(mapped.reference(plan), inputs), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("runs", [[(0, 1)], [(0, 2)], [(2, 3)], [(0, 1), (2, 3)], [(1, 2)]])
+def test_text_stands_still_by_the_law(runs, mapped, build_inputs, run, same):
+    """Blocks of a text run read ``z + l(z)`` of its first block's input and leave the text alone; behind it the text
+    moves on in one step: against diffusers' blocks with gates 0 and hooks; at any width of the blocks."""
+    inputs = build_inputs()
+    for width in (FULL, Width(2, 50, 31, 5)):
+        kept = [(n, width) for n in range(DEPTH)]
+        fingerprint = mapped.catalog.fingerprint
+        plan = Plan.of(fingerprint, DEPTH, kept, text_runs=[Interval(*pair) for pair in runs])
+        model = ppcl_rt.load(mapped.folder, plan=plan)
+        assert sum(p.numel() for p in model.parameters()) == mapped.catalog.shape.params(plan)
+        got = run(model, inputs)
+        same(got, run(mapped.reference(plan), inputs), tolerance=2e-5)
+        without = run(mapped.reference(Plan.of(fingerprint, DEPTH, kept)), inputs)
+        assert (got - without).abs().max() > 1e-3
+        # Grown to the whole model, and back.
+        model.set_ratio(1.0)
+        same(run(model, inputs), run(mapped.stock, inputs))
+        model.set_plan(plan)
+        same(run(model, inputs), got)
+
+
+def test_text_runs_that_are_not_there_are_refused(mapped):
+    kept = [(n, FULL) for n in range(DEPTH)]
+    with pytest.raises(ValueError, match=r"stand still over 1\.\.3"):
+        mapped.catalog.check(Plan.of(mapped.catalog.fingerprint, DEPTH, kept, text_runs=[Interval(1, 3)]))
+    for runs, wrong in (([Interval(0, 1), Interval(1, 2)], "overlaps"), ([Interval(2, 2)], "two or more")):
+        with pytest.raises(ValueError, match=wrong):
+            Plan.of("x", DEPTH, kept, text_runs=runs)
+    student = Step(blocks=Interval(0, 1), width=FULL, student=True)
+    with pytest.raises(ValueError, match="blocks of the teacher"):
+        Plan.of("x", DEPTH, kept[2:], [student], text_runs=[Interval(1, 2)])
+
+
 def test_maps_survive_saving(tmp_path, mapped):
     """A model that was grown from a small plan saves the whole checkpoint."""
     rng = np.random.default_rng(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Option, Planner, Shape, Student, Width, Widths
+from ppcl_rt import Catalog, Interval, Option, Planner, Shape, Student, TextRun, Width, Widths
 
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -39,40 +40,60 @@ def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: 
 
     every = [Interval(a, b) for a in range(depth) for b in range(a, depth)]
     chosen = [every[n] for n in sorted(rng.permutation(len(every))[:students])]
+    long = [interval for interval in every if len(interval) > 1]
+    runs = [long[n] for n in sorted(rng.permutation(len(long))[:students])]
     return Catalog(
         family="qwen-image",
         shape=Shape(depth=depth, dim=dim, head_dim=8, width=full, outer_params=int(rng.integers(0, 20000))),
         blocks=tuple(widths() for _ in range(depth)),
         students=tuple(Student(interval=i, start="first", loss=loss(), widths=widths()) for i in chosen),
+        text_runs=tuple(TextRun(interval=i, loss=loss()) for i in runs),
     )
 
 
-def coverings(catalog: Catalog, block: int = 0) -> Iterator[list[tuple[Widths, float]]]:
-    """Every way to run or stand in for the blocks from ``block`` on: widths to choose from, and the student's loss."""
+def coverings(catalog: Catalog, block: int = 0) -> Iterator[list[Interval]]:
+    """Every set of disjoint students."""
     if block == catalog.shape.depth:
         yield []
         return
-    for rest in coverings(catalog, block + 1):
-        yield [(catalog.blocks[block], 0.0), *rest]
+    yield from coverings(catalog, block + 1)
     for student in catalog.students:
         if student.interval.first == block:
             for rest in coverings(catalog, student.interval.last + 1):
-                yield [(student.widths, student.loss), *rest]
+                yield [student.interval, *rest]
+
+
+def runs_beside(catalog: Catalog, students: list[Interval]) -> Iterator[list[TextRun]]:
+    """Every set of disjoint text runs over blocks that no student stands in for."""
+    covered = {block for interval in students for block in interval}
+    free = [run for run in catalog.text_runs if not covered & set(run.interval)]
+    for size in range(len(free) + 1):
+        for runs in itertools.combinations(free, size):
+            blocks = [block for run in runs for block in run.interval]
+            if len(blocks) == len(set(blocks)):
+                yield list(runs)
 
 
 def all_plans(catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
     """Parameters and predicted loss of every plan there is."""
-    params, losses = [], []
-    for covering in coverings(catalog):
-        total, lost = np.array([catalog.shape.outer_params]), np.array([0.0])
-        for widths, base in covering:
-            total, lost = total + catalog.shape.fixed_params, lost + base
-            for group in Width._fields:
-                options = widths.of(group)
-                total = np.add.outer(total, [catalog.shape.group_params(group, n) for n, _ in options]).ravel()
-                lost = np.add.outer(lost, [loss for _, loss in options]).ravel()
-        params.append(total)
-        losses.append(lost)
+    shape, params, losses = catalog.shape, [], []
+    for students in coverings(catalog):
+        kept = [n for n in range(shape.depth) if not any(n in interval for interval in students)]
+        for runs in runs_beside(catalog, students):
+            still = {block for run in runs for block in run.interval if block != run.interval.first}
+            runnable = [(catalog.blocks[n], n in still) for n in kept]
+            runnable += [(catalog.student(interval).widths, False) for interval in students]
+            total = np.array([shape.outer_params + sum(shape.run_params(run.interval) for run in runs)])
+            lost = np.array([sum(catalog.student(i).loss for i in students) + sum(run.loss for run in runs)])
+            for widths, stands_still in runnable:
+                total = total + shape.fixed_params
+                for group in Width._fields:
+                    options = ((0, 0.0),) if group == "text" and stands_still else widths.of(group)
+                    counts = [shape.group_params(group, n, stands_still) for n, _ in options]
+                    total = np.add.outer(total, counts).ravel()
+                    lost = np.add.outer(lost, [loss for _, loss in options]).ravel()
+            params.append(total)
+            losses.append(lost)
     return np.concatenate(params), np.concatenate(losses)
 
 

@@ -147,10 +147,12 @@ def compress_block(
             if counts[group][-1] == 0:
                 keep(layout.narrow_name(name, 0), *watcher.maps[name].solve(ridge))
     if len(counts["modulation"]) > 1:
-        layers = [watcher.block.get_submodule(path) for path in layout.modulations]
-        down, up = factor(layers, embeddings, counts["modulation"][1])
+        layers = [watcher.block.get_submodule(path) for path in layout.modulations.values()]
+        down, (weight, bias) = factor(layers, embeddings, counts["modulation"][1])
         keep(DOWN, *down)
-        keep(UP, *up)
+        sizes = [layer.out_features for layer in layers]
+        for stream, up, up_bias in zip(layout.modulations, weight.split(sizes), bias.split(sizes), strict=True):
+            keep(UP[stream], up.contiguous(), up_bias.contiguous())
     return made
 
 
