@@ -136,6 +136,7 @@ class WidthConfig(Frozen):
         channels: legal shares of the channels of each MLP.
         maps: whether a linear map may stand in for an MLP (PPCL eq. 9).
         ranks: legal ranks of modulations, beside the full one.
+        longest_text_run: blocks of the longest run over which the text stream may stand still (PPCL eq. 8); 1 for none.
         samples: calibration inputs.
         ridge: share of the mean variance that is added to each input's.
         blocks_at_once: blocks whose Gram matrices are in memory together; more take another pass of the teacher.
@@ -145,6 +146,7 @@ class WidthConfig(Frozen):
     channels: tuple[Share, ...] = (0.75, 0.5, 0.375, 0.25, 0.125)
     maps: bool = True
     ranks: tuple[PositiveInt, ...] = (16, 8, 4)
+    longest_text_run: PositiveInt = 6
     samples: PositiveInt = 4096
     ridge: PositiveFloat = 1e-4
     blocks_at_once: PositiveInt = 64

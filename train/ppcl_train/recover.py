@@ -24,6 +24,8 @@ OUTPUT = "recovered.safetensors"
 COSTS = "costs.json"
 # How far apart the ratios are whose plans are trained.
 _SPACING = 0.02
+# What ratio 1 does not run, beside layers for narrower widths.
+_APART = ("students.", "text_runs.")
 # Shares of the steps: the smallest plan (the sandwich rule), and, where kept blocks are trained, the dense one.
 _SMALLEST, _DENSE = 0.15, 0.25
 
@@ -46,7 +48,7 @@ def recover(run: RunConfig, folder: Path) -> None:
     plans = Plans(read_json(Catalog, (folder / COSTS).read_bytes(), f"{folder / COSTS} is no catalog"), config.planned)
     teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
     model.requires_grad_(False)
-    own = {name: p for name, p in model.named_parameters() if name.startswith("students.") or ".narrow." in name}
+    own = {name: p for name, p in model.named_parameters() if name.startswith(_APART) or ".narrow." in name}
     stages = [("recover", own, config.steps, states.RECOVER)]
     stages += [("kept", dict(model.named_parameters()), config.kept_steps, states.RECOVER + config.steps)]
     for name, trained, steps, seed in stages:
@@ -121,5 +123,9 @@ def random_plan(catalog: Catalog, rng: random.Random) -> Plan:
         if free and depth - sum(len(i) - 1 for i in chosen) > target:
             chosen.append(interval)
     kept = [(n, width(catalog.blocks[n])) for n in range(depth) if not any(n in interval for interval in chosen)]
+    runs: list[Interval] = []
+    for run in rng.sample(catalog.text_runs, min(len(catalog.text_runs), rng.randint(0, 3))):
+        if not any(n in other for n in run.interval for other in (*chosen, *runs)):
+            runs.append(run.interval)
     students = [Step(blocks=i, width=width(catalog.student(i).widths), student=True) for i in chosen]
-    return Plan.of(catalog.fingerprint, depth, kept, students)
+    return Plan.of(catalog.fingerprint, depth, kept, students, runs)
