@@ -106,7 +106,33 @@ class ProbesConfig(Frozen):
     ridge: PositiveFloat = 1e-4
 
 
-class StudentsConfig(Frozen):
+class LoopConfig(Frozen):
+    """How a stage trains (`loop.train_loop`).
+
+    Attributes:
+        batch: samples of a forward; ``batch * accumulate`` make a step.
+        lr: peak learning rate of AdamW; half a cosine down to zero follows ``warmup`` steps up.
+        weight_decay: of matrices; biases and norms do not decay.
+        accumulate: batches whose gradients are averaged for a step.
+        ema: share that moving averages of the weights keep at a step, and what is trained is these; 0 for none.
+        clip: largest norm of a gradient, of each student by itself; 0 for no limit.
+        precision: ``bf16`` computes under autocast; weights and losses stay as they are.
+        eight_bit: whether AdamW keeps its moments in 8 bits; takes bitsandbytes.
+    """
+
+    steps: int = Field(400, ge=0)
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 1e-3
+    weight_decay: float = Field(0.02, ge=0)
+    warmup: int = Field(20, ge=0)
+    accumulate: PositiveInt = 1
+    ema: float = Field(0.0, ge=0, lt=1)
+    clip: float = Field(0.0, ge=0)
+    precision: Literal["no", "bf16"] = "no"
+    eight_bit: bool = False
+
+
+class StudentsConfig(LoopConfig):
     """Non-sequential depth distillation (PPCL eq. 6).
 
     Attributes:
@@ -118,10 +144,6 @@ class StudentsConfig(Frozen):
     lengths: tuple[PositiveInt, ...] = ()
     start: Start = "first"
     steps: PositiveInt = 400
-    batch: PositiveInt = 64
-    lr: PositiveFloat = 1e-3
-    weight_decay: float = Field(0.02, ge=0)
-    warmup: int = 20
     magnitude: float = Field(0.0, ge=0)
 
 
@@ -152,7 +174,7 @@ class WidthConfig(Frozen):
     blocks_at_once: PositiveInt = 64
 
 
-class RecoverConfig(Frozen):
+class RecoverConfig(LoopConfig):
     """End to end on the teacher's prediction, under plans drawn anew at every step.
 
     Attributes:
@@ -164,10 +186,9 @@ class RecoverConfig(Frozen):
 
     steps: int = Field(0, ge=0)
     kept_steps: int = Field(0, ge=0)
-    batch: PositiveInt = 64
     lr: PositiveFloat = 5e-4
+    # Closed forms are where training starts: nothing pulls them towards zero.
     weight_decay: float = Field(0.0, ge=0)
-    warmup: int = 20
     planned: float = Field(0.7, ge=0, le=1)
 
 
@@ -185,6 +206,8 @@ class RunConfig(Frozen):
         storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from it.
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once where nothing is trained.
+        save_every: steps between saves of a stage's state.
+        tracker: what of accelerate's draws the curves; tensorboard's lie in the run folder, in ``tracking/``.
     """
 
     task: Literal["scenes"] = "scenes"
@@ -195,6 +218,9 @@ class RunConfig(Frozen):
     storage: Literal["float32", "float16", "bfloat16"] = "float16"
     batch: PositiveInt = 128
     save_every: PositiveInt = 500
+    tracker: Literal[
+        "none", "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"
+    ] = "tensorboard"
     teacher: TeacherConfig = TeacherConfig()
     probes: ProbesConfig = ProbesConfig()
     students: StudentsConfig = StudentsConfig()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from ppcl_rt.checkpoint import Checkpoint
 from ppcl_train import states
 from ppcl_train.config import RunConfig
 from ppcl_train.draft import open_draft, write_draft
-from ppcl_train.runs import Log, read_tensors, write_json
+from ppcl_train.runs import Log, read_content, read_tensors, write_json
 from ppcl_train.teacher import load
 from ppcl_train.width import legal_counts
 
@@ -107,14 +106,14 @@ def measure(run: RunConfig, folder: Path) -> None:
 
 
 def pack(run: RunConfig, folder: Path) -> None:
-    """Put the measured catalog and the tensors together; writes ``checkpoint/``.
+    """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
 
     Students and text runs that no plan takes are left out (`used`).
     """
     log = Log(folder, "pack")
     source = Checkpoint(folder / "draft")
     assert source.catalog is not None, "a draft has a catalog"
-    measured = json.loads((folder / "sensitivities.json").read_text())
+    measured = read_content(folder / "sensitivities.json")
     catalog = Catalog.model_validate({**source.catalog.model_dump(mode="json"), **measured})
     students, runs = used(catalog)
     catalog = catalog.model_copy(
@@ -128,6 +127,8 @@ def pack(run: RunConfig, folder: Path) -> None:
     names = [n for n in source.names if not n.startswith(apart) or tuple(n.split(".")[:2]) in keys]
     tensors = {name: source.read(name) for name in names}
     catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", source.config, catalog, tensors)
+    # Last: the checkpoint with it is the stage's output. It holds what made it and nothing else.
+    write_json(folder / "checkpoint" / "run.json", {})
     size = sum(path.stat().st_size for path in (folder / "checkpoint").iterdir())
     log(students=" ".join(map(str, sorted(students))), text_runs=" ".join(map(str, sorted(runs))), megabytes=size / 1e6)
 

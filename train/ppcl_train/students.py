@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ppcl_rt import Streams
 from ppcl_train import selection, states
-from ppcl_train.config import RunConfig, StudentsConfig
+from ppcl_train.config import RunConfig
+from ppcl_train.loop import train_loop
 from ppcl_train.probes import rows
-from ppcl_train.runs import Log, cosine, train_loop, write_tensors
+from ppcl_train.runs import Log, write_tensors
 from ppcl_train.teacher import load
 
 
@@ -42,44 +41,18 @@ def distil(run: RunConfig, folder: Path) -> None:
     students = {selected.interval: selection.begin(teacher.transformer_blocks, selected) for selected in chosen}
     named = {f"students.{i.key}.{name}": p for i, block in students.items() for name, p in block.named_parameters()}
 
-    def step_loss(step: int) -> float:
+    def step_loss(step: int) -> dict[str, float]:
         batch = states.inputs(run, config.batch, states.STUDENTS + step)
         passed = states.trace(teacher, batch)
-        total = 0.0
+        losses = {}
         for interval, student in students.items():
             out = states.run_block(student, passed.states[interval.first], passed.context)
             loss = matching_loss(out, passed.states[interval.last + 1], batch.mask, config.magnitude)
             # At once, so that the activations of one block at a time are alive.
             loss.backward()
-            total += loss.item()
-        return total / len(students)
+            losses[f"students.{interval.key}"] = loss.item()
+        return losses
 
     log(students=len(students), intervals=" ".join(map(str, students)))
-    _train(run, folder, "students", config, named, step_loss, log)
-    write_tensors(folder / "students.safetensors", named, {"steps": config.steps})
-
-
-def _train(
-    run: RunConfig,
-    folder: Path,
-    stage: str,
-    config: StudentsConfig,
-    named: dict[str, nn.Parameter],
-    step_loss: Callable[[int], float],
-    log: Log,
-) -> None:
-    """Train parameters with AdamW as in the paper (biases and norms do not decay), or go on where a stage stopped."""
-    groups = [
-        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    train_loop(
-        state_file=folder / f"{stage}.state.safetensors",
-        parameters=named,
-        optimisers=[torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))],
-        step_loss=step_loss,
-        steps=config.steps,
-        rate=lambda step: cosine(step, config.steps, config.warmup),
-        save_every=run.save_every,
-        log=log,
-    )
+    trained = train_loop(run, config, log, named, step_loss)
+    write_tensors(folder / "students.safetensors", trained, {"steps": config.steps})
