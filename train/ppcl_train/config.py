@@ -128,6 +128,7 @@ class TableConfig(Frozen):
         samples: that costs are measured on.
         bands: equal bands of the timestep that each cost is divided into.
         ratio_step: the planner is asked at every multiple of it, down to the smallest plan.
+        least_ratio: it is not asked below this: students that only tiny plans take need not be trained.
     """
 
     lengths: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6)
@@ -141,6 +142,7 @@ class TableConfig(Frozen):
     samples: PositiveInt = 256
     bands: PositiveInt = 4
     ratio_step: float = Field(0.02, gt=0, lt=1)
+    least_ratio: float = Field(0.0, ge=0, lt=1)
 
     @field_validator("lengths", "starts")
     @classmethod
