@@ -1,6 +1,7 @@
 """Which intervals get students: eq. 5 with its probes and figures, and the cost table with the exact planner."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -180,8 +181,8 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
 
 
 def costs_of(model):
-    held = table.InMemory(model, states.batches(TINY, 24, 77))
-    return table.Costs(model, held, bands=3), held
+    calibration = table.Calibration.traced(model, states.batches(TINY, 24, 77))
+    return table.Costs(model, calibration, bands=3), calibration
 
 
 def test_a_perfect_student_costs_nothing(model):
@@ -195,7 +196,7 @@ def test_a_perfect_student_costs_nothing(model):
 
 
 def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
-    costs, held = costs_of(model)
+    costs, calibration = costs_of(model)
     for interval in (Interval(0, 1), Interval(0, 2), Interval(2, 3)):
         student = selection.begin(model.transformer_blocks, Selected(interval, "average"))
         whole = copy.deepcopy(model)
@@ -203,7 +204,7 @@ def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
         for n in range(interval.first + 1, interval.last + 1):
             idle(whole.transformer_blocks[n])
         error, scale = torch.zeros(3), torch.zeros(3)
-        for given in held.inputs:
+        for given in calibration.inputs:
             with torch.no_grad():
                 clean, dense = (given.clean(each(**given.call)[0]) for each in (whole, model))
             for band in range(3):
@@ -294,3 +295,24 @@ def test_select_is_short_for_the_setting(tmp_path):
     assert cli._begin("scenes", tmp_path / "a", None, None, "eq5").select == "eq5"
     with pytest.raises(ValueError):
         cli._begin("scenes", tmp_path / "b", None, None, "eq6")
+
+
+def test_a_teacher_in_bfloat16_is_measured_with_students_in_float32(model):
+    costs, calibration = costs_of(model)
+    rough = copy.deepcopy(model).to(torch.bfloat16)
+    inputs = []
+    for given in calibration.inputs:
+        call = {
+            name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in given.call.items()
+        }
+        inputs.append(dataclasses.replace(given, call=call))
+    seen = table.Calibration.traced(rough, inputs)
+    attempt = table._Attempt(TINY, rough.transformer_blocks, Selected(Interval(0, 1), "first"))
+    attempt.train(seen, range(2))
+    assert all(parameter.dtype == torch.float32 for parameter in attempt.student.parameters())
+    student = selection.begin(model.transformer_blocks, Selected(Interval(0, 1), "first"))
+    # bfloat16 rounds to 2^-9; both errors are relative to the same velocity.
+    assert sum(table.Costs(rough, seen, 3)(Interval(0, 1), student)) == pytest.approx(
+        sum(costs(Interval(0, 1), student)), rel=0.1
+    )

@@ -153,8 +153,8 @@ def least_squares(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
 
 
 def trace_rows(model: Any, given: states.Inputs) -> list[Streams]:
-    """``h_0 .. h_L`` of a batch as rows ``[n, D]`` per stream."""
-    return [rows(state, given.mask) for state in states.trace(model, given).states]
+    """``h_0 .. h_L`` of a batch as rows ``[n, D]`` per stream, in float32 whatever the teacher computes in."""
+    return [Streams(*(x.float() for x in rows(state, given.mask))) for state in states.trace(model, given).states]
 
 
 def apply(probes: Mapping[str, torch.Tensor], block: int, stream: str, x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -77,33 +77,55 @@ class Table(Frozen):
 
 
 class Held(Protocol):
-    """Batches and the teacher's streams on them, by batch and by block; in memory here, a disk would do as well."""
-
-    @property
-    def inputs(self) -> Sequence[Inputs]:
-        """The batches."""
+    """The teacher's streams on some batches, by batch and by block: in memory here, a disk does as well."""
 
     def context(self, batch: int) -> dict[str, Any]:
         """Keyword arguments that every block is called with."""
 
-    def state(self, batch: int, k: int) -> Streams:
-        """``h_k``, what block ``k`` reads."""
+    def read(self, batch: int, block: int) -> Streams:
+        """What comes into a block; what comes out of the last under its number + 1."""
 
 
 class InMemory:
     """Batches traced once; see `Held`."""
 
     def __init__(self, model: Any, inputs: Iterable[Inputs]) -> None:
-        self.inputs = list(inputs)
-        self._traces = [states.trace(model, given) for given in self.inputs]
+        self._traces = [states.trace(model, given) for given in inputs]
 
     def context(self, batch: int) -> dict[str, Any]:
         """Keyword arguments that every block is called with."""
         return self._traces[batch].context
 
-    def state(self, batch: int, k: int) -> Streams:
-        """``h_k``, what block ``k`` reads."""
-        return self._traces[batch].states[k]
+    def read(self, batch: int, block: int) -> Streams:
+        """What comes into a block; what comes out of the last under its number + 1."""
+        return self._traces[batch].states[block]
+
+
+class Calibration(NamedTuple):
+    """Batches and what is held of them."""
+
+    inputs: Sequence[Inputs]
+    held: Held
+
+    @classmethod
+    def traced(cls, model: Any, inputs: Iterable[Inputs]) -> Calibration:
+        """Trace batches and hold all of it in memory."""
+        inputs = list(inputs)
+        return cls(inputs, InMemory(model, inputs))
+
+    def run(self, student: nn.Module, interval: Interval, batch: int) -> Streams:
+        """What a student makes of the teacher's streams, in float32 whatever the teacher computes in."""
+        before = Streams(*map(torch.Tensor.float, self.held.read(batch, interval.first)))
+        return states.run_block(student, before, _in_float32(self.held.context(batch)))
+
+
+def _in_float32(value: Any) -> Any:
+    """The same with its real tensors in float32."""
+    if isinstance(value, dict):
+        return {name: _in_float32(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_in_float32, value))
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 @torch.no_grad()
@@ -117,10 +139,11 @@ def run_from(model: Any, block: int, streams: Streams, given: Inputs) -> torch.T
     plan = Plan.of(model.catalog.fingerprint, shape.depth, [(b, shape.width) for b in range(block, shape.depth)])
 
     def enter_block(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "hidden_states": streams.image, "encoder_hidden_states": streams.text}
+        image, text = streams.image.to(kwargs["hidden_states"]), streams.text.to(kwargs["encoder_hidden_states"])
+        return args, {**kwargs, "hidden_states": image, "encoder_hidden_states": text}
 
     def enter_head(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        return (streams.image, *args[1:]), kwargs
+        return (streams.image.to(args[0]), *args[1:]), kwargs
 
     # `norm_out` follows the last block in every two-stream transformer of diffusers.
     module, enter = (
@@ -146,25 +169,26 @@ class Costs:
         shares: of ``sum |t v|^2`` in each band.
     """
 
-    def __init__(self, model: Any, held: Held, bands: int) -> None:
-        self._model, self._held = model, held
+    def __init__(self, model: Any, calibration: Calibration, bands: int) -> None:
+        self._model, self._calibration = model, calibration
         depth = model.catalog.shape.depth
         self.edges = tuple(band / bands for band in range(bands + 1))
         self._dense, self._scale = [], []
-        for batch, given in enumerate(held.inputs):
-            self._dense.append(given.clean(run_from(model, depth, held.state(batch, depth), given)))
+        for batch, given in enumerate(calibration.inputs):
+            behind = calibration.held.read(batch, depth)
+            self._dense.append(given.clean(run_from(model, depth, behind, given)))
             self._scale.append(self._banded(given, given.x - self._dense[-1]))
         scale = torch.stack(self._scale).sum(0)
         self.shares = tuple((scale / scale.sum()).tolist())
 
     def __call__(self, interval: Interval, student: nn.Module, batches: int | None = None) -> list[float]:
         """Loss of a student in each band, on the first ``batches``; they sum to its loss."""
-        chosen = range(len(self._held.inputs))[:batches]
+        chosen = range(len(self._calibration.inputs))[:batches]
         error = torch.zeros(len(self.shares), dtype=torch.float64)
         for batch in chosen:
-            given = self._held.inputs[batch]
+            given = self._calibration.inputs[batch]
             with torch.no_grad():
-                out = states.run_block(student, self._held.state(batch, interval.first), self._held.context(batch))
+                out = self._calibration.run(student, interval, batch)
             clean = given.clean(run_from(self._model, interval.last + 1, out, given))
             error += self._banded(given, clean - self._dense[batch])
         parts: list[float] = (error / sum(self._scale[batch].sum() for batch in chosen)).tolist()
@@ -183,11 +207,11 @@ class _Attempt:
 
     def __init__(self, run: RunConfig, blocks: nn.ModuleList, selected: Selected) -> None:
         self.run, self.selected = run, selected
-        self.student = selection.begin(blocks, selected)
+        self.student = selection.begin(blocks, selected).float()
         # Too few steps for weight decay to act.
         self.optimiser = torch.optim.AdamW(self.student.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
 
-    def train(self, held: Held, steps: range) -> None:
+    def train(self, calibration: Calibration, steps: range) -> None:
         """Take these steps.
 
         Raises:
@@ -195,12 +219,12 @@ class _Attempt:
         """
         config, interval = self.run.table, self.selected.interval
         for step in steps:
-            batch = step % len(held.inputs)
+            batch = step % len(calibration.inputs)
             for group in self.optimiser.param_groups:
                 group["lr"] = config.lr * cosine(step, config.steps, config.warmup)
-            out = states.run_block(self.student, held.state(batch, interval.first), held.context(batch))
-            target = held.state(batch, interval.last + 1)
-            loss = matching_loss(out, target, held.inputs[batch].mask, self.run.magnitude)
+            out = calibration.run(self.student, interval, batch)
+            target = Streams(*map(torch.Tensor.float, calibration.held.read(batch, interval.last + 1)))
+            loss = matching_loss(out, target, calibration.inputs[batch].mask, self.run.magnitude)
             if not math.isfinite(loss.item()):
                 raise ValueError(
                     f"the loss of candidate {interval} from its {self.selected.start} block is {loss.item()} at step "
@@ -225,8 +249,11 @@ def measure(run: RunConfig, folder: Path) -> None:
     log, config = Log(folder, "select"), run.table
     model = load(run, folder)
     wanted = candidates(model.catalog.shape.depth, config.lengths)
-    held = InMemory(model, (states.inputs(run, config.batch, states.PROBES + n) for n in range(config.batches)))
-    costs = Costs(model, InMemory(model, states.batches(run, config.samples, _CALIBRATION)), config.bands)
+    seen = Calibration.traced(
+        model, (states.inputs(run, config.batch, states.PROBES + n) for n in range(config.batches))
+    )
+    unseen = Calibration.traced(model, states.batches(run, config.samples, _CALIBRATION))
+    costs = Costs(model, unseen, config.bands)
     path = folder / OUTPUT
     table = read(folder) if path.exists() else Table(edges=costs.edges, shares=costs.shares)
     done = {candidate.interval for candidate in table.candidates}
@@ -234,7 +261,7 @@ def measure(run: RunConfig, folder: Path) -> None:
     for interval in wanted:
         if interval in done:
             continue
-        line = measured(run, model, held, costs, interval)
+        line = measured(run, model, seen, costs, interval)
         table = table.model_copy(update={"candidates": (*table.candidates, line)})
         write_json(path, table.model_dump(mode="json"))
         log(candidate=str(interval), done=f"{len(table.candidates)}/{len(wanted)}", start=line.start, loss=line.loss)
@@ -270,7 +297,7 @@ def candidates(depth: int, lengths: Iterable[int]) -> list[Interval]:
     return found
 
 
-def measured(run: RunConfig, model: Any, held: Held, costs: Costs, interval: Interval) -> Candidate:
+def measured(run: RunConfig, model: Any, seen: Calibration, costs: Costs, interval: Interval) -> Candidate:
     """Train a candidate's student for a short time from its best start, and measure it."""
     config = run.table
     trials: dict[Start, float] = {}
@@ -280,13 +307,13 @@ def measured(run: RunConfig, model: Any, held: Held, costs: Costs, interval: Int
             # The middle of two blocks is the first.
             continue
         attempt = _Attempt(run, model.transformer_blocks, Selected(interval, start))
-        attempt.train(held, range(config.trial_steps))
+        attempt.train(seen, range(config.trial_steps))
         trials[start] = sum(costs(interval, attempt.student, batches=1))
         # Only the best so far is kept, so that two students and their optimisers are alive at most.
         if best is None or trials[start] < trials[best.selected.start]:
             best = attempt
     assert best is not None, "there is a start"
-    best.train(held, range(config.trial_steps, config.steps))
+    best.train(seen, range(config.trial_steps, config.steps))
     bands = costs(interval, best.student)
     return Candidate(interval=interval, start=best.selected.start, loss=sum(bands), bands=tuple(bands), trials=trials)
 
