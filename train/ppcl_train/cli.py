@@ -18,6 +18,9 @@ Preset = Annotated[str, typer.Option(help=f"one of: {', '.join(PRESETS)}")]
 Out = Annotated[Path, typer.Option(help="run folder; what is done in it is not done again")]
 Teacher = Annotated[Path | None, typer.Option(help="start from this teacher.safetensors instead of training one")]
 Set = Annotated[list[str] | None, typer.Option(help="change a setting: --set students.steps=100")]
+Select = Annotated[
+    str | None, typer.Option(help="how intervals are chosen: table, or eq5 as in the paper; short for --set select=...")
+]
 
 
 def config_of(preset: str, changes: list[str] | None) -> RunConfig:
@@ -40,17 +43,27 @@ def config_of(preset: str, changes: list[str] | None) -> RunConfig:
     return with_changes(PRESETS[preset], parsed)
 
 
-def _begin(preset: str, out: Path, teacher: Path | None, changes: list[str] | None) -> RunConfig:
+def _begin(
+    preset: str, out: Path, teacher: Path | None, changes: list[str] | None, select: str | None = None
+) -> RunConfig:
     """The config of a run: what the folder was begun with, unless the command line says otherwise."""
+    if select is not None:
+        changes = [*(changes or []), f"select={select}"]
     config = stored_config(out) if (out / CONFIG).exists() and not changes else config_of(preset, changes)
     begin(config, out, teacher)
     return config
 
 
 @app.command()
-def run(preset: Preset = "scenes", out: Out = Path("runs/scenes"), teacher: Teacher = None, set: Set = None) -> None:
+def run(
+    preset: Preset = "scenes",
+    out: Out = Path("runs/scenes"),
+    teacher: Teacher = None,
+    select: Select = None,
+    set: Set = None,
+) -> None:
     """Run all stages that are not done yet."""
-    run_stages(_begin(preset, out, teacher, set), out)
+    run_stages(_begin(preset, out, teacher, set, select), out)
     print(f"wrote {out / 'checkpoint'}")
 
 
@@ -81,9 +94,13 @@ def status(
 
 def _stage_command(name: str) -> None:
     def command(
-        preset: Preset = "scenes", out: Out = Path("runs/scenes"), teacher: Teacher = None, set: Set = None
+        preset: Preset = "scenes",
+        out: Out = Path("runs/scenes"),
+        teacher: Teacher = None,
+        select: Select = None,
+        set: Set = None,
     ) -> None:
-        run_stages(_begin(preset, out, teacher, set), out, last=name)
+        run_stages(_begin(preset, out, teacher, set, select), out, last=name)
 
     app.command(name, help=f"Run the stages up to and including {name}.")(command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_rt.catalog import Start
 from ppcl_rt.checkpoint import line
@@ -96,16 +96,6 @@ class TeacherConfig(Frozen):
         return next(phase for phase in self.phases if step < phase.until)
 
 
-class ProbesConfig(Frozen):
-    """Linear probes and the intervals found with them (PPCL eq. 1-5)."""
-
-    samples: PositiveInt = 4096
-    # Samples whose states are held in memory for CKA.
-    cka_samples: PositiveInt = 512
-    # Share of the Gram matrix's mean diagonal that is added to it.
-    ridge: PositiveFloat = 1e-4
-
-
 class LoopConfig(Frozen):
     """How a stage trains (`loop.train_loop`).
 
@@ -132,17 +122,75 @@ class LoopConfig(Frozen):
     eight_bit: bool = False
 
 
+class ProbesConfig(LoopConfig):
+    """Reference mode: linear probes and the intervals found with them (PPCL eq. 1-5).
+
+    Attributes:
+        samples: that least squares sees (eq. 1).
+        ridge: share of the Gram matrix's mean diagonal that is added to it.
+        steps: of Adam on eq. 2, from the least-squares solution.
+        cka_samples: that CKA is taken over (eq. 3).
+        cka_tokens: most tokens of a stream that it is taken over, thinned evenly; their states are held in memory.
+    """
+
+    samples: PositiveInt = 4096
+    ridge: PositiveFloat = 1e-4
+    steps: int = Field(100, ge=0)
+    lr: PositiveFloat = 1e-4
+    warmup: int = Field(10, ge=0)
+    cka_samples: PositiveInt = 512
+    cka_tokens: PositiveInt = 8192
+
+
+class TableConfig(Frozen):
+    """The cost table: a short distillation of every interval of some lengths.
+
+    Attributes:
+        lengths: of the intervals that are candidates.
+        starts: blocks of an interval that its student may be copied from.
+        trial_steps: steps that every start is given; the one that then loses least is trained on to ``steps``.
+        batches: that are traced once, held, and seen in turn.
+        samples: that costs are measured on.
+        bands: equal bands of the timestep that each cost is divided into.
+        ratio_step: the planner is asked at every multiple of it, down to the smallest plan.
+        least_ratio: it is not asked below this: students that only tiny plans take need not be trained.
+    """
+
+    lengths: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6)
+    starts: tuple[Start, ...] = ("first", "middle", "last", "average")
+    trial_steps: PositiveInt = 20
+    steps: PositiveInt = 50
+    batches: PositiveInt = 25
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 4e-3
+    warmup: int = 5
+    samples: PositiveInt = 256
+    bands: PositiveInt = 4
+    ratio_step: float = Field(0.02, gt=0, lt=1)
+    least_ratio: float = Field(0.0, ge=0, lt=1)
+
+    @field_validator("lengths", "starts")
+    @classmethod
+    def _some(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"name at least one, each once, not {list(values)}")
+        return values
+
+    @model_validator(mode="after")
+    def _trial_is_a_part(self) -> TableConfig:
+        if self.trial_steps > self.steps:
+            raise ValueError(f"a trial of {self.trial_steps} steps is longer than all {self.steps}: lower trial_steps")
+        return self
+
+
 class StudentsConfig(LoopConfig):
     """Non-sequential depth distillation (PPCL eq. 6).
 
     Attributes:
-        lengths: every interval of these lengths gets a student too, beside those that eq. 5 finds.
-        start: the teacher block that a student is copied from; the paper's is the first.
-        magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone.
+        magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone; reference
+            mode adds none.
     """
 
-    lengths: tuple[PositiveInt, ...] = ()
-    start: Start = "first"
     steps: PositiveInt = 400
     magnitude: float = Field(0.0, ge=0)
 
@@ -203,6 +251,7 @@ class RunConfig(Frozen):
 
     Attributes:
         task: where data come from and how results are judged.
+        select: how intervals are chosen: a table of measured costs and the exact planner, or eq. 5 as in the paper.
         storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from it.
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once where nothing is trained.
@@ -211,6 +260,7 @@ class RunConfig(Frozen):
     """
 
     task: Literal["scenes"] = "scenes"
+    select: Literal["table", "eq5"] = "table"
     seed: int = Field(0, ge=0)
     # t = sigmoid(mean + std * normal), t = 1 is noise.
     time_mean: float = 0.4
@@ -223,11 +273,17 @@ class RunConfig(Frozen):
     ] = "tensorboard"
     teacher: TeacherConfig = TeacherConfig()
     probes: ProbesConfig = ProbesConfig()
+    table: TableConfig = TableConfig()
     students: StudentsConfig = StudentsConfig()
     width: WidthConfig = WidthConfig()
     recover: RecoverConfig = RecoverConfig()
     measure: MeasureConfig = MeasureConfig()
     sampler: Sampler = Sampler()
+
+    @property
+    def magnitude(self) -> float:
+        """Weight of the magnitude term beside eq. 6: the reference is eq. 6 as it stands in the paper."""
+        return 0.0 if self.select == "eq5" else self.students.magnitude
 
 
 PRESETS = {
@@ -241,7 +297,7 @@ PRESETS = {
                 Phase(until=24_000, horizon=24_000, shares=(0.06, 0.22, 0.28, 0.22, 0.22)),
             ),
         ),
-        students=StudentsConfig(lengths=(2, 3), start="last", magnitude=1.0),
+        students=StudentsConfig(magnitude=1.0),
         recover=RecoverConfig(steps=1500),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
     ),

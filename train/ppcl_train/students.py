@@ -47,7 +47,7 @@ def distil(run: RunConfig, folder: Path) -> None:
         losses = {}
         for interval, student in students.items():
             out = states.run_block(student, passed.states[interval.first], passed.context)
-            loss = matching_loss(out, passed.states[interval.last + 1], batch.mask, config.magnitude)
+            loss = matching_loss(out, passed.states[interval.last + 1], batch.mask, run.magnitude)
             # At once, so that the activations of one block at a time are alive.
             loss.backward()
             losses[f"students.{interval.key}"] = loss.item()
