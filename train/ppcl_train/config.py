@@ -262,9 +262,10 @@ class RecoverConfig(LoopConfig):
 
 
 class MeasureConfig(Frozen):
-    """Sensitivities: the loss of the teacher's velocity with one thing changed."""
+    """Sensitivities: the loss of the teacher's velocity with one thing changed, in equal bands of the timestep."""
 
     samples: PositiveInt = 256
+    bands: PositiveInt = 4
 
 
 class RunConfig(Frozen):
