@@ -10,6 +10,7 @@ import typer
 
 from ppcl_rt.plan import read_json
 from ppcl_train.config import PRESETS, RunConfig, with_changes
+from ppcl_train.distributed import join
 from ppcl_train.pipeline import STAGES, begin, is_done, run_stages
 
 app = typer.Typer(help="Make a pluggable checkpoint: stages that resume where they were stopped.")
@@ -42,12 +43,14 @@ def config_of(preset: str, changes: list[str] | None) -> RunConfig:
 
 def _begin(preset: str, out: Path, teacher: Path | None, changes: list[str] | None) -> RunConfig:
     """The config of a run: what the folder was begun with, unless the command line says otherwise."""
-    stored = out / "config.json"
-    if stored.exists() and not changes:
-        config = read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
-    else:
-        config = config_of(preset, changes)
-    begin(config, out, teacher)
+    stored, world = out / "config.json", join()
+    if world.is_main:
+        if stored.exists() and not changes:
+            config = read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
+        else:
+            config = config_of(preset, changes)
+        begin(config, out, teacher)
+    world.wait()
     return read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
 
 
@@ -55,7 +58,8 @@ def _begin(preset: str, out: Path, teacher: Path | None, changes: list[str] | No
 def run(preset: Preset = "scenes", out: Out = Path("runs/scenes"), teacher: Teacher = None, set: Set = None) -> None:
     """Run all stages that are not done yet."""
     run_stages(_begin(preset, out, teacher, set), out)
-    print(f"wrote {out / 'checkpoint'}")
+    if join().is_main:
+        print(f"wrote {out / 'checkpoint'}")
 
 
 @app.command()

@@ -113,6 +113,14 @@ class StudentsConfig(Frozen):
         lengths: every interval of these lengths gets a student too, beside those that eq. 5 finds.
         start: the teacher block that a student is copied from; the paper's is the first.
         magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone.
+        batch: samples a step, over all processes.
+        parallel: what several processes share: the samples of a batch, with gradients averaged ("data"), or the
+            students, each trained by one process on whole batches, with nothing to exchange ("intervals").
+        shard_teacher: spread the teacher's weights over all processes (FSDP2).
+        precision: "bfloat16" holds the teacher in bfloat16 and runs students under autocast, their weights in float32.
+        checkpointing: compute a student's activations again for the backward pass instead of keeping them.
+        cache_bytes: bytes on disk for the teacher's streams, in bfloat16; training then goes round and round the
+            batches that fit. 0: every step sees a new batch.
     """
 
     lengths: tuple[PositiveInt, ...] = ()
@@ -123,6 +131,11 @@ class StudentsConfig(Frozen):
     weight_decay: float = Field(0.02, ge=0)
     warmup: int = 20
     magnitude: float = Field(0.0, ge=0)
+    parallel: Literal["data", "intervals"] = "data"
+    shard_teacher: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
+    cache_bytes: int = Field(0, ge=0)
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -15,6 +15,7 @@ import torch
 from ppcl_rt.plan import read_json
 from ppcl_train import measure, probes, recover, students, teacher, width
 from ppcl_train.config import RunConfig
+from ppcl_train.distributed import join
 from ppcl_train.runs import replacing, write_json
 
 
@@ -24,12 +25,14 @@ class Stage(NamedTuple):
     name: str
     output: str
     run: Callable[[RunConfig, Path], None]
+    # Whether all processes run it; rank 0 alone runs the others.
+    parallel: bool = False
 
 
 STAGES = (
     Stage("teacher", "teacher.safetensors", teacher.train),
     Stage("probes", "intervals.json", probes.fit),
-    Stage("students", "students.safetensors", students.distil),
+    Stage("students", "students.safetensors", students.distil, parallel=True),
     Stage("width", "width.safetensors", width.prune),
     Stage("recover", recover.OUTPUT, recover.recover),
     Stage("measure", "sensitivities.json", measure.measure),
@@ -72,10 +75,13 @@ def is_done(stage: Stage, folder: Path) -> bool:
 
 
 def run_stages(config: RunConfig, folder: Path, last: str = STAGES[-1].name) -> None:
-    """Run what is not done yet, up to and including the stage ``last``."""
+    """Run what is not done yet, up to and including the stage ``last``; every process of a world calls this."""
+    world = join()
     for stage in STAGES:
-        if not is_done(stage, folder):
-            stage.run(config, folder)
+        if not world.agree(is_done(stage, folder)):
+            if stage.parallel or world.is_main:
+                stage.run(config, folder)
+            world.wait()
             # Only now: a kill in between would otherwise lose the stage.
             for state in folder.glob("*.state.safetensors"):
                 state.unlink()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ppcl_rt.checkpoint import line
+from ppcl_train.distributed import join
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 class Log:
-    """Appends one JSON line an event to a run's ``log.jsonl``, and prints it."""
+    """Appends one JSON line an event to a run's ``log.jsonl``, and prints it; in the main process alone."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._path, self._stage, self._start = folder / "log.jsonl", stage, time.monotonic()
@@ -76,6 +77,8 @@ class Log:
 
     def __call__(self, **values: Any) -> None:
         """Write down some values."""
+        if not join().is_main:
+            return
         event = {**values, "seconds": round(time.monotonic() - self._start, 1)}
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": self._stage, **event}) + "\n")
@@ -101,6 +104,7 @@ def train_loop(
     log_every: int = 100,
     averages: Mapping[str, torch.Tensor] | None = None,
     after_step: Callable[[int], None] = lambda done: None,
+    write: Callable[[Path, Mapping[str, torch.Tensor], Mapping[str, Any]], None] = write_tensors,
 ) -> None:
     """Train, or go on training from ``state_file``, which is left in place when the loop ends.
 
@@ -111,6 +115,7 @@ def train_loop(
         rate: ``step -> share of the peak learning rate``.
         averages: moving averages that ``after_step`` keeps; saved and restored with the rest.
         after_step: called with the number of steps done.
+        write: writes the state; where several processes train, all call it and one of them writes.
 
     Raises:
         ValueError: the loss is not finite; the state of the last save is kept.
@@ -124,7 +129,7 @@ def train_loop(
             for prefix, into in (("model", parameters), ("average", averages)):
                 for name, tensor in into.items():
                     tensor.copy_(held[f"{prefix}.{name}"])
-        _restore_optimisers(optimisers, held)
+        _restore_optimisers(optimisers, parameters, held)
         log(resumed=first)
     mean = math.nan
     for step in range(first, steps):
@@ -145,23 +150,44 @@ def train_loop(
         if done % save_every == 0 or done == steps:
             state = {f"model.{name}": tensor for name, tensor in parameters.items()}
             state |= {f"average.{name}": tensor for name, tensor in averages.items()}
-            write_tensors(state_file, state | _optimiser_tensors(optimisers), {"step": done})
+            write(state_file, state | _optimiser_tensors(optimisers, parameters), {"step": done})
 
 
-def _optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def _optimiser_tensors(
+    optimisers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     return {
-        f"optimiser.{n}.{index}.{key}": torch.as_tensor(value)
-        for n, optimiser in enumerate(optimisers)
-        for index, state in optimiser.state_dict()["state"].items()
-        for key, value in state.items()
+        f"optimiser.{name}.{key}": torch.as_tensor(value)
+        for optimiser in optimisers
+        for name, index in _indices(optimiser, parameters).items()
+        for key, value in optimiser.state_dict()["state"].get(index, {}).items()
     }
 
 
-def _restore_optimisers(optimisers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, torch.Tensor]) -> None:
-    for n, optimiser in enumerate(optimisers):
+def _restore_optimisers(
+    optimisers: Sequence[torch.optim.Optimizer],
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            parameter, key = name.removeprefix("optimiser.").rsplit(".", 1)
+            states.setdefault(parameter, {})[key] = tensor
+    for optimiser in optimisers:
         content = optimiser.state_dict()
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimiser.{n}."):
-                index, key = name.removeprefix(f"optimiser.{n}.").split(".", 1)
-                content["state"].setdefault(int(index), {})[key] = tensor
+        content["state"] = {i: states[name] for name, i in _indices(optimiser, parameters).items() if name in states}
         optimiser.load_state_dict(content)
+
+
+def _indices(optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Numbers under which an optimiser's state dict knows parameters.
+
+    States are stored under names, so that they can be read back by optimisers over other groups of parameters.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {
+        names[id(parameter)]: index
+        for group, numbered in zip(optimiser.param_groups, optimiser.state_dict()["param_groups"])
+        for parameter, index in zip(group["params"], numbered["params"])
+    }

@@ -2,84 +2,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ppcl_rt import Streams
+from ppcl_rt import Interval, Streams
 from ppcl_train import selection, states
 from ppcl_train.config import RunConfig, StudentsConfig
+from ppcl_train.distributed import ALONE, World, join, owners
 from ppcl_train.probes import rows
 from ppcl_train.runs import Log, cosine, train_loop, write_tensors
 from ppcl_train.teacher import load
 
 
-def matching_loss(student: Streams, teacher: Streams, mask: torch.Tensor, magnitude: float) -> torch.Tensor:
+def matching_loss(
+    student: Streams, teacher: Streams, mask: torch.Tensor, magnitude: float, world: World = ALONE
+) -> torch.Tensor:
     """``|| n(student) - n(teacher) ||^2`` a token, both streams summed; n is L2 normalisation over features (eq. 6).
 
     ``magnitude`` times the squared error over the teacher's mean square is added: eq. 6 leaves the residual stream's
-    length free.
+    length free. Over the processes of ``world`` that share a batch, the losses' mean is the loss of the whole batch.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), device=mask.device)
     for mine, theirs in zip(rows(student, mask), rows(teacher, mask), strict=True):
-        total = total + (F.normalize(mine, dim=-1) - F.normalize(theirs, dim=-1)).square().sum(-1).mean()
+        mine, theirs = mine.float(), theirs.float()
+        count, square = world.mean(
+            torch.stack([mask.new_tensor(len(theirs), dtype=torch.float), theirs.square().sum()])
+        )
+        total = total + (F.normalize(mine, dim=-1) - F.normalize(theirs, dim=-1)).square().sum() / count
         if magnitude:
-            total = total + magnitude * (mine - theirs).square().mean() / theirs.square().mean()
+            total = total + magnitude * (mine - theirs).square().sum() / square
     return total
+
+
+class Learner:
+    """A student, its optimiser, and what one step of both is.
+
+    Args:
+        world: the processes that share each batch.
+    """
+
+    def __init__(self, student: nn.Module, config: StudentsConfig, world: World = ALONE) -> None:
+        self.student, self._config, self._world = student, config, world
+        self.optimiser = adamw(student.parameters(), config)
+
+    def learn(self, before: Streams, after: Streams, context: dict[str, Any], mask: torch.Tensor) -> float:
+        """Take a step towards ``before -> after``; returns the loss, and leaves activations and gradients to nobody.
+
+        Raises:
+            ValueError: the loss is not finite; nothing has changed.
+        """
+        config = self._config
+        with torch.enable_grad(), precise(config, self._world):
+            # Recomputation takes the block whole: of one block it saves what the loss would hold beside it.
+            out = (
+                checkpoint(states.run_block, self.student, before, context, use_reentrant=False)
+                if config.checkpointing
+                else states.run_block(self.student, before, context)
+            )
+            loss = matching_loss(out, after, mask, config.magnitude, self._world)
+        with torch.autocast(self._world.device.type, enabled=False):
+            loss.backward()
+        mean = self._world.mean(loss.detach()).item()
+        if not math.isfinite(mean):
+            raise ValueError(f"its loss is {mean}")
+        self._world.average(self.student.parameters())
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return mean
 
 
 def distil(run: RunConfig, folder: Path) -> None:
     """Train every student on the teacher's streams (eq. 6); writes ``students.safetensors``.
 
-    No student reads another's output, so any subset can be plugged in; one teacher pass a step feeds all.
+    No student reads another's output, so any subset can be plugged in; one teacher pass a step feeds all. A student
+    learns while the teacher waits at the end of its interval, and takes its optimiser's step at once, so activations
+    and gradients of one student at a time are alive.
+
+    Every process of a world calls this.
+
+    Raises:
+        ValueError: more processes than students or samples, a cache too small for a batch, a loss that is not finite.
     """
-    log, config = Log(folder, "students"), run.students
-    teacher = load(run, folder)
-    chosen = selection.read(folder)
-    students = {selected.interval: selection.begin(teacher.transformer_blocks, selected) for selected in chosen}
-    named = {f"students.{i.key}.{name}": p for i, block in students.items() for name, p in block.named_parameters()}
+    config, world = run.students, join()
+    log, chosen, teacher = Log(folder, "students"), selection.read(folder), load(run, folder)
+    apart = config.parallel == "intervals"
+    if apart and world.size > len(chosen):
+        raise ValueError(f"{world.size} processes have {len(chosen)} students to train: start no more than that")
+    # Who trains students of its own exchanges nothing; the others share each batch.
+    peers = world.alone if apart else world
+    owner = owners([1] * len(chosen), world.size) if apart else [world.rank] * len(chosen)
+    learners = {
+        selected.interval: Learner(
+            selection.begin(teacher.transformer_blocks, selected).to(world.device), config, peers
+        )
+        for selected, rank in zip(chosen, owner)
+        if rank == world.rank
+    }
+    named = {
+        f"students.{interval.key}.{name}": parameter
+        for interval, learner in learners.items()
+        for name, parameter in learner.student.named_parameters()
+    }
+    if config.precision == "bfloat16":
+        teacher.to(torch.bfloat16)
+    if config.shard_teacher:
+        world.shard(teacher)
+    teacher.to(world.device)
+
+    def batch_of(number: int) -> states.Inputs:
+        batch = states.inputs(run, config.batch, states.STUDENTS + number)
+        return batch.part(peers.share(config.batch)).to(world.device)
+
+    def write(path: Path, tensors: Mapping[str, torch.Tensor], note: Mapping[str, Any]) -> None:
+        whole = world.gather(tensors) if apart else tensors
+        if world.is_main:
+            write_tensors(path, whole, note)
+
+    cache, cached = states.StateCache(folder / "states" / f"{peers.rank}-{peers.size}"), 0
+    if config.cache_bytes:
+        with precise(config, world):
+            batches = map(batch_of, range(config.steps))
+            cached = cache.fill(teacher, batches, config.cache_bytes // peers.size, world, world.is_main or not apart)
+        if not cached:
+            raise ValueError(f"students.cache_bytes={config.cache_bytes} does not hold one batch: raise it, or take 0")
 
     def step_loss(step: int) -> float:
-        batch = states.inputs(run, config.batch, states.STUDENTS + step)
-        passed = states.trace(teacher, batch)
-        total = 0.0
-        for interval, student in students.items():
-            out = states.run_block(student, passed.states[interval.first], passed.context)
-            loss = matching_loss(out, passed.states[interval.last + 1], batch.mask, config.magnitude)
-            # At once, so that the activations of one block at a time are alive.
-            loss.backward()
-            total += loss.item()
-        return total / len(students)
+        number = step % cached if cached else step
+        given, losses = batch_of(number), {}
 
-    log(students=len(students), intervals=" ".join(map(str, students)))
-    _train(run, folder, "students", config, named, step_loss, log)
-    write_tensors(folder / "students.safetensors", named, {"steps": config.steps})
+        def learn(interval: Interval, before: Streams, after: Streams, context: dict[str, Any]) -> None:
+            try:
+                losses[interval] = learners[interval].learn(before, after, context, given.mask)
+            except ValueError as error:
+                raise ValueError(
+                    f"the student of {interval} fails at step {step}: {error}; "
+                    "lower the learning rate; the state of the last save is kept"
+                ) from None
 
+        if cached:
+            cache.walk_intervals(number, learners, learn, world.device)
+        else:
+            with precise(config, world):
+                states.walk_intervals(teacher, given, learners, learn)
+        # In one order, whoever came first.
+        return sum(losses[interval] for interval in learners) / len(learners)
 
-def _train(
-    run: RunConfig,
-    folder: Path,
-    stage: str,
-    config: StudentsConfig,
-    named: dict[str, nn.Parameter],
-    step_loss: Callable[[int], float],
-    log: Log,
-) -> None:
-    """Train parameters with AdamW as in the paper (biases and norms do not decay), or go on where a stage stopped."""
-    groups = [
-        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    log(students=len(chosen), intervals=" ".join(str(selected.interval) for selected in chosen))
     train_loop(
-        state_file=folder / f"{stage}.state.safetensors",
+        state_file=folder / "students.state.safetensors",
         parameters=named,
-        optimisers=[torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))],
+        optimisers=[learner.optimiser for learner in learners.values()],
         step_loss=step_loss,
         steps=config.steps,
         rate=lambda step: cosine(step, config.steps, config.warmup),
         save_every=run.save_every,
         log=log,
+        write=write,
     )
+    write(folder / "students.safetensors", named, {"steps": config.steps})
+    shutil.rmtree(cache.folder, ignore_errors=True)
+
+
+def precise(config: StudentsConfig, world: World) -> torch.autocast:
+    """Autocast as ``precision`` asks; weights that were cast are not kept, or they would pile up with the students."""
+    enabled = config.precision == "bfloat16"
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: StudentsConfig) -> torch.optim.AdamW:
+    """AdamW as in the paper; biases and norms do not decay."""
+    held = list(parameters)
+    groups = [
+        {"params": [p for p in held if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in held if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
