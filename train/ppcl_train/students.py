@@ -168,7 +168,10 @@ def distil(run: RunConfig, folder: Path) -> None:
         write=write,
     )
     write(folder / "students.safetensors", named, {"steps": config.steps})
-    shutil.rmtree(cache.folder, ignore_errors=True)
+    # Not before all have read their last.
+    world.wait()
+    if world.is_main:
+        shutil.rmtree(cache.folder.parent, ignore_errors=True)
 
 
 def precise(config: StudentsConfig, world: World) -> torch.autocast:
