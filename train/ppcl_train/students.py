@@ -112,7 +112,8 @@ def distil(run: RunConfig, folder: Path) -> None:
         for name, parameter in learner.student.named_parameters()
     }
     if config.precision == "bfloat16":
-        teacher.to(torch.bfloat16)
+        # Not diffusers' own, which warns of modules that it would keep in float32, of which there are none.
+        nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
         world.shard(teacher)
     teacher.to(world.device)
