@@ -46,7 +46,7 @@ def main(
     tokens: Annotated[int, Flag(help="image tokens, a square")] = 1024,
     batch: int = 4,
     device: str = "cpu",
-    precision: Annotated[str, Flag(help="float32 or bfloat16")] = "float32",
+    precision: Annotated[str, Flag(help="no or bf16")] = "no",
     checkpointing: bool = False,
 ) -> None:
     """Print one line a case."""
@@ -81,7 +81,7 @@ def main(
         return students.Learner(block.float().to(place), config, world)
 
     eleven = {interval: learner(interval) for interval in (Interval(n, n + 1) for n in range(DEPTH - 1))}
-    nn.Module.to(model, place, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    nn.Module.to(model, place, torch.bfloat16 if precision == "bf16" else torch.float32)
 
     def distil(intervals: list[Interval]) -> None:
         def learn(interval: Interval, before: Streams, after: Streams, context: dict) -> None:

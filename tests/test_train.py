@@ -148,7 +148,7 @@ def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finish
 def test_a_draft_that_a_kill_left_broken_is_made_again(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    for name in ("sensitivities.json", "checkpoint/config.json"):
+    for name in ("sensitivities.json", "checkpoint/run.json"):
         (folder / name).unlink()
     (folder / "draft" / "config.json").write_text("{")
     pipeline.run_stages(TINY, folder)

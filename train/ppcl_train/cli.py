@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ppcl_rt.plan import read_json
 from ppcl_train.config import PRESETS, RunConfig, with_changes
 from ppcl_train.distributed import join
-from ppcl_train.pipeline import STAGES, begin, is_done, run_stages
+from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
+from ppcl_train.pipeline import config_of as stored_config
 
 app = typer.Typer(help="Make a pluggable checkpoint: stages that resume where they were stopped.")
 
@@ -43,15 +43,13 @@ def config_of(preset: str, changes: list[str] | None) -> RunConfig:
 
 def _begin(preset: str, out: Path, teacher: Path | None, changes: list[str] | None) -> RunConfig:
     """The config of a run: what the folder was begun with, unless the command line says otherwise."""
-    stored, world = out / "config.json", join()
+    world = join()
     if world.is_main:
-        if stored.exists() and not changes:
-            config = read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
-        else:
-            config = config_of(preset, changes)
-        begin(config, out, teacher)
+        begin(
+            stored_config(out) if (out / CONFIG).exists() and not changes else config_of(preset, changes), out, teacher
+        )
     world.wait()
-    return read_json(RunConfig, stored.read_bytes(), f"{stored} is no run config")
+    return stored_config(out)
 
 
 @app.command()
@@ -69,16 +67,22 @@ def config(preset: Preset = "scenes", set: Set = None) -> None:
 
 
 @app.command()
-def status(out: Out = Path("runs/scenes")) -> None:
-    """Say what a run folder has done and what is next."""
-    if not (out / "config.json").exists():
-        raise ValueError(f"{out} is no run folder: begin one with `ppcl train run --out {out}`")
-    waiting = [stage.name for stage in STAGES if not is_done(stage, out)]
-    for stage in STAGES:
-        begun = (out / f"{stage.name}.state.safetensors").exists()
-        state = "begun" if begun else "waiting"
-        print(f"{stage.name:>9}  {f'done, {stage.output}' if stage.name not in waiting else state}")
-    print(f"next: {waiting[0]}" if waiting else f"complete: {out / 'checkpoint'}")
+def status(
+    out: Out = Path("runs/scenes"), as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
+) -> None:
+    """Say what a run folder has done, where it is and what is next; it may be running."""
+    settings = stored_config(out)
+    stages = progress(out)
+    waiting = [stage.stage for stage in stages if stage.state != "done"]
+    following = waiting[0] if waiting else None
+    if as_json:
+        content = {"seed": settings.seed, "next": following, "stages": [stage._asdict() for stage in stages]}
+        print(json.dumps(content, indent=1))
+        return
+    for stage in stages:
+        steps = f", {stage.step} of {stage.of} steps saved" if stage.of else ""
+        print(f"{stage.stage:>9}  {stage.state}{f', {stage.output}' if stage.state == 'done' else steps}")
+    print(f"next: {following}" if following else f"complete: {out / 'checkpoint'}")
 
 
 def _stage_command(name: str) -> None:

@@ -106,18 +106,42 @@ class ProbesConfig(Frozen):
     ridge: PositiveFloat = 1e-4
 
 
-class StudentsConfig(Frozen):
+class LoopConfig(Frozen):
+    """How a stage trains (`loop.train_loop`).
+
+    Attributes:
+        batch: samples of a forward, over all processes; ``batch * accumulate`` make a step.
+        lr: peak learning rate of AdamW; half a cosine down to zero follows ``warmup`` steps up.
+        weight_decay: of matrices; biases and norms do not decay.
+        accumulate: batches whose gradients are averaged for a step.
+        ema: share that moving averages of the weights keep at a step, and what is trained is these; 0 for none.
+        clip: largest norm of a gradient, of each student by itself; 0 for no limit.
+        precision: ``bf16`` computes under autocast; what is trained stays float32, a teacher beside it is held in bfloat16.
+        eight_bit: whether AdamW keeps its moments in 8 bits; takes bitsandbytes.
+    """
+
+    steps: int = Field(400, ge=0)
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 1e-3
+    weight_decay: float = Field(0.02, ge=0)
+    warmup: int = Field(20, ge=0)
+    accumulate: PositiveInt = 1
+    ema: float = Field(0.0, ge=0, lt=1)
+    clip: float = Field(0.0, ge=0)
+    precision: Literal["no", "bf16"] = "no"
+    eight_bit: bool = False
+
+
+class StudentsConfig(LoopConfig):
     """Non-sequential depth distillation (PPCL eq. 6).
 
     Attributes:
         lengths: every interval of these lengths gets a student too, beside those that eq. 5 finds.
         start: the teacher block that a student is copied from; the paper's is the first.
         magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone.
-        batch: samples a step, over all processes.
         parallel: what several processes share: the samples of a batch, with gradients averaged ("data"), or the
             students, each trained by one process on whole batches, with nothing to exchange ("intervals").
         shard_teacher: spread the teacher's weights over all processes (FSDP2).
-        precision: "bfloat16" holds the teacher in bfloat16 and runs students under autocast, their weights in float32.
         checkpointing: compute a student's activations again for the backward pass instead of keeping them.
         cache_bytes: bytes on disk for the teacher's streams, in bfloat16; training then goes round and round the
             batches that fit. 0: every step sees a new batch.
@@ -126,14 +150,9 @@ class StudentsConfig(Frozen):
     lengths: tuple[PositiveInt, ...] = ()
     start: Start = "first"
     steps: PositiveInt = 400
-    batch: PositiveInt = 64
-    lr: PositiveFloat = 1e-3
-    weight_decay: float = Field(0.02, ge=0)
-    warmup: int = 20
     magnitude: float = Field(0.0, ge=0)
     parallel: Literal["data", "intervals"] = "data"
     shard_teacher: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
     checkpointing: bool = False
     cache_bytes: int = Field(0, ge=0)
 
@@ -196,6 +215,8 @@ class RunConfig(Frozen):
         storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from it.
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once where nothing is trained.
+        save_every: steps between saves of a stage's state.
+        tracker: what of accelerate's draws the curves; tensorboard's lie in the run folder, in ``tracking/``.
     """
 
     task: Literal["scenes"] = "scenes"
@@ -206,6 +227,9 @@ class RunConfig(Frozen):
     storage: Literal["float32", "float16", "bfloat16"] = "float16"
     batch: PositiveInt = 128
     save_every: PositiveInt = 500
+    tracker: Literal[
+        "none", "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"
+    ] = "tensorboard"
     teacher: TeacherConfig = TeacherConfig()
     probes: ProbesConfig = ProbesConfig()
     students: StudentsConfig = StudentsConfig()

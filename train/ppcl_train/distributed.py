@@ -101,24 +101,30 @@ class World:
         self.any(False)
 
     def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Bring together on rank 0, on the CPU, what all processes hold under different names; empty elsewhere.
+        """Bring together by name on rank 0 what it lacks and another process holds, on the CPU; empty elsewhere."""
+        whole = dict(tensors)
+        forms = self._collect({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        known = set(forms[0])
+        for rank, form in enumerate(forms):
+            for name, (shape, dtype) in form.items():
+                if name not in known:
+                    known.add(name)
+                    if self.rank == rank:
+                        dist.send(tensors[name].detach().cpu().contiguous(), 0)
+                    elif self.is_main:
+                        whole[name] = torch.empty(shape, dtype=dtype)
+                        dist.recv(whole[name], rank)
+        return whole if self.is_main else {}
 
-        A process alone keeps its tensors as they are.
-        """
-        if self.size == 1:
-            return dict(tensors)
-        mine = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        forms: list[Any] = [{}] * self.size
-        dist.all_gather_object(forms, {name: (tensor.shape, tensor.dtype) for name, tensor in mine.items()})
-        if not self.is_main:
-            for tensor in mine.values():
-                dist.send(tensor, 0)
-            return {}
-        for rank in range(1, self.size):
-            for name, (shape, dtype) in forms[rank].items():
-                mine[name] = torch.empty(shape, dtype=dtype)
-                dist.recv(mine[name], rank)
-        return mine
+    def union(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """What all processes hold by name, on all of them; anything that pickles. The first that has a name says it."""
+        return {name: value for held in reversed(self._collect(dict(values))) for name, value in held.items()}
+
+    def _collect(self, value: Value) -> list[Value]:
+        held = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(held, value)
+        return held
 
     def shard(self, model: Any) -> None:
         """Spread a frozen model's weights over all processes (FSDP2), on their devices.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from ppcl_rt.checkpoint import Checkpoint
 from ppcl_train import states
 from ppcl_train.config import RunConfig
 from ppcl_train.draft import open_draft, write_draft
-from ppcl_train.runs import Log, read_tensors, write_json
+from ppcl_train.runs import Log, read_content, read_tensors, write_json
 from ppcl_train.teacher import load
 from ppcl_train.width import legal_counts
 
@@ -99,14 +98,14 @@ def measure(run: RunConfig, folder: Path) -> None:
 
 
 def pack(run: RunConfig, folder: Path) -> None:
-    """Put the measured catalog and the tensors together; writes ``checkpoint/``.
+    """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
 
     Students that no plan takes are left out (`used_students`).
     """
     log = Log(folder, "pack")
     source = Checkpoint(folder / "draft")
     assert source.catalog is not None, "a draft has a catalog"
-    measured = json.loads((folder / "sensitivities.json").read_text())
+    measured = read_content(folder / "sensitivities.json")
     catalog = Catalog.model_validate({**source.catalog.model_dump(mode="json"), **measured})
     used = used_students(catalog)
     catalog = catalog.model_copy(update={"students": tuple(s for s in catalog.students if s.interval in used)})
@@ -114,6 +113,8 @@ def pack(run: RunConfig, folder: Path) -> None:
     names = [name for name in source.names if not name.startswith("students.") or name.split(".")[1] in keys]
     tensors = {name: source.read(name) for name in names}
     catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", source.config, catalog, tensors)
+    # Last: the checkpoint with it is the stage's output. It holds what made it and nothing else.
+    write_json(folder / "checkpoint" / "run.json", {})
     size = sum(path.stat().st_size for path in (folder / "checkpoint").iterdir())
     log(students=" ".join(str(s.interval) for s in catalog.students), megabytes=size / 1e6)
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from ppcl_rt import Catalog, Interval, Plan, Step, Width, Widths
-from ppcl_rt.plan import read_json
 from ppcl_train import states
 from ppcl_train.config import RunConfig
 from ppcl_train.draft import open_draft, write_draft
+from ppcl_train.loop import train_loop
 from ppcl_train.measure import planned, sensitivities
-from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_json, write_tensors
+from ppcl_train.runs import Log, read_content, read_tensors, write_json, write_tensors
 from ppcl_train.teacher import load
 from ppcl_train.width import legal_counts
 
@@ -24,6 +23,8 @@ OUTPUT = "recovered.safetensors"
 COSTS = "costs.json"
 # How far apart the ratios are whose plans are trained.
 _SPACING = 0.02
+# What ratio 1 does not run, beside layers for narrower widths.
+_APART = ("students.", "text_runs.")
 # Shares of the steps: the smallest plan (the sandwich rule), and, where kept blocks are trained, the dense one.
 _SMALLEST, _DENSE = 0.15, 0.25
 
@@ -43,40 +44,35 @@ def recover(run: RunConfig, folder: Path) -> None:
     model = open_draft(folder)
     if not (folder / COSTS).exists():
         write_json(folder / COSTS, sensitivities(model, run, log).model_dump(mode="json"))
-    plans = Plans(read_json(Catalog, (folder / COSTS).read_bytes(), f"{folder / COSTS} is no catalog"), config.planned)
+    plans = Plans(Catalog.model_validate(read_content(folder / COSTS)), config.planned)
     teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
     model.requires_grad_(False)
-    own = {name: p for name, p in model.named_parameters() if name.startswith("students.") or ".narrow." in name}
-    stages = [("recover", own, config.steps, states.RECOVER)]
-    stages += [("kept", dict(model.named_parameters()), config.kept_steps, states.RECOVER + config.steps)]
-    for name, trained, steps, seed in stages:
-        if not steps:
+    own = {name: p for name, p in model.named_parameters() if name.startswith(_APART) or ".narrow." in name}
+    parts = [(log, own, config)]
+    kept = config.model_copy(update={"steps": config.kept_steps})
+    parts += [(Log(folder, "recover.kept"), dict(model.named_parameters()), kept)]
+    for part, (its_log, trained, its_config) in enumerate(parts):
+        if not its_config.steps:
             continue
         for parameter in trained.values():
             parameter.requires_grad_(True)
+        seed = states.RECOVER + part * config.steps * config.accumulate
 
-        def step_loss(step: int, seed: int = seed, kept: bool = name == "kept") -> float:
-            batch = states.inputs(run, config.batch, seed + step)
+        def step_loss(number: int, seed: int = seed, dense: bool = part == 1) -> float:
+            batch = states.inputs(run, config.batch, seed + number)
             with torch.no_grad(), teacher.at(plan=model.catalog.dense):
                 wanted = batch.clean(teacher(**batch.call)[0])
-            with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed + step), dense=kept)):
+            with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed + number), dense)):
                 error = (batch.clean(model(**batch.call)[0]) - wanted).square().mean() / wanted.square().mean()
             # The root, so that steps of large plans count, which lose a hundredth of what small ones do.
-            (error + 1e-8).sqrt().backward()
-            return error.item()
+            loss = (error + 1e-8).sqrt()
+            loss.backward()
+            return loss.item()
 
-        train_loop(
-            state_file=folder / f"{name}.state.safetensors",
-            parameters=trained,
-            optimisers=[
-                torch.optim.AdamW([*trained.values()], config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
-            ],
-            step_loss=step_loss,
-            steps=steps,
-            rate=partial(cosine, steps=steps, warmup=config.warmup),
-            save_every=run.save_every,
-            log=log,
-        )
+        better = train_loop(run, its_config, its_log, trained, step_loss)
+        with torch.no_grad():
+            for name, tensor in better.items():
+                trained[name].copy_(tensor)
     state = model.full_state()
     names = state if config.kept_steps else given
     write_tensors(folder / OUTPUT, {n: state[n] for n in names}, {"steps": config.steps, "kept": config.kept_steps})
@@ -121,5 +117,9 @@ def random_plan(catalog: Catalog, rng: random.Random) -> Plan:
         if free and depth - sum(len(i) - 1 for i in chosen) > target:
             chosen.append(interval)
     kept = [(n, width(catalog.blocks[n])) for n in range(depth) if not any(n in interval for interval in chosen)]
+    runs: list[Interval] = []
+    for run in rng.sample(catalog.text_runs, min(len(catalog.text_runs), rng.randint(0, 3))):
+        if not any(n in other for n in run.interval for other in (*chosen, *runs)):
+            runs.append(run.interval)
     students = [Step(blocks=i, width=width(catalog.student(i).widths), student=True) for i in chosen]
-    return Plan.of(catalog.fingerprint, depth, kept, students)
+    return Plan.of(catalog.fingerprint, depth, kept, students, runs)

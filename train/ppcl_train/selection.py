@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import nn
 from ppcl_rt import Interval
 from ppcl_rt.catalog import Start
 from ppcl_rt.plan import Frozen, read_json
-from ppcl_train.runs import write_json
+from ppcl_train.runs import read_content, write_json
 
 OUTPUT = "selected.json"
 
@@ -37,7 +38,7 @@ def write(folder: Path, selected: Sequence[Selected]) -> None:
 def read(folder: Path) -> tuple[Selected, ...]:
     """Read ``selected.json``."""
     path = folder / OUTPUT
-    return read_json(_Selection, path.read_bytes(), f"{path} is no selection").selected
+    return read_json(_Selection, json.dumps(read_content(path)), f"{path} is no selection").selected
 
 
 def begin(blocks: nn.ModuleList, selected: Selected) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from ppcl_rt import Interval, Streams
 from ppcl_train import selection, states
 from ppcl_train.config import RunConfig, StudentsConfig
 from ppcl_train.distributed import ALONE, World, join, owners
+from ppcl_train.loop import adam, adamw, train_loop
 from ppcl_train.probes import rows
-from ppcl_train.runs import Log, cosine, train_loop, write_tensors
+from ppcl_train.runs import Log, write_tensors
 from ppcl_train.teacher import load
 
 
@@ -43,40 +43,48 @@ def matching_loss(
 
 
 class Learner:
-    """A student, its optimiser, and what one step of both is.
+    """A student, its optimiser, and what a step of both is.
 
     Args:
+        kind: class of the optimiser (`loop.adam`).
         world: the processes that share each batch.
     """
 
-    def __init__(self, student: nn.Module, config: StudentsConfig, world: World = ALONE) -> None:
+    def __init__(
+        self, student: nn.Module, config: StudentsConfig, world: World = ALONE, kind: Any = torch.optim.AdamW
+    ) -> None:
         self.student, self._config, self._world = student, config, world
-        self.optimiser = adamw(student.parameters(), config)
+        self.optimiser = adamw(kind, config, student.parameters())
 
     def learn(self, before: Streams, after: Streams, context: dict[str, Any], mask: torch.Tensor) -> float:
-        """Take a step towards ``before -> after``; returns the loss, and leaves activations and gradients to nobody.
+        """Backpropagate the loss of ``before -> after`` and take a step, unless more batches make one; returns the loss.
 
-        Raises:
-            ValueError: the loss is not finite; nothing has changed.
+        Afterwards no activations are left, and gradients only for a step that is still to come.
         """
-        config = self._config
-        with torch.enable_grad(), precise(config, self._world):
+        config, world = self._config, self._world
+        with torch.enable_grad(), precise(config, world):
             # Recomputation takes the block whole: of one block it saves what the loss would hold beside it.
             out = (
                 checkpoint(states.run_block, self.student, before, context, use_reentrant=False)
                 if config.checkpointing
                 else states.run_block(self.student, before, context)
             )
-            loss = matching_loss(out, after, mask, config.magnitude, self._world)
-        with torch.autocast(self._world.device.type, enabled=False):
+            loss = matching_loss(out, after, mask, config.magnitude, world)
+        with torch.autocast(world.device.type, enabled=False):
             loss.backward()
-        mean = self._world.mean(loss.detach()).item()
-        if not math.isfinite(mean):
-            raise ValueError(f"its loss is {mean}")
-        self._world.average(self.student.parameters())
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        mean = world.mean(loss.detach()).item()
+        # A loss that is not finite stops the training; the weights that led there are worth a look.
+        if config.accumulate == 1 and math.isfinite(mean):
+            self.average()
+            if config.clip:
+                nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
         return mean
+
+    def average(self) -> None:
+        """Average gradients that are left over processes."""
+        self._world.average(self.student.parameters())
 
 
 def distil(run: RunConfig, folder: Path) -> None:
@@ -84,7 +92,7 @@ def distil(run: RunConfig, folder: Path) -> None:
 
     No student reads another's output, so any subset can be plugged in; one teacher pass a step feeds all. A student
     learns while the teacher waits at the end of its interval, and takes its optimiser's step at once, so activations
-    and gradients of one student at a time are alive.
+    and gradients of one student at a time are alive. (With ``accumulate``, gradients of all are, from batch to batch.)
 
     Every process of a world calls this.
 
@@ -99,9 +107,10 @@ def distil(run: RunConfig, folder: Path) -> None:
     # Who trains students of its own exchanges nothing; the others share each batch.
     peers = world.alone if apart else world
     owner = owners([1] * len(chosen), world.size) if apart else [world.rank] * len(chosen)
+    kind = adam(config, log)
     learners = {
         selected.interval: Learner(
-            selection.begin(teacher.transformer_blocks, selected).to(world.device), config, peers
+            selection.begin(teacher.transformer_blocks, selected).to(world.device), config, peers, kind
         )
         for selected, rank in zip(chosen, owner)
         if rank == world.rank
@@ -111,7 +120,7 @@ def distil(run: RunConfig, folder: Path) -> None:
         for interval, learner in learners.items()
         for name, parameter in learner.student.named_parameters()
     }
-    if config.precision == "bfloat16":
+    if config.precision == "bf16":
         # Not diffusers' own, which warns of modules that it would keep in float32, of which there are none.
         nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
@@ -122,53 +131,46 @@ def distil(run: RunConfig, folder: Path) -> None:
         batch = states.inputs(run, config.batch, states.STUDENTS + number)
         return batch.part(peers.share(config.batch)).to(world.device)
 
-    def write(path: Path, tensors: Mapping[str, torch.Tensor], note: Mapping[str, Any]) -> None:
-        whole = world.gather(tensors) if apart else tensors
-        if world.is_main:
-            write_tensors(path, whole, note)
-
     cache, cached = states.StateCache(folder / "states" / f"{peers.rank}-{peers.size}"), 0
     if config.cache_bytes:
         with precise(config, world):
-            batches = map(batch_of, range(config.steps))
+            batches = map(batch_of, range(config.steps * config.accumulate))
             cached = cache.fill(teacher, batches, config.cache_bytes // peers.size, world, world.is_main or not apart)
         if not cached:
             raise ValueError(f"students.cache_bytes={config.cache_bytes} does not hold one batch: raise it, or take 0")
 
-    def step_loss(step: int) -> float:
-        number = step % cached if cached else step
+    def step_loss(number: int) -> dict[str, float]:
+        number = number % cached if cached else number
         given, losses = batch_of(number), {}
 
         def learn(interval: Interval, before: Streams, after: Streams, context: dict[str, Any]) -> None:
-            try:
-                losses[interval] = learners[interval].learn(before, after, context, given.mask)
-            except ValueError as error:
-                raise ValueError(
-                    f"the student of {interval} fails at step {step}: {error}; "
-                    "lower the learning rate; the state of the last save is kept"
-                ) from None
+            losses[interval] = learners[interval].learn(before, after, context, given.mask)
 
         if cached:
             cache.walk_intervals(number, learners, learn, world.device)
         else:
             with precise(config, world):
                 states.walk_intervals(teacher, given, learners, learn)
-        # In one order, whoever came first.
-        return sum(losses[interval] for interval in learners) / len(learners)
+        return {f"students.{interval.key}": losses[interval] for interval in learners}
+
+    def average() -> None:
+        for learner in learners.values():
+            learner.average()
 
     log(students=len(chosen), intervals=" ".join(str(selected.interval) for selected in chosen))
-    train_loop(
-        state_file=folder / "students.state.safetensors",
-        parameters=named,
+    trained = train_loop(
+        run,
+        config,
+        log,
+        named,
+        step_loss,
         optimisers=[learner.optimiser for learner in learners.values()],
-        step_loss=step_loss,
-        steps=config.steps,
-        rate=lambda step: cosine(step, config.steps, config.warmup),
-        save_every=run.save_every,
-        log=log,
-        write=write,
+        world=world,
+        before_update=average,
     )
-    write(folder / "students.safetensors", named, {"steps": config.steps})
+    whole = world.gather(trained)
+    if world.is_main:
+        write_tensors(folder / "students.safetensors", whole, {"steps": config.steps})
     # Not before all have read their last.
     world.wait()
     if world.is_main:
@@ -177,15 +179,5 @@ def distil(run: RunConfig, folder: Path) -> None:
 
 def precise(config: StudentsConfig, world: World) -> torch.autocast:
     """Autocast as ``precision`` asks; weights that were cast are not kept, or they would pile up with the students."""
-    enabled = config.precision == "bfloat16"
+    enabled = config.precision == "bf16"
     return torch.autocast(world.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
-
-
-def adamw(parameters: Iterable[nn.Parameter], config: StudentsConfig) -> torch.optim.AdamW:
-    """AdamW as in the paper; biases and norms do not decay."""
-    held = list(parameters)
-    groups = [
-        {"params": [p for p in held if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in held if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 
 from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_train import scenes
-from ppcl_train.config import RunConfig, TeacherConfig
-from ppcl_train.runs import Log, cosine, read_tensors, train_loop, write_tensors
+from ppcl_train.config import LoopConfig, RunConfig, TeacherConfig
+from ppcl_train.loop import cosine, train_loop
+from ppcl_train.runs import Log, read_tensors, write_tensors
 from ppcl_train.sampling import Sampler, arguments, judged
 
 
@@ -42,8 +44,6 @@ def train(run: RunConfig, folder: Path) -> None:
     """Train, or go on training, and write the averaged weights to ``teacher.safetensors``."""
     config, log = run.teacher, Log(folder, "teacher")
     model = initial(config, run.seed)
-    parameters = dict(model.named_parameters())
-    averages = {name: p.detach().clone() for name, p in parameters.items()}
     if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         log(compile="no C++ compiler here: training goes on uncompiled, slower")
     elif config.compile:
@@ -62,27 +62,21 @@ def train(run: RunConfig, folder: Path) -> None:
         loss.backward()
         return loss.item()
 
-    def after_step(done: int) -> None:
-        # The average is shorter at first, or it would hold the start for a thousand steps.
-        keep = min(config.ema, done / (done + 9))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averages.values()), [p.detach() for p in parameters.values()], 1 - keep)
+    def after_step(done: int, trained: Mapping[str, torch.Tensor]) -> None:
         if done % config.judge_every == 0:
-            judge(run, averages, log, done)
+            judge(run, trained, log, done)
 
-    train_loop(
-        state_file=folder / "teacher.state.safetensors",
-        parameters=parameters,
+    trained = train_loop(
+        run,
+        LoopConfig(steps=config.steps, ema=config.ema),
+        log,
+        dict(model.named_parameters()),
+        step_loss,
         optimisers=optimisers(model, config),
-        step_loss=step_loss,
-        steps=config.steps,
         rate=lambda step: cosine(step, config.phase(step).horizon, config.warmup),
-        save_every=run.save_every,
-        log=log,
-        averages=averages,
         after_step=after_step,
     )
-    write_tensors(folder / "teacher.safetensors", averages, {"architecture": config.architecture, "step": config.steps})
+    write_tensors(folder / "teacher.safetensors", trained, {"architecture": config.architecture, "step": config.steps})
 
 
 def check(run: RunConfig, file: Path) -> None:
@@ -108,7 +102,7 @@ def load(run: RunConfig, folder: Path) -> PPCLQwenImageTransformer2DModel:
     return model.eval().requires_grad_(False)
 
 
-def judge(run: RunConfig, weights: dict[str, torch.Tensor], log: Log, step: int) -> None:
+def judge(run: RunConfig, weights: Mapping[str, torch.Tensor], log: Log, step: int) -> None:
     """Log the judge's score of some weights on a few held-out prompts, without guidance."""
     model = PPCLQwenImageTransformer2DModel(**run.teacher.architecture)
     model.load_state_dict(weights)
