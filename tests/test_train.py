@@ -17,7 +17,7 @@ import ppcl_rt
 from ppcl_rt import Interval, Plan, Streams
 from ppcl_train import pipeline, states, teacher
 from ppcl_train.config import PRESETS, RunConfig, with_changes
-from ppcl_train.measure import used_students
+from ppcl_train.measure import used
 from ppcl_train.probes import LeastSquares, find_intervals, linear_cka
 from ppcl_train.runs import read_note, read_tensors
 from ppcl_train.students import matching_loss
@@ -126,7 +126,9 @@ def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     assert torch.allclose(model.float()(**given)[0], wanted, atol=1e-5)
     catalog = model.catalog
     assert catalog.compensated and catalog.task["name"] == "scenes"
-    assert {s.interval for s in catalog.students} == used_students(catalog)
+    students, runs = used(catalog)
+    assert {s.interval for s in catalog.students} == students
+    assert {run.interval for run in catalog.text_runs} == runs
     assert all(option.loss > 0 for widths in catalog.blocks for option in widths.image[1:])
 
 

@@ -116,7 +116,7 @@ class LoopConfig(Frozen):
         accumulate: batches whose gradients are averaged for a step.
         ema: share that moving averages of the weights keep at a step, and what is trained is these; 0 for none.
         clip: largest norm of a gradient, of each student by itself; 0 for no limit.
-        precision: ``bf16`` computes under autocast; what is trained stays float32, a teacher beside it is held in bfloat16.
+        precision: ``bf16`` computes under autocast; what is trained stays float32. The teacher of students is in bfloat16.
         eight_bit: whether AdamW keeps its moments in 8 bits; takes bitsandbytes.
     """
 
@@ -168,6 +168,7 @@ class WidthConfig(Frozen):
         channels: legal shares of the channels of each MLP.
         maps: whether a linear map may stand in for an MLP (PPCL eq. 9).
         ranks: legal ranks of modulations, beside the full one.
+        longest_text_run: blocks of the longest run over which the text stream may stand still (PPCL eq. 8); 1 for none.
         samples: calibration inputs.
         ridge: share of the mean variance that is added to each input's.
         blocks_at_once: blocks whose Gram matrices are in memory together; more take another pass of the teacher.
@@ -177,12 +178,13 @@ class WidthConfig(Frozen):
     channels: tuple[Share, ...] = (0.75, 0.5, 0.375, 0.25, 0.125)
     maps: bool = True
     ranks: tuple[PositiveInt, ...] = (16, 8, 4)
+    longest_text_run: PositiveInt = 6
     samples: PositiveInt = 4096
     ridge: PositiveFloat = 1e-4
     blocks_at_once: PositiveInt = 64
 
 
-class RecoverConfig(Frozen):
+class RecoverConfig(LoopConfig):
     """End to end on the teacher's prediction, under plans drawn anew at every step.
 
     Attributes:
@@ -194,10 +196,9 @@ class RecoverConfig(Frozen):
 
     steps: int = Field(0, ge=0)
     kept_steps: int = Field(0, ge=0)
-    batch: PositiveInt = 64
     lr: PositiveFloat = 5e-4
+    # Closed forms are where training starts: nothing pulls them towards zero.
     weight_decay: float = Field(0.0, ge=0)
-    warmup: int = 20
     planned: float = Field(0.7, ge=0, le=1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Option, Student, Widths
+from ppcl_rt import Catalog, Interval, Option, Student, TextRun, Widths
 from ppcl_train import selection
 from ppcl_train.config import RunConfig
 from ppcl_train.teacher import load
@@ -51,6 +51,10 @@ def write_draft(
                 widths=options,
             )
             for interval in intervals
+        ),
+        text_runs=tuple(
+            TextRun(interval=interval, loss=_UNMEASURED)
+            for interval in sorted({Interval.of_key(n.split(".")[1]) for n in made if n.startswith("text_runs.")})
         ),
         compensated=bool(widths),
         task={"name": run.task, "sampler": run.sampler.model_dump()},

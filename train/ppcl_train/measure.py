@@ -85,7 +85,13 @@ def sensitivities(model: Any, run: RunConfig, log: Callable[..., None]) -> Catal
         widths = measured(student.interval, True, student.widths, base)
         students.append(student.model_copy(update={"loss": base, "widths": widths}))
         log(student=str(student.interval), loss=base)
-    return catalog.model_copy(update={"blocks": tuple(blocks), "students": tuple(students)})
+    runs = []
+    kept = [(n, full) for n in range(catalog.shape.depth)]
+    for still in catalog.text_runs:
+        plan = Plan.of(catalog.fingerprint, catalog.shape.depth, kept, text_runs=[still.interval])
+        runs.append(still.model_copy(update={"loss": max(error.of(plan), _LEAST)}))
+        log(text_run=str(still.interval), loss=runs[-1].loss)
+    return catalog.model_copy(update={"blocks": tuple(blocks), "students": tuple(students), "text_runs": tuple(runs)})
 
 
 def measure(run: RunConfig, folder: Path) -> None:
@@ -94,29 +100,37 @@ def measure(run: RunConfig, folder: Path) -> None:
     full = load(run, folder).catalog.shape.width
     write_draft(run, folder, tensors, legal_counts(run, full), getattr(torch, run.storage))
     measured = sensitivities(open_draft(folder), run, Log(folder, "measure"))
-    write_json(folder / "sensitivities.json", measured.model_dump(mode="json", include={"blocks", "students"}))
+    write_json(
+        folder / "sensitivities.json", measured.model_dump(mode="json", include={"blocks", "students", "text_runs"})
+    )
 
 
 def pack(run: RunConfig, folder: Path) -> None:
     """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
 
-    Students that no plan takes are left out (`used_students`).
+    Students and text runs that no plan takes are left out (`used`).
     """
     log = Log(folder, "pack")
     source = Checkpoint(folder / "draft")
     assert source.catalog is not None, "a draft has a catalog"
     measured = read_content(folder / "sensitivities.json")
     catalog = Catalog.model_validate({**source.catalog.model_dump(mode="json"), **measured})
-    used = used_students(catalog)
-    catalog = catalog.model_copy(update={"students": tuple(s for s in catalog.students if s.interval in used)})
-    keys = {interval.key for interval in used}
-    names = [name for name in source.names if not name.startswith("students.") or name.split(".")[1] in keys]
+    students, runs = used(catalog)
+    catalog = catalog.model_copy(
+        update={
+            "students": tuple(s for s in catalog.students if s.interval in students),
+            "text_runs": tuple(r for r in catalog.text_runs if r.interval in runs),
+        }
+    )
+    keys = {("students", i.key) for i in students} | {("text_runs", i.key) for i in runs}
+    apart = ("students.", "text_runs.")
+    names = [n for n in source.names if not n.startswith(apart) or tuple(n.split(".")[:2]) in keys]
     tensors = {name: source.read(name) for name in names}
     catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", source.config, catalog, tensors)
     # Last: the checkpoint with it is the stage's output. It holds what made it and nothing else.
     write_json(folder / "checkpoint" / "run.json", {})
     size = sum(path.stat().st_size for path in (folder / "checkpoint").iterdir())
-    log(students=" ".join(str(s.interval) for s in catalog.students), megabytes=size / 1e6)
+    log(students=" ".join(map(str, sorted(students))), text_runs=" ".join(map(str, sorted(runs))), megabytes=size / 1e6)
 
 
 def planned(catalog: Catalog, spacing: float) -> list[Plan]:
@@ -127,6 +141,8 @@ def planned(catalog: Catalog, spacing: float) -> list[Plan]:
     return [planner.plan(ratio) for ratio in [smallest, *(ratio for ratio in above if smallest < ratio <= 1)]]
 
 
-def used_students(catalog: Catalog) -> set[Interval]:
-    """Intervals whose student some plan takes: the smallest plan, or one at a ratio in steps of 0.005."""
-    return {step.blocks for plan in planned(catalog, 0.005) for step in plan.steps if step.student}
+def used(catalog: Catalog) -> tuple[set[Interval], set[Interval]]:
+    """Intervals of the students and of the text runs that plans take: the smallest, and at ratios 0.005 apart."""
+    plans = planned(catalog, 0.005)
+    students = {step.blocks for plan in plans for step in plan.steps if step.student}
+    return students, {run for plan in plans for run in plan.text_runs}

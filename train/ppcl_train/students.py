@@ -57,7 +57,7 @@ class Learner:
         self.optimiser = adamw(kind, config, student.parameters())
 
     def learn(self, before: Streams, after: Streams, context: dict[str, Any], mask: torch.Tensor) -> float:
-        """Backpropagate the loss of ``before -> after`` and take a step, unless more batches make one; returns the loss.
+        """Backpropagate the loss of ``before -> after`` and, unless more batches make a step, step; returns the loss.
 
         Afterwards no activations are left, and gradients only for a step that is still to come.
         """

@@ -7,6 +7,7 @@ timesteps), one pass of the teacher for all blocks:
                        remaining weights make up for it, and so on; the order in which units go is the rank order
     linear maps        ``g + l(g)`` for an MLP (PPCL eq. 9), regression of what the MLP adds on what it reads
     modulations        the map from timestep embedding to modulations, truncated where the embeddings are
+    text runs          what blocks read, and how the text stream moves on, where it stands still (PPCL eq. 8)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from ppcl_rt import Interval, Streams, Width
-from ppcl_rt.catalog import MLPS
+from ppcl_rt.catalog import MLPS, text_maps
 from ppcl_rt.pluggable import DOWN, UP, BlockLayout
 from ppcl_train import states
 from ppcl_train.config import RunConfig
@@ -111,7 +112,46 @@ def prune(run: RunConfig, folder: Path) -> None:
             made = compress_block(run, watcher, shape.width, embeddings)
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in made.items()}
         log(narrowed=len({name.rsplit(".order.")[0] for name in tensors if ".order.heads" in name}), of=len(runnable))
+    if config.longest_text_run > 1:
+        tensors |= fit_text_runs(run, model)
+        log(text_runs=len({name.split(".")[1] for name in tensors if name.startswith("text_runs.")}))
     write_tensors(folder / "width.safetensors", tensors, {"samples": config.samples})
+
+
+@torch.no_grad()
+def fit_text_runs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
+    """Maps of every text run up to the longest (`Plan.text_runs`), by regression on the teacher's own streams."""
+    depth, dim, full = model.catalog.shape.depth, model.catalog.shape.dim, model.catalog.shape.width
+    blocks = list(model.transformer_blocks)
+    # From each block on: to what the blocks behind it read, and to the text behind them, all side by side.
+    reach = [min(run.width.longest_text_run, depth - first) - 1 for first in range(depth - 1)]
+    reads = [LeastSquares(dim, ahead * dim) for ahead in reach]
+    moves = [LeastSquares(dim, ahead * dim) for ahead in reach]
+    for batch in states.batches(run, run.width.samples, states.WIDTH):
+        passed = states.trace(model, batch)
+        words = batch.mask
+        weight = batch.weight[:, None].expand(words.shape)[words]
+        texts = [state.text[words] for state in passed.states]
+        seen = [
+            block.text_input(state.text, passed.context["temb"], full)[words]
+            for block, state in zip(blocks, passed.states, strict=False)
+        ]
+        for first, ahead in enumerate(reach):
+            there = range(first + 1, first + 1 + ahead)
+            reads[first].add(seen[first], torch.cat([seen[n] - seen[first] for n in there], 1), weight)
+            now = texts[first + 1]
+            moves[first].add(now, torch.cat([texts[n + 1] - now for n in there], 1), weight)
+    made = {}
+    for first, ahead in enumerate(reach):
+        read, move = ([part.split(dim) for part in fit[first].solve(run.width.ridge)] for fit in (reads, moves))
+        for last in range(first + 1, first + 1 + ahead):
+            interval = Interval(first, last)
+            for name in text_maps(interval, depth):
+                (weights, biases), n = (move, last) if name == "text" else (read, int(name.removeprefix("z_")))
+                prefix = f"text_runs.{interval.key}.{name}"
+                made[f"{prefix}.weight"] = weights[n - first - 1].clone()
+                made[f"{prefix}.bias"] = biases[n - first - 1].clone()
+    return made
 
 
 @torch.no_grad()
