@@ -116,7 +116,7 @@ class LoopConfig(Frozen):
         accumulate: batches whose gradients are averaged for a step.
         ema: share that moving averages of the weights keep at a step, and what is trained is these; 0 for none.
         clip: largest norm of a gradient, of each student by itself; 0 for no limit.
-        precision: ``bf16`` computes under autocast; what is trained stays float32. The teacher of students is in bfloat16.
+        precision: ``bf16`` computes under autocast; what is trained stays float32. The students' teacher is bfloat16.
         eight_bit: whether AdamW keeps its moments in 8 bits; takes bitsandbytes.
     """
 
