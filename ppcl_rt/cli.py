@@ -309,3 +309,7 @@ def _writing(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ import typer
 from ppcl_train import caching, captioned
 from ppcl_train import family as families
 from ppcl_train.config import PRESETS, RunConfig, with_changes
+from ppcl_train.distributed import join
 from ppcl_train.family import Encoder
 from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
 from ppcl_train.pipeline import config_of as stored_config
@@ -54,9 +55,12 @@ def _begin(
     """The config of a run: what the folder was begun with, unless the command line says otherwise."""
     if select is not None:
         changes = [*(changes or []), f"select={select}"]
-    config = stored_config(out) if (out / CONFIG).exists() and not changes else config_of(preset, changes)
-    begin(config, out, teacher)
-    return config
+    world = join()
+    if world.is_main:
+        stored = (out / CONFIG).exists() and not changes
+        begin(stored_config(out) if stored else config_of(preset, changes), out, teacher)
+    world.wait()
+    return stored_config(out)
 
 
 @app.command()
@@ -69,7 +73,8 @@ def run(
 ) -> None:
     """Run all stages that are not done yet."""
     run_stages(_begin(preset, out, teacher, set, select), out)
-    print(f"wrote {out / 'checkpoint'}")
+    if join().is_main:
+        print(f"wrote {out / 'checkpoint'}")
 
 
 @app.command()

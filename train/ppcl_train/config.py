@@ -121,13 +121,13 @@ class LoopConfig(Frozen):
     """How a stage trains (`loop.train_loop`).
 
     Attributes:
-        batch: samples of a forward; ``batch * accumulate`` make a step.
+        batch: samples of a forward, over all processes; ``batch * accumulate`` make a step.
         lr: peak learning rate of AdamW; half a cosine down to zero follows ``warmup`` steps up.
         weight_decay: of matrices; biases and norms do not decay.
         accumulate: batches whose gradients are averaged for a step.
         ema: share that moving averages of the weights keep at a step, and what is trained is these; 0 for none.
         clip: largest norm of a gradient, of each student by itself; 0 for no limit.
-        precision: ``bf16`` computes under autocast; weights and losses stay as they are.
+        precision: ``bf16`` computes under autocast; what is trained stays float32. The students' teacher is bfloat16.
         eight_bit: whether AdamW keeps its moments in 8 bits; takes bitsandbytes.
     """
 
@@ -210,10 +210,20 @@ class StudentsConfig(LoopConfig):
     Attributes:
         magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone; reference
             mode adds none.
+        parallel: what several processes share: the samples of a batch, with gradients averaged ("data"), or the
+            students, each trained by one process on whole batches, with nothing to exchange ("intervals").
+        shard_teacher: spread the teacher's weights over all processes (FSDP2).
+        checkpointing: compute a student's activations again for the backward pass instead of keeping them.
+        cache_bytes: bytes on disk for the teacher's streams, in bfloat16; training then goes round and round the
+            batches that fit. 0: every step sees a new batch.
     """
 
     steps: PositiveInt = 400
     magnitude: float = Field(0.0, ge=0)
+    parallel: Literal["data", "intervals"] = "data"
+    shard_teacher: bool = False
+    checkpointing: bool = False
+    cache_bytes: int = Field(0, ge=0)
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]

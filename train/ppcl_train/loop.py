@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ppcl_train.config import LoopConfig, RunConfig
+from ppcl_train.distributed import ALONE, World
 from ppcl_train.runs import Log, read_note, read_tensors, state_file, write_tensors
 
 # What a step returns: one loss, or losses by the name of what they train.
@@ -46,6 +47,7 @@ def train_loop(
     step_loss: Callable[[int], Losses],
     *,
     optimisers: Sequence[torch.optim.Optimizer] = (),
+    world: World = ALONE,
     rate: Callable[[int], float] | None = None,
     before_update: Callable[[], None] = lambda: None,
     after_step: Callable[[int, Mapping[str, torch.Tensor]], None] = lambda done, trained: None,
@@ -60,6 +62,9 @@ def train_loop(
             the batches ``n * accumulate .. n * accumulate + accumulate - 1``; the number alone decides what is drawn.
             A name that begins names of parameters (``students.3-5``) owns them: their gradient is clipped by itself.
         optimisers: over these parameters, in place of AdamW; the learning rate that each has now is its peak.
+            One that has stepped in ``step_loss`` and let go of its gradients has nothing left to do here.
+        world: the processes that call this together. What they train under one name is the same on all of them, and
+            what one trains alone lies in the one state with all else; rank 0 writes it.
         rate: ``step -> share of the peak learning rate``, in place of `cosine`.
         before_update: called when the gradients of a step are complete: where processes average them.
         after_step: called with the number of steps done and the weights that the loop would return now.
@@ -72,7 +77,7 @@ def train_loop(
             state of the last save is kept. Or the state cannot be read or written.
     """
     file = state_file(log.folder, log.stage)
-    optimisers = optimisers or [_adamw(config, parameters, log)]
+    optimisers = optimisers or [adamw(adam(config, log), config, parameters.values())]
     rate = rate or (lambda step: cosine(step, config.steps, config.warmup))
     peaks = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
     averages = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
@@ -88,7 +93,7 @@ def train_loop(
         kept = f"{file} holds the last good state" if file.exists() else "no state had been saved"
         return ValueError(f"{log.stage}: {what} at step {step}: lower the learning rate; {kept}")
 
-    with _view(log.stage, config.steps, first, watch) as view, _tracker(run, log, first) as track:
+    with _view(log.stage, config.steps, first, watch, world) as view, _tracker(run, log, first, world) as track:
         for step in range(first, config.steps):
             for optimiser, rates in zip(optimisers, peaks):
                 for group, peak in zip(optimiser.param_groups, rates):
@@ -122,7 +127,7 @@ def train_loop(
             view(done)
             last = done == config.steps
             if done % log_every == 0 or last:
-                means = {name: seen.mean for name, seen in watch.items()}
+                means = world.union({name: seen.mean for name, seen in watch.items()})
                 mean = sum(means.values()) / len(means)
                 named = {name: value for name, value in means.items() if name}
                 log(step=done, of=config.steps, loss=mean, **({"losses": named} if named else {}), shown=not view.live)
@@ -130,14 +135,17 @@ def train_loop(
                     {"loss": mean, "lr": peaks[0][0] * rate(step), **{f"loss/{k}": v for k, v in named.items()}}, done
                 )
             # Not while a loss is far off, or the last good state would be gone before it counts as diverged.
-            if last or (done % run.save_every == 0 and not any(seen.far_off for seen in watch.values())):
+            saves = last or done % run.save_every == 0
+            if saves and (not world.any(any(seen.far_off for seen in watch.values())) or last):
                 state = _state(parameters, averages, optimisers)
                 for name, tensor in state.items():
                     if tensor.is_floating_point() and not tensor.isfinite().all():
                         raise fail(f"{name} is not finite", step)
-                plain = _optimiser_state(optimisers, tensors=False)
-                watched = {name: asdict(seen) for name, seen in watch.items()}
-                write_tensors(file, state, {"step": done, "of": config.steps, "plain": plain, "losses": watched})
+                plain = world.union(_optimiser_state(optimisers, parameters, tensors=False))
+                watched = world.union({name: asdict(seen) for name, seen in watch.items()})
+                state = world.gather(state)
+                if world.is_main:
+                    write_tensors(file, state, {"step": done, "of": config.steps, "plain": plain, "losses": watched})
     return trained
 
 
@@ -176,17 +184,22 @@ def _clip(gradients: Mapping[str, torch.Tensor], names: Sequence[str], most: flo
         torch._foreach_mul_(tensors, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _adamw(config: LoopConfig, parameters: Mapping[str, torch.Tensor], log: Log) -> torch.optim.Optimizer:
-    """AdamW as in the paper (biases and norms do not decay); 8-bit moments where asked for and installed."""
-    kind: Any = torch.optim.AdamW
+def adam(config: LoopConfig, log: Log) -> Any:
+    """The class of AdamW; that with 8-bit moments where asked for and installed."""
     if config.eight_bit:
         try:
-            kind = importlib.import_module("bitsandbytes").optim.AdamW8bit
+            return importlib.import_module("bitsandbytes").optim.AdamW8bit
         except ImportError:
             log(eight_bit="bitsandbytes is not installed: AdamW keeps its moments in full")
+    return torch.optim.AdamW
+
+
+def adamw(kind: Any, config: LoopConfig, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    """AdamW as in the paper: biases and norms do not decay."""
+    held = list(parameters)
     groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in held if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in held if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimiser: torch.optim.Optimizer = kind(groups, lr=config.lr, betas=(0.9, 0.95))
     return optimiser
@@ -200,18 +213,33 @@ def _state(
     return {
         **{f"model.{name}": tensor.detach() for name, tensor in parameters.items()},
         **{f"average.{name}": tensor for name, tensor in averages.items()},
-        **_optimiser_state(optimisers, tensors=True),
+        **_optimiser_state(optimisers, parameters, tensors=True),
     }
 
 
-def _optimiser_state(optimisers: Sequence[torch.optim.Optimizer], tensors: bool) -> dict[str, Any]:
+def _optimiser_state(
+    optimisers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, torch.Tensor], tensors: bool
+) -> dict[str, Any]:
     """What optimisers remember, by name: tensors, or what is none (bitsandbytes counts steps in a plain number)."""
     return {
-        f"optimiser.{n}.{index}.{key}": value
-        for n, optimiser in enumerate(optimisers)
-        for index, state in optimiser.state_dict()["state"].items()
-        for key, value in state.items()
+        f"optimiser.{name}.{key}": value
+        for optimiser in optimisers
+        for name, index in _indices(optimiser, parameters).items()
+        for key, value in optimiser.state_dict()["state"].get(index, {}).items()
         if isinstance(value, torch.Tensor) == tensors
+    }
+
+
+def _indices(optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Numbers under which an optimiser's state dict knows parameters.
+
+    States are stored under names: who reads them may have other parameters in other optimisers.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {
+        names[id(parameter)]: index
+        for group, numbered in zip(optimiser.param_groups, optimiser.state_dict()["param_groups"])
+        for parameter, index in zip(group["params"], numbered["params"])
     }
 
 
@@ -229,35 +257,47 @@ def _restore(
     """
     held, note = read_tensors(file), read_note(file)
     into = _state(parameters, averages, [])
-    shapes = {name: tensor.shape for name, tensor in held.items() if not name.startswith("optimiser.")}
-    if shapes != {name: tensor.shape for name, tensor in into.items()} or not {"step", "plain", "losses"} <= set(note):
+    same = all(name in held and held[name].shape == tensor.shape for name, tensor in into.items())
+    if not same or not {"step", "plain", "losses"} <= set(note):
         raise ValueError(f"{file} is the state of another training: delete it, and the stage begins anew")
     with torch.no_grad():
         for name, tensor in into.items():
             tensor.copy_(held[name])
-    for n, optimiser in enumerate(optimisers):
+    states: dict[str, dict[str, Any]] = {}
+    for name, value in {**held, **note["plain"]}.items():
+        if name.startswith("optimiser."):
+            parameter, key = name.removeprefix("optimiser.").rsplit(".", 1)
+            states.setdefault(parameter, {})[key] = value
+    for optimiser in optimisers:
         content = optimiser.state_dict()
-        for name, value in {**held, **note["plain"]}.items():
-            if name.startswith(f"optimiser.{n}."):
-                index, key = name.removeprefix(f"optimiser.{n}.").split(".", 1)
-                content["state"].setdefault(int(index), {})[key] = value
+        content["state"] = {i: states[name] for name, i in _indices(optimiser, parameters).items() if name in states}
         optimiser.load_state_dict(content)
-    watch.update({name: _Watched(**values) for name, values in note["losses"].items()})
+    stored = [name.removeprefix("model.") for name in held if name.startswith("model.")]
+    for name, values in note["losses"].items():
+        # A loss of what another process trains now is watched there.
+        if _owns(name, parameters) or not _owns(name, stored):
+            watch[name] = _Watched(**values)
     step: int = note["step"]
     return step
+
+
+def _owns(loss: str, parameters: Iterable[str]) -> bool:
+    """Whether the name of a loss begins the name of a parameter."""
+    return any(name.startswith(f"{loss}.") for name in parameters)
 
 
 class _View:
     """Where a loop is: a live view on a terminal, with the running mean of every loss by name; else nothing."""
 
-    def __init__(self, stage: str, steps: int, first: int, watch: Mapping[str, _Watched]) -> None:
+    def __init__(self, stage: str, steps: int, first: int, watch: Mapping[str, _Watched], world: World) -> None:
         console = Console()
         self._watch = watch
+        shown = console.is_terminal and world.is_main
         self._progress = Progress(
             TextColumn(f"{stage:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), auto_refresh=False
         )
         self._task = self._progress.add_task(stage, total=steps, completed=first)
-        self.live = Live(get_renderable=self._render, console=console, transient=True) if console.is_terminal else None
+        self.live = Live(get_renderable=self._render, console=console, transient=True) if shown else None
 
     def _render(self) -> Group:
         losses = [f"{name or 'loss'} [bold]{seen.mean:.4g}" for name, seen in list(self._watch.items())]
@@ -268,16 +308,16 @@ class _View:
 
 
 @contextlib.contextmanager
-def _view(stage: str, steps: int, first: int, watch: Mapping[str, _Watched]) -> Iterator[_View]:
-    view = _View(stage, steps, first, watch)
+def _view(stage: str, steps: int, first: int, watch: Mapping[str, _Watched], world: World) -> Iterator[_View]:
+    view = _View(stage, steps, first, watch, world)
     with view.live or contextlib.nullcontext():
         yield view
 
 
 @contextlib.contextmanager
-def _tracker(run: RunConfig, log: Log, first: int) -> Iterator[Callable[[dict[str, float], int], None]]:
+def _tracker(run: RunConfig, log: Log, first: int, world: World) -> Iterator[Callable[[dict[str, float], int], None]]:
     """What keeps curves, through accelerate: tensorboard's lie in ``tracking/``, a folder a stage."""
-    if run.tracker == "none":
+    if run.tracker == "none" or not world.is_main:
         yield lambda values, step: None
         return
     # Only now: this import takes a second.

@@ -15,6 +15,7 @@ from ppcl_rt.checkpoint import line
 from ppcl_rt.plan import read_json
 from ppcl_train import measure, probes, recover, selection, students, table, teacher, width
 from ppcl_train.config import RunConfig
+from ppcl_train.distributed import join
 from ppcl_train.runs import (
     Log,
     in_use,
@@ -34,6 +35,8 @@ class Stage(NamedTuple):
     name: str
     output: str
     run: Callable[[RunConfig, Path], None]
+    # Whether all processes run it; rank 0 alone runs the others.
+    parallel: bool = False
 
 
 def select(run: RunConfig, folder: Path) -> None:
@@ -47,7 +50,7 @@ def select(run: RunConfig, folder: Path) -> None:
 STAGES = (
     Stage("teacher", "teacher.safetensors", teacher.train),
     Stage("select", selection.OUTPUT, select),
-    Stage("students", "students.safetensors", students.distil),
+    Stage("students", "students.safetensors", students.distil, parallel=True),
     Stage("width", "width.safetensors", width.prune),
     Stage("recover", recover.OUTPUT, recover.recover),
     Stage("measure", "sensitivities.json", measure.measure),
@@ -102,14 +105,15 @@ def is_done(stage: Stage, folder: Path) -> bool:
 
 
 def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None:
-    """Run what is not done yet, up to and including the stage ``last``.
+    """Run what is not done yet, up to and including the stage ``last``; every process of a world calls this.
 
     Raises:
         ValueError: another process writes the folder, or a stage cannot go on; what had been written is kept.
     """
+    world = join()
     with locked(folder):
         for stage in STAGES:
-            if not is_done(stage, folder):
+            if not world.agree(is_done(stage, folder)) and (stage.parallel or world.is_main):
                 with making(config, stage.name) as made_by:
                     Log(folder, stage.name)(begun=True, commit=made_by["commit"])
                     try:
@@ -118,8 +122,9 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
                         raise ValueError(
                             f"{stage.name} stopped: {line(error)}; what was done before is kept"
                         ) from error
+            world.wait()
             # Only now: a kill in between would otherwise lose the stage.
-            for state in state_files(folder, stage.name):
+            for state in state_files(folder, stage.name) if world.is_main else []:
                 state.unlink()
             if stage.name == last:
                 return

@@ -151,7 +151,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process writes it.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if _follows():
         yield
         return
     with _lock_file(folder).open("a+") as file:
@@ -169,6 +169,11 @@ def locked(folder: Path) -> Iterator[None]:
             file.write(str(os.getpid()))
             file.flush()
         yield
+
+
+def _follows() -> bool:
+    """Whether this process was launched with others and is not their first."""
+    return int(os.environ.get("RANK", "0")) > 0
 
 
 def in_use(folder: Path) -> bool:
@@ -199,7 +204,7 @@ def _lock(file: Any) -> bool:
 
 
 class Log:
-    """Appends one JSON line an event to a run's ``log.jsonl``, and prints it.
+    """Appends one JSON line an event to a run's ``log.jsonl``, and prints it; in the first of several processes alone.
 
     Attributes:
         folder: the run folder.
@@ -208,15 +213,17 @@ class Log:
 
     def __init__(self, folder: Path, stage: str) -> None:
         self.folder, self.stage, self._start = folder, stage, time.monotonic()
-        self._path = folder / "log.jsonl"
+        self._path, self._silent = folder / "log.jsonl", _follows()
         folder.mkdir(parents=True, exist_ok=True)
         # A kill may have cut the last line.
-        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+        if not self._silent and self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             with self._path.open("a") as file:
                 file.write("\n")
 
     def __call__(self, *, shown: bool = True, **values: Any) -> None:
         """Write down some values; print those that are no mappings, unless ``shown`` is false."""
+        if self._silent:
+            return
         event = {**values, "seconds": round(time.monotonic() - self._start, 1)}
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, **event}) + "\n")
