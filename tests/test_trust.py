@@ -414,8 +414,8 @@ def test_a_cut_line_of_the_log_spoils_no_other(tmp_path):
     assert [event.get("a") or event.get("b") for event in runs.read_log(tmp_path)] == [1, 2]
 
 
-def test_fifty_kills_leave_the_bytes_of_a_run_that_nothing_disturbed():
+def test_kills_leave_the_bytes_of_a_run_that_nothing_disturbed():
+    # `make kill` does it fifty times.
     script = Path(__file__).with_name("kill.py")
-    done = subprocess.run([sys.executable, script, "--kills", "50"], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run([sys.executable, script, "--kills", "12"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    print(done.stdout)
