@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ppcl_rt import Streams
-from ppcl_train import scenes
+from ppcl_train import family
 from ppcl_train.config import RunConfig
-from ppcl_train.sampling import arguments
+from ppcl_train.data import source
 
 # Seeds of calibration batches start here, so that no stage sees a batch of another or of the teacher's training.
 PROBES, STUDENTS, RECOVER, WIDTH, MEASURE = (10_000_000 * stage for stage in range(1, 6))
@@ -55,12 +55,17 @@ class Inputs:
 
 
 def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
-    """Make a calibration batch; (run.seed, seed) alone decides it."""
-    batch = scenes.training_batch(size, (run.seed, seed), drop=run.teacher.drop_caption)
+    """Make a calibration batch; (run.seed, seed) alone decides it.
+
+    ``x_t = (1 - t) x_0 + t noise`` at logit-normal timesteps; the transformer is called in the teacher's dtype.
+    """
+    samples = source(run).samples(size, seed)
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
     t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
-    x = torch.lerp(batch.latents, torch.randn(batch.latents.shape, generator=generator), t[:, None, None])
-    return Inputs(x, t, arguments(x, t, batch.embeddings, batch.mask), predicts="clean")
+    x = torch.lerp(samples.latents, torch.randn(samples.latents.shape, generator=generator), t[:, None, None])
+    kind, dtype = family.of(run.task), getattr(torch, run.teacher.dtype)
+    call = kind.arguments(x.to(dtype), t, samples.embeddings.to(dtype), samples.mask, samples.shape)
+    return Inputs(x, t, call, kind.predicts)
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
