@@ -278,6 +278,46 @@ class MeasureConfig(Frozen):
     bands: PositiveInt = 4
 
 
+class CompareConfig(LoopConfig):
+    """How the baselines are made and judged, all in the same way (`ppcl_train.compare`).
+
+    The loop's settings are those of the end-to-end stage; stages before it follow `StudentsConfig`.
+
+    Attributes:
+        steps: training steps of every method for a ratio, of all its stages together.
+        ratios: parameters kept, over those of the teacher.
+        slack: what a model of whole blocks may have beyond a ratio, so that it is not almost a block short of it.
+        distil: share of the steps before the end-to-end stage, for methods with two stages.
+        rank: of the adapters that stand in for later training while layer gates are learnt.
+        gate_lr: learning rate of the gates' logits.
+        prompts: unseen prompts, equally many of each kind; the same for all, from the same noise.
+        seeds: training seeds of ours and of the eq. 5 reference; the other methods get the first one.
+    """
+
+    steps: PositiveInt = 1500
+    lr: PositiveFloat = 5e-4
+    ratios: tuple[Share, ...] = (0.7, 0.5, 0.35)
+    slack: float = Field(0.01, ge=0)
+    distil: Share = 0.25
+    rank: PositiveInt = 8
+    gate_lr: PositiveFloat = 0.05
+    prompts: PositiveInt = 1000
+    judge_seed: int = Field(1, ge=0)
+    seeds: PositiveInt = 3
+
+    @field_validator("ratios")
+    @classmethod
+    def _distinct(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if not ratios or len(set(ratios)) != len(ratios):
+            raise ValueError(f"one ratio or more, each once, not {ratios}")
+        return ratios
+
+    @property
+    def distil_steps(self) -> int:
+        """Steps before the end-to-end stage."""
+        return round(self.distil * self.steps)
+
+
 class RunConfig(Frozen):
     """One training run.
 
@@ -311,6 +351,7 @@ class RunConfig(Frozen):
     width: WidthConfig = WidthConfig()
     recover: RecoverConfig = RecoverConfig()
     measure: MeasureConfig = MeasureConfig()
+    compare: CompareConfig = CompareConfig()
     sampler: Sampler = Sampler()
 
     @property
