@@ -607,7 +607,7 @@ def _restore(
     if layout is None:
         return held
     group, axis = layout
-    return stock.clone().index_copy_(axis, orders[group].reshape(-1)[: held.shape[axis]], held)
+    return stock.to(held.dtype, copy=True).index_copy_(axis, orders[group].reshape(-1)[: held.shape[axis]], held)
 
 
 def _assign(block: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -354,6 +354,14 @@ class RunConfig(Frozen):
     compare: CompareConfig = CompareConfig()
     sampler: Sampler = Sampler()
 
+    @model_validator(mode="after")
+    def _computes(self) -> RunConfig:
+        if self.teacher.dtype != "float32":
+            for name in ("probes", "students", "recover"):
+                if getattr(self, name).precision != "bf16":
+                    raise ValueError(f"a teacher in {self.teacher.dtype} wants {name}.precision=bf16, not no")
+        return self
+
     @property
     def magnitude(self) -> float:
         """Weight of the magnitude term beside eq. 6: the reference is eq. 6 as it stands in the paper."""

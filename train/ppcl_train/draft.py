@@ -13,6 +13,7 @@ import ppcl_rt
 from ppcl_rt import Catalog, Interval, Option, Student, TextRun, Widths
 from ppcl_train import family, selection
 from ppcl_train.config import RunConfig
+from ppcl_train.distributed import join
 from ppcl_train.teacher import load
 
 # A choice that nothing has been measured for yet.
@@ -24,9 +25,13 @@ def write_draft(
     folder: Path,
     made: Mapping[str, torch.Tensor],
     widths: Mapping[str, list[int]] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | None = None,
 ) -> Catalog:
-    """Write ``draft/``: the teacher, and what was made: students and, with ``widths``, all that narrower widths run."""
+    """Write ``draft/``: the teacher, and what was made: students and, with ``widths``, all that narrower widths run.
+
+    Args:
+        dtype: of the floats in it; None for what the teacher computes in.
+    """
     teacher = load(run, folder)
     shape = teacher.catalog.shape
     options = Widths.only(shape.width)
@@ -61,12 +66,14 @@ def write_draft(
         task={"name": run.task, "sampler": run.sampler.model_dump()} if family.of(run.task).judged else None,
     )
     tensors = {**teacher.full_state(), **made}
-    stored = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    kind = getattr(torch, dtype or run.teacher.dtype)
+    stored = {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
     # What an earlier stage left is of no more use, and where there is nothing to replace, one rename does it.
     shutil.rmtree(folder / "draft", ignore_errors=True)
     return ppcl_rt.write_checkpoint(folder / "draft", teacher.stock_config, catalog, stored)
 
 
-def open_draft(folder: Path) -> Any:
-    """Load ``draft/`` with everything resident, in float32."""
-    return ppcl_rt.load(folder / "draft", dtype=torch.float32, resident="all")
+def open_draft(run: RunConfig, folder: Path) -> Any:
+    """Load ``draft/`` with everything resident, in the dtype that the teacher computes in, on this process's device."""
+    dtype = getattr(torch, run.teacher.dtype)
+    return ppcl_rt.load(folder / "draft", dtype=dtype, device=join().device, resident="all")

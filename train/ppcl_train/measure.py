@@ -117,8 +117,8 @@ def measure(run: RunConfig, folder: Path) -> None:
     """Measure the recovered checkpoint; writes ``draft/`` in the storage dtype and ``sensitivities.json``."""
     tensors = read_tensors(folder / "width.safetensors") | read_tensors(folder / "recovered.safetensors")
     full = load(run, folder).catalog.shape.width
-    write_draft(run, folder, tensors, legal_counts(run, full), getattr(torch, run.storage))
-    measured = sensitivities(open_draft(folder), run, Log(folder, "measure"))
+    write_draft(run, folder, tensors, legal_counts(run, full), run.storage)
+    measured = sensitivities(open_draft(run, folder), run, Log(folder, "measure"))
     write_json(
         folder / "sensitivities.json",
         measured.model_dump(mode="json", include={"blocks", "students", "text_runs", "edges"}),

@@ -41,7 +41,7 @@ def recover(run: RunConfig, folder: Path) -> None:
         write_tensors(folder / OUTPUT, given, {"steps": 0})
         return
     write_draft(run, folder, given, legal_counts(run, load(run, folder).catalog.shape.width))
-    model = open_draft(folder)
+    model = open_draft(run, folder)
     if not (folder / COSTS).exists():
         write_json(folder / COSTS, sensitivities(model, run, log).model_dump(mode="json"))
     plans = Plans(Catalog.model_validate(read_content(folder / COSTS)), config.planned)
@@ -55,6 +55,8 @@ def recover(run: RunConfig, folder: Path) -> None:
         if not its_config.steps:
             continue
         for parameter in trained.values():
+            # In float32 whatever the teacher computes in: steps are too small for less.
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         seed = states.RECOVER + part * config.steps * config.accumulate
 

@@ -54,4 +54,5 @@ def begin(blocks: nn.ModuleList, selected: Selected) -> nn.Module:
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(torch.stack([blocks[n].get_parameter(name) for n in numbers]).mean(0))
-    return student.requires_grad_(True)
+    # In float32 whatever the teacher computes in: steps are too small for less.
+    return student.float().requires_grad_(True)

@@ -93,7 +93,7 @@ def prune(run: RunConfig, folder: Path) -> None:
     log, config = Log(folder, "width"), run.width
     students = read_tensors(folder / "students.safetensors")
     write_draft(run, folder, students)
-    model = open_draft(folder)
+    model = open_draft(run, folder)
     shape, layout = model.catalog.shape, model.layout
     embeddings = time_embeddings(run, model)
     runnable: list[tuple[str, Any, int]] = [
