@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ppcl_rt import Interval, Streams
 from ppcl_train import selection, states
 from ppcl_train.config import RunConfig
+from ppcl_train.distributed import join
 from ppcl_train.loop import train_loop
 from ppcl_train.runs import Log, read_tensors, replacing, write_json, write_tensors
 from ppcl_train.teacher import load
@@ -42,6 +43,7 @@ class LeastSquares:
         """Take in n rows; ``weight [n]`` is what each row's squared error counts, 1 by default."""
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1).double()
         weighted = x if weight is None else x * weight.double()[:, None]
+        self.gram, self.cross = self.gram.to(x.device), self.cross.to(x.device)
         self.gram += x.T @ weighted
         if y is not None:
             self.cross += y.double().T @ weighted
@@ -109,17 +111,17 @@ def fit(run: RunConfig, folder: Path) -> None:
         ValueError: the fine-tuning diverges.
     """
     log, config = Log(folder, "select"), run.probes
-    model = load(run, folder)
+    model = load(run, folder).to(join().device)
     started, tuned = folder / "probes.start.safetensors", folder / "probes.safetensors"
     if not started.exists():
         write_tensors(started, least_squares(run, model), {"samples": config.samples})
     if not tuned.exists():
-        named = read_tensors(started)
+        named = {name: tensor.to(join().device) for name, tensor in read_tensors(started).items()}
         before = error(run, model, named)
         tune(run, folder, model, named, log)
         log(least_squares=before, tuned=error(run, model, named))
         write_tensors(tuned, named, {"steps": config.steps})
-    alignment = align(run, model, read_tensors(tuned))
+    alignment = align(run, model, {name: tensor.to(join().device) for name, tensor in read_tensors(tuned).items()})
     intervals = find_intervals(alignment["mean"], model.catalog.shape.depth)
     log(intervals=" ".join(map(str, intervals)))
     curves = [

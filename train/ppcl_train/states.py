@@ -16,7 +16,7 @@ from ppcl_rt import Interval, Streams
 from ppcl_train import family
 from ppcl_train.config import RunConfig
 from ppcl_train.data import source
-from ppcl_train.distributed import ALONE, World
+from ppcl_train.distributed import ALONE, World, join
 from ppcl_train.runs import read_note, write_tensors
 
 # Seeds of calibration batches start here, so that no stage sees a batch of another or of the teacher's training.
@@ -73,7 +73,7 @@ class Inputs:
 
 
 def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
-    """Make a calibration batch; (run.seed, seed) alone decides it.
+    """Make a calibration batch on this process's device; (run.seed, seed) alone decides it.
 
     ``x_t = (1 - t) x_0 + t noise`` at logit-normal timesteps; the transformer is called in the teacher's dtype.
     """
@@ -83,7 +83,7 @@ def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
     x = torch.lerp(samples.latents, torch.randn(samples.latents.shape, generator=generator), t[:, None, None])
     kind, dtype = family.of(run.task), getattr(torch, run.teacher.dtype)
     call = kind.arguments(x.to(dtype), t, samples.embeddings.to(dtype), samples.mask, samples.shape)
-    return Inputs(x, t, call, kind.predicts)
+    return Inputs(x, t, call, kind.predicts).to(join().device)
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:

@@ -20,6 +20,7 @@ from ppcl_rt.catalog import Start
 from ppcl_rt.plan import Frozen, read_json
 from ppcl_train import selection, states
 from ppcl_train.config import RunConfig
+from ppcl_train.distributed import join
 from ppcl_train.loop import cosine
 from ppcl_train.runs import Log, read_content, write_json
 from ppcl_train.selection import Selected
@@ -249,7 +250,7 @@ def measure(run: RunConfig, folder: Path) -> None:
         ValueError: the model has too few blocks for any candidate, or a loss is not finite.
     """
     log, config = Log(folder, "select"), run.table
-    model = load(run, folder)
+    model = load(run, folder).to(join().device)
     wanted = candidates(model.catalog.shape.depth, config.lengths)
     seen = Calibration.traced(
         model, (states.inputs(run, config.batch, states.PROBES + n) for n in range(config.batches))

@@ -172,7 +172,7 @@ def compress_block(
     made: dict[str, torch.Tensor] = {}
 
     def keep(name: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        made[f"narrow.{name}.weight"], made[f"narrow.{name}.bias"] = weight.float(), bias.float()
+        made[f"narrow.{name}.weight"], made[f"narrow.{name}.bias"] = weight.float().cpu(), bias.float().cpu()
 
     layout, ridge, counts = watcher.layout, run.width.ridge, legal_counts(run, full)
     for group in ("heads", *MLPS):
@@ -245,14 +245,14 @@ def eliminate(
     taken: list[int] = []
     found: list[dict[int, torch.Tensor]] = [{} for _ in layers]
     least = min(counts, default=units)
-    cost = torch.stack([each.cost() for each in running]).sum(0)
+    cost = torch.stack([each.cost() for each in running]).sum(0).cpu()
     while len(taken) < units - least:
         unit = int(torch.where(left, cost, torch.inf).argmin())
         left[unit] = False
         taken.append(unit)
         for each in running:
             each.take_out(unit)
-        cost = torch.stack([each.cost() for each in running]).sum(0)
+        cost = torch.stack([each.cost() for each in running]).sum(0).cpu()
         if units - len(taken) in counts:
             for each, weights in zip(running, found, strict=True):
                 weights[units - len(taken)] = each.weight.clone()
@@ -274,7 +274,7 @@ class _Surgery:
         covariance = gram[:-1, :-1] / gram[-1, -1] - torch.outer(self.mean, self.mean)
         # What never varies is no reason to stop: the floor keeps the matrix regular.
         added = ridge * covariance.diagonal().mean().clip(min=1e-12)
-        covariance = covariance + added * torch.eye(len(covariance), dtype=covariance.dtype)
+        covariance = covariance + added * torch.eye(len(covariance)).to(covariance)
         self.scale = (self.before @ covariance * self.before).sum().clip(min=1e-300)
         self.inverse = torch.linalg.inv(covariance)
         self.weight = self.before.clone()
@@ -287,7 +287,7 @@ class _Surgery:
         weight = self.weight.unflatten(1, (self.units, e))
         # What was taken out has a zero here and there, and no inverse.
         gone = own.diagonal(dim1=1, dim2=2).sum(1) == 0
-        own = torch.where(gone[:, None, None], torch.eye(e, dtype=own.dtype), own)
+        own = torch.where(gone[:, None, None], torch.eye(e).to(own), own)
         return torch.einsum("oue,uef,ouf->u", weight, torch.linalg.inv(own), weight) / self.scale
 
     def take_out(self, unit: int) -> None:
