@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +18,15 @@ MLPS = ("image", "text")
 
 
 class Option(NamedTuple):
-    """A legal count of a group of `Width`, and the loss of the teacher's velocity when this alone is narrowed to it."""
+    """A legal count of a group of `Width`, and the loss of the teacher's velocity when this alone is narrowed to it.
+
+    Attributes:
+        bands: the loss's parts in each band of the timestep (`Catalog.edges`); none where it was not measured so.
+    """
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of an option
     loss: float
+    bands: tuple[float, ...] = ()
 
 
 class Widths(Frozen):
@@ -78,12 +85,14 @@ class Student(Frozen):
         start: the teacher block of the interval that it was copied from.
         loss: of the teacher's velocity with this student alone plugged in, at full width.
         widths: its own legal widths.
+        bands: as in `Option`.
     """
 
     interval: Interval
     start: Start
     loss: float = Field(gt=0, allow_inf_nan=False)
     widths: Widths
+    bands: tuple[float, ...] = ()
 
 
 class TextRun(Frozen):
@@ -92,10 +101,12 @@ class TextRun(Frozen):
     Attributes:
         interval: two or more blocks; the first computes the text stream as ever.
         loss: of the teacher's velocity with this run alone.
+        bands: as in `Option`.
     """
 
     interval: Interval
     loss: float = Field(gt=0, allow_inf_nan=False)
+    bands: tuple[float, ...] = ()
 
     @field_validator("interval")
     @classmethod
@@ -204,6 +215,7 @@ class Catalog(Frozen):
         text_runs: where the text stream may stand still; likewise.
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
             Linear maps for MLPs and modulations of a lower rank always do where they are legal.
+        edges: timesteps that bound the bands that losses are divided into, from 0 to 1; none where they are not.
         checksums: SHA-256 of every tensor's bytes, by name.
         task: how to sample and judge, for checkpoints of a task that the project can judge: ``{"name": ..., ...}``.
     """
@@ -215,6 +227,7 @@ class Catalog(Frozen):
     students: tuple[Student, ...] = ()
     text_runs: tuple[TextRun, ...] = ()
     compensated: bool = False
+    edges: tuple[float, ...] = ()
     checksums: dict[str, str] = Field(default_factory=dict)
     task: dict[str, Any] | None = None
 
@@ -232,6 +245,12 @@ class Catalog(Frozen):
                 raise ValueError(f"student {student.interval} reaches beyond block {self.shape.depth - 1}")
         if len({student.interval for student in self.students}) != len(self.students):
             raise ValueError("an interval has two students: drop one")
+        if self.edges:
+            if len(self.edges) < 2 or list(self.edges) != sorted({0.0, 1.0, *self.edges}):
+                raise ValueError(f"edges of timestep bands rise from 0 to 1, not {self.edges}")
+            for parts in self._all_bands():
+                if len(parts) != len(self.edges) - 1 or not all(0 <= p < math.inf for p in parts):
+                    raise ValueError(f"a loss has the parts {parts} in {len(self.edges) - 1} bands of the timestep")
         if len({run.interval for run in self.text_runs}) != len(self.text_runs):
             raise ValueError("a text run is listed twice: drop one")
         for run in self.text_runs:
@@ -254,6 +273,49 @@ class Catalog(Frozen):
     def dense(self) -> Plan:
         """The plan that leaves everything in: the teacher."""
         return Plan.dense(self.fingerprint, self.shape.depth, self.shape.width)
+
+    def _all_bands(self) -> Iterator[tuple[float, ...]]:
+        for widths in (*self.blocks, *(student.widths for student in self.students)):
+            for group in Width._fields:
+                yield from (option.bands for option in widths.of(group)[1:])
+        yield from (student.bands for student in self.students)
+        yield from (run.bands for run in self.text_runs)
+
+    def near(self, timestep: float) -> Catalog:
+        """The same catalog with losses as they are in the band of a timestep: what a denoising step there goes by.
+
+        Raises:
+            ValueError: losses were not measured by bands, or the timestep is not in [0, 1].
+        """
+        if not self.edges:
+            raise ValueError("this checkpoint's losses were not measured by timestep: plan without one")
+        if not 0 <= timestep <= 1:
+            raise ValueError(f"a timestep lies in [0, 1], 1 is noise, not {timestep}")
+        band = min(bisect.bisect_right(self.edges, timestep), len(self.edges) - 1) - 1
+        least = 1e-12
+
+        def narrowed(widths: Widths) -> Widths:
+            return Widths(
+                **{
+                    group: (
+                        widths.of(group)[0],
+                        *(option._replace(loss=max(option.bands[band], least)) for option in widths.of(group)[1:]),
+                    )
+                    for group in Width._fields
+                }
+            )
+
+        def moved(each: Any) -> Any:
+            widths = {"widths": narrowed(each.widths)} if isinstance(each, Student) else {}
+            return each.model_copy(update={"loss": max(each.bands[band], least), **widths})
+
+        return self.model_copy(
+            update={
+                "blocks": tuple(map(narrowed, self.blocks)),
+                "students": tuple(map(moved, self.students)),
+                "text_runs": tuple(map(moved, self.text_runs)),
+            }
+        )
 
     def student(self, interval: Interval) -> Student:
         """The student of an interval.

@@ -93,7 +93,10 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     for block, widths in enumerate(catalog.blocks):
         table.add_row(
             str(block),
-            *("  ".join(f"{n} ({loss:.4f})" for n, loss in widths.of(group)) for group in ppcl_rt.Width._fields),
+            *(
+                "  ".join(f"{option.count} ({option.loss:.4f})" for option in widths.of(group))
+                for group in ppcl_rt.Width._fields
+            ),
         )
     _print(table)
 

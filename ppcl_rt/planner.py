@@ -8,6 +8,7 @@ what each choice alone was measured to lose.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -52,14 +53,24 @@ class Planner:
         self._choices = list(self._list_choices())
         self._rules = self._one_of_each()
         self._remembered = lru_cache(maxsize=1024)(self._plan)
+        self._near: dict[int, Planner] = {}
 
-    def plan(self, ratio: float) -> Plan:
+    def plan(self, ratio: float, timestep: float | None = None) -> Plan:
         """The best plan of at most ``ratio`` times the dense model's parameters; ratio 1 is the dense plan.
 
+        Args:
+            timestep: in [0, 1], 1 is noise: go by the losses near it, not by those over all (`Catalog.near`).
+
         Raises:
-            ValueError: ``ratio`` is not in (0, 1], or below what the smallest plan needs.
+            ValueError: ``ratio`` is not in (0, 1], or below what the smallest plan needs; or as `Catalog.near`.
         """
-        return self._remembered(check_ratio(ratio))
+        if timestep is None:
+            return self._remembered(check_ratio(ratio))
+        near = self.catalog.near(timestep)
+        band = bisect.bisect_right(self.catalog.edges, timestep)
+        if band not in self._near:
+            self._near[band] = Planner(near)
+        return self._near[band].plan(ratio)
 
     def _plan(self, ratio: float) -> Plan:
         if ratio == 1:
@@ -96,7 +107,7 @@ class Planner:
             fixed = 0 if owner.kind == "student" else shape.fixed_params
             fixed += shape.group_params("text", 0, still) if still else 0
             for group in _groups(owner):
-                for count, loss in widths.of(group):
+                for count, loss, _ in widths.of(group):
                     params = shape.group_params(group, count, still) + (fixed if group == "heads" else 0)
                     yield _Choice(owner, group, count, params, loss)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import field_validator
 
 from ppcl_rt.plan import Frozen, Plan
-from ppcl_rt.planner import check_ratio
+from ppcl_rt.planner import Planner, check_ratio
 
 
 class Schedule(Frozen):
@@ -37,6 +39,23 @@ class Schedule(Frozen):
     def warm(cls, dense_steps: int, ratio: float | Plan) -> Schedule:
         """Dense for the first ``dense_steps`` denoising steps, then ``ratio``."""
         return cls(phases=((0, 1.0), (dense_steps, ratio))) if dense_steps else cls.constant(ratio)
+
+    @classmethod
+    def near(cls, planner: Planner, ratio: float, timesteps: Sequence[float]) -> Schedule:
+        """At each denoising step the plan that loses least near its timestep, all of one ratio.
+
+        Args:
+            timesteps: of the denoising steps, in [0, 1], 1 is noise (diffusers' ``scheduler.timesteps / 1000``).
+
+        Raises:
+            ValueError: as `Planner.plan`, or there is no timestep.
+        """
+        phases: list[tuple[int, Plan]] = []
+        for step, timestep in enumerate(timesteps):
+            plan = planner.plan(ratio, float(timestep))
+            if not phases or plan != phases[-1][1]:
+                phases.append((step, plan))
+        return cls(phases=tuple(phases))
 
     def at(self, step: int) -> float | Plan:
         """What runs at denoising step ``step``, counted from 0."""

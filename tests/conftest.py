@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import ppcl_rt
 from ppcl_rt.catalog import text_maps
@@ -403,3 +411,56 @@ def same() -> Callable[..., None]:
         assert error.square().mean().sqrt() <= tolerance / 3
 
     return _same
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Everything of a Qwen-Image pipeline but its transformer, tiny and random, made without a network."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    # One token a byte and no merges: all that a tokenizer needs in order to read any prompt.
+    (folder / "vocab.json").write_text(json.dumps({c: n for n, c in enumerate(sorted(ByteLevel.alphabet()))}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), extra_special_tokens=special[1:])
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 300,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+        },
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(),
+        "vae": AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.3, -0.2, 0.1, 0.0],
+            latents_std=[0.8, 1.2, 1.0, 0.9],
+        ).eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+    }
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Qwen-Image pipeline, tiny and random, as `QwenImagePipeline.save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    QwenImagePipeline(**parts, transformer=_build_stock()).save_pretrained(folder)
+    return folder

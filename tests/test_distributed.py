@@ -164,8 +164,10 @@ def test_the_pipeline_runs_in_two_processes(tmp_path):
     changes = {
         "teacher.phases": [{"until": 2, "horizon": 2}],
         "teacher.batch": 4,
+        "select": "eq5",
         "probes.samples": 48,
         "probes.cka_samples": 16,
+        "probes.steps": 2,
         "students.steps": 2,
     }
     config = with_changes(TINY, changes)

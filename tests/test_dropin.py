@@ -3,70 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
 import ppcl_rt
 from ppcl_rt import Interval, Schedule, Step, Width
 from ppcl_rt.qwen_block import PPCLQwenImageTransformerBlock
 
 PROMPT, NEGATIVE = "two red squares", "blur"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """Everything of a Qwen-Image pipeline but its transformer, tiny and random, made without a network."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    # One token a byte and no merges: all that a tokenizer needs in order to read any prompt.
-    (folder / "vocab.json").write_text(json.dumps({c: n for n, c in enumerate(sorted(ByteLevel.alphabet()))}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), extra_special_tokens=special[1:])
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 300,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 16,
-        },
-    )
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": Qwen2_5_VLForConditionalGeneration(config).eval(),
-        "vae": AutoencoderKLQwenImage(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 2, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ).eval(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Option, Planner, Shape, Student, TextRun, Width, Widths
+from ppcl_rt import Catalog, Interval, Option, Planner, Schedule, Shape, Student, TextRun, Width, Widths
 
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -89,9 +89,9 @@ def all_plans(catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
                 total = total + shape.fixed_params
                 for group in Width._fields:
                     options = ((0, 0.0),) if group == "text" and stands_still else widths.of(group)
-                    counts = [shape.group_params(group, n, stands_still) for n, _ in options]
+                    counts = [shape.group_params(group, n, stands_still) for n, *_ in options]
                     total = np.add.outer(total, counts).ravel()
-                    lost = np.add.outer(lost, [loss for _, loss in options]).ravel()
+                    lost = np.add.outer(lost, [option[1] for option in options]).ravel()
             params.append(total)
             losses.append(lost)
     return np.concatenate(params), np.concatenate(losses)
@@ -252,3 +252,35 @@ def test_flops_are_those_counted(made, build_inputs):
     outside = counts.pop(empty)
     for plan, count in counts.items():
         assert made.catalog.shape.flops(plan, image_tokens=15, text_tokens=7, batch=3) == count - outside
+
+
+def test_plans_near_a_timestep_go_by_its_band():
+    """What loses nothing at high noise and much at low noise is cut there and not here; a schedule takes both."""
+    catalog = random_catalog(np.random.default_rng(3), 4, 0)
+    full = catalog.shape.width
+
+    def widths(parts: tuple[float, float]) -> Widths:
+        half = (Option(full.image // 2, sum(parts), parts),)
+        return Widths.only(full).model_copy(update={"image": (Option(full.image, 0.0), *half)})
+
+    blocks = tuple(widths((1e-6, 0.5) if n % 2 else (0.5, 1e-6)) for n in range(4))
+    timed = catalog.model_copy(update={"blocks": blocks, "text_runs": (), "edges": (0.0, 0.5, 1.0)})
+    timed = Catalog.model_validate(timed.model_dump())
+    planner = Planner(timed)
+    ratio = 1 - 1.5 * (full.image - full.image // 2) * 49 / timed.shape.dense_params
+    for timestep, cut in ((0.1, [1, 3]), (0.9, [0, 2]), (1.0, [0, 2]), (0.0, [1, 3])):
+        plan = planner.plan(ratio, timestep)
+        assert [n for n, step in enumerate(plan.steps) if step.width.image < full.image] == cut
+    schedule = Schedule.near(planner, ratio, [1.0, 0.9, 0.6, 0.3, 0.05])
+    assert [begin for begin, _ in schedule.phases] == [0, 3]
+    with pytest.raises(ValueError, match="not measured by timestep"):
+        Planner(catalog).plan(0.9, 0.5)
+    with pytest.raises(ValueError, match="1 is noise"):
+        planner.plan(0.9, 1.5)
+
+
+def test_bands_are_checked():
+    catalog = random_catalog(np.random.default_rng(3), 3, 1).model_dump()
+    for edges in ((0.0, 0.5, 1.0), (0.0, 1.0), (0.5, 1.0), (0.0, 1.0, 0.5)):
+        with pytest.raises(ValueError, match="band"):
+            Catalog.model_validate({**catalog, "edges": edges})

@@ -32,7 +32,12 @@ TINY = with_changes(
         "teacher.compile": False,
         "probes.samples": 48,
         "probes.cka_samples": 16,
-        "students.lengths": [2],
+        "table.lengths": [2, 3],
+        "table.steps": 4,
+        "table.trial_steps": 2,
+        "table.batches": 2,
+        "table.batch": 4,
+        "table.samples": 8,
         "students.steps": 8,
         "students.batch": 4,
         "recover.steps": 6,
@@ -183,7 +188,13 @@ def test_a_run_folder_refuses_another_config(finished):
 
 
 def test_settings_are_checked():
-    for changes in ({"students.stepz": 1}, {"nothing.at.all": 1}, {"students.steps": -1}, {"students.start": "second"}):
+    for changes in (
+        {"students.stepz": 1},
+        {"nothing.at.all": 1},
+        {"students.steps": -1},
+        {"table.starts": ["second"]},
+        {"select": "eq6"},
+    ):
         with pytest.raises(ValueError):
             with_changes(TINY, changes)
     assert RunConfig.model_validate_json(TINY.model_dump_json()) == TINY

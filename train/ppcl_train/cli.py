@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from ppcl_train import caching, captioned
+from ppcl_train import family as families
 from ppcl_train.config import PRESETS, RunConfig, with_changes
 from ppcl_train.distributed import join
+from ppcl_train.family import Encoder
 from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
 from ppcl_train.pipeline import config_of as stored_config
+from ppcl_train.shards import Limits, Manifest
 
 app = typer.Typer(help="Make a pluggable checkpoint: stages that resume where they were stopped.")
 
@@ -19,6 +24,9 @@ Preset = Annotated[str, typer.Option(help=f"one of: {', '.join(PRESETS)}")]
 Out = Annotated[Path, typer.Option(help="run folder; what is done in it is not done again")]
 Teacher = Annotated[Path | None, typer.Option(help="start from this teacher.safetensors instead of training one")]
 Set = Annotated[list[str] | None, typer.Option(help="change a setting: --set students.steps=100")]
+Select = Annotated[
+    str | None, typer.Option(help="how intervals are chosen: table, or eq5 as in the paper; short for --set select=...")
+]
 
 
 def config_of(preset: str, changes: list[str] | None) -> RunConfig:
@@ -41,21 +49,30 @@ def config_of(preset: str, changes: list[str] | None) -> RunConfig:
     return with_changes(PRESETS[preset], parsed)
 
 
-def _begin(preset: str, out: Path, teacher: Path | None, changes: list[str] | None) -> RunConfig:
+def _begin(
+    preset: str, out: Path, teacher: Path | None, changes: list[str] | None, select: str | None = None
+) -> RunConfig:
     """The config of a run: what the folder was begun with, unless the command line says otherwise."""
+    if select is not None:
+        changes = [*(changes or []), f"select={select}"]
     world = join()
     if world.is_main:
-        begin(
-            stored_config(out) if (out / CONFIG).exists() and not changes else config_of(preset, changes), out, teacher
-        )
+        known = (out / CONFIG).exists() and not changes
+        begin(stored_config(out) if known else config_of(preset, changes), out, teacher)
     world.wait()
     return stored_config(out)
 
 
 @app.command()
-def run(preset: Preset = "scenes", out: Out = Path("runs/scenes"), teacher: Teacher = None, set: Set = None) -> None:
+def run(
+    preset: Preset = "scenes",
+    out: Out = Path("runs/scenes"),
+    teacher: Teacher = None,
+    select: Select = None,
+    set: Set = None,
+) -> None:
     """Run all stages that are not done yet."""
-    run_stages(_begin(preset, out, teacher, set), out)
+    run_stages(_begin(preset, out, teacher, set, select), out)
     if join().is_main:
         print(f"wrote {out / 'checkpoint'}")
 
@@ -85,11 +102,147 @@ def status(
     print(f"next: {following}" if following else f"complete: {out / 'checkpoint'}")
 
 
+Family = Annotated[str, typer.Option(help="whose latents and embeddings: qwen-image or scenes")]
+Pipeline = Annotated[str, typer.Option(help="folder or hub id of the pipeline; for scenes a checkpoint")]
+CacheOut = Annotated[Path, typer.Option(help="folder of the cache; goes on where it was stopped")]
+Samples = Annotated[int | None, typer.Option(min=1, help="stop at so many samples; may be raised later")]
+MaxBytes = Annotated[
+    str | None, typer.Option(help="stop at so many bytes of shards, 800MB or 1.5TB; may be raised later")
+]
+Part = Annotated[str, typer.Option(help="1/8: the first of eight processes that share the work, each with an --out")]
+Strict = Annotated[bool, typer.Option(help="stop at what cannot be used, instead of leaving it out")]
+Dtype = Annotated[str, typer.Option(help="of what is stored and of the pipeline: bfloat16, float16 or float32")]
+Device = Annotated[str | None, typer.Option(help="cuda where there is one")]
+
+
+def _opened(family: str, pipeline: str, dtype: str, device: str | None, draws: bool) -> tuple[Encoder, torch.dtype]:
+    """An encoder, and the dtype to store in."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"--dtype is bfloat16, float16 or float32, not {dtype}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(torch, dtype)
+    return families.of(family).open(pipeline, device=device, dtype=kind, draws=draws), kind
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"--part is like 1/8, not {text}")
+    return int(part) - 1, int(parts)
+
+
+def _say(manifest: Manifest, out: Path) -> None:
+    size, left_out = manifest.bytes / 1e6, manifest.skipped.count
+    print(f"{out} holds {manifest.samples} samples in {size:.1f} MB; left out: {left_out}")
+    for what in manifest.skipped.first:
+        print(f"  {what}")
+
+
+@app.command()
+def cache(
+    out: CacheOut,
+    pipeline: Pipeline = "",
+    family: Family = "qwen-image",
+    images: Annotated[Path | None, typer.Option(help="folder of images, with .txt beside or metadata.jsonl")] = None,
+    webdataset: Annotated[str | None, typer.Option(help='tar shards: "data-{000..099}.tar" or "data-*.tar"')] = None,
+    dataset: Annotated[str | None, typer.Option(help="hub id or folder that `datasets` loads")] = None,
+    scenes: Annotated[int | None, typer.Option(min=1, help="make so many scenes (--family scenes)")] = None,
+    split: Annotated[str, typer.Option(help="of the dataset")] = "train",
+    image_column: Annotated[str, typer.Option(help="of the dataset")] = "image",
+    caption_column: Annotated[str, typer.Option(help="of the dataset, metadata.jsonl or .json in a tar")] = "text",
+    area: Annotated[int | None, typer.Option(min=1, help="pixels of an image; the family's own by default")] = None,
+    samples: Samples = None,
+    max_bytes: MaxBytes = None,
+    part: Part = "1/1",
+    strict: Strict = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Encode captioned images: VAE latents and prompt embeddings, in shards that training reads."""
+    given = [value for value in (images, webdataset, dataset, scenes) if value is not None]
+    if len(given) != 1:
+        raise ValueError("give one of --images, --webdataset, --dataset and --scenes")
+    if not pipeline and family != "scenes":
+        raise ValueError(f"give the --pipeline of {family}, a folder or a hub id: its VAE and text encoder are needed")
+    if scenes is not None and family != "scenes":
+        raise ValueError("scenes are pixels without a VAE: add --family scenes")
+    limits = Limits(samples, None if max_bytes is None else caching.bytes_of(max_bytes))
+    reader: captioned.Reader
+    if images is not None:
+        reader = captioned.Folder(images, caption_column)
+    elif webdataset is not None:
+        reader = captioned.Tars(webdataset, caption_column)
+    elif dataset is not None:
+        reader = captioned.Dataset(dataset, split, image_column, caption_column)
+    else:
+        reader = captioned.MadeScenes(scenes or 0)
+    where, (encoder, kind) = _part(part), _opened(family, pipeline, dtype, device, draws=False)
+    made = caching.cache(
+        family,
+        encoder,
+        reader,
+        out,
+        settings={"pipeline": pipeline},
+        dtype=kind,
+        area=area,
+        limits=limits,
+        part=where,
+        strict=strict,
+    )
+    _say(made, out)
+
+
+@app.command()
+def generate(
+    out: CacheOut,
+    pipeline: Pipeline,
+    prompts: Annotated[Path, typer.Option(help='a prompt a line, or .jsonl with a "prompt" a line')],
+    family: Family = "qwen-image",
+    size: Annotated[list[str] | None, typer.Option(help="pixels, 1024x768; several take turns")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 50,
+    guidance: Annotated[float, typer.Option(min=0, help="true classifier-free guidance; 1 for none")] = 4.0,
+    negative: Annotated[str, typer.Option(help="negative prompt")] = " ",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    samples: Samples = None,
+    max_bytes: MaxBytes = None,
+    part: Part = "1/1",
+    strict: Strict = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Draw a picture for every prompt with the teacher itself, and keep the pairs in shards that training reads."""
+    limits = Limits(samples, None if max_bytes is None else caching.bytes_of(max_bytes))
+    texts = caching.read_prompts(prompts)
+    where, (encoder, kind) = _part(part), _opened(family, pipeline, dtype, device, draws=True)
+    side = round(encoder.area**0.5)
+    made = caching.generate(
+        family,
+        encoder,
+        texts,
+        out,
+        settings={"pipeline": pipeline},
+        dtype=kind,
+        sizes=[caching.size_of(text) for text in size or [f"{side}x{side}"]],
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        seed=seed,
+        limits=limits,
+        part=where,
+        strict=strict,
+    )
+    _say(made, out)
+
+
 def _stage_command(name: str) -> None:
     def command(
-        preset: Preset = "scenes", out: Out = Path("runs/scenes"), teacher: Teacher = None, set: Set = None
+        preset: Preset = "scenes",
+        out: Out = Path("runs/scenes"),
+        teacher: Teacher = None,
+        select: Select = None,
+        set: Set = None,
     ) -> None:
-        run_stages(_begin(preset, out, teacher, set), out, last=name)
+        run_stages(_begin(preset, out, teacher, set, select), out, last=name)
 
     app.command(name, help=f"Run the stages up to and including {name}.")(command)
 

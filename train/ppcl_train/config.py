@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_rt.catalog import Start
 from ppcl_rt.checkpoint import line
@@ -49,9 +49,30 @@ class Phase(Frozen):
         return shares
 
 
-class TeacherConfig(Frozen):
-    """How the dense model is trained from nothing; ``architecture`` is what diffusers' class takes."""
+class DataConfig(Frozen):
+    """Where batches come from.
 
+    Attributes:
+        cache: a folder that ``ppcl train cache`` or ``generate`` filled; None makes scenes anew for every batch, which
+            only the task scenes can.
+    """
+
+    cache: str | None = None
+
+
+class TeacherConfig(Frozen):
+    """The dense model: a pretrained one, or how it is trained from nothing.
+
+    Attributes:
+        pretrained: a transformer, or the pipeline that it is part of: a folder or a hub id. It is read where it lies,
+            and nothing below is used but ``dtype`` and ``drop_caption``.
+        dtype: what the teacher computes in.
+        architecture: what diffusers' class takes.
+        drop_caption: share of the captions that is left empty, in this training and in all later stages.
+    """
+
+    pretrained: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
     architecture: dict[str, Any] = Field(default_factory=lambda: dict(_SCENES_ARCHITECTURE))
     phases: tuple[Phase, ...] = (Phase(until=17_000, horizon=17_000),)
     batch: PositiveInt = 64
@@ -96,16 +117,6 @@ class TeacherConfig(Frozen):
         return next(phase for phase in self.phases if step < phase.until)
 
 
-class ProbesConfig(Frozen):
-    """Linear probes and the intervals found with them (PPCL eq. 1-5)."""
-
-    samples: PositiveInt = 4096
-    # Samples whose states are held in memory for CKA.
-    cka_samples: PositiveInt = 512
-    # Share of the Gram matrix's mean diagonal that is added to it.
-    ridge: PositiveFloat = 1e-4
-
-
 class LoopConfig(Frozen):
     """How a stage trains (`loop.train_loop`).
 
@@ -132,13 +143,73 @@ class LoopConfig(Frozen):
     eight_bit: bool = False
 
 
+class ProbesConfig(LoopConfig):
+    """Reference mode: linear probes and the intervals found with them (PPCL eq. 1-5).
+
+    Attributes:
+        samples: that least squares sees (eq. 1).
+        ridge: share of the Gram matrix's mean diagonal that is added to it.
+        steps: of Adam on eq. 2, from the least-squares solution.
+        cka_samples: that CKA is taken over (eq. 3).
+        cka_tokens: most tokens of a stream that it is taken over, thinned evenly; their states are held in memory.
+    """
+
+    samples: PositiveInt = 4096
+    ridge: PositiveFloat = 1e-4
+    steps: int = Field(100, ge=0)
+    lr: PositiveFloat = 1e-4
+    warmup: int = Field(10, ge=0)
+    cka_samples: PositiveInt = 512
+    cka_tokens: PositiveInt = 8192
+
+
+class TableConfig(Frozen):
+    """The cost table: a short distillation of every interval of some lengths.
+
+    Attributes:
+        lengths: of the intervals that are candidates.
+        starts: blocks of an interval that its student may be copied from.
+        trial_steps: steps that every start is given; the one that then loses least is trained on to ``steps``.
+        batches: that are traced once, held, and seen in turn.
+        samples: that costs are measured on.
+        bands: equal bands of the timestep that each cost is divided into.
+        ratio_step: the planner is asked at every multiple of it, down to the smallest plan.
+        least_ratio: it is not asked below this: students that only tiny plans take need not be trained.
+    """
+
+    lengths: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6)
+    starts: tuple[Start, ...] = ("first", "middle", "last", "average")
+    trial_steps: PositiveInt = 20
+    steps: PositiveInt = 50
+    batches: PositiveInt = 25
+    batch: PositiveInt = 64
+    lr: PositiveFloat = 4e-3
+    warmup: int = 5
+    samples: PositiveInt = 256
+    bands: PositiveInt = 4
+    ratio_step: float = Field(0.02, gt=0, lt=1)
+    least_ratio: float = Field(0.0, ge=0, lt=1)
+
+    @field_validator("lengths", "starts")
+    @classmethod
+    def _some(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"name at least one, each once, not {list(values)}")
+        return values
+
+    @model_validator(mode="after")
+    def _trial_is_a_part(self) -> TableConfig:
+        if self.trial_steps > self.steps:
+            raise ValueError(f"a trial of {self.trial_steps} steps is longer than all {self.steps}: lower trial_steps")
+        return self
+
+
 class StudentsConfig(LoopConfig):
     """Non-sequential depth distillation (PPCL eq. 6).
 
     Attributes:
-        lengths: every interval of these lengths gets a student too, beside those that eq. 5 finds.
-        start: the teacher block that a student is copied from; the paper's is the first.
-        magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone.
+        magnitude: weight of the relative squared error that is added to eq. 6, which sees direction alone; reference
+            mode adds none.
         parallel: what several processes share: the samples of a batch, with gradients averaged ("data"), or the
             students, each trained by one process on whole batches, with nothing to exchange ("intervals").
         shard_teacher: spread the teacher's weights over all processes (FSDP2).
@@ -147,8 +218,6 @@ class StudentsConfig(LoopConfig):
             batches that fit. 0: every step sees a new batch.
     """
 
-    lengths: tuple[PositiveInt, ...] = ()
-    start: Start = "first"
     steps: PositiveInt = 400
     magnitude: float = Field(0.0, ge=0)
     parallel: Literal["data", "intervals"] = "data"
@@ -203,16 +272,18 @@ class RecoverConfig(LoopConfig):
 
 
 class MeasureConfig(Frozen):
-    """Sensitivities: the loss of the teacher's velocity with one thing changed."""
+    """Sensitivities: the loss of the teacher's velocity with one thing changed, in equal bands of the timestep."""
 
     samples: PositiveInt = 256
+    bands: PositiveInt = 4
 
 
 class RunConfig(Frozen):
     """One training run.
 
     Attributes:
-        task: where data come from and how results are judged.
+        task: the model family, and how results are judged; only scenes have a judge.
+        select: how intervals are chosen: a table of measured costs and the exact planner, or eq. 5 as in the paper.
         storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from it.
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once where nothing is trained.
@@ -220,7 +291,8 @@ class RunConfig(Frozen):
         tracker: what of accelerate's draws the curves; tensorboard's lie in the run folder, in ``tracking/``.
     """
 
-    task: Literal["scenes"] = "scenes"
+    task: Literal["scenes", "qwen-image"] = "scenes"
+    select: Literal["table", "eq5"] = "table"
     seed: int = Field(0, ge=0)
     # t = sigmoid(mean + std * normal), t = 1 is noise.
     time_mean: float = 0.4
@@ -231,13 +303,20 @@ class RunConfig(Frozen):
     tracker: Literal[
         "none", "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"
     ] = "tensorboard"
+    data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
     probes: ProbesConfig = ProbesConfig()
+    table: TableConfig = TableConfig()
     students: StudentsConfig = StudentsConfig()
     width: WidthConfig = WidthConfig()
     recover: RecoverConfig = RecoverConfig()
     measure: MeasureConfig = MeasureConfig()
     sampler: Sampler = Sampler()
+
+    @property
+    def magnitude(self) -> float:
+        """Weight of the magnitude term beside eq. 6: the reference is eq. 6 as it stands in the paper."""
+        return 0.0 if self.select == "eq5" else self.students.magnitude
 
 
 PRESETS = {
@@ -251,9 +330,35 @@ PRESETS = {
                 Phase(until=24_000, horizon=24_000, shares=(0.06, 0.22, 0.28, 0.22, 0.22)),
             ),
         ),
-        students=StudentsConfig(lengths=(2, 3), start="last", magnitude=1.0),
+        students=StudentsConfig(magnitude=1.0),
         recover=RecoverConfig(steps=1500),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
+    ),
+    # The paper's settings where it states them: 6k steps of depth, 2k of width, 1k of fine-tuning, on 100k captioned
+    # images that are cached first. One step sees 8 samples of 1024 x 1024, 4,096 image tokens each.
+    "qwen-image": RunConfig(
+        task="qwen-image",
+        # The published scheduler shifts 1024 x 1024 by exp(0.69), which moves a logit-normal's mean by 0.69: training
+        # sees the noise that sampling does.
+        time_mean=0.69,
+        time_std=1.0,
+        storage="bfloat16",
+        batch=8,
+        # 41 GB of teacher in bfloat16; guidance calls it without a caption too.
+        teacher=TeacherConfig(pretrained="Qwen/Qwen-Image", dtype="bfloat16", drop_caption=0.1),
+        # Gram matrices take 75 MB a block and stream whatever the number of samples; states for CKA take 3 GB a sample
+        # (61 x 4,096 tokens x 3,072, float32).
+        probes=ProbesConfig(samples=1024, cka_samples=8),
+        # A sample's states take 1.5 GB in bfloat16 (61 x 4,096 tokens x 3,072), and are held in memory.
+        table=TableConfig(batch=1, batches=8, samples=8, lr=1e-4),
+        # The paper's steps and optimiser; its loss sees direction alone (magnitude 0), which `--select eq5` keeps to.
+        students=StudentsConfig(magnitude=1.0, steps=6000, batch=8, lr=1e-4, warmup=100, precision="bf16"),
+        # The paper's 2,000 steps of width and 1,000 of fine-tuning, both end to end here; what it tunes in the kept
+        # blocks (`kept_steps`) is left as it is, so that ratio 1 stays the stock model.
+        recover=RecoverConfig(steps=3000, batch=8, lr=1e-5, weight_decay=0.02, warmup=50, precision="bf16"),
+        # A Gram matrix of 12,288 channels in float64 takes 1.2 GB, a block has two: few blocks at once, several passes.
+        width=WidthConfig(heads=(20 / 24, 16 / 24, 12 / 24), ranks=(256, 64, 16), samples=512, blocks_at_once=8),
+        measure=MeasureConfig(samples=64),
     ),
 }
 

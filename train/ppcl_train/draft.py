@@ -11,7 +11,7 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Catalog, Interval, Option, Student, TextRun, Widths
-from ppcl_train import selection
+from ppcl_train import family, selection
 from ppcl_train.config import RunConfig
 from ppcl_train.teacher import load
 
@@ -57,7 +57,8 @@ def write_draft(
             for interval in sorted({Interval.of_key(n.split(".")[1]) for n in made if n.startswith("text_runs.")})
         ),
         compensated=bool(widths),
-        task={"name": run.task, "sampler": run.sampler.model_dump()},
+        # What nobody here can judge is a checkpoint for a diffusers pipeline.
+        task={"name": run.task, "sampler": run.sampler.model_dump()} if family.of(run.task).judged else None,
     )
     tensors = {**teacher.full_state(), **made}
     stored = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}

@@ -32,26 +32,39 @@ class VelocityError:
 
     @torch.no_grad()
     def __init__(self, model: Any, run: RunConfig) -> None:
-        self._model = model
+        self._model, bands = model, run.measure.bands
+        self.edges = tuple(band / bands for band in range(bands + 1))
         self._given = list(states.batches(run, run.measure.samples, states.MEASURE))
         self._wanted = self._clean(model.catalog.dense)
-        self._scale = sum(float((b.x - c).square().sum()) for b, c in zip(self._given, self._wanted, strict=True))
+        signal = [self._banded(batch, batch.x - clean) for batch, clean in zip(self._given, self._wanted, strict=True)]
+        self._scale = float(torch.stack(signal).sum())
 
     def _clean(self, plan: Plan) -> list[torch.Tensor]:
         with self._model.at(plan=plan):
             return [batch.clean(self._model(**batch.call)[0]) for batch in self._given]
 
-    @torch.no_grad()
-    def of(self, plan: Plan) -> float:
-        """The loss of one plan."""
-        pairs = zip(self._clean(plan), self._wanted, strict=True)
-        return sum(float((a - b).square().sum()) for a, b in pairs) / self._scale
+    def _banded(self, given: states.Inputs, difference: torch.Tensor) -> torch.Tensor:
+        """Sum of squares over the samples of each band of the timestep, ``[bands]``."""
+        squares = difference.double().square().flatten(1).sum(1).cpu()
+        bands = torch.bucketize(given.t.double().cpu(), torch.tensor(self.edges[1:-1], dtype=torch.float64))
+        return torch.zeros(len(self.edges) - 1, dtype=torch.float64).index_add(0, bands, squares)
 
-    def of_step(self, step: Step) -> float:
-        """The loss of the teacher with one step changed."""
+    @torch.no_grad()
+    def of(self, plan: Plan) -> tuple[float, ...]:
+        """The loss of one plan, in parts by the band of the timestep: they sum to it."""
+        made = zip(self._given, self._clean(plan), self._wanted, strict=True)
+        parts = torch.stack([self._banded(given, mine - wanted) for given, mine, wanted in made]).sum(0)
+        return tuple((parts / self._scale).tolist())
+
+    def of_step(self, step: Step) -> tuple[float, ...]:
+        """The loss of the teacher with one step changed, likewise."""
         catalog = self._model.catalog
         others = [(block, catalog.shape.width) for block in range(catalog.shape.depth) if block not in step.blocks]
-        return max(self.of(Plan.of(catalog.fingerprint, catalog.shape.depth, others, [step])), _LEAST)
+        return self.of(Plan.of(catalog.fingerprint, catalog.shape.depth, others, [step]))
+
+
+def _loss(parts: tuple[float, ...]) -> float:
+    return max(sum(parts), _LEAST)
 
 
 def sensitivities(model: Any, run: RunConfig, log: Callable[..., None]) -> Catalog:
@@ -59,39 +72,45 @@ def sensitivities(model: Any, run: RunConfig, log: Callable[..., None]) -> Catal
     catalog, error = model.catalog, VelocityError(model, run)
     full = catalog.shape.width
 
-    def measured(blocks: Interval, student: bool, widths: Widths, base: float) -> Widths:
+    def measured(blocks: Interval, student: bool, widths: Widths, base: tuple[float, ...]) -> Widths:
         """``widths`` with losses beyond ``base``, which the full width loses."""
 
-        def alone(group: str, count: int) -> float:
-            step = Step(blocks=blocks, width=full._replace(**{group: count}), student=student)
-            return max(error.of_step(step) - base, _LEAST)
+        def alone(group: str, count: int) -> Option:
+            parts = error.of_step(Step(blocks=blocks, width=full._replace(**{group: count}), student=student))
+            more = tuple(max(part - least, 0.0) for part, least in zip(parts, base, strict=True))
+            return Option(count, _loss(more), more)
 
         return Widths(
             **{
-                group: tuple(
-                    Option(count, alone(group, count) if rank else 0.0)
-                    for rank, (count, _) in enumerate(widths.of(group))
-                )
+                group: (widths.of(group)[0], *(alone(group, option.count) for option in widths.of(group)[1:]))
                 for group in Width._fields
             }
         )
 
     blocks, students = [], []
     for n, widths in enumerate(catalog.blocks):
-        blocks.append(measured(Interval(n, n), False, widths, 0.0))
+        blocks.append(measured(Interval(n, n), False, widths, (0.0,) * run.measure.bands))
         log(block=n, of=catalog.shape.depth)
     for student in catalog.students:
         base = error.of_step(Step(blocks=student.interval, width=full, student=True))
         widths = measured(student.interval, True, student.widths, base)
-        students.append(student.model_copy(update={"loss": base, "widths": widths}))
-        log(student=str(student.interval), loss=base)
+        students.append(student.model_copy(update={"loss": _loss(base), "widths": widths, "bands": base}))
+        log(student=str(student.interval), loss=_loss(base))
     runs = []
     kept = [(n, full) for n in range(catalog.shape.depth)]
     for still in catalog.text_runs:
         plan = Plan.of(catalog.fingerprint, catalog.shape.depth, kept, text_runs=[still.interval])
-        runs.append(still.model_copy(update={"loss": max(error.of(plan), _LEAST)}))
+        parts = error.of(plan)
+        runs.append(still.model_copy(update={"loss": _loss(parts), "bands": parts}))
         log(text_run=str(still.interval), loss=runs[-1].loss)
-    return catalog.model_copy(update={"blocks": tuple(blocks), "students": tuple(students), "text_runs": tuple(runs)})
+    return catalog.model_copy(
+        update={
+            "blocks": tuple(blocks),
+            "students": tuple(students),
+            "text_runs": tuple(runs),
+            "edges": error.edges,
+        }
+    )
 
 
 def measure(run: RunConfig, folder: Path) -> None:
@@ -101,7 +120,8 @@ def measure(run: RunConfig, folder: Path) -> None:
     write_draft(run, folder, tensors, legal_counts(run, full), getattr(torch, run.storage))
     measured = sensitivities(open_draft(folder), run, Log(folder, "measure"))
     write_json(
-        folder / "sensitivities.json", measured.model_dump(mode="json", include={"blocks", "students", "text_runs"})
+        folder / "sensitivities.json",
+        measured.model_dump(mode="json", include={"blocks", "students", "text_runs", "edges"}),
     )
 
 

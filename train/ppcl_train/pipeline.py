@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ppcl_rt.checkpoint import line
 from ppcl_rt.plan import read_json
-from ppcl_train import measure, probes, recover, students, teacher, width
+from ppcl_train import measure, probes, recover, selection, students, table, teacher, width
 from ppcl_train.config import RunConfig
 from ppcl_train.distributed import join
 from ppcl_train.runs import (
@@ -39,9 +39,17 @@ class Stage(NamedTuple):
     parallel: bool = False
 
 
+def select(run: RunConfig, folder: Path) -> None:
+    """Choose the intervals that get students; writes ``selected.json``."""
+    if run.select == "eq5":
+        probes.fit(run, folder)
+    else:
+        table.measure(run, folder)
+
+
 STAGES = (
     Stage("teacher", "teacher.safetensors", teacher.train),
-    Stage("probes", "intervals.json", probes.fit),
+    Stage("select", selection.OUTPUT, select),
     Stage("students", "students.safetensors", students.distil, parallel=True),
     Stage("width", "width.safetensors", width.prune),
     Stage("recover", recover.OUTPUT, recover.recover),

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from ppcl_rt import Interval, Streams
 from ppcl_train import selection, states
 from ppcl_train.config import RunConfig
-from ppcl_train.runs import Log, write_json, write_tensors
+from ppcl_train.loop import train_loop
+from ppcl_train.runs import Log, read_tensors, replacing, write_json, write_tensors
 from ppcl_train.teacher import load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Seeds of the fine-tuning's batches and of what the probes are judged on, beside those of least squares.
+_TUNING, _HELD_OUT = states.PROBES + 1_000_000, states.PROBES + 2_000_000
+
+# (u, k): probes of blocks u..k, both included.
+Pair = tuple[int, int]
 
 
 class LeastSquares:
@@ -55,14 +70,14 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
-def find_intervals(cka: dict[tuple[int, int], float], depth: int) -> list[Interval]:
+def find_intervals(cka: Mapping[Pair, float], depth: int) -> list[Interval]:
     """Intervals of redundant blocks, both ends included, numbered from 0 (PPCL eq. 4 and 5).
 
     Args:
         cka: ``(u, k)`` -> alignment of the teacher's state behind block ``k`` with probes ``u..k`` composed.
         depth: blocks.
 
-    From a start ``u`` the interval ends at the first rise of ``D(u, k) = cka(u, k - 1) - cka(u, k)``:
+    From a start ``u`` the interval ends at the first rise of ``D`` (`difference`):
     ``v = min{k - 1 >= u + 1 : D(u, k) > D(u, k - 1)}``, or with the last block where it never rises; the next search
     starts behind it. A last block alone is no interval.
     """
@@ -70,7 +85,7 @@ def find_intervals(cka: dict[tuple[int, int], float], depth: int) -> list[Interv
     while u < depth - 1:
         v = depth - 1
         for k in range(u + 2, depth):
-            if cka[u, k - 1] - cka[u, k] > cka[u, k - 2] - cka[u, k - 1]:
+            if difference(cka, u, k) > difference(cka, u, k - 1):
                 v = k - 1
                 break
         found.append(Interval(u, v))
@@ -78,58 +93,173 @@ def find_intervals(cka: dict[tuple[int, int], float], depth: int) -> list[Interv
     return found
 
 
+def difference(cka: Mapping[Pair, float], u: int, k: int) -> float:
+    """``D(u, k) = cka(u, k - 1) - cka(u, k)`` for ``k > u``: what block ``k`` costs the run of probes (eq. 4)."""
+    return cka[u, k - 1] - cka[u, k]
+
+
 def fit(run: RunConfig, folder: Path) -> None:
-    """Fit the probes and find the intervals; writes ``probes.safetensors`` and ``intervals.json``."""
-    log, config = Log(folder, "probes"), run.probes
-    model = load(run, folder)
-    depth, dim = model.catalog.shape.depth, model.catalog.shape.dim
-    fits = [(LeastSquares(dim, dim), LeastSquares(dim, dim)) for _ in range(depth)]
-    held: list[list[Streams]] = []
-    for batch in states.batches(run, config.samples, states.PROBES):
-        passed = states.trace(model, batch)
-        tokens = [rows(state, batch.mask) for state in passed.states]
-        for block, probe in enumerate(fits):
-            for fitted, before, after in zip(probe, tokens[block], tokens[block + 1], strict=True):
-                fitted.add(before, after - before)
-        if len(held) * run.batch < config.cka_samples:
-            held.append(tokens)
-    solved = [[fitted.solve(config.ridge) for fitted in probe] for probe in fits]
-    states_of = [Streams(*map(torch.cat, zip(*(tokens[k] for tokens in held)))) for k in range(depth + 1)]
-    alignment = compose(solved, states_of)
-    intervals = find_intervals(alignment, depth)
-    lengths = {Interval(u, u + n - 1) for n in run.students.lengths for u in range(depth - n + 1) if n > 1}
-    selection.write(folder, [selection.Selected(i, run.students.start) for i in {*intervals, *lengths}])
-    log(samples=config.samples, intervals=" ".join(map(str, intervals)))
-    tensors = {
-        f"probes.{block}.{stream}.{part}": tensor
-        for block, pair in enumerate(solved)
-        for stream, parts in zip(Streams._fields, pair, strict=True)
-        for part, tensor in zip(("weight", "bias"), parts, strict=True)
-    }
-    write_tensors(folder / "probes.safetensors", tensors, {"samples": config.samples})
-    write_json(
-        folder / "intervals.json",
-        {
-            "intervals": [[interval.first, interval.last] for interval in intervals],
-            "cka": [[u, k, value] for (u, k), value in alignment.items()],
-        },
-    )
+    """Fit the probes and find the intervals, as in the paper (eq. 1-5).
 
+    Writes ``probes.start.safetensors`` (least squares), ``probes.safetensors`` (fine-tuned), ``intervals.json`` and
+    ``intervals.png`` (both streams' curves and their mean, which decides), and last ``selected.json``: exactly the
+    intervals of eq. 5, each student from its first block.
 
-def compose(
-    solved: list[list[tuple[torch.Tensor, torch.Tensor]]], states_of: list[Streams]
-) -> dict[tuple[int, int], float]:
-    """``cka(u, k)`` for all ``u <= k``, the mean over both streams.
-
-    Args:
-        solved: per block and stream, weight and bias of its probe.
-        states_of: ``h_0 .. h_L`` as rows ``[n, D]`` per stream.
+    Raises:
+        ValueError: the fine-tuning diverges.
     """
-    alignment = {}
-    for u in range(len(solved)):
-        current = list(states_of[u])
-        for k in range(u, len(solved)):
-            for s, (weight, bias) in enumerate(solved[k]):
-                current[s] = current[s] + current[s] @ weight.T + bias
-            alignment[u, k] = sum(map(linear_cka, current, states_of[k + 1])) / 2
+    log, config = Log(folder, "select"), run.probes
+    model = load(run, folder)
+    started, tuned = folder / "probes.start.safetensors", folder / "probes.safetensors"
+    if not started.exists():
+        write_tensors(started, least_squares(run, model), {"samples": config.samples})
+    if not tuned.exists():
+        named = read_tensors(started)
+        before = error(run, model, named)
+        tune(run, folder, model, named, log)
+        log(least_squares=before, tuned=error(run, model, named))
+        write_tensors(tuned, named, {"steps": config.steps})
+    alignment = align(run, model, read_tensors(tuned))
+    intervals = find_intervals(alignment["mean"], model.catalog.shape.depth)
+    log(intervals=" ".join(map(str, intervals)))
+    curves = [
+        {"u": u, "k": k, "cka": {name: cka[u, k] for name, cka in alignment.items()}}
+        | ({"D": {name: difference(cka, u, k) for name, cka in alignment.items()}} if k > u else {})
+        for u, k in alignment["mean"]
+    ]
+    found = [[interval.first, interval.last] for interval in intervals]
+    write_json(folder / "intervals.json", {"intervals": found, "decides": "mean", "curves": curves})
+    with replacing(folder / "intervals.png") as beside:
+        picture(alignment, intervals).savefig(beside, format="png", dpi=120)
+    selection.write(folder, [selection.Selected(interval, "first") for interval in intervals])
+
+
+def least_squares(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
+    """Solve eq. 1 for all blocks and both streams from one pass of the teacher over ``probes.samples``.
+
+    Returns:
+        ``probes.{block}.{stream}.weight`` ``[D, D]`` and ``.bias`` ``[D]`` of the residual probe ``x + W x + b``.
+    """
+    shape = model.catalog.shape
+    fits = {(b, stream): LeastSquares(shape.dim, shape.dim) for b in range(shape.depth) for stream in Streams._fields}
+    for tokens in map(partial(trace_rows, model), states.batches(run, run.probes.samples, states.PROBES)):
+        for (block, stream), fitted in fits.items():
+            before, after = getattr(tokens[block], stream), getattr(tokens[block + 1], stream)
+            fitted.add(before, after - before)
+    solved: dict[str, torch.Tensor] = {}
+    for (block, stream), fitted in fits.items():
+        weight, bias = fitted.solve(run.probes.ridge)
+        solved |= {f"probes.{block}.{stream}.weight": weight, f"probes.{block}.{stream}.bias": bias}
+    return solved
+
+
+def trace_rows(model: Any, given: states.Inputs) -> list[Streams]:
+    """``h_0 .. h_L`` of a batch as rows ``[n, D]`` per stream, in float32 whatever the teacher computes in."""
+    return [Streams(*(x.float() for x in rows(state, given.mask))) for state in states.trace(model, given).states]
+
+
+def apply(probes: Mapping[str, torch.Tensor], block: int, stream: str, x: torch.Tensor) -> torch.Tensor:
+    """What the probe of a block's stream makes of rows ``x [n, D]``: ``x + W x + b``."""
+    return x + F.linear(x, probes[f"probes.{block}.{stream}.weight"], probes[f"probes.{block}.{stream}.bias"])
+
+
+def tune(run: RunConfig, folder: Path, model: Any, probes: dict[str, torch.Tensor], log: Log) -> None:
+    """Fine-tune all probes in place on eq. 2 with Adam, or go on; every step's teacher pass feeds all of them."""
+    config = run.probes
+    for tensor in probes.values():
+        tensor.requires_grad_(True)
+
+    def step_loss(step: int) -> float:
+        tokens = trace_rows(model, states.inputs(run, config.batch, _TUNING + step))
+        total = 0.0
+        for block, (before, after) in enumerate(pairwise(tokens)):
+            for stream, x, y in zip(Streams._fields, before, after, strict=True):
+                loss = (apply(probes, block, stream, x) - y).square().sum(-1).mean()
+                loss.backward()
+                total += loss.item()
+        return total
+
+    better = train_loop(
+        run, config, log, probes, step_loss, optimisers=[torch.optim.Adam(probes.values(), lr=config.lr)]
+    )
+    for name, tensor in probes.items():
+        tensor.requires_grad_(False).copy_(better[name])
+
+
+@torch.no_grad()
+def error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> float:
+    """Loss of eq. 2 on inputs that no probe was fitted to, over what the block changes; the mean of all probes."""
+    tokens = trace_rows(model, states.inputs(run, run.batch, _HELD_OUT))
+    relative = [
+        float((apply(probes, block, stream, x) - y).square().sum() / (y - x).square().sum().clamp(min=1e-30))
+        for block, (before, after) in enumerate(pairwise(tokens))
+        for stream, x, y in zip(Streams._fields, before, after, strict=True)
+    ]
+    return sum(relative) / len(relative)
+
+
+@torch.no_grad()
+def align(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> dict[str, dict[Pair, float]]:
+    """``cka(u, k)`` for all ``u <= k`` (eq. 3), of each stream by name and of their ``mean``.
+
+    That their mean decides is our reading: eq. 3 is written for one stream.
+    """
+    config, depth = run.probes, model.catalog.shape.depth
+    parts = []
+    for given in states.batches(run, config.cka_samples, states.PROBES):
+        share = max(1, config.cka_tokens * len(given.x) // config.cka_samples)
+        parts.append([Streams(*(thinned(x, share) for x in state)) for state in trace_rows(model, given)])
+    held = [Streams(*map(torch.cat, zip(*states_of_k, strict=True))) for states_of_k in zip(*parts, strict=True)]
+    alignment: dict[str, dict[Pair, float]] = {stream: {} for stream in Streams._fields}
+    for stream, cka in alignment.items():
+        for u in range(depth):
+            current = getattr(held[u], stream)
+            for k in range(u, depth):
+                current = apply(probes, k, stream, current)
+                cka[u, k] = linear_cka(current, getattr(held[k + 1], stream))
+    image, text = alignment["image"], alignment["text"]
+    alignment["mean"] = {pair: (value + text[pair]) / 2 for pair, value in image.items()}
     return alignment
+
+
+def thinned(x: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many of the rows ``x [n, D]``, spread evenly."""
+    return x if len(x) <= most else x[torch.linspace(0, len(x) - 1, most).round().long()]
+
+
+def picture(alignment: Mapping[str, Mapping[Pair, float]], intervals: Sequence[Interval]) -> Figure:
+    """Draw ``cka(u, k)`` and ``D(u, k)`` over ``k`` from the start ``u`` of every interval, a column a curve.
+
+    Intervals are shaded. A curve is strong up to the block behind its interval, where D rises; what follows is faint.
+    """
+    # Here, so that only who draws waits for it. A figure made without pyplot needs no display.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    depth = 1 + max(k for _, k in alignment["mean"])
+    # 0.1 inch a block, so that 60 of them can be told apart.
+    figure = Figure(figsize=(3 * max(4.2, 0.1 * depth + 1), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(alignment), sharex=True, sharey="row")
+    colours = colormaps["viridis"].resampled(len(intervals) + 1)
+    for column, (name, cka) in enumerate(alignment.items()):
+        axes[0, column].set_title(f"{name}, which decides" if name == "mean" else f"{name} stream")
+        for row, label in ((0, "cka(u, k)"), (1, "D(u, k)")):
+            axis = axes[row, column]
+            axis.set_xlim(-0.6, depth - 0.4)
+            for n, interval in enumerate(intervals):
+                u, colour = interval.first, colours(n)
+                axis.axvspan(u - 0.4, interval.last + 0.4, color=colour, alpha=0.12, linewidth=0)
+                ks = range(u + row, depth)
+                values = [difference(cka, u, k) if row else cka[u, k] for k in ks]
+                strong = len(interval) + 1 - row
+                axis.plot(ks, values, color=colour, alpha=0.25, linewidth=1)
+                axis.plot(ks[:strong], values[:strong], color=colour, marker="o", markersize=3.5, linewidth=1.8)
+            if column == 0:
+                axis.set_ylabel(label)
+            if row:
+                axis.set_xlabel("block k, from 0")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.25)
+    figure.suptitle(f"intervals by eq. 5, both ends included: {'  '.join(map(str, intervals))}", wrap=True, fontsize=11)
+    return figure

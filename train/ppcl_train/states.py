@@ -13,11 +13,11 @@ from safetensors import safe_open
 from torch import nn
 
 from ppcl_rt import Interval, Streams
-from ppcl_train import scenes
+from ppcl_train import family
 from ppcl_train.config import RunConfig
+from ppcl_train.data import source
 from ppcl_train.distributed import ALONE, World
 from ppcl_train.runs import read_note, write_tensors
-from ppcl_train.sampling import arguments
 
 # Seeds of calibration batches start here, so that no stage sees a batch of another or of the teacher's training.
 PROBES, STUDENTS, RECOVER, WIDTH, MEASURE = (10_000_000 * stage for stage in range(1, 6))
@@ -73,12 +73,17 @@ class Inputs:
 
 
 def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
-    """Make a calibration batch; (run.seed, seed) alone decides it."""
-    batch = scenes.training_batch(size, (run.seed, seed), drop=run.teacher.drop_caption)
+    """Make a calibration batch; (run.seed, seed) alone decides it.
+
+    ``x_t = (1 - t) x_0 + t noise`` at logit-normal timesteps; the transformer is called in the teacher's dtype.
+    """
+    samples = source(run).samples(size, seed)
     generator = torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
     t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
-    x = torch.lerp(batch.latents, torch.randn(batch.latents.shape, generator=generator), t[:, None, None])
-    return Inputs(x, t, arguments(x, t, batch.embeddings, batch.mask), predicts="clean")
+    x = torch.lerp(samples.latents, torch.randn(samples.latents.shape, generator=generator), t[:, None, None])
+    kind, dtype = family.of(run.task), getattr(torch, run.teacher.dtype)
+    call = kind.arguments(x.to(dtype), t, samples.embeddings.to(dtype), samples.mask, samples.shape)
+    return Inputs(x, t, call, kind.predicts)
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
@@ -262,6 +267,15 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_moved(item, device) for item in value)
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def in_float32(value: Any) -> Any:
+    """The same with its real tensors in float32."""
+    if isinstance(value, dict):
+        return {name: in_float32(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(in_float32, value))
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:

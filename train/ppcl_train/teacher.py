@@ -1,20 +1,28 @@
-"""Train the scenes teacher: a Qwen-Image transformer of 12 blocks x 96, from nothing, by flow matching."""
+"""The teacher: a pretrained transformer, or a small one for scenes, trained from nothing by flow matching.
+
+A pretrained teacher is read where it lies; ``teacher.safetensors`` is then a note without tensors, that names its files
+with their sizes and SHA-256, so that a run goes on with the teacher that it began with or not at all.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+import ppcl_rt
+from ppcl_rt import Checkpoint, locate
 from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_train import scenes
 from ppcl_train.config import LoopConfig, RunConfig, TeacherConfig
 from ppcl_train.loop import cosine, train_loop
-from ppcl_train.runs import Log, read_tensors, write_tensors
+from ppcl_train.runs import Log, read_note, read_tensors, write_tensors
 from ppcl_train.sampling import Sampler, arguments, judged
 
 
@@ -41,7 +49,9 @@ def optimisers(model: nn.Module, config: TeacherConfig) -> list[torch.optim.Opti
 
 
 def train(run: RunConfig, folder: Path) -> None:
-    """Train, or go on training, and write the averaged weights to ``teacher.safetensors``."""
+    """Train, or go on training, and write the averaged weights to ``teacher.safetensors``; or note the pretrained."""
+    if run.teacher.pretrained is not None:
+        return note_pretrained(run.teacher.pretrained, folder)
     config, log = run.teacher, Log(folder, "teacher")
     model = initial(config, run.seed)
     if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -83,8 +93,10 @@ def check(run: RunConfig, file: Path) -> None:
     """Compare a file with the network that a config asks for.
 
     Raises:
-        ValueError: no such file, or other tensors than the network's.
+        ValueError: no such file, other tensors than the network's, or the config has a pretrained teacher.
     """
+    if run.teacher.pretrained is not None:
+        raise ValueError(f"the config's teacher is {run.teacher.pretrained}: leave out --teacher, or set that to null")
     if not file.is_file():
         raise ValueError(f"there is no teacher at {file}")
     with torch.device("meta"):
@@ -93,13 +105,73 @@ def check(run: RunConfig, file: Path) -> None:
         raise ValueError(f"{file} holds other tensors than the teacher of this config has")
 
 
-def load(run: RunConfig, folder: Path) -> PPCLQwenImageTransformer2DModel:
-    """Load the trained teacher, rounded to what the checkpoint will store, in float32."""
+def load(run: RunConfig, folder: Path) -> Any:
+    """Load the teacher, rounded to what the checkpoint will store, in the dtype that it computes in.
+
+    Raises:
+        ValueError: a pretrained teacher is gone, or another than the run began with.
+    """
+    storage, compute = (getattr(torch, name) for name in (run.storage, run.teacher.dtype))
+    if run.teacher.pretrained is not None:
+        source = find_pretrained(run.teacher.pretrained)
+        _compare(source, folder)
+        model = ppcl_rt.load(source, dtype=storage)
+        return (model if storage == compute else model.to(compute)).requires_grad_(False)
     model = PPCLQwenImageTransformer2DModel(**run.teacher.architecture)
-    storage = getattr(torch, run.storage)
     tensors = read_tensors(folder / "teacher.safetensors")
-    model.load_state_dict({name: tensor.to(storage).float() for name, tensor in tensors.items()})
+    model.load_state_dict({name: tensor.to(storage).to(compute) for name, tensor in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def find_pretrained(source: str) -> Path:
+    """The folder of a transformer: ``source`` itself, or the transformer of the pipeline that it is.
+
+    Raises:
+        ValueError: there is none, or it is a checkpoint that is pluggable already.
+    """
+    try:
+        folder = locate(source, "transformer")
+    except ValueError:
+        folder = locate(source)
+    if Checkpoint(folder).catalog is not None:
+        raise ValueError(f"{folder} is a pluggable checkpoint: a teacher is a stock transformer")
+    return folder
+
+
+def note_pretrained(source: str, folder: Path) -> None:
+    """Write ``teacher.safetensors``: no tensors, and a note of the pretrained teacher's files."""
+    found, log = find_pretrained(source), Log(folder, "teacher")
+    files = {}
+    for path in _files(found):
+        files[path.name] = [*_stamp(path), _hash(path)]
+        log(read=path.name, gigabytes=path.stat().st_size / 1e9)
+    write_tensors(folder / "teacher.safetensors", {}, {"pretrained": source, "files": files})
+
+
+def _compare(source: Path, folder: Path) -> None:
+    """Compare a pretrained teacher with the note of the run; only files of another size or date are read for it."""
+    noted, found = read_note(folder / "teacher.safetensors")["files"], _files(source)
+    same = noted.keys() == {path.name for path in found} and all(
+        noted[path.name][:2] == _stamp(path) or noted[path.name][2] == _hash(path) for path in found
+    )
+    if not same:
+        raise ValueError(f"{source} is not the teacher that {folder} began with: bring it back, or begin a new run")
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def _hash(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            total.update(part)
+    return total.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors")
 
 
 def judge(run: RunConfig, weights: Mapping[str, torch.Tensor], log: Log, step: int) -> None:
