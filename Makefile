@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test kill lint bench gpu clean
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
@@ -21,6 +21,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Fifty SIGKILLs over a whole tiny training run; `make test` has a dozen.
+kill: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills 50
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

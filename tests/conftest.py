@@ -19,16 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
-from tokenizers.pre_tokenizers import ByteLevel
+from PIL import Image
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import ppcl_rt
 from ppcl_rt.catalog import text_maps
@@ -416,6 +410,11 @@ def same() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Everything of a Qwen-Image pipeline but its transformer, tiny and random, made without a network."""
+    # Here, because they take seconds that most tests need not wait for.
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
     folder = tmp_path_factory.mktemp("tokenizer")
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     # One token a byte and no merges: all that a tokenizer needs in order to read any prompt.
@@ -461,6 +460,44 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def qwen_folder(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole Qwen-Image pipeline, tiny and random, as `QwenImagePipeline.save_pretrained` writes it."""
+    from diffusers import QwenImagePipeline
+
     folder = tmp_path_factory.mktemp("pipeline")
     QwenImagePipeline(**parts, transformer=_build_stock()).save_pretrained(folder)
+    return folder
+
+
+# Captions and sizes in pixels of the images that are cached for tests; several shapes, one more than once.
+CAPTIONED = {
+    "a red square at a1": (40, 40),
+    "a green circle at b2": (64, 40),
+    "a blue triangle at c3": (40, 64),
+    "a yellow cross at d4": (50, 48),
+    "a magenta ring at a2": (96, 48),
+    "a cyan stripe at b3": (41, 40),
+    "a red ring at c4": (40, 41),
+    "a blue square at d1": (33, 65),
+}
+
+
+@pytest.fixture(scope="session")
+def captioned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight noisy images, ``0.png`` and so on, captions beside them. For reading only."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for n, (caption, (width, height)) in enumerate(CAPTIONED.items()):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(caption + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_cache(qwen_folder: Path, captioned_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of these images near 32 x 32 pixels, float32, through the tiny pipeline. For reading only."""
+    from ppcl_train import caching, captioned, family
+
+    encoder = family.of("qwen-image").open(str(qwen_folder), device="cpu", dtype=torch.float32, draws=False)
+    folder, reader = tmp_path_factory.mktemp("cache"), captioned.Folder(captioned_folder)
+    more = {"settings": {}, "dtype": torch.float32, "area": 32 * 32, "per_shard": 3}
+    caching.cache("qwen-image", encoder, reader, folder, **more)
     return folder

@@ -1,54 +1,21 @@
 """Training: the closed forms, the losses, and runs that can be killed."""
 
-import json
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import ARCHITECTURE, TINY
 from torch import nn
 
 import ppcl_rt
 from ppcl_rt import Interval, Plan, Streams
 from ppcl_train import pipeline, states, teacher
-from ppcl_train.config import PRESETS, RunConfig, with_changes
+from ppcl_train.config import RunConfig, with_changes
 from ppcl_train.measure import used
 from ppcl_train.probes import LeastSquares, find_intervals, linear_cka
-from ppcl_train.runs import read_note, read_tensors
+from ppcl_train.runs import read_tensors
 from ppcl_train.students import matching_loss
-
-ARCHITECTURE = {**PRESETS["scenes"].teacher.architecture, "num_layers": 4, "num_attention_heads": 2}
-TINY = with_changes(
-    PRESETS["scenes"],
-    {
-        "teacher.architecture": ARCHITECTURE,
-        "teacher.phases": [{"until": 6, "horizon": 12}, {"until": 12, "horizon": 12, "shares": [0, 0, 0.5, 0.5, 0]}],
-        "teacher.batch": 4,
-        "teacher.compile": False,
-        "probes.samples": 48,
-        "probes.cka_samples": 16,
-        "table.lengths": [2, 3],
-        "table.steps": 4,
-        "table.trial_steps": 2,
-        "table.batches": 2,
-        "table.batch": 4,
-        "table.samples": 8,
-        "students.steps": 8,
-        "students.batch": 4,
-        "recover.steps": 6,
-        "recover.batch": 4,
-        "width.ranks": [5, 2],
-        "width.samples": 48,
-        "measure.samples": 8,
-        "batch": 16,
-        "save_every": 2,
-    },
-)
 
 
 @pytest.fixture(scope="module")
@@ -205,47 +172,3 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_state(tmp_path):
     with pytest.raises(ValueError, match="at step"):
         teacher.train(config, tmp_path)
     assert not (tmp_path / "teacher.safetensors").exists()
-
-
-RUN = """
-import sys, torch
-from pathlib import Path
-from ppcl_train import pipeline
-from ppcl_train.config import RunConfig
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-config = RunConfig.model_validate_json((folder / "config.json").read_bytes())
-pipeline.run_stages(config, folder)
-"""
-
-
-def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
-    config = with_changes(
-        TINY, {"teacher.phases": [{"until": 40, "horizon": 40}], "students.steps": 30, "recover.steps": 20}
-    )
-    folders = [tmp_path / "whole", tmp_path / "killed"]
-    rng = random.Random(time.time_ns())
-    for folder in folders:
-        pipeline.begin(config, folder)
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", RUN, str(folders[0])], check=True, capture_output=True, timeout=300)
-    whole = time.monotonic() - started
-    kills = 0
-    while True:
-        process = subprocess.Popen([sys.executable, "-c", RUN, str(folders[1])], stdout=subprocess.DEVNULL)
-        try:
-            # Killed up to four times, between the end of the imports and a little more than the rest of the run.
-            process.wait(rng.uniform(0.3, 0.9) * whole if kills < 4 else 300)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert process.returncode == 0 and kills > 0
-    for name in ("teacher", "students", "width", "recovered", "checkpoint/diffusion_pytorch_model"):
-        whole_tensors, killed = (read_tensors(folder / f"{name}.safetensors") for folder in folders)
-        assert whole_tensors.keys() == killed.keys()
-        assert all(torch.equal(tensor, killed[key]) for key, tensor in whole_tensors.items()), f"{name} after {kills}"
-    configs = [json.loads((folder / "checkpoint" / "config.json").read_text()) for folder in folders]
-    assert configs[0] == configs[1]
-    assert read_note(folders[1] / "teacher.safetensors")["step"] == 40

@@ -7,7 +7,9 @@ import hashlib
 import json
 import platform
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ppcl_train.captioned import Captioned, Reader, buckets, every, fit
-from ppcl_train.family import Encoder, Unreadable
+from ppcl_train.family import Encoder, Picture, Unreadable
 from ppcl_train.shards import NO_LIMITS, Limits, Manifest, Recipe, Sample, Skipped, fill
 
 # Samples of a shard. A kill loses what belongs to one: seconds where images are encoded, minutes where they are drawn.
 PER_SHARD, PER_SHARD_DRAWN = 64, 8
+
+# Threads that read and decode images.
+_READERS = 4
 
 
 def cache(
@@ -51,16 +56,20 @@ def cache(
     area = area or encoder.area
     sizes = buckets(area, encoder.multiple)
 
-    def sample(item: Captioned) -> Sample:
+    def read(item: Captioned) -> tuple[Picture, str]:
         picture, caption = item.open()
+        return fit(picture, sizes) if isinstance(picture, Image.Image) else picture, caption
+
+    def sample(name: str, given: Future[tuple[Picture, str]]) -> Sample:
+        picture, caption = given.result()
         # The caption first: it is the cheaper of the two, should it be no prompt of this family.
         embeddings = encoder.embed(caption)
-        latents, shape = encoder.encode(fit(picture, sizes) if isinstance(picture, Image.Image) else picture)
-        return _sample(item.name, caption, latents, embeddings, shape, dtype)
+        latents, shape = encoder.encode(picture)
+        return _sample(name, caption, latents, embeddings, shape, dtype)
 
     def recipes(position: int) -> Iterator[Recipe]:
-        for item in every(reader, position, *part):
-            yield item.name, lambda item=item: sample(item)  # type: ignore[misc]
+        for item, given in _ahead(every(reader, position, *part), read):
+            yield item.name, lambda name=item.name, given=given: sample(name, given)  # type: ignore[misc]
 
     begun = _begun(family, {**settings, **reader.settings, "area": area, "dtype": str(dtype), "part": part}, limits)
     count = None if reader.count is None else len(range(part[0], reader.count, part[1]))
@@ -192,6 +201,19 @@ def _sample(
     if not len(embeddings):
         raise Unreadable("its caption has no tokens")
     return Sample(name, caption, latents.to("cpu", dtype), embeddings.to("cpu", dtype), shape)
+
+
+def _ahead(
+    items: Iterator[Captioned], read: Callable[[Captioned], tuple[Picture, str]]
+) -> Iterator[tuple[Captioned, Future[tuple[Picture, str]]]]:
+    """Items in order with what ``read`` makes of them, read in threads a few ahead: decoding waits for no encoder."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque[tuple[Captioned, Future[tuple[Picture, str]]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(read, item)))
+            if len(waiting) > 2 * _READERS:
+                yield waiting.popleft()
+        yield from waiting
 
 
 def _begun(family: str, settings: dict[str, Any], limits: Limits) -> Manifest:

@@ -193,7 +193,9 @@ class Tars:
             try:
                 sample = next(samples, None)
             except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-                raise ValueError(f"reading {self.urls[0]} and on, behind sample {seen}: {line(error)}") from None
+                # webdataset adds the shard's name to what went wrong.
+                said = " ".join(part for part in error.args if isinstance(part, str))
+                raise ValueError(f"a shard, behind sample {seen}, cannot be read: {said}") from None
             if sample is None:
                 return
             seen += 1

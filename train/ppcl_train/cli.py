@@ -11,6 +11,8 @@ import typer
 
 from ppcl_train import caching, captioned
 from ppcl_train import family as families
+from ppcl_train.baselines import METHODS, SEEDED
+from ppcl_train.compare import PLOT, RESULTS, compare, show
 from ppcl_train.config import PRESETS, RunConfig, with_changes
 from ppcl_train.distributed import join
 from ppcl_train.family import Encoder
@@ -57,8 +59,8 @@ def _begin(
         changes = [*(changes or []), f"select={select}"]
     world = join()
     if world.is_main:
-        known = (out / CONFIG).exists() and not changes
-        begin(stored_config(out) if known else config_of(preset, changes), out, teacher)
+        stored = (out / CONFIG).exists() and not changes
+        begin(stored_config(out) if stored else config_of(preset, changes), out, teacher)
     world.wait()
     return stored_config(out)
 
@@ -232,6 +234,32 @@ def generate(
         strict=strict,
     )
     _say(made, out)
+
+
+@app.command("compare")
+def compare_methods(
+    teacher: Annotated[Path, typer.Option(help="a teacher.safetensors, or a checkpoint folder that holds the teacher")],
+    preset: Preset = "scenes",
+    out: Annotated[Path, typer.Option(help="folder of the comparison; what is done in it is not done again")] = Path(
+        "runs/compare"
+    ),
+    ratios: Annotated[str | None, typer.Option(help="parameters kept / parameters, with commas between")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps of every method for a ratio")] = None,
+    prompts: Annotated[int | None, typer.Option(help="unseen prompts to judge on")] = None,
+    seeds: Annotated[int | None, typer.Option(help=f"training seeds of {' and '.join(SEEDED)}")] = None,
+    methods: Annotated[str, typer.Option(help="methods, with commas between")] = ",".join(METHODS),
+    device: Annotated[str, typer.Option(help="where to train and judge, for instance cuda")] = "cpu",
+    set: Set = None,
+) -> None:
+    """Compare ways to make a model smaller at equal steps: a table, a plot and results.json."""
+    given = {"steps": steps, "prompts": prompts, "seeds": seeds}
+    changes = [f"compare.{name}={value}" for name, value in given.items() if value is not None]
+    if ratios is not None:
+        changes.append(f"compare.ratios=[{ratios}]")
+    changes += set or []
+    run = stored_config(out) if (out / CONFIG).exists() and not changes else config_of(preset, changes)
+    show(run, compare(run, out, teacher, methods.split(","), device))
+    print(f"wrote {out / RESULTS} and {out / PLOT}")
 
 
 def _stage_command(name: str) -> None:

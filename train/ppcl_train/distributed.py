@@ -6,6 +6,7 @@ process a device: ``torchrun --nproc_per_node 2 -m ppcl_rt.cli train run``, or `
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -151,6 +152,8 @@ def join() -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        # Its threads must not outlive the interpreter, which would then abort.
+        atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), size, device)
 
 

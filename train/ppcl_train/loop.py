@@ -19,6 +19,7 @@ from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ppcl_train.config import LoopConfig, RunConfig
 from ppcl_train.distributed import ALONE, World
@@ -130,7 +131,13 @@ def train_loop(
                 means = world.union({name: seen.mean for name, seen in watch.items()})
                 mean = sum(means.values()) / len(means)
                 named = {name: value for name, value in means.items() if name}
-                log(step=done, of=config.steps, loss=mean, **({"losses": named} if named else {}), shown=not view.live)
+                log(
+                    step=done,
+                    of=config.steps,
+                    loss=mean,
+                    **({"losses": named} if named else {}),
+                    shown=last or not view.live,
+                )
                 track(
                     {"loss": mean, "lr": peaks[0][0] * rate(step), **{f"loss/{k}": v for k, v in named.items()}}, done
                 )
@@ -300,7 +307,10 @@ class _View:
         self.live = Live(get_renderable=self._render, console=console, transient=True) if shown else None
 
     def _render(self) -> Group:
-        losses = [f"{name or 'loss'} [bold]{seen.mean:.4g}" for name, seen in list(self._watch.items())]
+        losses = [
+            Text.assemble(f"{name or 'loss'} ", (f"{seen.mean:.4g}", "bold"))
+            for name, seen in list(self._watch.items())
+        ]
         return Group(self._progress, Columns(losses, padding=(0, 3)))
 
     def __call__(self, done: int) -> None:

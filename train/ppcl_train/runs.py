@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -77,19 +78,21 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: it cannot be written (disk full, no right to); ``path`` is as it was and nothing lies beside it.
     """
-    beside = path.with_name(f".{path.name}.partial")
+    # A folder, because safetensors puts a file of its own beside the one it writes: a kill leaves it in here, where the
+    # next write of the same path removes it.
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        beside = partial / path.name
         yield beside
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         beside.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        if isinstance(error, (OSError, SafetensorError)):
-            raise ValueError(f"{path} cannot be written: {line(error)}; what was there before is kept") from None
-        raise
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be written: {line(error)}; what was there before is kept") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -138,7 +141,8 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not whole ({line(error)}): delete it, and it is made again") from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # A file that is not there is a RuntimeError of torch's.
         raise ValueError(f"{path} cannot be read: {line(error)}") from None
 
 

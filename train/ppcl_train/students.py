@@ -109,7 +109,7 @@ def distil(run: RunConfig, folder: Path) -> None:
     Raises:
         ValueError: more processes than students or samples, a cache too small for a batch, a loss that is not finite.
     """
-    config, world = run.students, join()
+    config, world = run.students.model_copy(update={"magnitude": run.magnitude}), join()
     log, chosen, teacher = Log(folder, "students"), selection.read(folder), load(run, folder)
     apart = config.parallel == "intervals"
     if apart and world.size > len(chosen):

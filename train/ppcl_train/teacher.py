@@ -99,10 +99,32 @@ def check(run: RunConfig, file: Path) -> None:
         raise ValueError(f"the config's teacher is {run.teacher.pretrained}: leave out --teacher, or set that to null")
     if not file.is_file():
         raise ValueError(f"there is no teacher at {file}")
-    with torch.device("meta"):
-        wanted = {n: p.shape for n, p in PPCLQwenImageTransformer2DModel(**run.teacher.architecture).named_parameters()}
-    if wanted != {name: tensor.shape for name, tensor in read_tensors(file).items()}:
+    if _shapes(run) != {name: tensor.shape for name, tensor in read_tensors(file).items()}:
         raise ValueError(f"{file} holds other tensors than the teacher of this config has")
+
+
+def _shapes(run: RunConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = PPCLQwenImageTransformer2DModel(**run.teacher.architecture)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def extract(run: RunConfig, checkpoint: Path, file: Path) -> None:
+    """Write the teacher that lies in a checkpoint folder, its stock tensors in float32, as a teacher file.
+
+    The catalog is not read: a teacher can be taken out of a checkpoint of an older format too. Where kept blocks were
+    trained, this is what ratio 1 runs, not the teacher that it was made from.
+
+    Raises:
+        ValueError: the folder does not hold all tensors of the network that the config asks for.
+    """
+    held: dict[str, torch.Tensor] = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        held |= read_tensors(shard)
+    missing = _shapes(run).keys() - held
+    if missing:
+        raise ValueError(f"{checkpoint} is no checkpoint of this config's teacher: it lacks {min(missing)}")
+    write_tensors(file, {name: held[name].float() for name in _shapes(run)}, {"checkpoint": checkpoint.name})
 
 
 def load(run: RunConfig, folder: Path) -> Any:
