@@ -78,7 +78,7 @@ def main(
 
     def learner(interval: Interval) -> students.Learner:
         block = selection.begin(model.transformer_blocks, selection.Selected(interval, "first"))
-        return students.Learner(block.float().to(place), config, world)
+        return students.Learner(block.float().to(place), config, 1.0, world)
 
     eleven = {interval: learner(interval) for interval in (Interval(n, n + 1) for n in range(DEPTH - 1))}
     nn.Module.to(model, place, torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -104,7 +104,7 @@ def test_memory_is_that_of_a_teacher_pass_and_one_student_whatever_their_number(
 
     def learner(interval):
         block = selection.begin(model.transformer_blocks, selection.Selected(interval, "first"))
-        return students.Learner(block, config.students)
+        return students.Learner(block, config.students, 1.0)
 
     def peak(intervals):
         """Bytes beyond weights and the optimisers' state, in a step that is not the first."""
@@ -163,7 +163,7 @@ def test_bfloat16_learns_what_float32_learns(tmp_path, monkeypatch):
     gradients = []
     for precise in (TINY.students, config):
         learner = students.Learner(
-            selection.begin(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise
+            selection.begin(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise, 1.0
         )
         monkeypatch.setattr(learner.optimiser, "zero_grad", lambda: None)
         passed = states.trace(model, batch)

@@ -269,6 +269,15 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
+def in_float32(value: Any) -> Any:
+    """The same with its real tensors in float32."""
+    if isinstance(value, dict):
+        return {name: in_float32(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(in_float32, value))
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Put tensors aside under names; the rest, with names for tensors, is JSON."""
     if isinstance(value, torch.Tensor):

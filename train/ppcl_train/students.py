@@ -46,14 +46,21 @@ class Learner:
     """A student, its optimiser, and what a step of both is.
 
     Args:
+        student: in float32.
+        magnitude: see `matching_loss`.
         kind: class of the optimiser (`loop.adam`).
         world: the processes that share each batch.
     """
 
     def __init__(
-        self, student: nn.Module, config: StudentsConfig, world: World = ALONE, kind: Any = torch.optim.AdamW
+        self,
+        student: nn.Module,
+        config: StudentsConfig,
+        magnitude: float,
+        world: World = ALONE,
+        kind: Any = torch.optim.AdamW,
     ) -> None:
-        self.student, self._config, self._world = student, config, world
+        self.student, self._config, self._magnitude, self._world = student, config, magnitude, world
         self.optimiser = adamw(kind, config, student.parameters())
 
     def learn(self, before: Streams, after: Streams, context: dict[str, Any], mask: torch.Tensor) -> float:
@@ -62,6 +69,9 @@ class Learner:
         Afterwards no activations are left, and gradients only for a step that is still to come.
         """
         config, world = self._config, self._world
+        if config.precision == "no":
+            # Whatever the teacher computes in.
+            before, context = Streams(*states.in_float32(tuple(before))), states.in_float32(context)
         with torch.enable_grad(), precise(config, world):
             # Recomputation takes the block whole: of one block it saves what the loss would hold beside it.
             out = (
@@ -69,7 +79,7 @@ class Learner:
                 if config.checkpointing
                 else states.run_block(self.student, before, context)
             )
-            loss = matching_loss(out, after, mask, config.magnitude, world)
+            loss = matching_loss(out, after, mask, self._magnitude, world)
         with torch.autocast(world.device.type, enabled=False):
             loss.backward()
         mean = world.mean(loss.detach()).item()
@@ -110,7 +120,11 @@ def distil(run: RunConfig, folder: Path) -> None:
     kind = adam(config, log)
     learners = {
         selected.interval: Learner(
-            selection.begin(teacher.transformer_blocks, selected).to(world.device), config, peers, kind
+            selection.begin(teacher.transformer_blocks, selected).float().to(world.device),
+            config,
+            run.magnitude,
+            peers,
+            kind,
         )
         for selected, rank in zip(chosen, owner)
         if rank == world.rank
