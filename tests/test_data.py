@@ -525,7 +525,7 @@ def test_a_pretrained_teacher_runs_on_cached_batches(cache, qwen_folder, tmp_pat
     assert catalog.task is None
     with torch.no_grad():
         assert torch.allclose(
-            open_draft(tmp_path)(
+            open_draft(run, tmp_path)(
                 **batch.call
                 | {"hidden_states": batch.x, "encoder_hidden_states": batch.call["encoder_hidden_states"].float()}
             )[0],

@@ -52,7 +52,7 @@ STAGES = (
     Stage("select", selection.OUTPUT, select),
     Stage("students", "students.safetensors", students.distil, parallel=True),
     Stage("width", "width.safetensors", width.prune),
-    Stage("recover", recover.OUTPUT, recover.recover),
+    Stage("recover", recover.OUTPUT, recover.recover, parallel=True),
     Stage("measure", "sensitivities.json", measure.measure),
     Stage("pack", "checkpoint/run.json", measure.pack),
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ppcl_rt import Catalog, Interval, Plan, Step, Width, Widths
 from ppcl_train import states
 from ppcl_train.config import RunConfig
+from ppcl_train.distributed import join
 from ppcl_train.draft import open_draft, write_draft
 from ppcl_train.loop import train_loop
 from ppcl_train.measure import planned, sensitivities
@@ -33,17 +36,21 @@ def recover(run: RunConfig, folder: Path) -> None:
     """Train what narrower and shallower plans run; writes ``recovered.safetensors``.
 
     First students, compensated layers, maps and factors: what ratio 1 does not run. Then, if asked, the teacher's own
-    blocks as well, the dense plan among the plans.
+    blocks as well, the dense plan among the plans. Every process of a world calls this; they share each batch.
     """
-    log, config = Log(folder, "recover"), run.recover
+    log, config, world = Log(folder, "recover"), run.recover, join()
     given = read_tensors(folder / "students.safetensors") | read_tensors(folder / "width.safetensors")
     if not config.steps + config.kept_steps:
-        write_tensors(folder / OUTPUT, given, {"steps": 0})
+        if world.is_main:
+            write_tensors(folder / OUTPUT, given, {"steps": 0})
         return
-    write_draft(run, folder, given, legal_counts(run, load(run, folder).catalog.shape.width))
+    if world.is_main:
+        write_draft(run, folder, given, legal_counts(run, load(run, folder).catalog.shape.width))
+        if not (folder / COSTS).exists():
+            measured = sensitivities(open_draft(run, folder), run, log)
+            write_json(folder / COSTS, measured.model_dump(mode="json"))
+    world.wait()
     model = open_draft(run, folder)
-    if not (folder / COSTS).exists():
-        write_json(folder / COSTS, sensitivities(model, run, log).model_dump(mode="json"))
     plans = Plans(Catalog.model_validate(read_content(folder / COSTS)), config.planned)
     teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
     model.requires_grad_(False)
@@ -61,20 +68,27 @@ def recover(run: RunConfig, folder: Path) -> None:
         seed = states.RECOVER + part * config.steps * config.accumulate
 
         def step_loss(number: int, seed: int = seed, dense: bool = part == 1) -> float:
-            batch = states.inputs(run, config.batch, seed + number)
+            batch = states.inputs(run, config.batch, seed + number).part(world.share(config.batch))
             with torch.no_grad(), teacher.at(plan=model.catalog.dense):
                 wanted = batch.clean(teacher(**batch.call)[0])
             with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed + number), dense)):
-                error = (batch.clean(model(**batch.call)[0]) - wanted).square().mean() / wanted.square().mean()
+                mine = (batch.clean(model(**batch.call)[0]) - wanted).square().sum()
+            # Over all processes, so that however a batch is shared, gradients average to those of the whole.
+            error, signal = world.mean(torch.stack([mine.detach(), wanted.square().sum()]))
             # The root, so that steps of large plans count, which lose a hundredth of what small ones do.
-            loss = (error + 1e-8).sqrt()
-            loss.backward()
+            loss = (error / signal + 1e-8).sqrt()
+            (mine / signal / (2 * loss)).backward()
             return loss.item()
 
-        better = train_loop(run, its_config, its_log, trained, step_loss)
+        def average(trained: Mapping[str, nn.Parameter] = trained) -> None:
+            world.average(trained.values())
+
+        better = train_loop(run, its_config, its_log, trained, step_loss, world=world, before_update=average)
         with torch.no_grad():
             for name, tensor in better.items():
                 trained[name].copy_(tensor)
+    if not world.is_main:
+        return
     state = model.full_state()
     names = state if config.kept_steps else given
     write_tensors(folder / OUTPUT, {n: state[n] for n in names}, {"steps": config.steps, "kept": config.kept_steps})
