@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppcl_rt.plan import Frozen, read_json
-from ppcl_train import pipeline, scenes, teacher
+from ppcl_train import pipeline, scenes
 from ppcl_train.baselines import METHODS, SEEDED, Entry, UnreachableError
 from ppcl_train.config import RunConfig
 from ppcl_train.runs import Log, making, replacing, write_json
@@ -119,10 +118,7 @@ def compare(
     except (RuntimeError, AssertionError, ValueError, NotImplementedError):
         raise ValueError(f"there is no device {device} here") from None
     captions = _captions(run)
-    with tempfile.TemporaryDirectory() as temporary:
-        if teacher_path.is_dir():
-            teacher.extract(run, teacher_path, teacher_path := Path(temporary) / "teacher.safetensors")
-        pipeline.begin(run, folder, teacher_path)
+    pipeline.begin(run, folder, teacher_path)
     keys = [Key(_TEACHER, 1.0, run.seed)]
     keys += [
         Key(method, ratio, run.seed + n)

@@ -153,10 +153,10 @@ def pack(run: RunConfig, folder: Path) -> None:
     log(students=" ".join(map(str, sorted(students))), text_runs=" ".join(map(str, sorted(runs))), megabytes=size / 1e6)
 
 
-def planned(catalog: Catalog, spacing: float) -> list[Plan]:
-    """The plans of a catalog that the planner takes: the smallest, then at ratios ``spacing`` apart."""
+def planned(catalog: Catalog, spacing: float, least_ratio: float = 0.0) -> list[Plan]:
+    """The plans that the planner takes: the smallest of at least ``least_ratio``, then at ratios ``spacing`` apart."""
     planner = ppcl_rt.Planner(catalog)
-    smallest = math.ceil(planner.smallest * 1e4) / 1e4
+    smallest = max(math.ceil(planner.smallest * 1e4) / 1e4, least_ratio)
     above = (n * spacing for n in range(1, round(1 / spacing) + 1))
     return [planner.plan(ratio) for ratio in [smallest, *(ratio for ratio in above if smallest < ratio <= 1)]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -64,12 +65,18 @@ def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> 
     """Make a run folder, or check that it belongs to this config.
 
     Args:
-        teacher_file: a trained teacher to start from, in place of the first stage.
+        teacher_file: a trained teacher to start from, in place of the first stage; or a checkpoint folder, whose
+            teacher is taken out.
 
     Raises:
         ValueError: the folder was begun with another config, the teacher is of another architecture, or another
             process writes the folder.
     """
+    if teacher_file is not None and teacher_file.is_dir():
+        with tempfile.TemporaryDirectory() as temporary:
+            extracted = Path(temporary) / "teacher.safetensors"
+            teacher.extract(config, teacher_file, extracted)
+            return begin(config, folder, extracted)
     trained = folder / STAGES[0].output
     _check(config, folder)
     if teacher_file is not None:

@@ -51,7 +51,7 @@ def recover(run: RunConfig, folder: Path) -> None:
             write_json(folder / COSTS, measured.model_dump(mode="json"))
     world.wait()
     model = open_draft(run, folder)
-    plans = Plans(Catalog.model_validate(read_content(folder / COSTS)), config.planned)
+    plans = Plans(Catalog.model_validate(read_content(folder / COSTS)), config.planned, config.least_ratio)
     teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
     model.requires_grad_(False)
     own = {name: p for name, p in model.named_parameters() if name.startswith(_APART) or ".narrow." in name}
@@ -97,9 +97,10 @@ def recover(run: RunConfig, folder: Path) -> None:
 class Plans:
     """Plans to train: those that the planner takes, the smallest more often, and random ones."""
 
-    def __init__(self, catalog: Catalog, share: float) -> None:
+    def __init__(self, catalog: Catalog, share: float, least_ratio: float = 0.0) -> None:
         self.catalog, self._share = catalog, share
-        self._planned = [plan for plan in planned(catalog, _SPACING) if plan != catalog.dense]
+        plans = planned(catalog, _SPACING, least_ratio)
+        self._planned = [plan for plan in plans if plan != catalog.dense]
 
     def draw(self, rng: random.Random, dense: bool) -> Plan:
         """Draw a plan; ``dense`` puts the dense one among them."""
