@@ -13,7 +13,15 @@ from ppcl_train import states, teacher
 from ppcl_train.config import PRESETS, with_changes
 from ppcl_train.probes import LeastSquares
 from ppcl_train.recover import Plans, random_plan
-from ppcl_train.width import Watcher, compress_block, eliminate, factor, legal_counts, time_embeddings
+from ppcl_train.width import (
+    Watcher,
+    compress_block,
+    eliminate,
+    factor,
+    fit_text_runs,
+    legal_counts,
+    time_embeddings,
+)
 
 RUN = with_changes(
     PRESETS["scenes"],
@@ -144,6 +152,38 @@ def test_a_block_in_closed_form(rough):
     mapped = F.linear(g, made["narrow.mlp_image_0.weight"], made["narrow.mlp_image_0.bias"])
     error = (mapped - added).square().mean()
     assert error < 0.8 * (added - added.mean((0, 1))).square().mean()
+
+
+def test_text_runs_are_regressions_on_the_teachers_own_streams(rough):
+    """What a block of a run reads, from what the first read; and the text behind a run, from that behind its first."""
+    run = with_changes(RUN, {"width.longest_text_run": 3, "width.samples": 192, "width.ridge": 1e-9})
+    made = fit_text_runs(run, rough)
+    # The last block of the model has no text to move on to.
+    assert {name.rsplit(".", 1)[0] for name in made} == {
+        *("text_runs.0-1.z_1", "text_runs.0-1.text", "text_runs.1-2.z_2"),
+        *("text_runs.0-2.z_1", "text_runs.0-2.z_2"),
+    }
+    reads, texts = ([[] for _ in range(4)] for _ in range(2))
+    for batch in states.batches(run, 192, states.WIDTH):
+        passed = states.trace(rough, batch)
+        for n, state in enumerate(passed.states):
+            texts[n].append(state.text[batch.mask])
+            if n < 3:
+                seen = rough.transformer_blocks[n].text_input(
+                    state.text, passed.context["temb"], rough.catalog.shape.width
+                )
+                reads[n].append(seen[batch.mask])
+    reads, texts = ([torch.cat(each).double() if each else None for each in both] for both in (reads, texts))
+    for name, x, y in (
+        ("text_runs.0-2.z_2", reads[0], reads[2]),
+        ("text_runs.0-1.z_1", reads[0], reads[1]),
+        ("text_runs.0-1.text", texts[1], texts[2]),
+    ):
+        rows = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+        wanted = rows @ torch.linalg.lstsq(rows, y - x).solution
+        got = x @ made[f"{name}.weight"].double().T + made[f"{name}.bias"].double()
+        # The fit, not its coefficients: 32 inputs from some 600 words are far from orthogonal.
+        assert (got - wanted).square().mean() < 1e-6 * (y - x).square().mean(), name
 
 
 def catalog_of(depth=12):
