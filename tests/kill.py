@@ -129,6 +129,8 @@ def main(kills: int, seed: int, config: RunConfig = TINY) -> str:
             if kill(start(config, folder), folder, stage, share, lengths[stage]):
                 done += 1
                 hit[[*names, "(done)"][position(folder)[0]]] += 1
+                seconds = time.monotonic() - began[-1]
+                print(f"kill {done} of {kills}, after {seconds:.0f} s: {dict(hit)}", file=sys.stderr)
                 hit["(while writing)"] += any(path.name.endswith(".partial") for path in folder.rglob("*"))
                 continue
             compare(folder)
