@@ -89,6 +89,10 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     for student in catalog.students:
         table.add_row(str(student.interval), student.start, f"{student.loss:.5f}")
     _print(table)
+    table = Table("over", "loss", title="text runs")
+    for run in catalog.text_runs:
+        table.add_row(str(run.interval), f"{run.loss:.5f}")
+    _print(table)
     table = Table("block", *ppcl_rt.Width._fields, title="widths (loss)")
     for block, widths in enumerate(catalog.blocks):
         table.add_row(
@@ -129,6 +133,8 @@ def plan(
             for group, count, full in zip(step.width._fields, step.width, catalog.shape.width, strict=True)
         )
         print(f"{what:>20}  {width}")
+    for run in made.text_runs:
+        print(f"{'text stands still':>20}  over blocks {run}")
 
 
 @app.command()
