@@ -162,7 +162,7 @@ def sample(
 @app.command("eval")
 def evaluate(
     checkpoint: Checkpoint,
-    ratios: Annotated[str, typer.Option(help="ratios, with commas between")] = "1,0.85,0.7,0.5",
+    ratios: Annotated[str, typer.Option(help="ratios, with commas between")] = "1,0.7,0.5,0.35",
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts, spread evenly over their kinds")] = 2000,
     seed: int = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
@@ -189,7 +189,7 @@ def evaluate(
 def demo(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("demo.png"),
-    ratios: str = "1,0.85,0.7,0.5",
+    ratios: str = "1,0.7,0.5,0.35",
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts to judge")] = 250,
     seed: int = 0,
     device: Device = "cpu",
