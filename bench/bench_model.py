@@ -27,7 +27,7 @@ from ppcl_rt.task import task_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "scenes"
-RATIOS = (1.0, 0.85, 0.7, 0.5)
+RATIOS = (1.0, 0.7, 0.5, 0.35)
 BATCH = 64
 PAIRS = 15
 
