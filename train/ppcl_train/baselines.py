@@ -73,7 +73,9 @@ class Entry:
     def teacher(self) -> Any:
         """A copy of the teacher, frozen, in float32."""
         self.begin(self.folder)
-        return teacher.load(self.run, self.folder).to(self.device, torch.float32)
+        # Not diffusers' own `to`, which warns of modules that it would keep in float32, of which there are none.
+        model: Any = nn.Module.to(teacher.load(self.run, self.folder), self.device, torch.float32)
+        return model
 
     def inputs(self, seed: int) -> states.Inputs:
         """A batch to train on."""
