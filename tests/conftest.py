@@ -49,9 +49,9 @@ CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Sums in one order, whatever the machine; the models are too small for two threads anyway."""
+    """Sums in one order, whatever the machine, in fixtures too; the models are too small for two threads anyway."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
