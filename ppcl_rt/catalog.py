@@ -281,8 +281,8 @@ class Catalog(Frozen):
         yield from (student.bands for student in self.students)
         yield from (run.bands for run in self.text_runs)
 
-    def near(self, timestep: float) -> Catalog:
-        """The same catalog with losses as they are in the band of a timestep: what a denoising step there goes by.
+    def band(self, timestep: float) -> int:
+        """The band, from 0, that a timestep lies in.
 
         Raises:
             ValueError: losses were not measured by bands, or the timestep is not in [0, 1].
@@ -291,7 +291,10 @@ class Catalog(Frozen):
             raise ValueError("this checkpoint's losses were not measured by timestep: plan without one")
         if not 0 <= timestep <= 1:
             raise ValueError(f"a timestep lies in [0, 1], 1 is noise, not {timestep}")
-        band = min(bisect.bisect_right(self.edges, timestep), len(self.edges) - 1) - 1
+        return min(bisect.bisect_right(self.edges, timestep), len(self.edges) - 1) - 1
+
+    def near(self, band: int) -> Catalog:
+        """The same catalog with losses as they are in a band of the timestep: what a denoising step there goes by."""
         least = 1e-12
 
         def narrowed(widths: Widths) -> Widths:

@@ -8,7 +8,6 @@ what each choice alone was measured to lose.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -59,17 +58,16 @@ class Planner:
         """The best plan of at most ``ratio`` times the dense model's parameters; ratio 1 is the dense plan.
 
         Args:
-            timestep: in [0, 1], 1 is noise: go by the losses near it, not by those over all (`Catalog.near`).
+            timestep: in [0, 1], 1 is noise: go by the losses near it, not by those over all (`Catalog.band`).
 
         Raises:
-            ValueError: ``ratio`` is not in (0, 1], or below what the smallest plan needs; or as `Catalog.near`.
+            ValueError: ``ratio`` is not in (0, 1], or below what the smallest plan needs; or as `Catalog.band`.
         """
         if timestep is None:
             return self._remembered(check_ratio(ratio))
-        near = self.catalog.near(timestep)
-        band = bisect.bisect_right(self.catalog.edges, timestep)
+        band = self.catalog.band(timestep)
         if band not in self._near:
-            self._near[band] = Planner(near)
+            self._near[band] = Planner(self.catalog.near(band))
         return self._near[band].plan(ratio)
 
     def _plan(self, ratio: float) -> Plan:

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import nn
 
 import ppcl_rt
+from ppcl_rt import cli
 from ppcl_rt.catalog import text_maps
 from ppcl_rt.qwen_block import LAYOUT
 
@@ -501,3 +503,20 @@ def qwen_cache(qwen_folder: Path, captioned_folder: Path, tmp_path_factory: pyte
     more = {"settings": {}, "dtype": torch.float32, "area": 32 * 32, "per_shard": 3}
     caching.cache("qwen-image", encoder, reader, folder, **more)
     return folder
+
+
+@pytest.fixture
+def ppcl(monkeypatch, capsys):
+    """Run the program in this process; returns (status, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out, said.err
+
+    # The program adds its plug-ins every time that it starts; here it starts often.
+    groups = list(cli.app.registered_groups)
+    yield run
+    cli.app.registered_groups[:] = groups

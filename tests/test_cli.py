@@ -10,26 +10,9 @@ import pytest
 from PIL import Image
 
 import ppcl_rt
-from ppcl_rt import Plan, cli
+from ppcl_rt import Plan
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "scenes"
-
-
-@pytest.fixture
-def ppcl(monkeypatch, capsys):
-    """Run the program in this process; returns (status, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        said = capsys.readouterr()
-        return int(stopped.value.code or 0), said.out, said.err
-
-    # The program adds its plug-ins every time that it starts; here it starts often.
-    groups = list(cli.app.registered_groups)
-    yield run
-    cli.app.registered_groups[:] = groups
 
 
 def test_info_plan_and_json(ppcl, tmp_path):

@@ -18,28 +18,11 @@ from safetensors import safe_open
 from tiny import TINY
 from torch import nn
 
-from ppcl_rt import cli
 from ppcl_train import loop, pipeline, runs
 from ppcl_train.config import LoopConfig, RunConfig
 
 RUN = RunConfig(save_every=5, tracker="none")
 LOOP = LoopConfig(steps=20, lr=0.1, warmup=0)
-
-
-@pytest.fixture
-def ppcl(monkeypatch, capsys):
-    """Run the program in this process; returns (status, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        said = capsys.readouterr()
-        return int(stopped.value.code or 0), said.out, said.err
-
-    groups = list(cli.app.registered_groups)
-    yield run
-    cli.app.registered_groups[:] = groups
 
 
 def two_students() -> dict[str, nn.Parameter]:

@@ -36,24 +36,20 @@ class VelocityError:
         self.edges = tuple(band / bands for band in range(bands + 1))
         self._given = list(states.batches(run, run.measure.samples, states.MEASURE))
         self._wanted = self._clean(model.catalog.dense)
-        signal = [self._banded(batch, batch.x - clean) for batch, clean in zip(self._given, self._wanted, strict=True)]
+        signal = [
+            batch.banded(batch.x - clean, self.edges) for batch, clean in zip(self._given, self._wanted, strict=True)
+        ]
         self._scale = float(torch.stack(signal).sum())
 
     def _clean(self, plan: Plan) -> list[torch.Tensor]:
         with self._model.at(plan=plan):
             return [batch.clean(self._model(**batch.call)[0]) for batch in self._given]
 
-    def _banded(self, given: states.Inputs, difference: torch.Tensor) -> torch.Tensor:
-        """Sum of squares over the samples of each band of the timestep, ``[bands]``."""
-        squares = difference.double().square().flatten(1).sum(1).cpu()
-        bands = torch.bucketize(given.t.double().cpu(), torch.tensor(self.edges[1:-1], dtype=torch.float64))
-        return torch.zeros(len(self.edges) - 1, dtype=torch.float64).index_add(0, bands, squares)
-
     @torch.no_grad()
     def of(self, plan: Plan) -> tuple[float, ...]:
         """The loss of one plan, in parts by the band of the timestep: they sum to it."""
         made = zip(self._given, self._clean(plan), self._wanted, strict=True)
-        parts = torch.stack([self._banded(given, mine - wanted) for given, mine, wanted in made]).sum(0)
+        parts = torch.stack([given.banded(mine - wanted, self.edges) for given, mine, wanted in made]).sum(0)
         return tuple((parts / self._scale).tolist())
 
     def of_step(self, step: Step) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,12 @@ class Inputs:
         for the picture.
         """
         return output if self.predicts == "clean" else self.x - self.t[:, None, None] * output
+
+    def banded(self, difference: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
+        """Sum of squares of ``difference [N, S, C]`` in each band of the timestep between ``edges``, ``[bands]``."""
+        squares = difference.double().square().flatten(1).sum(1).cpu()
+        bands = torch.bucketize(self.t.double().cpu(), torch.tensor(edges[1:-1], dtype=torch.float64))
+        return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, bands, squares)
 
     def part(self, samples: slice) -> Inputs:
         """Some of the samples."""

@@ -119,16 +119,7 @@ class Calibration(NamedTuple):
     def run(self, student: nn.Module, interval: Interval, batch: int) -> Streams:
         """What a student makes of the teacher's streams, in float32 whatever the teacher computes in."""
         before = Streams(*map(torch.Tensor.float, self.held.read(batch, interval.first)))
-        return states.run_block(student, before, _in_float32(self.held.context(batch)))
-
-
-def _in_float32(value: Any) -> Any:
-    """The same with its real tensors in float32."""
-    if isinstance(value, dict):
-        return {name: _in_float32(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(map(_in_float32, value))
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        return states.run_block(student, before, states.in_float32(self.held.context(batch)))
 
 
 @torch.no_grad()
@@ -180,7 +171,7 @@ class Costs:
         for batch, given in enumerate(calibration.inputs):
             behind = calibration.held.read(batch, depth)
             self._dense.append(given.clean(run_from(model, depth, behind, given)))
-            self._scale.append(self._banded(given, given.x - self._dense[-1]))
+            self._scale.append(given.banded(given.x - self._dense[-1], self.edges))
         scale = torch.stack(self._scale).sum(0)
         self.shares = tuple((scale / scale.sum()).tolist())
 
@@ -193,16 +184,9 @@ class Costs:
             with torch.no_grad():
                 out = self._calibration.run(student, interval, batch)
             clean = given.clean(run_from(self._model, interval.last + 1, out, given))
-            error += self._banded(given, clean - self._dense[batch])
+            error += given.banded(clean - self._dense[batch], self.edges)
         parts: list[float] = (error / sum(self._scale[batch].sum() for batch in chosen)).tolist()
         return parts
-
-    def _banded(self, given: Inputs, difference: torch.Tensor) -> torch.Tensor:
-        """Sum of squares over the samples of each band, ``[bands]``."""
-        squares = difference.double().square().flatten(1).sum(1).cpu()
-        inner = torch.tensor(self.edges[1:-1], dtype=torch.float64)
-        bands = torch.bucketize(given.t.double().cpu(), inner)
-        return torch.zeros(len(self.edges) - 1, dtype=torch.float64).index_add(0, bands, squares)
 
 
 class _Attempt:
