@@ -139,7 +139,8 @@ def pack(*modules: nn.Module) -> None:
     """Lay the weights and biases of linear modules of one shape side by side in memory, where they are not yet.
 
     The modules keep their parameters, which become views: names, state dicts, optimizers and adapters see no
-    difference. Nothing happens where no kernel could run, or where a module holds anything but plain parameters of the same shape.
+    difference. Nothing happens where no kernel could run, or where a module holds anything but plain parameters of one
+    shape.
     """
     for name in ("weight", "bias"):
         parts: list[Any] = [getattr(module, name, None) for module in modules]
