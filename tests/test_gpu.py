@@ -104,6 +104,7 @@ def test_graph_captures_a_block(monkeypatch, block, call):
 def test_ways_are_measured_once(monkeypatch, tmp_path, block, call, width):
     monkeypatch.setenv("PPCL_CACHE", str(tmp_path))
     ways.table_of.cache_clear()
+    ops.forget()
     results = {}
     with torch.no_grad():
         for backend in ("torch", "triton", "auto"):
@@ -113,6 +114,7 @@ def test_ways_are_measured_once(monkeypatch, tmp_path, block, call, width):
         written = path.read_text()
         monkeypatch.setattr(ways, "cuda_milliseconds", lambda call, device: pytest.fail("measured again"))
         ways.table_of.cache_clear()
+        ops.forget()
         close(block(**call, width=width), results["auto"])
     assert path.read_text() == written
     table = json.loads(written)
@@ -124,6 +126,7 @@ def test_ways_are_measured_once(monkeypatch, tmp_path, block, call, width):
     close(results["triton"], results["torch"])
     close(results["auto"], results["torch"])
     ways.table_of.cache_clear()
+    ops.forget()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -126,7 +126,8 @@ class Operation(ABC, Generic[C, R]):
         if asked == "torch" or not able or (asked == "auto" and not like.is_cuda):
             return TORCH
         if asked == "triton":
-            return TRITON
+            # A kernel that failed its checks on this device offers no tile.
+            return TRITON if any(way.kind == "triton" for way in self.implementations(call)) else TORCH
         table, key = ways.table_of(like.device.index or 0), self.key(call)
         listed = functools.partial(self.implementations, call)
         if torch.cuda.is_current_stream_capturing():
@@ -136,6 +137,12 @@ class Operation(ABC, Generic[C, R]):
 
     def _run_as(self, way: Way, call: C) -> R:
         return self.run(call, way)
+
+
+def forget() -> None:
+    """Prepare and choose anew from the next call on: after tables or what may run have changed."""
+    for operation in OPERATIONS.values():
+        operation._prepared.clear()
 
 
 def form(tensor: torch.Tensor | None) -> Hashable:
