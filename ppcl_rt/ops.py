@@ -85,7 +85,7 @@ def ada_layer_norm(
         able=lambda: _kernels_can(x, norm, beside=(scale, shift)) and not norm.elementwise_affine,
         shape=lambda: (batch, ways.bucket(tokens), width, index is not None),
         others=(TORCH,),
-        tiles=lambda: NormTile.candidates(width),
+        tiles=lambda: NormTile.candidates(kernels.Target.of(x.device), x.dtype, width),
         call=call,
     )
 
