@@ -42,7 +42,11 @@ class _AdaLayerNorm(Operation[AdaLayerNorm, torch.Tensor]):
         return Key(" ".join(words), tuple(call.x.shape))
 
     def implementations(self, call: AdaLayerNorm) -> list[Way]:
-        return [*(Way("triton", tuple(tile)) for tile in Tile.candidates(call.x.shape[-1])), TORCH]
+        target = kernels.Target.of(call.x.device)
+        return [
+            *(Way("triton", tuple(tile)) for tile in Tile.candidates(target, call.x.dtype, call.x.shape[-1])),
+            TORCH,
+        ]
 
     def run(self, call: AdaLayerNorm, way: Way) -> torch.Tensor:
         if way == TORCH:

@@ -11,9 +11,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ppcl_kernels as kernels
+from ppcl_kernels.heads import MAX_HEAD_DIM
 from ppcl_kernels.joint_attention import Tile
 from ppcl_kernels.launch import Target
-from ppcl_kernels.qkv_projection import MAX_HEAD_DIM
 from ppcl_rt.ops.modules import readable
 from ppcl_rt.ops.operation import Operation, define_op, flag, form, name_of
 from ppcl_rt.ways import CUDNN, FLASH, TORCH, Key, Way

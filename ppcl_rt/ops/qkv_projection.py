@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import ppcl_kernels as kernels
+from ppcl_kernels.heads import MAX_HEAD_DIM
 from ppcl_kernels.launch import Target
 from ppcl_kernels.matmul import Tile, takes_tma
-from ppcl_kernels.qkv_projection import MAX_HEAD_DIM, rope_tables, tile_candidates
+from ppcl_kernels.qkv_projection import tile_candidates
+from ppcl_kernels.rope import rope_tables
 from ppcl_rt.ops.modules import linear, readable
 from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of
 from ppcl_rt.ways import CUBLAS, PACKED, TORCH, Key, Way
