@@ -138,10 +138,18 @@ def test_bad_usage(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         fit.main(["--out", str(tmp_path), "--cases", "faulty_kernels:nothing"])
     assert left.value.code == 2 and "wanted module:function" in capsys.readouterr().err
+    parent = os.getpid()
+
+    def asks_the_driver():
+        assert os.getpid() != parent, "CUDA does not survive a fork"
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", asks_the_driver)
     monkeypatch.setattr(fit, "INTERPRETED", False)
     monkeypatch.setattr(fit, "LATER", ())
-    assert fit.main(["--out", str(tmp_path), "--device", "cpu"]) == 2
-    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
+    for device, said in (("cpu", "set TRITON_INTERPRET=1"), ("cuda", "torch sees no CUDA device"), ("auto", "no CUDA")):
+        assert fit.main(["--out", str(tmp_path), "--device", device]) == 2
+        assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "fit.json").read_text())["status"] == 2
 
 

@@ -15,25 +15,18 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ppcl_kernels.ada_layer_norm import Tile as NormTile
-from ppcl_kernels.ada_layer_norm import (
-    ada_layer_norm,
-    ada_layer_norm_reference,
-    gated_residual,
-    gated_residual_reference,
-)
+from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference
+from ppcl_kernels.gated_residual import Tile as ResidualTile
+from ppcl_kernels.gated_residual import gated_residual, gated_residual_reference
+from ppcl_kernels.heads import joint_outputs, norm_rope_reference
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.joint_attention import joint_attention, launch_key_ranges
 from ppcl_kernels.launch import Target
 from ppcl_kernels.linear import Linear, grouped_linear, linear_reference
 from ppcl_kernels.matmul import Tile
-from ppcl_kernels.norm_rope import norm_rope
-from ppcl_kernels.qkv_projection import (
-    Stream,
-    norm_rope_reference,
-    qkv_projection,
-    qkv_projection_reference,
-    tile_candidates,
-)
+from ppcl_kernels.norm_rope import Tile as NormRopeTile
+from ppcl_kernels.norm_rope import launch_norm_rope
+from ppcl_kernels.qkv_projection import Stream, qkv_projection, qkv_projection_reference, tile_candidates
 
 
 class Shape(NamedTuple):
@@ -88,7 +81,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One form of one kernel with one tile (empty where it has but one); ``make`` makes the inputs."""
+    """One form of one kernel with one tile; ``make`` makes the inputs."""
 
     kernel: str
     tile: tuple[int, ...]
@@ -239,29 +232,38 @@ def _qkv(
 
 def _norm_rope_cases(setting: Setting) -> Iterator[Case]:
     shape = setting.shape
-    for what, batch, tokens, text_queries, heads in (
+    forms = (
         ("all heads", 1, (shape.text, shape.image), True, shape.heads),
         ("half the heads", 2, (shape.odd_text, shape.odd_image), True, shape.heads // 2),
         ("no text queries", 1, (shape.odd_text, shape.odd_image), False, shape.heads),
-    ):
-        make = partial(_norm_rope, setting, batch, tokens, text_queries, heads)
-        yield Case("norm_rope", (), _form(what, batch, *tokens), make)
+    )
+    for tile in NormRopeTile.candidates(Target.of(setting.device), setting.dtype):
+        for what, batch, tokens, text_queries, heads in forms:
+            make = partial(_norm_rope, setting, tile, batch, tokens, text_queries, heads)
+            yield Case("norm_rope", tuple(tile), _form(what, batch, *tokens), make)
 
 
-def _norm_rope(setting: Setting, batch: int, tokens: Sequence[int], text_queries: bool, heads: int) -> Work:
-    make, head_dim = _Maker(setting), setting.shape.head_dim
+def _norm_rope(
+    setting: Setting, tile: NormRopeTile, batch: int, tokens: Sequence[int], text_queries: bool, heads: int
+) -> Work:
+    make, head_dim, asked = _Maker(setting), setting.shape.head_dim, (text_queries, True)
     raw, norms, ropes = [], [], []
-    for count, asked in zip(tokens, (text_queries, True), strict=True):
+    for count, queries in zip(tokens, asked, strict=True):
         q, k, v = _three(partial(make.normal, batch, count, heads, head_dim))
-        raw.append((q if asked else None, k, v))
+        raw.append((q if queries else None, k, v))
         norms.append((1 + make.normal(head_dim, scale=0.1), 1 + make.normal(head_dim, scale=0.1)))
         ropes.append(make.rope(count))
-    return Work(
-        lambda: norm_rope(raw, norms, ropes),
-        lambda: norm_rope_reference(_double(raw), _double(norms), _double(ropes)),
-        1,
-        head_dim,
-    )
+
+    def call() -> Sequence[torch.Tensor]:
+        # The public function takes no tile.
+        outputs = joint_outputs(raw[0][1], tokens, asked, heads, head_dim)
+        q_first = kv_first = 0
+        for part, norm, rope, count in zip(raw, norms, ropes, tokens, strict=True):
+            launch_norm_rope(part, norm, rope, outputs, q_first, kv_first, 1e-6, tile).run()
+            q_first, kv_first = q_first + (0 if part[0] is None else count), kv_first + count
+        return outputs
+
+    return Work(call, lambda: norm_rope_reference(_double(raw), _double(norms), _double(ropes)), 1, head_dim)
 
 
 def _attention_cases(setting: Setting) -> Iterator[Case]:
@@ -365,11 +367,14 @@ def _norm_cases(setting: Setting) -> Iterator[Case]:
         ("a modulation a sample", 1, shape.image, False),
         ("a modulation a token", 2, shape.odd_image, True),
     )
-    for kernel, make in (("ada_layer_norm", _norm), ("gated_residual", _gated)):
-        for tile in NormTile.candidates(shape.width, normed=kernel == "ada_layer_norm"):
-            for what, batch, tokens, indexed in forms:
-                work = partial(make, setting, tile, batch, tokens, indexed)
-                yield Case(kernel, tuple(tile), _form(what, batch, tokens), work)
+    target = Target.of(setting.device)
+    for what, batch, tokens, indexed in forms:
+        form = _form(what, batch, tokens)
+        for tile in NormTile.candidates(target, setting.dtype, shape.width):
+            yield Case("ada_layer_norm", tuple(tile), form, partial(_norm, setting, tile, batch, tokens, indexed))
+        for gate_tile in ResidualTile.candidates(target, setting.dtype):
+            make = partial(_gated, setting, gate_tile, batch, tokens, indexed)
+            yield Case("gated_residual", tuple(gate_tile), form, make)
 
 
 def _norm(setting: Setting, tile: NormTile, batch: int, tokens: int, indexed: bool) -> Work:
@@ -384,7 +389,7 @@ def _norm(setting: Setting, tile: NormTile, batch: int, tokens: int, indexed: bo
     )
 
 
-def _gated(setting: Setting, tile: NormTile, batch: int, tokens: int, indexed: bool) -> Work:
+def _gated(setting: Setting, tile: ResidualTile, batch: int, tokens: int, indexed: bool) -> Work:
     make, width = _Maker(setting), setting.shape.width
     x, h = make.normal(batch, tokens, width), make.normal(batch, tokens, width)
     gate, index = make.modulation(batch * (2 if indexed else 1)), make.index(batch, tokens) if indexed else None

@@ -37,6 +37,7 @@ import torch
 
 from ppcl_kernels import aot
 from ppcl_kernels._triton import INTERPRETED, triton
+from ppcl_kernels.allowed import VARIABLE, tile_name
 from ppcl_kernels.launch import Target
 from ppcl_kernels.tools.cases import FULL, SMALL, TINY, Case, Setting, Shape
 from ppcl_kernels.tools.check import check
@@ -95,12 +96,8 @@ class _Findings:
         write_json(self.out / "allowed.json", {**about, "kernels": kernels})
 
 
-def _tile_name(tile: Sequence[int]) -> str:
-    return "x".join(map(str, tile))
-
-
 def _unit(case: Case) -> Unit:
-    return case.kernel, _tile_name(case.tile)
+    return case.kernel, tile_name(case.tile)
 
 
 def _setting(device: str, shape: Shape) -> Setting:
@@ -175,8 +172,8 @@ def _run_small(cases: Cases, device: str, kernel: str, tiles: Sequence[str], lin
     setting = _setting(device, SMALL)
     with torch.no_grad(), lines.open("a") as file:
         for case in cases(setting):
-            if case.kernel == kernel and _tile_name(case.tile) in tiles:
-                print(json.dumps({"tile": _tile_name(case.tile), "form": case.form}), file=file, flush=True)
+            if case.kernel == kernel and tile_name(case.tile) in tiles:
+                print(json.dumps({"tile": tile_name(case.tile), "form": case.form}), file=file, flush=True)
                 case.make().call()
                 if device == "cuda":
                     torch.cuda.synchronize()
@@ -323,7 +320,7 @@ class _Fit:
         if row["ok"]:
             share = max(row["error_rms"], row["error_max"]) / row["limit"] if row["limit"] else 0.0
             found = f"fit, error {share:.2f} of its limit in {row['tiles']} tiles, {row['repeats']} runs equal"
-        return f"{took:4.0f} s  {' '.join(filter(None, unit))}: {', '.join(filter(None, (row['form'], found)))}"
+        return f"{took:4.0f} s  {' '.join(unit)}: {', '.join(filter(None, (row['form'], found)))}"
 
     def sanitize(self) -> None:
         """Run compute-sanitizer on small shapes of what is fit so far, a process a kernel, in what time is left."""
@@ -417,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     # Everything is checked, whatever an earlier run left out.
-    os.environ.pop("PPCL_ALLOWED", None)
+    os.environ.pop(VARIABLE, None)
     if options.sanitized:
         return _run_small(cases, options.device, options.sanitized, options.tiles.split(","), options.lines)
     options.repeats = options.repeats or (2 if INTERPRETED else 200)
@@ -440,7 +437,7 @@ def _finish(run: _Fit) -> int:
     status = 1 if left_out else 0
     run.findings.save(status)
     for unit, why in left_out.items():
-        print(f"left out: {' '.join(filter(None, unit))}: {why}")
+        print(f"left out: {' '.join(unit)}: {why}")
     took = time.monotonic() - run.findings.started
     print(f"{len(run.findings.units) - len(left_out)} of {len(run.findings.units)} are fit, {took:.0f} s", flush=True)
     return status
