@@ -52,6 +52,11 @@ def _work(setting: Setting, fault: str) -> Work:
 
 def cases(setting: Setting) -> list[Case]:
     """One kernel; its faults are its tiles, numbered as in `FAULTS`."""
+    # Where this runs there are no diffusers and no pydantic: these do without, too.
+    import ppcl_kernels.tools.gpu_run
+    import ppcl_kernels.tools.pytest_log
+    import ppcl_kernels.tools.report  # noqa: F401
+
     return [Case("double", (number,), fault, partial(_work, setting, fault)) for number, fault in enumerate(FAULTS)]
 
 

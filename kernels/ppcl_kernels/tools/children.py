@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ class Job:
         work: runs in the child, and is given a function that keeps a dictionary for the parent.
         command: in its place, the program that the child becomes; given a file to append dictionaries to, as JSON
             lines.
+        prints: whether what it prints is shown; else the end of it is kept.
     """
 
     name: Any
     seconds: float
     work: Callable[[Say], None] | None = None
     command: Callable[[Path], Sequence[str]] | None = None
+    prints: bool = False
 
 
 @dataclass
@@ -186,9 +188,10 @@ def _be_child(job: Job, parent: int, lines: Path, log: Path) -> None:
             # The parent may have died before that.
             if os.getppid() != parent:
                 os._exit(1)
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(target, 1)
-        os.dup2(target, 2)
+        if not job.prints:
+            target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(target, 1)
+            os.dup2(target, 2)
         if job.command is not None:
             command = list(job.command(lines))
             os.execvp(command[0], command)
@@ -221,3 +224,17 @@ def _read(lines: Path) -> list[dict[str, Any]]:
             # Cut off as the process was killed.
             continue
     return said
+
+
+@contextlib.contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """Let SIGTERM (of `timeout`) unwind the stack, so that children are ended and what was found is written."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -23,12 +23,10 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from ppcl_kernels.allowed import VARIABLE, tile_name
 from ppcl_kernels.launch import Target
 from ppcl_kernels.tools.cases import FULL, SMALL, TINY, Case, Setting, Shape
 from ppcl_kernels.tools.check import check
-from ppcl_kernels.tools.children import NOT_REACHED, Job, Outcome, Say, run_all
+from ppcl_kernels.tools.children import NOT_REACHED, Job, Outcome, Say, run_all, terminated_as_exit
 from ppcl_kernels.tools.machine import machine, write_json
 
 ALL_CASES = "ppcl_kernels.tools.cases:all_cases"
@@ -373,20 +371,6 @@ class _Fit:
         run_all(jobs, self.options.at_once, self.deadline, done)
 
 
-@contextmanager
-def _terminated_as_exit() -> Iterator[None]:
-    """Let SIGTERM (of `timeout`) unwind the stack, so that children are killed and what was found is written."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _parser() -> argparse.ArgumentParser:
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m ppcl_kernels.tools.fit", description=__doc__.splitlines()[0])
@@ -419,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_small(cases, options.device, options.sanitized, options.tiles.split(","), options.lines)
     options.repeats = options.repeats or (2 if INTERPRETED else 200)
     command = " ".join(["python -m ppcl_kernels.tools.fit", *(sys.argv[1:] if arguments is None else arguments)])
-    with _terminated_as_exit():
+    with terminated_as_exit():
         run = _Fit(options, cases, command)
         if problem := run.look():
             print(f"fit: {problem}", file=sys.stderr)
