@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.modulation import per_token
@@ -206,31 +207,26 @@ def _run(x, gate, h, scale, shift, index, eps, tile) -> tuple[torch.Tensor | Non
     return total, y
 
 
-@torch.library.custom_op(
-    "ppcl::ada_layer_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) -> Tensor",
+@define_op(
+    "ada_layer_norm",
+    "(Tensor x, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) -> Tensor",
 )
 def _norm_op(x, scale, shift, index, eps, tile):
     return _run(x, None, None, scale, shift, index, eps, tile)[1]
 
 
-@torch.library.custom_op(
-    "ppcl::gated_ada_layer_norm",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor gate, Tensor h, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) "
-        "-> (Tensor, Tensor)"
-    ),
+@define_op(
+    "gated_ada_layer_norm",
+    "(Tensor x, Tensor gate, Tensor h, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) "
+    "-> (Tensor, Tensor)",
 )
 def _gated_norm_op(x, gate, h, scale, shift, index, eps, tile):
     return _run(x, gate, h, scale, shift, index, eps, tile)
 
 
-@torch.library.custom_op(
-    "ppcl::gated_residual",
-    mutates_args=(),
-    schema="(Tensor x, Tensor gate, Tensor h, Tensor? index, int[]? tile) -> Tensor",
+@define_op(
+    "gated_residual",
+    "(Tensor x, Tensor gate, Tensor h, Tensor? index, int[]? tile) -> Tensor",
 )
 def _gated_residual_op(x, gate, h, index, tile):
     return _run(x, gate, h, None, None, index, 0.0, tile)[0]

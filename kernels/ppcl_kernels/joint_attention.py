@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target, register_limit
 from ppcl_kernels.matmul import operand, takes_tma
@@ -327,12 +328,9 @@ def _check(q, k, v, key_mask, key_lengths, scale) -> None:
             raise ValueError(f"key_lengths is {key_lengths.dtype} on {key_lengths.device}, wanted int32 on {q.device}")
 
 
-@torch.library.custom_op(
-    "ppcl::joint_attention",
-    mutates_args=(),
-    schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_lengths, float scale, int[]? tile) -> Tensor"
-    ),
+@define_op(
+    "joint_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_lengths, float scale, int[]? tile) -> Tensor",
 )
 def _attention_op(q, k, v, key_mask, key_lengths, scale, tile):
     _check(q, k, v, key_mask, key_lengths, scale)

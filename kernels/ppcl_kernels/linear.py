@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, check_weight, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.matmul import Tile, locate_tile, next_start, operand, product_tile, split_columns, takes_tma
@@ -266,13 +267,10 @@ def check_linear(groups: Sequence[Linear]) -> None:
                 raise ValueError(f"residual has strides {g.residual.stride()}, wanted contiguous: .contiguous()")
 
 
-@torch.library.custom_op(
-    "ppcl::linear",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
-        "Tensor?[] residual, bool gelu, int[]? tile) -> Tensor[]"
-    ),
+@define_op(
+    "linear",
+    "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
+    "Tensor?[] residual, bool gelu, int[]? tile) -> Tensor[]",
 )
 def _linear_op(x, weight, bias, out_features, gate, index, residual, gelu, tile):
     groups = [Linear(*group) for group in zip(x, weight, bias, out_features, gate, index, residual, strict=True)]

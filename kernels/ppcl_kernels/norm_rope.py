@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.qkv_projection import (
@@ -100,13 +101,10 @@ def launch_norm_rope(
     return Launch(_norm_rope_kernel, grid, arguments, _WARPS, 1)
 
 
-@torch.library.custom_op(
-    "ppcl::norm_rope",
-    mutates_args=(),
-    schema=(
-        "(Tensor?[] q, Tensor[] k, Tensor[] v, Tensor?[] norms, Tensor?[] tables, float eps) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
+@define_op(
+    "norm_rope",
+    "(Tensor?[] q, Tensor[] k, Tensor[] v, Tensor?[] norms, Tensor?[] tables, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _norm_rope_op(q, k, v, norms, tables, eps):
     _check(q, k, v, norms, tables)

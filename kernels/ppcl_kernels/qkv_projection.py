@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ppcl_kernels._check import check_like, check_shape, check_weight, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.linear import linear_reference
@@ -484,13 +485,10 @@ def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
     ]
 
 
-@torch.library.custom_op(
-    "ppcl::qkv_projection",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, Tensor?[] tables, bool[] queries, "
-        "int heads, Tensor? chosen, int head_dim, float eps, int[]? tile) -> (Tensor, Tensor, Tensor)"
-    ),
+@define_op(
+    "qkv_projection",
+    "(Tensor[] x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, Tensor?[] tables, bool[] queries, "
+    "int heads, Tensor? chosen, int head_dim, float eps, int[]? tile) -> (Tensor, Tensor, Tensor)",
 )
 def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
     streams = _streams(x, weights, biases, norms, tables, queries)
