@@ -6,7 +6,7 @@ B batch, S tokens, D width. The norm has no affine part; its statistics are floa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.modulation import per_token
+from ppcl_kernels.prepared import Bound
 
 # A row is held in registers.
 MAX_WIDTH = 16384
@@ -199,12 +200,15 @@ def _run(x, gate, h, scale, shift, index, eps, tile) -> tuple[torch.Tensor | Non
     _check(x, gate, h, scale, shift, index)
     total = None if gate is None else x.new_empty(x.shape)
     y = None if scale is None else x.new_empty(x.shape)
-    target = Target.of(x.device)
+    tile = _tile(x, scale is not None, tile)
     if x.numel():
-        batch, tokens, width = x.shape
-        chosen = Tile.choose(target, batch, tokens, width, scale is not None) if tile is None else Tile(*tile)
-        launch_ada_layer_norm(x, gate, h, scale, shift, index, total, y, eps, chosen).run()
+        launch_ada_layer_norm(x, gate, h, scale, shift, index, total, y, eps, tile).run()
     return total, y
+
+
+def _tile(x, normed, tile) -> Tile:
+    target, (batch, tokens, width) = Target.of(x.device), x.shape
+    return Tile.choose(target, batch, tokens, width, normed) if tile is None else Tile(*tile)
 
 
 @define_op(
@@ -312,3 +316,70 @@ def gated_residual(
     if wants_gradient(x, gate, h):
         return gated_residual_reference(x, gate, h, index)
     return _gated_residual_op(x, gate, h, index, tile)
+
+
+class PreparedAdaLayerNorm:
+    """A modulated norm whose shapes and tile are known (`prepare_ada_layer_norm`)."""
+
+    def __init__(self, x: torch.Tensor, eps: float, tile: Tile) -> None:
+        self._size, self._eps, self._tile = x.shape, eps, tile
+        names = ("x", "scale", "shift", "index", "y")
+        self.launch = Bound(self._describe, [(name,) for name in names]) if x.numel() else None
+
+    def _describe(self, x: Any, scale: Any, shift: Any, index: Any, y: Any) -> Launch:
+        return launch_ada_layer_norm(x, None, None, scale, shift, index, None, y, self._eps, self._tile)
+
+    def __call__(
+        self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normalise and modulate other tensors like those of `prepare_ada_layer_norm`."""
+        y = x.new_empty(self._size)
+        if self.launch is not None:
+            self.launch(x, scale, shift, index, y)
+        return y
+
+
+def prepare_ada_layer_norm(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    index: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    tile: Tile | None = None,
+) -> PreparedAdaLayerNorm:
+    """Check what `ada_layer_norm` checks, once for all calls with tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No tensor is kept alive; no gradient.
+    """
+    _check(x, None, None, scale, shift, index)
+    return PreparedAdaLayerNorm(x, eps, _tile(x, True, tile))
+
+
+class PreparedGatedResidual:
+    """A gated residual whose shapes and tile are known (`prepare_gated_residual`)."""
+
+    def __init__(self, x: torch.Tensor, tile: Tile) -> None:
+        self._size, self._tile = x.shape, tile
+        names = ("x", "gate", "h", "index", "total")
+        self.launch = Bound(self._describe, [(name,) for name in names]) if x.numel() else None
+
+    def _describe(self, x: Any, gate: Any, h: Any, index: Any, total: Any) -> Launch:
+        return launch_ada_layer_norm(x, gate, h, None, None, index, total, None, 0.0, self._tile)
+
+    def __call__(
+        self, x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Add other tensors like those of `prepare_gated_residual`."""
+        total = x.new_empty(self._size)
+        if self.launch is not None:
+            self.launch(x, gate, h, index, total)
+        return total
+
+
+def prepare_gated_residual(
+    x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None, *, tile: Tile | None = None
+) -> PreparedGatedResidual:
+    """Check what `gated_residual` checks, once for all calls with tensors like these; as `prepare_ada_layer_norm`."""
+    _check(x, gate, h, None, None, index)
+    return PreparedGatedResidual(x, _tile(x, False, tile))

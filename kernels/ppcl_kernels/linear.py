@@ -22,6 +22,7 @@ from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.matmul import Tile, locate_tile, next_start, operand, product_tile, split_columns, takes_tma
 from ppcl_kernels.modulation import per_token
+from ppcl_kernels.prepared import Bound, suffixes, weak
 
 
 class Linear(NamedTuple):
@@ -232,16 +233,26 @@ def launch_linear(
     return Launch(_linear_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
 
 
-def run_linear(groups: Sequence[Linear], gelu: bool, tile: Tile | None = None) -> list[torch.Tensor]:
-    """Launch for one or two groups whose arguments were checked; streams without tokens launch nothing."""
-    outputs = [g.x.new_empty(*g.x.shape[:2], _widths(g.x, g.weight, g.out_features)[0]) for g in groups]
+def describe_linear(
+    groups: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile | None = None
+) -> Launch | None:
+    """Describe the launch for groups that were checked, at the tile that suits; None where none has tokens."""
     work = [(g, y) for g, y in zip(groups, outputs, strict=True) if y.numel()]
-    if work:
-        target = Target.of(work[0][1].device)
-        if tile is None:
-            tokens, cols = [y.shape[1] for _, y in work], max(y.shape[2] for _, y in work)
-            tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols)
-        launch_linear([g for g, _ in work], [y for _, y in work], gelu, tile, target).run()
+    if not work:
+        return None
+    target = Target.of(work[0][1].device)
+    if tile is None:
+        tokens, cols = [y.shape[1] for _, y in work], max(y.shape[2] for _, y in work)
+        tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols)
+    return launch_linear([g for g, _ in work], [y for _, y in work], gelu, tile, target)
+
+
+def run_linear(groups: Sequence[Linear], gelu: bool, tile: Tile | None = None) -> list[torch.Tensor]:
+    """Launch for one or two groups that were checked; streams without tokens launch nothing."""
+    outputs = [g.x.new_empty(*g.x.shape[:2], _widths(g.x, g.weight, g.out_features)[0]) for g in groups]
+    launch = describe_linear(groups, outputs, gelu, tile)
+    if launch is not None:
+        launch.run()
     return outputs
 
 
@@ -265,6 +276,11 @@ def check_linear(groups: Sequence[Linear]) -> None:
             check_shape("residual", g.residual, (*g.x.shape[:2], n))
             if not g.residual.is_contiguous():
                 raise ValueError(f"residual has strides {g.residual.stride()}, wanted contiguous: .contiguous()")
+
+
+def _check_count(groups: Sequence[Linear]) -> None:
+    if len(groups) not in (1, 2):
+        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
 
 
 @define_op(
@@ -300,8 +316,7 @@ def grouped_linear(groups: Sequence[Linear], *, gelu: bool = False, tile: Tile |
     Raises:
         ValueError: wrong device, dtype, shape or stride, a width beyond the weight, or not one or two groups.
     """
-    if len(groups) not in (1, 2):
-        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
+    _check_count(groups)
     if any(wants_gradient(g.x, g.weight, g.bias, g.gate, g.residual) for g in groups):
         return [linear_reference(*g[:4], gelu=gelu, gate=g.gate, index=g.index, residual=g.residual) for g in groups]
     x, weight, bias, out_features, gate, index, residual = map(list, zip(*groups, strict=True))
@@ -323,3 +338,50 @@ def linear(
 ) -> torch.Tensor:
     """Apply one linear layer to ``x [B, S, k]``; arguments and errors as in `Linear` and `grouped_linear`."""
     return grouped_linear([Linear(x, weight, bias, out_features, gate, index, residual)], gelu=gelu, tile=tile)[0]
+
+
+class PreparedLinear:
+    """One or two linear layers whose weights, shapes and tile are known (`prepare_linear`)."""
+
+    def __init__(self, groups: Sequence[Linear], gelu: bool, tile: Tile | None) -> None:
+        widths = [_widths(g.x, g.weight, g.out_features)[0] for g in groups]
+        self._sizes = [(*g.x.shape[:2], n) for g, n in zip(groups, widths, strict=True)]
+        self._weights = [weak((g.weight, g.bias, n)) for g, n in zip(groups, widths, strict=True)]
+        self._gelu, self._tile = gelu, tile
+        numbers = suffixes([g.x for g in groups])
+        moving = [(f"{name}{n}",) if n else () for name in ("x", "gate", "index", "residual", "y") for n in numbers]
+        self.launch = Bound(self._describe, moving) if any(numbers) else None
+
+    def _describe(self, *tensors: Any) -> Launch:
+        count = len(self._weights)
+        x, gate, index, residual, y = (tensors[n * count : (n + 1) * count] for n in range(5))
+        groups = []
+        for n, weights in enumerate(self._weights):
+            weight, bias, width = weights()
+            groups.append(Linear(x[n], weight, bias, width, gate[n], index[n], residual[n]))
+        launch = describe_linear(groups, y, self._gelu, self._tile)
+        assert launch is not None
+        return launch
+
+    def __call__(
+        self,
+        xs: Sequence[torch.Tensor],
+        gates: Sequence[torch.Tensor | None],
+        indexes: Sequence[torch.Tensor | None],
+        residuals: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor]:
+        """Apply the layers to other tensors like those of `prepare_linear`, one entry a group in each list."""
+        outputs = [x.new_empty(size) for x, size in zip(xs, self._sizes)]
+        if self.launch is not None:
+            self.launch(*xs, *gates, *indexes, *residuals, *outputs)
+        return outputs
+
+
+def prepare_linear(groups: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> PreparedLinear:
+    """Check what `grouped_linear` checks, once for all calls with the same weights and tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No tensor is kept alive; no gradient.
+    """
+    _check_count(groups)
+    check_linear(groups)
+    return PreparedLinear(groups, gelu, tile)

@@ -7,6 +7,7 @@ join the streams.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ppcl_kernels._check import check_like, check_shape, wants_gradient
 from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
+from ppcl_kernels.prepared import Bound, weak
 from ppcl_kernels.qkv_projection import (
     MAX_HEAD_DIM,
     Rope,
@@ -22,9 +24,12 @@ from ppcl_kernels.qkv_projection import (
     check_rope,
     finish_head,
     head_cols,
+    join_rope,
     joint_outputs,
     norm_rope_reference,
+    rope_arguments,
     rope_tables,
+    split_rope,
 )
 
 # Tokens a block: 16 elements of a head of 128 a thread, so that registers leave room for blocks to hide latency.
@@ -152,6 +157,18 @@ def _(q, k, v, norms, tables, eps):
     return _make_room(q, k)
 
 
+def _check_counts(raw, norms, ropes) -> None:
+    if not len(raw) == len(norms) == len(ropes):
+        raise ValueError(f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give as many")
+
+
+def _flat(raw, norms, ropes) -> tuple[list, list, list, list, list]:
+    """Lay streams out as an op's schema, which knows lists alone, wants them."""
+    q, k, v = (list(part) for part in zip(*raw, strict=True))
+    tables = [table for rope in ropes for table in rope_tables(rope, k[0].shape[-1])]
+    return q, k, v, [norm for pair in norms for norm in pair], tables
+
+
 def norm_rope(
     raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
     norms: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
@@ -174,11 +191,64 @@ def norm_rope(
     Raises:
         ValueError: wrong device, dtype, shape or stride, or not as many norms and rotations as streams.
     """
-    if not len(raw) == len(norms) == len(ropes):
-        raise ValueError(f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give as many")
+    _check_counts(raw, norms, ropes)
     if wants_gradient(*(t for part in (*raw, *norms) for t in part)):
         return norm_rope_reference(raw, norms, ropes, eps)
-    q, k, v = (list(part) for part in zip(*raw, strict=True))
-    head_dim = k[0].shape[-1]
-    tables = [table for rope in ropes for table in rope_tables(rope, head_dim)]
-    return _norm_rope_op(q, k, v, [norm for pair in norms for norm in pair], tables, eps)
+    return _norm_rope_op(*_flat(raw, norms, ropes), eps)
+
+
+class PreparedNormRope:
+    """Norm and rotation of one stream or more whose shapes and norms are known (`prepare_norm_rope`)."""
+
+    def __init__(
+        self,
+        raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
+        norms: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+        ropes: Sequence[Rope | None],
+        eps: float,
+    ) -> None:
+        self._tokens, self._queries = [k.shape[1] for _, k, _ in raw], [q is not None for q, _, _ in raw]
+        self._heads = raw[0][1].shape[2:]
+        self.launches: list[Bound | None] = []
+        q_first = kv_first = 0
+        for (q, k, _), pair, rope in zip(raw, norms, ropes, strict=True):
+            describe = partial(self._describe, weak(tuple(pair)), q_first, kv_first, eps)
+            names = ("raw_q", "raw_k", "raw_v", "q", "k", "v")
+            moving = [*((name,) for name in names), *rope_arguments(rope)]
+            self.launches.append(Bound(describe, moving) if k.numel() else None)
+            q_first += 0 if q is None else k.shape[1]
+            kv_first += k.shape[1]
+
+    @staticmethod
+    def _describe(norms, q_first, kv_first, eps, raw_q, raw_k, raw_v, q, k, v, *tables) -> Launch:
+        rope = join_rope(*tables)
+        return launch_norm_rope((raw_q, raw_k, raw_v), norms(), rope, (q, k, v), q_first, kv_first, eps)
+
+    def __call__(
+        self,
+        raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
+        ropes: Sequence[Rope | None],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise and rotate other tensors like those of `prepare_norm_rope`, one entry a stream in each list."""
+        outputs = joint_outputs(raw[0][1], self._tokens, self._queries, *self._heads)
+        for launch, parts, rope in zip(self.launches, raw, ropes, strict=True):
+            if launch is not None:
+                launch(*parts, *outputs, *split_rope(rope))
+        return outputs
+
+
+def prepare_norm_rope(
+    raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
+    norms: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+    ropes: Sequence[Rope | None],
+    eps: float = 1e-6,
+) -> PreparedNormRope:
+    """Check what `norm_rope` checks, once for all calls with the same norms and tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No tensor is kept alive; no gradient.
+    """
+    _check_counts(raw, norms, ropes)
+    _check(*_flat(raw, norms, ropes))
+    # Refuses a device that kernels cannot run on.
+    Target.of(raw[0][1].device)
+    return PreparedNormRope(raw, norms, ropes, eps)

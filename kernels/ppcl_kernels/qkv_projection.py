@@ -20,6 +20,7 @@ from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.linear import linear_reference
 from ppcl_kernels.matmul import Tile, locate_tile, next_start, operand, product_tile, split_columns, takes_tma
+from ppcl_kernels.prepared import Bound, suffixes, weak
 
 # One head is one tile.
 MAX_HEAD_DIM = 128
@@ -436,6 +437,25 @@ def joint_outputs(
     return q, k, v
 
 
+def describe_qkv_projection(
+    streams: Sequence[Stream],
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    heads: int,
+    chosen: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+    tile: Sequence[int] | None = None,
+) -> Launch | None:
+    """Describe the launch for streams that were checked, at the tile that suits; None where none has tokens."""
+    like, work = streams[0].x, [s for s in streams if s.x.numel()]
+    target = Target.of(like.device)
+    if not work:
+        return None
+    if tile is None:
+        tile = choose_tile(target, like.dtype, [s.x.shape[1] for s in work], like.shape[0], heads, head_dim)
+    return launch_qkv_projection(work, outputs, heads, chosen, head_dim, eps, Tile(*tile), target)
+
+
 def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | None, head_dim: int) -> None:
     """Refuse streams that the kernel cannot project.
 
@@ -470,6 +490,11 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
         raise ValueError(f"heads is {chosen.dtype} {list(chosen.shape)} on {chosen.device}, wanted int32 [h] as x")
 
 
+def _check_count(streams: Sequence[Stream]) -> None:
+    if len(streams) not in (1, 2):
+        raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
+
+
 def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
     """Undo what an op's schema, which knows lists alone, does to streams."""
     return [
@@ -493,15 +518,10 @@ def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
 def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
     streams = _streams(x, weights, biases, norms, tables, queries)
     check_streams(streams, heads, chosen, head_dim)
-    tokens = [s.x.shape[1] for s in streams]
-    outputs = joint_outputs(x[0], tokens, queries, heads, head_dim)
-    target = Target.of(x[0].device)
-    work = [s for s in streams if s.x.numel()]
-    if work:
-        kept = [s.x.shape[1] for s in work]
-        if tile is None:
-            tile = choose_tile(target, x[0].dtype, kept, x[0].shape[0], heads, head_dim)
-        launch_qkv_projection(work, outputs, heads, chosen, head_dim, eps, Tile(*tile), target).run()
+    outputs = joint_outputs(x[0], [s.x.shape[1] for s in streams], queries, heads, head_dim)
+    launch = describe_qkv_projection(streams, outputs, heads, chosen, head_dim, eps, tile)
+    if launch is not None:
+        launch.run()
     return outputs
 
 
@@ -538,8 +558,7 @@ def qkv_projection(
         ValueError: wrong device, dtype, shape or stride, more heads than the weights hold, or not one or two streams.
             (A list of heads is not read back to be checked.)
     """
-    if len(streams) not in (1, 2):
-        raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
+    _check_count(streams)
     flat = [t for s in streams for t in (s.x, *s.weights, *s.biases, *s.norms)]
     if wants_gradient(*flat):
         return qkv_projection_reference(streams, heads, head_dim, eps)
@@ -557,3 +576,87 @@ def qkv_projection(
         eps,
         tile,
     )
+
+
+def split_rope(rope: Rope | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the tensors of a rotation as two, the second (or both) None where there are fewer."""
+    return rope if isinstance(rope, tuple) else (rope, None)
+
+
+def join_rope(first: torch.Tensor | None, second: torch.Tensor | None) -> Rope | None:
+    """Undo `split_rope`."""
+    return first if first is None or second is None else (first, second)
+
+
+def rope_arguments(rope: Rope | None, suffix: str = "") -> list[tuple[str, ...]]:
+    """Name the arguments of a launch that lie in each of the two tensors of a rotation."""
+    names = (f"cos{suffix}", f"sin{suffix}")
+    return [names[:1], names[1:]] if isinstance(rope, tuple) else [names, ()]
+
+
+class PreparedQkvProjection:
+    """A projection of one or two streams whose weights, shapes and tile are known (`prepare_qkv_projection`)."""
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        heads: int,
+        chosen: torch.Tensor | None,
+        head_dim: int,
+        eps: float,
+        tile: Tile | None,
+    ) -> None:
+        self._batch, self._heads, self._head_dim = streams[0].x.shape[0], heads, head_dim
+        self._asked = sum(s.x.shape[1] for s in streams if s.queries)
+        self._tokens = sum(s.x.shape[1] for s in streams)
+        self._streams = [weak((s.weights, s.biases, s.norms)) for s in streams]
+        self._queries = [s.queries for s in streams]
+        self._chosen, self._eps, self._tile = weak(chosen), eps, tile
+        numbers = suffixes([s.x for s in streams])
+        moving: list[tuple[str, ...]] = [("q",), ("k",), ("v",), *((f"x{n}",) if n else () for n in numbers)]
+        for s, n in zip(streams, numbers, strict=True):
+            moving += rope_arguments(s.rope, n) if n else [(), ()]
+        self.launch = Bound(self._describe, moving) if any(numbers) else None
+
+    def _describe(self, q: Any, k: Any, v: Any, *tensors: Any) -> Launch:
+        count, streams = len(self._streams), []
+        for n, fixed in enumerate(self._streams):
+            weights, biases, norms = fixed()
+            rope = join_rope(*tensors[count + 2 * n : count + 2 * n + 2])
+            streams.append(Stream(tensors[n], weights, biases, norms, rope, self._queries[n]))
+        launch = describe_qkv_projection(
+            streams, (q, k, v), self._heads, self._chosen(), self._head_dim, self._eps, self._tile
+        )
+        assert launch is not None
+        return launch
+
+    def __call__(
+        self, xs: Sequence[torch.Tensor], ropes: Sequence[Rope | None]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project other tensors like those of `prepare_qkv_projection`, one entry a stream in each list."""
+        x = xs[0]
+        q = x.new_empty((self._batch, self._asked, self._heads, self._head_dim))
+        size = (self._batch, self._tokens, self._heads, self._head_dim)
+        k, v = x.new_empty(size), x.new_empty(size)
+        if self.launch is not None:
+            self.launch(q, k, v, *xs, *(table for rope in ropes for table in split_rope(rope)))
+        return q, k, v
+
+
+def prepare_qkv_projection(
+    streams: Sequence[Stream],
+    heads: int | torch.Tensor,
+    head_dim: int,
+    eps: float = 1e-6,
+    *,
+    tile: Tile | None = None,
+) -> PreparedQkvProjection:
+    """Check what `qkv_projection` checks, once for all calls with the same weights and tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No tensor is kept alive; no gradient.
+    """
+    _check_count(streams)
+    chosen = heads if isinstance(heads, torch.Tensor) else None
+    count = len(heads) if isinstance(heads, torch.Tensor) else heads
+    check_streams(streams, count, chosen, head_dim)
+    return PreparedQkvProjection(streams, count, chosen, head_dim, eps, tile)
