@@ -299,4 +299,4 @@ def _form(tensors: Sequence[torch.Tensor | None]) -> list[tuple | None]:
 
 def _place(tensors: Sequence[torch.Tensor | None]) -> list[tuple | None]:
     # Memory that was given back may be had again for another shape.
-    return [None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors]
+    return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
