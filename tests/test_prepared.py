@@ -244,7 +244,7 @@ def test_fingerprint():
 
 
 def test_bench_host():
-    """The bench measures nine launches and their sum, and sees every prepared one go straight to the compiled kernel."""
+    """The bench measures nine launches and their sum, all straight to the compiled kernel."""
     script = Path(__file__).parent.parent / "bench" / "bench_host.py"
     done = subprocess.run([sys.executable, script, "--json", "--turns", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
