@@ -176,7 +176,9 @@ def _kind(value: Any, unspecialized: bool) -> str:
         return f"*{_TRITON_DTYPES[value.dtype]}"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TRITON_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
-    return "fp32" if isinstance(value, float) else "i32"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _divisible(value: Any) -> bool:
