@@ -295,6 +295,26 @@ def alignment():
 
 
 @check
+def presence():
+    """A gate where there was none, or none where there was one, is another launch."""
+    w, x, gate = make(64, 32), make(1, 8, 32), make(1, 64)
+    prepared = prepare_linear([pk.Linear(x, w)])
+    for given in (None, None, gate, None):
+        prepared([pk.Linear(x, w, None, None, given)])
+        assert (gate.data_ptr() in leaves(plain(taken()))) == (given is gate)
+    prepared = prepare_linear([pk.Linear(x, w, None, None, gate)])
+    for _ in range(2):
+        prepared([pk.Linear(x, w, None, None, gate)])
+        taken()
+    try:
+        prepared([pk.Linear(x, w)])
+    except AttributeError:
+        assert not calls
+    else:
+        raise AssertionError("a launch with a gate ran without")
+
+
+@check
 def hooks():
     """Hooks around launches see them, and cost only as long as they are there."""
     launch, names, bound = bound_linear()

@@ -418,9 +418,9 @@ class PreparedAttention:
             return y
         if not self._keys:
             return y.zero_()
+        assert (key_mask is None) == (self.ranges is None), "this attention was prepared with a mask, or without one"
         ranges = None
-        if self.ranges is not None:
-            assert key_mask is not None, "this attention was prepared with a mask"
+        if self.ranges is not None and key_mask is not None:
             key_mask = key_mask.contiguous().view(torch.uint8)
             ranges = torch.empty((self._size[0], 4), dtype=torch.int32, device=q.device)
             self.ranges((key_mask, ranges), lambda: launch_key_ranges(key_mask, ranges, self._tile.keys))

@@ -27,8 +27,8 @@ class Bound:
     """A launch that is called again with other tensors; any number of threads may.
 
     The caller sees to it that tensors keep shape, strides, dtype and device, and that what does not move stays where it
-    is. A tensor that is no longer on 16 bytes, hooks around launches, and whatever else cannot be had without triton,
-    go through triton: slower, right. No tensor is kept alive.
+    is. A tensor that is no longer on 16 bytes, one where there was none, hooks around launches, and whatever else
+    cannot be had without triton, go through triton: slower, right. No tensor is kept alive.
 
     Args:
         moving: for each tensor that moves, the names of the kernel's arguments that lie in its memory: itself, a view
@@ -44,7 +44,7 @@ class Bound:
         self.detour = "it has not been launched yet"
 
     def __call__(self, tensors: tuple[torch.Tensor | None, ...], describe: Callable[[], Launch]) -> None:
-        """Launch with these tensors, None for those that there were none of the first time.
+        """Launch with these tensors.
 
         ``describe`` gives the launch, for triton: called the first time, and on a detour.
         """
@@ -79,6 +79,7 @@ def _repetition(
     slots = _slots(launch.kernel.arg_names, values, given)
     template = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given]
     pointers, descriptors = [], []
+    absent = [number for number, names in enumerate(moving) if names and tensors[number] is None]
     for number, names in enumerate(moving):
         for name in names:
             value, slot = launch.arguments[name], slots[name]
@@ -106,6 +107,9 @@ def _repetition(
     def repeat(tensors: tuple[Any, ...]) -> bool:
         if kernel_hooks or _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
             return False
+        for number in absent:
+            if tensors[number] is not None:
+                return False
         if current_device() != index:
             with torch.cuda.device(index):
                 return repeat(tensors)
