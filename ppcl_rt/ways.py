@@ -26,6 +26,7 @@ import ppcl_kernels
 
 BACKENDS = ("auto", "torch", "triton")
 _REPEATS = 10
+_choices = 0
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ def backend() -> str:
     if asked not in BACKENDS:
         raise ValueError(f'PPCL_BACKEND is "{asked}", wanted one of {", ".join(BACKENDS)}')
     return asked
+
+
+def choices() -> int:
+    """Count the keys that this process chose a way for; a forward over which it rose met one for the first time."""
+    return _choices
 
 
 def bucket(tokens: int) -> int:
@@ -94,8 +100,7 @@ class Table:
             raise RuntimeError(f"no way to run {key} works here; the log says what each failed of")
         name = min(times, key=times.__getitem__)
         self._write(key, {"way": name, "milliseconds": {k: round(v, 4) for k, v in times.items()}})
-        self._chosen[key] = by_name[name]
-        return by_name[name]
+        return self._choose(key, by_name[name])
 
     def recall(self, key: str, ways: Callable[[], Iterable[Way]]) -> Way | None:
         """Look up without measuring; None where nothing is known."""
@@ -103,8 +108,14 @@ class Table:
             name = self._read().get(key, {}).get("way")
             for way in ways():
                 if str(way) == name:
-                    self._chosen[key] = way
+                    self._choose(key, way)
         return self._chosen.get(key)
+
+    def _choose(self, key: str, way: Way) -> Way:
+        global _choices
+        _choices += key not in self._chosen
+        self._chosen[key] = way
+        return way
 
     def _measure(self, key: str, ways: dict[str, Way], call: Callable[[Way], Any]) -> Iterable[tuple[str, float]]:
         wanted = call(TORCH) if TORCH in ways.values() else None
