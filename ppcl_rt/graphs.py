@@ -291,32 +291,32 @@ class Weights:
 
     def __init__(self, root: nn.Module, modules: Iterable[nn.Module]) -> None:
         # Flat lists that C functions run over: 60 blocks of Qwen-Image are 2,400 modules and 1,900 parameters.
-        self._full: list[dict[str, Any]] = []
-        self._empty: list[dict[Any, Any]] = []
-        inside = list(dict.fromkeys(each for module in modules for each in module.modules()))
-        for module in (root, *inside):
-            for held in (module._parameters, module._buffers, module._modules):
-                (self._full if held else self._empty).append(held)
-        # An attribute that appears is a hook, a replaced forward or a compiled one.
-        self._attributes = [module.__dict__ for module in inside]
-        self._counts = [*map(len, self._attributes)]
-        self._forwards = [(a, a["forward"]) for a in self._attributes if "forward" in a]
-        self._empty += [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._held = [*chain.from_iterable(map(dict.values, self._full))]
-        self.tensors = [each for each in self._held if isinstance(each, torch.Tensor)]
-        self._addresses = [*map(torch.Tensor.data_ptr, self.tensors)]
+        self._inside = list(dict.fromkeys(each for module in modules for each in module.modules()))
         package = type(root).__module__.partition(".")[0]
         self._known = (f"{package}.", "torch.nn.modules.", "diffusers.models.", "ppcl_rt.")
-        self._inside = inside
+        every = (root, *self._inside)
+        self._homes = [module._modules for module in every if module._modules]
+        self._tensor_homes = [held for m in every for held in (m._parameters, m._buffers) if held]
+        self._children, self._held = _values(self._homes), _values(self._tensor_homes)
+        self.tensors = [each for each in self._held if each is not None]
+        self._addresses = [*map(torch.Tensor.data_ptr, self.tensors)]
+        # An attribute that appears is a hook, a replaced forward or a compiled one.
+        self._attributes = [module.__dict__ for module in self._inside]
+        self._counts = [*map(len, self._attributes)]
+        self._forwards = [(a, a["forward"]) for a in self._attributes if "forward" in a]
+        self._empty: list[Any] = [hooks for m in self._inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._empty += [module._modules for module in every if not module._modules]
 
     def current(self) -> bool:
         """Whether modules, parameters and buffers are the same objects at the same addresses, without hooks.
 
         What is trained in place passes: a graph reads the memory.
         """
-        held = [*chain.from_iterable(map(dict.values, self._full))]
+        # Tensors are compared one by one: `==` of lists would compare the values of two that differ, on the device.
+        held = _values(self._tensor_homes)
         return (
             not any(self._empty)
+            and _values(self._homes) == self._children
             and len(held) == len(self._held)
             and all(map(is_, held, self._held))
             and [*map(torch.Tensor.data_ptr, self.tensors)] == self._addresses
@@ -340,6 +340,10 @@ class Weights:
             if tensor.device != device:
                 return "weights on another device than the inputs"
         return ""
+
+
+def _values(homes: list[dict[str, Any]]) -> list[Any]:
+    return [*chain.from_iterable(map(dict.values, homes))]
 
 
 def _hooked(module: nn.Module) -> str:

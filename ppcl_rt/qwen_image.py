@@ -173,8 +173,9 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
 
     def _conditions(self, program: Program) -> Hashable:
         """Attention backends, as set on the blocks and by diffusers' context manager."""
-        chosen = {step.module.attn.processor._attention_backend for step in program.steps}  # type: ignore[union-attr]
-        return (super()._conditions(program), frozenset(chosen), _AttentionBackendRegistry.get_active_backend()[0])
+        blocks: list[Any] = [step.module for step in program.steps]
+        chosen = tuple(block.attn.processor._attention_backend for block in blocks)
+        return (super()._conditions(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
 
     def _walk(  # type: ignore[override]
         self,
@@ -192,8 +193,8 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     ) -> torch.Tensor:
         """Run a program.
 
-        Args as in `forward`, but ``mask`` is boolean, ``rope`` is the rotations of image and text ``[S, E / 2, 2]``, and
-        ``modulate_index [B, S_image]`` says which of two timesteps an image token takes.
+        Args as in `forward`, but ``mask`` is boolean, ``rope`` is the rotations of image and text ``[S, E / 2, 2]``,
+        and ``modulate_index [B, S_image]`` says which of two timesteps an image token takes.
         """
         image = self.img_in(hidden_states)
         timestep = timestep.to(image.dtype)
