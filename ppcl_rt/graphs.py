@@ -440,10 +440,6 @@ class Graphs:
         made = functools.partial(Graphs, mode=self.mode, backend=self._backend, limit=self._limit, meter=self._meter)
         return made, ()
 
-    def __deepcopy__(self, _: Any) -> Graphs:
-        made: Graphs = self.__reduce__()[0]()
-        return made
-
     @property
     def captured(self) -> tuple[Captured, ...]:
         """The graphs that are held, the least recently used first."""

@@ -169,10 +169,21 @@ def test_results_and_inputs_are_copies(model, build_inputs, run):
             value.zero_()
     b = run(model, second)
     assert model.graphs.hits == 3 and torch.equal(a, kept) and not torch.equal(a, b)
+    # Nor does a graph write to what was given to the call that it was captured at.
+    assert not first["hidden_states"].any()
     with torch.inference_mode():
         c = model(**second, return_dict=False)[0]
     assert c.is_inference() and torch.equal(c, b) and model.graphs.hits == 4
     assert torch.equal(run(model, second), b)
+
+
+def test_captured_in_inference_mode(model, build_inputs, run):
+    """What is captured in inference mode is replayed outside of it too."""
+    with torch.inference_mode():
+        for _ in range(2):
+            wanted = model(**build_inputs()).sample
+    assert model.graphs.captures == 1
+    assert torch.equal(run(model, build_inputs()), wanted) and model.graphs.hits == 2
 
 
 def test_return_value(model, build_inputs, run):
