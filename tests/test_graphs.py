@@ -489,6 +489,18 @@ def test_steps_aside_for_hooks(model, build_inputs, run, check, caplog, why, add
         assert check(model, inputs) > 0
 
 
+def test_a_forward_that_is_replaced_twice(model, build_inputs, check):
+    """diffusers leaves a layer's own forward among its attributes: what takes its place is noticed all the same."""
+    layer = model.transformer_blocks[0].attn.norm_k
+    registry = HookRegistry.check_if_exists_or_initialize(layer)
+    registry.register_hook(ModelHook(), "mine")
+    registry.remove_hook("mine")
+    assert "forward" in layer.__dict__ and check(model, build_inputs()) == 2
+    original = layer.forward
+    layer.forward = lambda x: original(x) * 2
+    assert check(model, build_inputs()) == 0 and model.graphs.why == "a replaced forward"
+
+
 def test_hooks_run_every_time(model, build_inputs, run):
     for _ in range(3):
         run(model, build_inputs())
