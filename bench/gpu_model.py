@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+import torch._dynamo
 from diffusers.models.transformers import transformer_qwenimage
 from random_models import PLANS, RATIOS, REAL, TINY, Models, Preset, described, inputs, narrowed, rotate
 
