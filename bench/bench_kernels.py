@@ -35,17 +35,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ppcl_kernels import ada_layer_norm as norm_op
-from ppcl_kernels import gated_ada_layer_norm as gated_norm_op
 from ppcl_kernels import gated_residual as gated_residual_op
 from ppcl_kernels._triton import INTERPRETED, triton
-from ppcl_kernels.ada_layer_norm import (
-    Tile as NormTile,
-)
-from ppcl_kernels.ada_layer_norm import (
-    ada_layer_norm_reference,
-    gated_ada_layer_norm_reference,
-    gated_residual_reference,
-)
+from ppcl_kernels.ada_layer_norm import Tile as NormTile
+from ppcl_kernels.ada_layer_norm import ada_layer_norm_reference
+from ppcl_kernels.gated_residual import Tile as ResidualTile
+from ppcl_kernels.gated_residual import gated_residual_reference
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.joint_attention import joint_attention
 from ppcl_kernels.launch import Target
@@ -139,7 +134,7 @@ PRESET = PRESETS["production" if CUDA else "tiny"]
 
 # Operations whose cost depends on the width of a plan, and those whose does not.
 PRUNED = ("joint_attention", "qkv_projection", "up_gelu", "down_gate_residual", "mlp")
-WHOLE = ("ada_layer_norm", "gated_ada_layer_norm", "gated_residual", "stand_in_residual")
+WHOLE = ("ada_layer_norm", "gated_residual", "stand_in_residual")
 # Contestants that run a kernel of ours.
 OURS = ("triton", "cublas + fused")
 SDPA = {
@@ -261,22 +256,25 @@ def matmul_choice(case: Case, cols: int) -> Any:
 
 
 def norm_contest(case: Case) -> Contest:
-    """The three that memory limits, on the image stream."""
+    """The two that memory limits, on the image stream."""
     shape = (case.batch, case.image, PRESET.dim)
     x, h = normal(*shape), normal(*shape)
     gate, scale, shift = modulations(case.batch, 3)
-    inputs, op, chain = {
-        "ada_layer_norm": ((x, scale, shift), norm_op, ada_layer_norm_reference),
-        "gated_ada_layer_norm": ((x, gate, h, scale, shift), gated_norm_op, gated_ada_layer_norm_reference),
-        "gated_residual": ((x, gate, h), gated_residual_op, gated_residual_reference),
-    }[case.op]
-    normed = case.op != "gated_residual"
+    target, dtype = Target.of(DEVICE), PRESET.dtype
+    if case.op == "gated_residual":
+        return Contest(
+            (x, gate, h),
+            gated_residual_reference,
+            lambda tile: gated_residual_op(x, gate, h, tile=tile),
+            lambda: ResidualTile.choose(target, dtype, *shape),
+            lambda: ResidualTile.candidates(target, dtype),
+        )
     return Contest(
-        inputs,
-        chain,
-        lambda tile: op(*inputs, tile=tile),
-        lambda: NormTile.choose(Target.of(DEVICE), *shape, normed=normed),
-        lambda: NormTile.candidates(PRESET.dim, normed),
+        (x, scale, shift),
+        ada_layer_norm_reference,
+        lambda tile: norm_op(x, scale, shift, tile=tile),
+        lambda: NormTile.choose(target, dtype, *shape),
+        lambda: NormTile.candidates(target, dtype, PRESET.dim),
     )
 
 
@@ -438,7 +436,7 @@ def attention_contest(case: Case) -> Contest:
 
 
 CONTESTS = {
-    **dict.fromkeys(("ada_layer_norm", "gated_ada_layer_norm", "gated_residual"), norm_contest),
+    **dict.fromkeys(("ada_layer_norm", "gated_residual"), norm_contest),
     **dict.fromkeys(("up_gelu", "down_gate_residual", "stand_in_residual"), linear_contest),
     "mlp": mlp_contest,
     "qkv_projection": qkv_contest,

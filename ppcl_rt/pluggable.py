@@ -20,6 +20,7 @@ from torch import nn
 
 from ppcl_rt.catalog import Catalog, Shape, text_maps
 from ppcl_rt.checkpoint import Checkpoint, line, locate, write_checkpoint
+from ppcl_rt.ops.qkv_projection import pack
 from ppcl_rt.plan import Interval, Plan, Step, Width
 from ppcl_rt.planner import Planner, check_ratio
 from ppcl_rt.program import Program, ProgramStep, Still
@@ -45,6 +46,8 @@ class BlockLayout:
         outputs: name -> (path of a linear layer that reads a group's units, the group). These are the layers that
             least squares compensates. Names end in the stream that they write to.
         inputs: stream -> path of the linear layer that makes its MLP's units: not there where a linear map stands in.
+        side_by_side: paths of linear layers of one shape that read the same input: they are kept next to each other in
+            memory, so that one batched product makes all of them.
         modulations: stream -> path of the linear layer ``[P, D]`` that makes its modulations, all of the same input.
             Below the full rank layers in ``narrow`` stand in for them: `DOWN`, ``[rank, D]``, which the streams share,
             and `UP` of each, ``[P, rank]``. A lower rank is a prefix of a higher one.
@@ -54,6 +57,7 @@ class BlockLayout:
     outputs: Mapping[str, tuple[str, str]]
     inputs: Mapping[str, str]
     modulations: Mapping[str, str]
+    side_by_side: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         factors = {f"narrow.{DOWN}.weight": 0, f"narrow.{DOWN}.bias": 0}
@@ -336,6 +340,7 @@ class Pluggable:
                     bring(path)
         for name, tensor in fresh.items():
             _assign(block, name, tensor.requires_grad_(like.requires_grad))
+        self._lay_side_by_side(block)
         block.train(self.training)  # type: ignore[attr-defined]
         home._modules[key] = block
         ordered = sorted(home._modules.items(), key=lambda item: int(item[0].split("-")[0]))
@@ -378,6 +383,18 @@ class Pluggable:
         """Bytes of all weights that the model holds now."""
         tensors = [*self.parameters(), *self.buffers()]  # type: ignore[attr-defined]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _lay_side_by_side(self, block: Any) -> None:
+        """Keep next to each other in memory what one batched product makes (`BlockLayout.side_by_side`)."""
+        for paths in self.layout.side_by_side:
+            pack(*map(block.get_submodule, paths))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast as any module does, then lay side by side again what that took apart."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for block in (*self.transformer_blocks, *self.students.values()):
+            self._lay_side_by_side(block)
+        return self
 
     def trim(self) -> None:
         """Drop blocks and students that neither the plan or schedule set nor an enclosing `at` runs."""

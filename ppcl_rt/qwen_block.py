@@ -33,6 +33,10 @@ LAYOUT = BlockLayout(
     },
     inputs={"image": "img_mlp.net.0.proj", "text": "txt_mlp.net.0.proj"},
     modulations={"image": "img_mod.1", "text": "txt_mod.1"},
+    side_by_side=(
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ),
 )
 
 

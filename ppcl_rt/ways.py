@@ -1,8 +1,10 @@
-"""Which way to run an operation: plain torch, our kernels at some tile, or cuBLAS and a small kernel.
+"""Which implementation runs an operation: plain torch, our kernels at some tile, cuBLAS and a small kernel, cuDNN.
 
-A fused kernel that loses is not used: on a GPU every way of an operation is timed once per shape and device, and the
-winner remembered in the user's cache folder, in a file of its own for every device, torch, triton and kernel source.
-``PPCL_BACKEND`` forces one (``torch`` or ``triton``; ``auto`` measures). Without a GPU, ``auto`` is plain torch.
+A fused kernel that loses is not used. The fastest implementation of an operation at a shape is looked up: in what was
+measured on this machine before (the user's cache folder, one file for every device, torch, triton and kernel source),
+in the table that the package ships for the device, and among the neighbours of the shape in either. Only what has no
+neighbour is timed. ``PPCL_BACKEND`` forces one (``torch`` or ``triton``; ``auto`` chooses). Without a GPU, ``auto`` is
+plain torch.
 """
 
 from __future__ import annotations
@@ -13,25 +15,35 @@ import json
 import logging
 import math
 import os
+import re
 import statistics
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 import ppcl_kernels
 
 BACKENDS = ("auto", "torch", "triton")
+# Tables of devices that we measured on.
+SHIPPED = Path(__file__).parent / "tables"
 _REPEATS = 10
-_T = TypeVar("_T")
+# Sizes may differ by this factor for one shape to stand in for another: half a wave to two.
+_NEAR = 2.0
 _log = logging.getLogger(__name__)
 
 
 class Way(NamedTuple):
-    """One way to run an operation: ``torch``, ``triton`` or ``cublas``; a kernel's tile as plain numbers, or None."""
+    """One implementation of an operation: its kind, and a kernel's tile as plain numbers, or None.
+
+    Kinds: ``torch`` (plain), ``triton`` (our kernel), ``cublas`` (torch's product and a small kernel of ours),
+    ``cublaslt`` (a product with the GELU in its epilogue), ``packed`` (q, k and v in one batched product, and a small
+    kernel), ``cudnn`` and ``flash`` (torch's attention by name).
+    """
 
     kind: str
     tile: tuple[int, ...] | None = None
@@ -40,7 +52,41 @@ class Way(NamedTuple):
         return self.kind if self.tile is None else f"{self.kind} {'x'.join(map(str, self.tile))}"
 
 
-TORCH, TRITON, CUBLAS = Way("torch"), Way("triton"), Way("cublas")
+TORCH, TRITON = Way("torch"), Way("triton")
+CUBLAS, CUBLASLT, PACKED = Way("cublas"), Way("cublaslt"), Way("packed")
+CUDNN, FLASH = Way("cudnn"), Way("flash")
+
+
+class Key(NamedTuple):
+    """What the time of an operation depends on, beside the device.
+
+    Attributes:
+        form: what has to be the same: operation, dtype, what follows a product, whether there is a bias or a mask.
+        sizes: what a neighbour may differ in: batch, tokens, widths.
+    """
+
+    form: str
+    sizes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.form} {'x'.join(map(str, self.sizes))}"
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """Read what `str` wrote.
+
+        Raises:
+            ValueError: it did not.
+        """
+        form, _, sizes = text.rpartition(" ")
+        return cls(form, tuple(map(int, sizes.split("x"))))
+
+    def distance(self, other: Key) -> float:
+        """Sum over sizes of the logarithm of their ratio; infinite where forms differ or a size is too far off."""
+        if self.form != other.form or len(self.sizes) != len(other.sizes):
+            return math.inf
+        ratios = [abs(math.log((a + 1) / (b + 1))) for a, b in zip(self.sizes, other.sizes)]
+        return math.inf if max(ratios, default=0.0) > math.log(_NEAR) else sum(ratios)
 
 
 def backend() -> str:
@@ -55,100 +101,177 @@ def backend() -> str:
     return asked
 
 
-def bucket(tokens: int) -> int:
-    """Round a token count up to a quarter of its power of two: prompts of nearly one length share a measurement."""
-    if tokens <= 64:
-        return 64
-    step = 1 << max(math.ceil(math.log2(tokens)) - 3, 0)
-    return -(-tokens // step) * step
+_choices = 0
+
+
+def choices() -> int:
+    """Count the choices made in this process: a forward during which it did not rise ran known implementations."""
+    return _choices
 
 
 @dataclass
 class Table:
-    """The fastest way of each operation and shape, measured when first asked for.
+    """The fastest implementation of each operation and shape.
 
     Args:
         path: where it is kept; written beside and renamed, merged with what another process wrote meanwhile.
         about: what the figures hold for; written along.
         clock: gives the milliseconds that a call takes.
+        shipped: a table of the package for this device, or None.
     """
 
     path: Path
     about: dict[str, str]
     clock: Callable[[Callable[[], Any]], float]
-    _chosen: dict[str, Way] = field(default_factory=dict, repr=False)
+    shipped: Path | None = None
+    _chosen: dict[Key, Way] = field(default_factory=dict, repr=False)
 
-    def fastest(self, key: str, ways: Callable[[], Iterable[Way]], call: Callable[[Way], Any]) -> Way:
+    def fastest(self, key: Key, ways: Callable[[], Iterable[Way]], call: Callable[[Way], Any]) -> Way:
         """Look up, or measure, which of ``ways`` runs ``call`` fastest.
 
-        A way that fails, or whose result is not that of plain torch, is left out, and the log says so.
+        What was measured elsewhere (a neighbour, the shipped table) is checked against plain torch before it is taken;
+        what was not measured near here is timed. An implementation that fails, or whose result is not that of plain
+        torch, is left out, and the log says so.
 
         Raises:
-            RuntimeError: every way failed.
+            RuntimeError: every implementation failed.
         """
-        if (way := self.recall(key, ways)) is not None:
-            return way
+        global _choices
+        if key in self._chosen:
+            return self._chosen[key]
+        _choices += 1
         by_name = {str(way): way for way in ways()}
-        times = dict(self._measure(key, by_name, call))
-        if not times:
-            raise RuntimeError(f"no way to run {key} works here; the log says what each failed of")
-        name = min(times, key=times.__getitem__)
-        self._write(key, {"way": name, "milliseconds": {k: round(v, 4) for k, v in times.items()}})
-        self._chosen[key] = by_name[name]
-        return by_name[name]
+        way = self._known(key, by_name, self._read(self.path), near=False)
+        if way is None:
+            way = self.recall(key, by_name.values)
+            if way is not None and not self._holds(key, way, by_name, call):
+                way = None
+        if way is None:
+            times = self.measure(key, by_name.values(), call)
+            if not times:
+                raise RuntimeError(f"no implementation of {key} works here; the log says what each failed of")
+            way = by_name[min(times, key=times.__getitem__)]
+        self._chosen[key] = way
+        return way
 
-    def recall(self, key: str, ways: Callable[[], Iterable[Way]]) -> Way | None:
-        """Look up without measuring; None where nothing is known."""
-        if key not in self._chosen:
-            name = self._read().get(key, {}).get("way")
-            for way in ways():
-                if str(way) == name:
-                    self._chosen[key] = way
-        return self._chosen.get(key)
+    def recall(self, key: Key, ways: Callable[[], Iterable[Way]]) -> Way | None:
+        """Look up without running anything; None where nothing is known of the shape and its neighbours."""
+        if key in self._chosen:
+            return self._chosen[key]
+        by_name = {str(way): way for way in ways()}
+        tables = [self._read(self.path), self._read(self.shipped)]
+        for near in (False, True):
+            for table in tables:
+                if (way := self._known(key, by_name, table, near)) is not None:
+                    return way
+        return None
 
-    def _measure(self, key: str, ways: dict[str, Way], call: Callable[[Way], Any]) -> Iterable[tuple[str, float]]:
+    def measure(self, key: Key, ways: Iterable[Way], call: Callable[[Way], Any]) -> dict[str, float]:
+        """Time every implementation that gives what plain torch gives, keep the figures; milliseconds by name."""
+        by_name = {str(way): way for way in ways}
+        times = dict(self._timed(key, by_name, call))
+        if times:
+            name = min(times, key=times.__getitem__)
+            self._write(key, {"way": name, "milliseconds": {k: round(v, 4) for k, v in times.items()}})
+        return times
+
+    def _known(
+        self, key: Key, ways: Mapping[str, Way], table: Mapping[Key, Mapping[str, Any]], near: bool
+    ) -> Way | None:
+        """Return the winner at a key, or (``near``) at the closest key of its form; None where it cannot run here."""
+        candidates = sorted((key.distance(other), other) for other in table) if near else [(0.0, key)]
+        for distance, other in candidates:
+            way = ways.get(table.get(other, {}).get("way", ""))
+            if distance < math.inf and way is not None:
+                return way
+        return None
+
+    def _holds(self, key: Key, way: Way, ways: Mapping[str, Way], call: Callable[[Way], Any]) -> bool:
+        """Whether an implementation that was measured elsewhere gives here what plain torch gives."""
+        if way == TORCH or TORCH not in ways.values():
+            return True
+        try:
+            if agree(call(way), call(TORCH)):
+                return True
+            reason: object = "its result is not that of plain torch"
+        except Exception as error:
+            reason = error
+        _log.warning("%s: %s, known from elsewhere, failed and is left out: %s", key, way, reason)
+        return False
+
+    def _timed(self, key: Key, ways: Mapping[str, Way], call: Callable[[Way], Any]) -> Iterable[tuple[str, float]]:
         wanted = call(TORCH) if TORCH in ways.values() else None
+
+        def check(way: Way) -> None:
+            if way != TORCH and wanted is not None and not agree(call(way), wanted):
+                raise RuntimeError("its result is not that of plain torch")
+
         for name, way in ways.items():
             try:
-                if way != TORCH and wanted is not None and not agree(call(way), wanted):
-                    raise RuntimeError("its result is not that of plain torch")
+                check(way)
                 milliseconds = self.clock(functools.partial(call, way))
+                # Once more: a race may show only when the device is busy.
+                check(way)
             except Exception as error:
-                # A compiler's or a driver's, of any kind: the other ways can still run.
+                # A compiler's or a driver's, of any kind: the others can still run.
                 _log.warning("%s: %s failed and is left out: %s", key, name, error)
                 continue
             _log.info("%s: %s takes %.3f ms", key, name, milliseconds)
             yield name, milliseconds
 
-    def _read(self) -> dict[str, Any]:
+    @staticmethod
+    def _read(path: Path | None) -> dict[Key, dict[str, Any]]:
         try:
-            ways = json.loads(self.path.read_text())["ways"]
-            return {k: v for k, v in ways.items() if isinstance(v["way"], str)}
+            ways = json.loads(path.read_text())["ways"] if path is not None else {}
+            return {Key.parse(k): v for k, v in ways.items() if isinstance(v["way"], str)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # Not there, or damaged: measured again.
             return {}
 
-    def _write(self, key: str, entry: dict[str, Any]) -> None:
+    def _write(self, key: Key, entry: dict[str, Any]) -> None:
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        entries = {**self._read(self.path), key: entry}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps({"about": self.about, "ways": {**self._read(), key: entry}}, indent=1))
+            written = {"about": self.about, "ways": {str(k): v for k, v in entries.items()}}
+            beside.write_text(json.dumps(written, indent=1))
             beside.replace(self.path)
         except OSError as error:
             _log.warning("cannot keep what was measured in %s (%s): it is measured again next time", self.path, error)
 
 
-def agree(got: Any, wanted: Any) -> bool:
-    """Whether all tensors of two results are the same but for roundings.
+# Side of the tiles that `agree` judges one by one: no kernel writes a smaller one.
+TILE = 64
+# Of a tile's RMS: ten times what a few roundings of bf16 make, and a tenth of what a wrong tile is off by.
+TOLERANCE = 0.05
 
-    The RMS of the difference stays under 5 % of that of the values: some ten times what a few roundings of bf16 make,
-    and a tenth of what a tile in the wrong place does.
+
+def agree(got: Any, wanted: Any) -> bool:
+    """Whether all tensors of two results are the same but for roundings, in every tile of `TILE` x `TILE`.
+
+    The RMS of a tile's difference stays under `TOLERANCE` of the RMS of its values (of a quarter of the median tile's,
+    where a tile's own values all but cancel out).
     """
-    tensors = (
-        [t.float() for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.numel()]
-        for result in (got, wanted)
+    tensors = ([t for t in tree_leaves(result) if isinstance(t, torch.Tensor)] for result in (got, wanted))
+    return all(_tiles_agree(a, b) for a, b in zip(*tensors, strict=True) if b.numel())
+
+
+def _tiles_agree(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if got.shape != wanted.shape:
+        return False
+    off = _tile_means((got.float() - wanted.float()).square())
+    size = _tile_means(wanted.float().square())
+    # Comparisons with NaN are false: a result that holds one never agrees.
+    return bool((off <= TOLERANCE**2 * torch.maximum(size, size.median() / 16)).all())
+
+
+def _tile_means(x: torch.Tensor) -> torch.Tensor:
+    """Means over tiles of tokens and features: ``[B, S, D]``, ``[B, S, H, E]`` (H E features) or ``[S, D]``."""
+    x = x.reshape(1, *x.shape) if x.dim() < 3 else x
+    rows = x.shape[1] if x.dim() > 2 else 1
+    return F.avg_pool2d(
+        x.reshape(x.shape[0], 1, rows, -1), (min(TILE, rows), TILE), TILE, ceil_mode=True, count_include_pad=False
     )
-    return all(bool((a - b).square().mean() <= 0.05**2 * b.square().mean()) for a, b in zip(*tensors, strict=True))
 
 
 def cache_folder() -> Path:
@@ -166,6 +289,11 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def shipped_table(device: str) -> Path:
+    """Where the package keeps the table of a device: ``NVIDIA H200`` -> ``tables/nvidia-h200.json``."""
+    return SHIPPED / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
 @functools.cache
 def table_of(device_index: int) -> Table:
     """The table of a CUDA device."""
@@ -175,72 +303,29 @@ def table_of(device_index: int) -> Table:
         "device": torch.cuda.get_device_name(device_index),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
         "kernels": source_digest(),
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    return Table(cache_folder() / f"ways-{name}.json", about, cuda_milliseconds)
+    clock = functools.partial(cuda_milliseconds, device=torch.device("cuda", device_index))
+    return Table(cache_folder() / f"ways-{name}.json", about, clock, shipped_table(about["device"]))
 
 
-def cuda_milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of a call on the current CUDA stream, after one that compiles and one that warms up."""
-    for _ in range(2):
-        call()
-    # Larger than any L2: what is timed reads its inputs from memory, as it does in a model.
-    filler = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(_REPEATS)]
-    for start, end in events:
-        filler.zero_()
-        # Half a millisecond on the device, in which python gets ahead: the kernel is timed, not its launch.
-        torch.cuda._sleep(1_000_000)
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
+def cuda_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a call on a device's current stream, after one that compiles and one that warms up."""
+    with torch.cuda.device(device):
+        for _ in range(2):
+            call()
+        # Larger than any L2, and read, not written: what is timed finds its inputs in memory, as in a model, and writes
+        # back no line but its own.
+        filler = torch.ones(2**26, dtype=torch.int32, device=device)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(_REPEATS)]
+        for start, end in events:
+            filler.max()
+            # Half a millisecond on the device, in which python gets ahead: the kernel is timed, not its launch.
+            torch.cuda._sleep(1_000_000)
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-def run(
-    operation: str,
-    like: torch.Tensor,
-    *,
-    able: Callable[[], bool],
-    shape: Callable[[], tuple[Hashable, ...]],
-    others: tuple[Way, ...],
-    tiles: Callable[[], Iterable[tuple[int, ...]]],
-    call: Callable[[Way], _T],
-) -> _T:
-    """Run an operation in its fastest way, or in the one that ``PPCL_BACKEND`` asks for.
-
-    Args:
-        operation: its name.
-        like: a tensor of the device and dtype.
-        able: says whether anything but plain torch can run it here.
-        shape: gives what the time depends on beside device and dtype; token counts through `bucket`.
-        others: the ways beside ``triton``, `TORCH` among them.
-        tiles: gives the tiles at which ``triton`` is measured.
-        call: runs it one way.
-
-    Raises:
-        ValueError: ``PPCL_BACKEND`` is none of `BACKENDS`, or ``triton`` where no kernel can run.
-    """
-    asked = backend()
-    on_gpu = like.device.type == "cuda"
-    if asked == "triton" and not (on_gpu or ppcl_kernels.can_run(like)):
-        raise ValueError(
-            f"PPCL_BACKEND is triton, but the model is on {like.device}: move it to a GPU, or set PPCL_BACKEND=auto "
-            "(TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
-        )
-    if asked == "torch" or (asked == "auto" and not on_gpu) or not able():
-        return call(TORCH)
-    # Nothing can be timed while tracing; the kernels' own choosers know a good tile.
-    if asked == "triton" or torch.compiler.is_compiling():
-        return call(TRITON)
-    key = " ".join(map(str, (operation, str(like.dtype).removeprefix("torch."), *shape())))
-    table = table_of(like.device.index or 0)
-
-    def ways() -> list[Way]:
-        return [*others, *(Way("triton", tuple(tile)) for tile in tiles())]
-
-    if torch.cuda.is_current_stream_capturing():
-        return call(table.recall(key, ways) or TRITON)
-    return call(table.fastest(key, ways, call))

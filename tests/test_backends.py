@@ -202,14 +202,14 @@ def test_other_dtypes_are_left_to_torch(monkeypatch, same, beside):
 
 
 def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
-    """`torch.compile` takes the kernels as they are."""
+    """`torch.compile` takes operations as they are; which implementation runs is decided inside."""
     model, inputs = load(made.folder), build_inputs()
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     wanted = run(model, inputs)
     taken = Counter()
 
     def backend(graph, _):
-        taken.update(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("ppcl."))
+        taken.update(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("ppcl_rt."))
         return graph
 
     torch._dynamo.reset()
@@ -218,7 +218,7 @@ def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
     same(run(model, inputs), wanted, 1e-6)
     torch._dynamo.reset()
     # Blocks of one shape share a graph.
-    assert taken["ppcl.linear.default"] >= 3 and taken["ppcl.joint_attention.default"] >= 1
+    assert taken["ppcl_rt.linear.default"] >= 3 and taken["ppcl_rt.joint_attention.default"] >= 1
 
 
 @pytest.mark.parametrize("form", ["qwen", "flux"])

@@ -8,7 +8,10 @@ import torch
 import ppcl_kernels as kernels
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.matmul import Tile
-from ppcl_rt import ways
+from ppcl_rt import ops, ways
+from ppcl_rt.ops.joint_attention import Attention
+from ppcl_rt.ops.linear import Linears
+from ppcl_rt.ops.qkv_projection import QKV
 from ppcl_rt.plan import Width
 from ppcl_rt.qwen_block import PPCLQwenImageTransformerBlock
 
@@ -18,6 +21,14 @@ pytestmark = [
 ]
 HEADS, HEAD_DIM, TEXT, IMAGE, BATCH = 8, 64, 33, 257, 2
 DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
+# Beside plain torch and our kernels.
+MORE = {
+    "ada_layer_norm": set(),
+    "qkv_projection": {"cublas"},
+    # A mask leaves FlashAttention out.
+    "joint_attention": {"cudnn"},
+    "linear": set(),
+}
 NARROW = Width(5, CHANNELS // 2, CHANNELS // 4, DIM)
 
 
@@ -93,6 +104,7 @@ def test_graph_captures_a_block(monkeypatch, block, call):
 def test_ways_are_measured_once(monkeypatch, tmp_path, block, call, width):
     monkeypatch.setenv("PPCL_CACHE", str(tmp_path))
     ways.table_of.cache_clear()
+    ops.forget()
     results = {}
     with torch.no_grad():
         for backend in ("torch", "triton", "auto"):
@@ -100,24 +112,47 @@ def test_ways_are_measured_once(monkeypatch, tmp_path, block, call, width):
             results[backend] = block(**call, width=width)
         (path,) = tmp_path.glob("ways-*.json")
         written = path.read_text()
-        monkeypatch.setattr(ways, "cuda_milliseconds", lambda call: pytest.fail("measured again"))
+        monkeypatch.setattr(ways, "cuda_milliseconds", lambda call, device: pytest.fail("measured again"))
         ways.table_of.cache_clear()
+        ops.forget()
         close(block(**call, width=width), results["auto"])
     assert path.read_text() == written
     table = json.loads(written)
     assert table["about"]["device"] == torch.cuda.get_device_name()
-    assert {key.split()[0] for key in table["ways"]} == {
-        "ada_layer_norm",
-        "qkv_projection",
-        "joint_attention",
-        "linear",
-    }
+    assert {key.split()[0] for key in table["ways"]} == set(MORE)
     for key, entry in table["ways"].items():
-        # Every way works here, and was timed.
-        assert {name.split()[0] for name in entry["milliseconds"]} >= {"torch", "triton"}, key
+        # Every implementation works here, and was timed.
+        assert {name.split()[0] for name in entry["milliseconds"]} >= {"torch", "triton"} | MORE[key.split()[0]], key
     close(results["triton"], results["torch"])
     close(results["auto"], results["torch"])
     ways.table_of.cache_clear()
+    ops.forget()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_implementations_agree_in_bfloat16(masked):
+    """Those that only a GPU has: cuBLASLt's GELU, cuDNN and FlashAttention, one product for q, k and v."""
+    torch.manual_seed(0)
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    q, k, v = (torch.randn(BATCH, 300, HEADS, HEAD_DIM, **bf16) for _ in range(3))
+    mask = torch.rand(BATCH, 300, device="cuda") < 0.7 if masked else None
+    x, bias = torch.randn(BATCH, 300, DIM, **bf16), torch.randn(CHANNELS, **bf16)
+    up = torch.randn(CHANNELS, DIM, **bf16) / DIM**0.5
+    weights = (torch.randn(3, DIM, DIM, **bf16) / DIM**0.5).unbind()
+    biases = torch.randn(3, DIM, **bf16).unbind()
+    stream = kernels.Stream(x, tuple(weights), tuple(biases), (torch.ones(HEAD_DIM, **bf16),) * 2)
+    seen = set()
+    for call in (
+        Attention(q, k, v, mask),
+        Linears((kernels.Linear(x, up, bias, CHANNELS // 2),), gelu=True),
+        QKV((stream,), HEADS - 1, HEAD_DIM),
+    ):
+        operation = ops.OPERATIONS[{Attention: "joint_attention", Linears: "linear", QKV: "qkv_projection"}[type(call)]]
+        wanted = operation.run(call, ways.TORCH)
+        for way in operation.implementations(call):
+            seen.add(way.kind)
+            assert ways.agree(operation.run(call, way), wanted), way
+    assert seen >= {"torch", "triton", "cudnn", "cublaslt", "packed", "cublas"} | (set() if masked else {"flash"})
 
 
 def test_no_more_error_than_torch(monkeypatch, block, call):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -14,14 +13,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import ppcl_kernels as pk
-from ppcl_kernels.launch import TARGETS, Launch, Target
-from ppcl_kernels.matmul import Tile, takes_tma
-from ppcl_kernels.qkv_projection import choose_tile, head_cols, tile_candidates
+from ppcl_kernels.heads import head_cols
+from ppcl_kernels.launch import Launch, Target
+from ppcl_kernels.matmul import Tile
+from ppcl_kernels.qkv_projection import tile_candidates
 
 # The package exports functions of the same names as its modules.
-ada_module, linear_module, qkv_module, attention_module = (
+ada_module, residual_module, linear_module, qkv_module, attention_module = (
     importlib.import_module(f"ppcl_kernels.{name}")
-    for name in ("ada_layer_norm", "linear", "qkv_projection", "joint_attention")
+    for name in ("ada_layer_norm", "gated_residual", "linear", "qkv_projection", "joint_attention")
 )
 AdaTile, AttentionTile = ada_module.Tile, attention_module.Tile
 
@@ -168,32 +168,42 @@ def modulation(batch: int, width: int, seed: int, dtype: torch.dtype, chunk: int
     [*((s, w, r) for s, w, r in zip(TOKENS, (33, 96, 17, 50, 1), (None, 4, 16, 1, 4))), (7, 1025, None), (33, 96, 16)],
 )
 def test_ada_layer_norm(dtype, indexed, tokens, width, rows):
-    """All three operations on slices of joint tensors, whole blocks of rows and ragged ones."""
+    """Slices of joint tensors, whole blocks of rows and ragged ones."""
     batch = 2
     joint = make(batch, tokens + 3, width + 5, seed=1, dtype=dtype)
     # Rows further apart than they are wide.
     x = amid_nan(joint, slice(None), slice(3, None), slice(width))
-    other = make(batch, tokens + 2, width + 3, seed=2, dtype=dtype)
-    h = amid_nan(other, slice(None), slice(tokens), slice(3, None))
     index = token_index(batch, tokens, torch.int32) if indexed else None
-    gate, scale, shift = (modulation(batch * (1 + indexed), width, 3, dtype, chunk) for chunk in range(3))
+    scale, shift = (modulation(batch * (1 + indexed), width, 3, dtype, chunk) for chunk in range(2))
     tile = None if rows is None else AdaTile(rows, 4)
     y = pk.ada_layer_norm(x, scale, shift, index, tile=tile)
     # Values reach some 4 deviations times 1 + scale; LayerNorm sums over the width twice.
     close(y, pk.ada_layer_norm_reference(*double((x, scale, shift)), index), terms=2 * width)
-    total = pk.gated_residual(x, gate, h, index, tile=tile)
-    close(total, pk.gated_residual_reference(*double((x, gate, h)), index))
-    both = pk.gated_ada_layer_norm(x, gate, h, scale, shift, index, tile=tile)
-    assert torch.equal(both[0], total)
-    # What is normalised is the sum as it is stored.
-    close(both[1], pk.ada_layer_norm_reference(*double((total, scale, shift)), index), terms=2 * width)
+
+
+@dtypes
+@pytest.mark.parametrize("indexed", [False, True], ids=["sample", "token"])
+@pytest.mark.parametrize(
+    ("tokens", "width", "cols"),
+    [(1, 33, None), (7, 96, 32), (63, 17, 16), (64, 50, 32), (65, 1, None), (7, 1025, None)],
+)
+def test_gated_residual(dtype, indexed, tokens, width, cols):
+    """Slices of joint tensors; rows in several pieces, whole and ragged."""
+    batch = 2
+    x = amid_nan(make(batch, tokens + 3, width + 5, seed=1, dtype=dtype), slice(None), slice(3, None), slice(width))
+    h = amid_nan(make(batch, tokens + 2, width + 3, seed=2, dtype=dtype), slice(None), slice(tokens), slice(3, None))
+    index = token_index(batch, tokens, torch.int32) if indexed else None
+    gate = modulation(batch * (1 + indexed), width, 3, dtype)
+    tile = None if cols is None else residual_module.Tile(cols, 4)
+    y = pk.gated_residual(x, gate, h, index, tile=tile)
+    close(y, pk.gated_residual_reference(*double((x, gate, h)), index))
 
 
 def test_ada_layer_norm_many_tokens():
     """More tokens than tiles of rows want: chosen tiles with several rows a block."""
     tokens = 1025
     x, scale, shift = make(1, tokens, 50), make(1, 50, seed=1), make(1, 50, seed=2)
-    assert CUDA or AdaTile.choose(Target.of(DEVICE), 1, tokens, 50).rows > 1
+    assert CUDA or AdaTile.choose(Target.of(DEVICE), torch.float32, 1, tokens, 50).rows > 1
     close(pk.ada_layer_norm(x, scale, shift), pk.ada_layer_norm_reference(*double((x, scale, shift))), terms=100)
 
 
@@ -651,8 +661,7 @@ def samples() -> dict[str, tuple]:
     two = ([w, w.clone()], [make(16, seed=4), None])
     tail = ([None, make(4, 16, seed=5)], [None, token], [None, h])
     return {
-        "ada_layer_norm": (x, m, m.flip(0), None, 1e-6, None),
-        "gated_ada_layer_norm": (x, make(4, 16), h, *make(2, 4, 16, seed=6).unbind(0), token, 1e-6, [4, 4]),
+        "ada_layer_norm": (x, make(4, 16), make(4, 16, seed=6), token, 1e-6, [4, 4]),
         "gated_residual": (x, m, h, None, None),
         "linear": ([x, h], *two, [16, 16], *tail, True, None),
         "mlp": (
@@ -717,11 +726,6 @@ def public_calls() -> dict[str, tuple]:
     up = (weight(9, 16, 4), make(9, seed=5), weight(16, 9, 6), None)
     return {
         "ada_layer_norm": (pk.ada_layer_norm, pk.ada_layer_norm_reference, (x, m, m.flip(0))),
-        "gated_ada_layer_norm": (
-            pk.gated_ada_layer_norm,
-            pk.gated_ada_layer_norm_reference,
-            (x, m, h, m.flip(1), m + 1),
-        ),
         "gated_residual": (pk.gated_residual, pk.gated_residual_reference, (x, m, h)),
         "linear": (
             lambda *a: pk.linear(*a[:3], 9, gelu=True, gate=a[3], residual=a[4]),
@@ -790,63 +794,6 @@ def test_compile():
         assert torch.equal(compiled(*arguments), function(*arguments))
 
 
-# Tiles and paths.
-
-
-def test_takes_tma():
-    """Steps and starts of 16 bytes, on an architecture that has it."""
-    hopper, x = TARGETS["sm_90"], torch.empty(2, 8, 16)
-    assert takes_tma(hopper, x) and takes_tma(hopper, x[:, 1:]) and takes_tma(Target("interpreter", 0, 2), x)
-    assert takes_tma(hopper, torch.empty(4, 12)) and not takes_tma(hopper, torch.empty(4, 12).half())
-    assert not takes_tma(hopper, x, torch.empty(4, 33)) and not takes_tma(hopper, x[..., 1:])
-    assert not takes_tma(hopper, x[:1].expand(2, 8, 16)) and not takes_tma(hopper, x[..., ::4][..., :1])
-    assert not takes_tma(TARGETS["sm_80"], x) and not takes_tma(TARGETS["gfx942"], x)
-
-
-@pytest.mark.parametrize("target", [*TARGETS.values(), Target("interpreter", 227 * 1024, 2)], ids=lambda t: t.arch)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_tiles_fit(target, dtype):
-    """Whatever is chosen is a candidate, and candidates fit: operands in flight, of all blocks that are resident."""
-    for batch, tokens, width in itertools.product((1, 2), (1, 65, 4096), (1, 96, 3072, 16384)):
-        tile = Tile.choose(target, dtype, [tokens, 7], batch, width)
-        tiles = Tile.candidates(target, dtype)
-        assert tile in tiles
-        assert all(t.resident * t.shared_bytes(dtype.itemsize) <= target.shared_bytes for t in tiles)
-        for normed in (False, True):
-            assert AdaTile.choose(target, batch, tokens, width, normed) in AdaTile.candidates(width, normed)
-        for head_dim, heads in itertools.product((8, 16, 24, 64, 128), (1, 24)):
-            tiles = tile_candidates(target, dtype, head_dim)
-            assert choose_tile(target, dtype, [tokens, 7], batch, heads, head_dim) in tiles
-            assert all(t.resident * t.shared_bytes(dtype.itemsize) <= target.shared_bytes for t in tiles)
-            tiles = AttentionTile.candidates(target, dtype, head_dim)
-            assert AttentionTile.choose(target, dtype, batch, tokens, heads, head_dim) in tiles
-            row = head_cols(head_dim) * dtype.itemsize
-            # Queries stay, keys and values are in flight.
-            assert all((t.queries + 2 * t.stages * t.keys) * row <= target.shared_bytes for t in tiles)
-
-
-@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.arch)
-def test_tiles_fill_the_device(target):
-    """Plenty of work takes the fastest tile; a second wave with little in it, smaller ones than an even one."""
-    for dtype in (torch.float32, torch.bfloat16):
-        tiles = Tile.candidates(target, dtype)
-        assert Tile.choose(target, dtype, [1_000_000], 1, 12288) == max(tiles, key=lambda t: t.speed)
-        wide, side = tiles[0], target.multiprocessors
-        # As many tiles as run at once, then one more.
-        even = Tile.choose(target, dtype, [wide.rows * side * wide.resident], 1, wide.cols)
-        odd = Tile.choose(target, dtype, [wide.rows * side * wide.resident + 1], 1, wide.cols)
-        assert even == wide and odd.rows * odd.cols <= wide.rows * wide.cols
-
-
-def test_tile_for_qwen_image():
-    """By hand, for 132 multiprocessors."""
-    hopper = TARGETS["sm_90"]
-    # 432 tiles in 4 x 132 places: 0.82; 864 in 4 x 264: 0.82, slower.
-    assert Tile.choose(hopper, torch.bfloat16, [4096, 512], 1, 3072)[:2] == (128, 256)
-    # 144 tiles in 2 x 132 places and 288 in 2 x 264: 0.55; 64 x 64: 1152 in 5 x 264, 0.87 at 0.65 of the speed.
-    assert Tile.choose(hopper, torch.bfloat16, [1024, 512], 1, 3072)[:2] == (64, 64)
-
-
 # Errors.
 
 
@@ -881,7 +828,6 @@ ERRORS = {
         "index is on meta",
     ),
     "residual device": (lambda: pk.gated_residual(t(*X), t(*M), t(*X).to(OTHER)), "h is on meta"),
-    "gated norm device": (lambda: pk.gated_ada_layer_norm(t(*X), t(*M).to(OTHER), t(*X), t(*M), t(*M)), "gate is on"),
     "linear device": (lambda: pk.linear(t(*X), t(*W).to(OTHER)), "weight is on meta"),
     "mlp device": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9), t(16).to(OTHER)), "bias is on meta"),
     "qkv rope device": (lambda: qkv(rope=t(5, 4, 2).to(OTHER)), "rope is .* on meta"),
@@ -917,7 +863,7 @@ ERRORS = {
     ),
     "residual h": (lambda: pk.gated_residual(t(*X), t(*M), t(2, 4, 16)), "h is"),
     "residual gate": (lambda: pk.gated_residual(t(*X), t(3, 16), t(*X)), "gate is"),
-    "gated norm h": (lambda: pk.gated_ada_layer_norm(t(*X), t(*M), t(2, 5, 15), t(*M), t(*M)), "h is"),
+    "residual dim": (lambda: pk.gated_residual(t(5, 16), t(*M), t(5, 16)), r"wanted \[B, S, D\]"),
     "linear dtype": (lambda: pk.linear(t(*X, **LONG), t(*W, **LONG)), "float64"),
     "linear mixed": (lambda: pk.linear(t(*X), t(*W, **HALF)), "weight is torch.float16"),
     "linear mixed groups": (

@@ -13,6 +13,7 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Checkpoint, Interval, Schedule, Step, Width, ops
+from ppcl_rt.ops.qkv_projection import side_by_side
 
 FULL = Width(4, 128, 128, 32)
 RATIOS = (0.6, 0.7, 0.75, 0.95, 1.0)
@@ -516,3 +517,31 @@ def test_growing_keeps_what_was_trained(made):
     up, down = block.img_mlp.net[0].proj, block.img_mlp.net[2]
     assert (up.weight[:17] == 7).all() and not (up.weight[17:] == 7).any()
     assert (down.weight[:, :17] == 7).all() and not (down.weight[:, 17:] == 7).any()
+
+
+def test_projections_lie_side_by_side(made, build_inputs, run, same, tmp_path):
+    """q, k and v of a stream are one tensor in memory: after loading, growing and moving; files do not notice."""
+    model = ppcl_rt.load(made.folder, 0.5)
+
+    def packed(model):
+        return [
+            side_by_side([block.get_submodule(path).weight for path in paths]) is not None
+            for block in (*model.transformer_blocks, *model.students.values())
+            for paths in model.layout.side_by_side
+        ]
+
+    assert packed(model) and all(packed(model))
+    model.set_ratio(1.0)
+    assert all(packed(model))
+    before = dict(model.named_parameters())
+    wanted = run(model, build_inputs())
+    model.to(torch.float64).to(torch.float32)
+    assert all(packed(model)) and all(p is before[name] for name, p in model.named_parameters())
+    model.save_pretrained(tmp_path / "saved")
+    same(run(ppcl_rt.load(tmp_path / "saved"), build_inputs()), wanted)
+    # Whoever puts a layer of another kind there is left alone.
+    adapted = torch.nn.Sequential(model.transformer_blocks[0].attn.to_k)
+    model.transformer_blocks[0].attn.to_k = adapted
+    model.to(torch.float64).to(torch.float32)
+    assert model.transformer_blocks[0].attn.to_k is adapted
+    same(run(model, build_inputs()), wanted)

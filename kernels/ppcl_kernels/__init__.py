@@ -4,27 +4,17 @@ One operation, one file; each has a Triton kernel, behind a custom op that ``tor
 plain-torch ``*_reference``, which is its definition. No diffusers inside.
 """
 
-from ppcl_kernels.ada_layer_norm import (
-    ada_layer_norm,
-    ada_layer_norm_reference,
-    gated_ada_layer_norm,
-    gated_ada_layer_norm_reference,
-    gated_residual,
-    gated_residual_reference,
-)
+from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference
+from ppcl_kernels.gated_residual import gated_residual, gated_residual_reference
+from ppcl_kernels.heads import norm_rope_reference
 from ppcl_kernels.joint_attention import joint_attention, joint_attention_reference
 from ppcl_kernels.launch import Target, can_run
 from ppcl_kernels.linear import Linear, grouped_linear, linear, linear_reference
 from ppcl_kernels.mlp import Mlp, grouped_mlp, mlp, mlp_reference
 from ppcl_kernels.modulation import per_token
 from ppcl_kernels.norm_rope import norm_rope
-from ppcl_kernels.qkv_projection import (
-    Stream,
-    apply_rope_reference,
-    norm_rope_reference,
-    qkv_projection,
-    qkv_projection_reference,
-)
+from ppcl_kernels.qkv_projection import Stream, qkv_projection, qkv_projection_reference
+from ppcl_kernels.rope import apply_rope_reference
 
 __all__ = [
     "Linear",
@@ -35,8 +25,6 @@ __all__ = [
     "ada_layer_norm_reference",
     "apply_rope_reference",
     "can_run",
-    "gated_ada_layer_norm",
-    "gated_ada_layer_norm_reference",
     "gated_residual",
     "gated_residual_reference",
     "grouped_linear",

@@ -1,7 +1,7 @@
-"""Adaptive LayerNorm ``y = norm(x) * (1 + scale) + shift``, alone or after the gated residual ``x + gate * h``.
+"""Adaptive LayerNorm: ``y = norm(x) * (1 + scale) + shift``.
 
 B batch, S tokens, D width. The norm has no affine part; its statistics are float32. Eager reads and writes
-``[B, S, D]`` three times (norm, multiply, add; five with the residual); the kernel moves each input and result once.
+``[B, S, D]`` three times (norm, multiply, add); the kernel moves each input and result once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, wants_gradient
+from ppcl_kernels._check import check_index, check_like, check_modulation, wants_gradient
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.modulation import per_token
+from ppcl_kernels.tiles import cheapest, offered
 
 # A row is held in registers.
 MAX_WIDTH = 16384
@@ -31,27 +32,6 @@ def ada_layer_norm_reference(
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + per_token(scale, index)) + per_token(shift, index)
 
 
-def gated_residual_reference(
-    x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Add ``gate * h`` to the residual stream ``x [B, S, D]``; ``gate`` as ``scale`` above."""
-    return x + per_token(gate, index) * h
-
-
-def gated_ada_layer_norm_reference(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    h: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    index: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add ``gate * h`` to ``x``, then normalise and modulate the sum; returns (sum, normalised)."""
-    x = gated_residual_reference(x, gate, h, index)
-    return x, ada_layer_norm_reference(x, scale, shift, index, eps)
-
-
 class Tile(NamedTuple):
     """How tokens are shared out.
 
@@ -63,20 +43,28 @@ class Tile(NamedTuple):
     rows: int
     warps: int
 
-    @classmethod
-    def candidates(cls, width: int, normed: bool = True) -> tuple[Tile, ...]:
-        """Tiles worth measuring for rows of ``width`` elements, with a norm or for the gated residual alone."""
-        # 16 elements a thread: two 16-byte accesses of bf16.
-        warps = min(max(_power_of_2(width) // 512, 1), 16)
-        # The gate alone is not worth a loop.
-        return tuple(cls(rows, warps) for rows in ((1, 4, 16) if normed else (1,)))
+    @property
+    def resident(self) -> int:
+        """Blocks that share a multiprocessor: those of 1,024 threads, at up to 64 registers a thread."""
+        return max(32 // self.warps, 1)
+
+    @property
+    def cost(self) -> float:
+        """Time of one block in rows moved, two for each of its own; the modulation, read from L2, as one (a guess)."""
+        return 2 * self.rows + 1
 
     @classmethod
-    def choose(cls, target: Target, batch: int, tokens: int, width: int, normed: bool = True) -> Tile:
-        """Pick the most rows that leave every multiprocessor eight blocks, enough to hide the memory's latency."""
-        tiles = cls.candidates(width, normed)
-        busy = [tile for tile in tiles if batch * -(-tokens // tile.rows) >= 8 * target.multiprocessors]
-        return busy[-1] if busy else tiles[0]
+    def candidates(cls, target: Target, dtype: torch.dtype, width: int) -> tuple[Tile, ...]:
+        """Tiles worth measuring on a target for rows of ``width`` elements (`ppcl_kernels.tiles.offered`)."""
+        # 16 elements a thread: two 16-byte accesses of bf16.
+        warps = min(max(_power_of_2(width) // 512, 1), 16)
+        return offered("ada_layer_norm", (cls(1, warps), cls(4, warps), cls(16, warps)), target)
+
+    @classmethod
+    def choose(cls, target: Target, dtype: torch.dtype, batch: int, tokens: int, width: int) -> Tile:
+        """Pick the tile that is cheapest in waves."""
+        tiles = cls.candidates(target, dtype, width)
+        return cheapest("ada_layer_norm", tiles, target, lambda tile: batch * -(-tokens // tile.rows))
 
 
 def _power_of_2(n: int) -> int:
@@ -86,23 +74,17 @@ def _power_of_2(n: int) -> int:
 @jit(do_not_specialize=["B", "S"])
 def _ada_layer_norm_kernel(
     x,
-    h,
-    gate,
     scale,
     shift,
     index,
-    total,
     y,
     B,
     S,
     D,
-    x_batch_step,
-    x_row_step,
-    h_batch_step,
-    h_row_step,
-    gate_step,
-    scale_step,
-    shift_step,
+    stride_x_batch,
+    stride_x_row,
+    stride_scale_sample,
+    stride_shift_sample,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,68 +95,47 @@ def _ada_layer_norm_kernel(
     cols = tl.arange(0, BLOCK)
     inside = cols < D
     sample = b.to(tl.int64)
-    if index is None and scale is not None:
-        factor = 1 + tl.load(scale + sample * scale_step + cols, mask=inside, other=0.0).to(tl.float32)
-        offset = tl.load(shift + sample * shift_step + cols, mask=inside, other=0.0).to(tl.float32)
-    if index is None and gate is not None:
-        weight = tl.load(gate + sample * gate_step + cols, mask=inside, other=0.0).to(tl.float32)
+    if index is None:
+        factor = 1 + tl.load(scale + sample * stride_scale_sample + cols, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.load(shift + sample * stride_shift_sample + cols, mask=inside, other=0.0).to(tl.float32)
     for step in range(0, tl.minimum(ROWS, S - first)):
-        at = (first + step).to(tl.int64)
-        value = tl.load(x + sample * x_batch_step + at * x_row_step + cols, mask=inside, other=0.0).to(tl.float32)
+        row = (first + step).to(tl.int64)
+        value = tl.load(x + sample * stride_x_batch + row * stride_x_row + cols, mask=inside, other=0.0).to(tl.float32)
         if index is not None:
-            chosen = (b + B * (tl.load(index + sample * S + at) != 0)).to(tl.int64)
-            if gate is not None:
-                weight = tl.load(gate + chosen * gate_step + cols, mask=inside, other=0.0).to(tl.float32)
-            if scale is not None:
-                factor = 1 + tl.load(scale + chosen * scale_step + cols, mask=inside, other=0.0).to(tl.float32)
-                offset = tl.load(shift + chosen * shift_step + cols, mask=inside, other=0.0).to(tl.float32)
-        out = (sample * S + at) * D + cols
-        if gate is not None:
-            part = tl.load(h + sample * h_batch_step + at * h_row_step + cols, mask=inside, other=0.0).to(tl.float32)
-            # What is normalised is what is stored: the residual stream in its own dtype, as in eager.
-            value = (value + weight * part).to(total.dtype.element_ty)
-            tl.store(total + out, value, mask=inside)
-            value = value.to(tl.float32)
-        if scale is not None:
-            mean = tl.sum(value, axis=0) / D
-            centred = tl.where(inside, value - mean, 0.0)
-            deviation = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
-            tl.store(y + out, (centred * deviation * factor + offset).to(y.dtype.element_ty), mask=inside)
+            chosen = (b + B * (tl.load(index + sample * S + row) != 0)).to(tl.int64)
+            factor = 1 + tl.load(scale + chosen * stride_scale_sample + cols, mask=inside, other=0.0).to(tl.float32)
+            offset = tl.load(shift + chosen * stride_shift_sample + cols, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(value, axis=0) / D
+        centred = tl.where(inside, value - mean, 0.0)
+        deviation = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
+        out = y + (sample * S + row) * D + cols
+        tl.store(out, (centred * deviation * factor + offset).to(y.dtype.element_ty), mask=inside)
 
 
 def launch_ada_layer_norm(
     x: torch.Tensor,
-    gate: torch.Tensor | None,
-    h: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
     index: torch.Tensor | None,
-    total: torch.Tensor | None,
-    y: torch.Tensor | None,
+    y: torch.Tensor,
     eps: float,
     tile: Tile,
 ) -> Launch:
-    """Describe the launch that writes ``total`` (with a gate) and ``y`` (with a scale), contiguous ``[B, S, D]``."""
+    """Describe the launch that writes ``y``, contiguous ``[B, S, D]``."""
     batch, tokens, width = x.shape
     arguments = {
         "x": x,
-        "h": h,
-        "gate": gate,
         "scale": scale,
         "shift": shift,
         "index": index,
-        "total": total,
         "y": y,
         "B": batch,
         "S": tokens,
         "D": width,
-        "x_batch_step": x.stride(0),
-        "x_row_step": x.stride(1),
-        "h_batch_step": 0 if h is None else h.stride(0),
-        "h_row_step": 0 if h is None else h.stride(1),
-        "gate_step": 0 if gate is None else gate.stride(0),
-        "scale_step": 0 if scale is None else scale.stride(0),
-        "shift_step": 0 if shift is None else shift.stride(0),
+        "stride_x_batch": x.stride(0),
+        "stride_x_row": x.stride(1),
+        "stride_scale_sample": scale.stride(0),
+        "stride_shift_sample": shift.stride(0),
         "eps": eps,
         "ROWS": tile.rows,
         "BLOCK": _power_of_2(width),
@@ -182,28 +143,18 @@ def launch_ada_layer_norm(
     return Launch(_ada_layer_norm_kernel, (batch * -(-tokens // tile.rows),), arguments, tile.warps, 1)
 
 
-def _check(x, gate, h, scale, shift, index) -> None:
+def check_ada_layer_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, index: torch.Tensor | None) -> None:
+    """Refuse what the kernel cannot compute.
+
+    Raises:
+        ValueError: wrong device, dtype, shape or stride.
+    """
     if x.dim() != 3 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"x is {list(x.shape)}, wanted [B, S, D] with D up to {MAX_WIDTH}")
-    check_like(x, x=x, h=h, gate=gate, scale=scale, shift=shift)
+    check_like(x, x=x, scale=scale, shift=shift)
     check_index(index, x)
-    for name, modulation in (("gate", gate), ("scale", scale), ("shift", shift)):
-        check_modulation(name, modulation, x, x.shape[-1], index)
-    if h is not None:
-        check_shape("h", h, x.shape)
-
-
-def _run(x, gate, h, scale, shift, index, eps, tile) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Check, launch, and return (sum, normalised), each None where it is not asked for."""
-    _check(x, gate, h, scale, shift, index)
-    total = None if gate is None else x.new_empty(x.shape)
-    y = None if scale is None else x.new_empty(x.shape)
-    target = Target.of(x.device)
-    if x.numel():
-        batch, tokens, width = x.shape
-        chosen = Tile.choose(target, batch, tokens, width, scale is not None) if tile is None else Tile(*tile)
-        launch_ada_layer_norm(x, gate, h, scale, shift, index, total, y, eps, chosen).run()
-    return total, y
+    check_modulation("scale", scale, x, x.shape[-1], index)
+    check_modulation("shift", shift, x, x.shape[-1], index)
 
 
 @torch.library.custom_op(
@@ -212,45 +163,18 @@ def _run(x, gate, h, scale, shift, index, eps, tile) -> tuple[torch.Tensor | Non
     schema="(Tensor x, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) -> Tensor",
 )
 def _norm_op(x, scale, shift, index, eps, tile):
-    return _run(x, None, None, scale, shift, index, eps, tile)[1]
-
-
-@torch.library.custom_op(
-    "ppcl::gated_ada_layer_norm",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor gate, Tensor h, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) "
-        "-> (Tensor, Tensor)"
-    ),
-)
-def _gated_norm_op(x, gate, h, scale, shift, index, eps, tile):
-    return _run(x, gate, h, scale, shift, index, eps, tile)
-
-
-@torch.library.custom_op(
-    "ppcl::gated_residual",
-    mutates_args=(),
-    schema="(Tensor x, Tensor gate, Tensor h, Tensor? index, int[]? tile) -> Tensor",
-)
-def _gated_residual_op(x, gate, h, index, tile):
-    return _run(x, gate, h, None, None, index, 0.0, tile)[0]
+    check_ada_layer_norm(x, scale, shift, index)
+    y = x.new_empty(x.shape)
+    target = Target.of(x.device)
+    if x.numel():
+        tile = Tile.choose(target, x.dtype, *x.shape) if tile is None else Tile(*tile)
+        launch_ada_layer_norm(x, scale, shift, index, y, eps, tile).run()
+    return y
 
 
 @_norm_op.register_fake
 def _(x, scale, shift, index, eps, tile):
-    _check(x, None, None, scale, shift, index)
-    return x.new_empty(x.shape)
-
-
-@_gated_norm_op.register_fake
-def _(x, gate, h, scale, shift, index, eps, tile):
-    _check(x, gate, h, scale, shift, index)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@_gated_residual_op.register_fake
-def _(x, gate, h, index, tile):
-    _check(x, gate, h, None, None, index)
+    check_ada_layer_norm(x, scale, shift, index)
     return x.new_empty(x.shape)
 
 
@@ -281,38 +205,3 @@ def ada_layer_norm(
     if wants_gradient(x, scale, shift):
         return ada_layer_norm_reference(x, scale, shift, index, eps)
     return _norm_op(x, scale, shift, index, eps, tile)
-
-
-def gated_ada_layer_norm(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    h: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    index: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    tile: Tile | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add ``gate * h`` to the residual stream ``x``, and normalise and modulate the sum, in one pass.
-
-    Arguments and errors as in `ada_layer_norm`; ``gate`` as ``scale``, ``h`` as ``x``.
-
-    Returns:
-        (sum, normalised), ``[B, S, D]`` each.
-    """
-    if wants_gradient(x, gate, h, scale, shift):
-        return gated_ada_layer_norm_reference(x, gate, h, scale, shift, index, eps)
-    return _gated_norm_op(x, gate, h, scale, shift, index, eps, tile)
-
-
-def gated_residual(
-    x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None, *, tile: Tile | None = None
-) -> torch.Tensor:
-    """Add ``gate * h`` to ``x`` in one pass: what closes a block after a matrix product of cuBLAS.
-
-    Arguments and errors as in `gated_ada_layer_norm`.
-    """
-    if wants_gradient(x, gate, h):
-        return gated_residual_reference(x, gate, h, index)
-    return _gated_residual_op(x, gate, h, index, tile)

@@ -31,13 +31,18 @@ import torch
 from ppcl_kernels._triton import INTERPRETED, triton
 from ppcl_kernels.ada_layer_norm import Tile as NormTile
 from ppcl_kernels.ada_layer_norm import launch_ada_layer_norm
+from ppcl_kernels.allowed import tile_name
+from ppcl_kernels.gated_residual import Tile as ResidualTile
+from ppcl_kernels.gated_residual import launch_gated_residual
+from ppcl_kernels.heads import joint_outputs
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.joint_attention import launch_joint_attention, launch_key_ranges
 from ppcl_kernels.launch import TARGETS, Launch, Target
 from ppcl_kernels.linear import Linear, launch_linear
 from ppcl_kernels.matmul import Tile
+from ppcl_kernels.norm_rope import Tile as NormRopeTile
 from ppcl_kernels.norm_rope import launch_norm_rope
-from ppcl_kernels.qkv_projection import Stream, joint_outputs, launch_qkv_projection, tile_candidates
+from ppcl_kernels.qkv_projection import Stream, launch_qkv_projection, tile_candidates
 
 BATCH, IMAGE, TEXT = 2, 4096, 512
 HEADS, HEAD_DIM, HIDDEN = 24, 128, 12288
@@ -118,20 +123,25 @@ def _attention(target: Target, tile: AttentionTile, mask: str) -> Launch:
     return launch_joint_attention(q, q, q, q, key_mask, ranges, lengths, 1.0, tile, target)
 
 
-def _norm(tile: NormTile, gated: bool, normed: bool, indexed: bool) -> Launch:
-    x, modulation = _meta(BATCH, IMAGE, WIDTH), _modulation()
-    gate = modulation if gated else None
-    scale = modulation if normed else None
-    index = _meta(BATCH, IMAGE, dtype=torch.int64) if indexed else None
-    h, y = (x if gated else None), (x if normed else None)
-    return launch_ada_layer_norm(x, gate, h, scale, scale, index, h, y, 1e-6, tile)
+def _norm(tile: NormTile, indexed: bool) -> Launch:
+    x, scale = _meta(BATCH, IMAGE, WIDTH), _modulation()
+    return launch_ada_layer_norm(x, scale, scale, _index(indexed), x, 1e-6, tile)
 
 
-def _norm_rope(queries: bool) -> Launch:
+def _residual(tile: ResidualTile, indexed: bool) -> Launch:
+    x = _meta(BATCH, IMAGE, WIDTH)
+    return launch_gated_residual(x, _modulation(), x, _index(indexed), x, tile)
+
+
+def _index(indexed: bool) -> torch.Tensor | None:
+    return _meta(BATCH, IMAGE, dtype=torch.int64) if indexed else None
+
+
+def _norm_rope(tile: NormRopeTile, queries: bool) -> Launch:
     raw = _meta(BATCH, IMAGE, HEADS, HEAD_DIM)
     rope = _meta(IMAGE, HEAD_DIM // 2, 2, dtype=torch.float32)
     norms = (_meta(HEAD_DIM),) * 2
-    return launch_norm_rope((raw if queries else None, raw, raw), norms, rope, (raw, raw, raw), 0, 0, 1e-6)
+    return launch_norm_rope((raw if queries else None, raw, raw), norms, rope, (raw, raw, raw), 0, 0, 1e-6, tile)
 
 
 def cases(target: Target) -> Iterator[Case]:
@@ -145,7 +155,7 @@ def cases(target: Target) -> Iterator[Case]:
             ("edit", f"{HIDDEN} to {WIDTH}, gate by token, residual"),
             ("stand-in", f"{WIDTH} to {WIDTH}, residual"),
         ):
-            yield Case("linear", f"{tokens}, {shape}", _numbers(tile), True, partial(_linear, target, tile, what))
+            yield Case("linear", f"{tokens}, {shape}", tile_name(tile), True, partial(_linear, target, tile, what))
     for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
         for shape, *options in (
             ("norm, RoPE", True, True, True, False),
@@ -154,31 +164,25 @@ def cases(target: Target) -> Iterator[Case]:
             ("plain", True, False, False, False),
         ):
             launch = partial(_qkv, target, tile, *options)
-            yield Case("qkv_projection", f"{tokens}, H {HEADS}, {shape}", _numbers(tile), True, launch)
+            yield Case("qkv_projection", f"{tokens}, H {HEADS}, {shape}", tile_name(tile), True, launch)
     for tile in AttentionTile.candidates(target, torch.bfloat16, HEAD_DIM):
         for mask in ("none", "lengths", "mask"):
             shape = f"B {BATCH}, S {TEXT + IMAGE}, H {HEADS}, {mask}"
-            yield Case("joint_attention", shape, _numbers(tile), True, partial(_attention, target, tile, mask))
+            yield Case("joint_attention", shape, tile_name(tile), True, partial(_attention, target, tile, mask))
     for keys in sorted({t.keys for t in AttentionTile.candidates(target, torch.bfloat16, HEAD_DIM)}):
         key_mask, ranges = _meta(BATCH, TEXT + IMAGE, dtype=torch.uint8), _meta(BATCH, 4, dtype=torch.int32)
         launch = partial(launch_key_ranges, key_mask, ranges, keys)
         yield Case("key_ranges", f"B {BATCH}, S {TEXT + IMAGE}", str(keys), False, launch)
-    for name, *forms in (
-        ("ada_layer_norm", False, True, False),
-        ("gated_ada_layer_norm", True, True, False),
-        ("gated_ada_layer_norm", True, True, True),
-        ("gated_residual", True, False, False),
-    ):
-        for tile in NormTile.candidates(WIDTH, normed=forms[1]):
-            shape = f"B {BATCH}, S {IMAGE}, D {WIDTH}" + (", by token" if forms[2] else "")
-            yield Case(name, shape, _numbers(tile), False, partial(_norm, tile, *forms))
-    for queries in (True, False):
-        shape = f"B {BATCH}, S {IMAGE}, H {HEADS}" + ("" if queries else ", no queries")
-        yield Case("norm_rope", shape, "", False, partial(_norm_rope, queries))
-
-
-def _numbers(tile: Any) -> str:
-    return "x".join(map(str, tile))
+    for indexed in (False, True):
+        shape = f"B {BATCH}, S {IMAGE}, D {WIDTH}" + (", by token" if indexed else "")
+        for tile in NormTile.candidates(target, torch.bfloat16, WIDTH):
+            yield Case("ada_layer_norm", shape, tile_name(tile), False, partial(_norm, tile, indexed))
+        for tile in ResidualTile.candidates(target, torch.bfloat16):
+            yield Case("gated_residual", shape, tile_name(tile), False, partial(_residual, tile, indexed))
+    for tile in NormRopeTile.candidates(target, torch.bfloat16):
+        for queries in (True, False):
+            shape = f"B {BATCH}, S {IMAGE}, H {HEADS}" + ("" if queries else ", no queries")
+            yield Case("norm_rope", shape, tile_name(tile), False, partial(_norm_rope, tile, queries))
 
 
 # Whole words, so HMMA is not found in HGMMA; the first of them that a kernel has counts.

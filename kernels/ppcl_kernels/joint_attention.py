@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
 from ppcl_kernels._triton import jit, tl
+from ppcl_kernels.heads import MAX_HEAD_DIM, head_cols
 from ppcl_kernels.launch import Launch, Target, register_limit
 from ppcl_kernels.matmul import operand, takes_tma
-from ppcl_kernels.qkv_projection import MAX_HEAD_DIM, head_cols
+from ppcl_kernels.tiles import cheapest, offered
 
 
 def joint_attention_reference(
@@ -60,31 +61,45 @@ class Tile(NamedTuple):
     stages: int
     resident: int = 1
 
+    def shared_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Shared memory of the queries, which stay, and of the keys and values in flight."""
+        return (self.queries + 2 * self.stages * self.keys) * head_cols(head_dim) * itemsize
+
+    @property
+    def registers(self) -> int | None:
+        """Registers a thread that let so many blocks be resident, None for no limit."""
+        return register_limit(self.warps, self.resident)
+
+    @property
+    def cost(self) -> float:
+        """Time of one block over all keys: its queries, over the speed that such tiles are guessed to reach."""
+        return self.queries / _SPEED_GUESSES.get((self.queries, self.keys), 0.4)
+
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype, head_dim: int) -> tuple[Tile, ...]:
-        """Tiles worth measuring on a target, best guess first; none spills (`ppcl_kernels.aot` checks)."""
-        if dtype == torch.float32:
-            return (cls(32, 32, 4, 1),)
-        if target.amd:
-            return (cls(128, 32, 8, 1), cls(64, 64, 4, 1))
+        """Tiles worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
         tiles: tuple[Tile, ...]
-        if target.wgmma:
+        if dtype == torch.float32:
+            tiles = (cls(32, 32, 4, 1),)
+        elif target.amd:
+            tiles = (cls(128, 32, 8, 1), cls(64, 64, 4, 1))
+        elif target.wgmma:
             tiles = (cls(128, 128, 8, 3), cls(128, 64, 8, 2, 2), cls(128, 128, 8, 2), cls(64, 64, 4, 3))
         elif target.tcgen05:
             tiles = (cls(128, 128, 8, 2), cls(64, 64, 4, 2))
         else:
             tiles = (cls(128, 64, 8, 3), cls(128, 64, 8, 2), cls(64, 64, 4, 2))
-        bytes_a_row = head_cols(head_dim) * dtype.itemsize
-        return tuple(t for t in tiles if (t.queries + 2 * t.stages * t.keys) * bytes_a_row <= target.shared_bytes)
+        return offered("joint_attention", tiles, target, lambda tile: tile.shared_bytes(head_dim, dtype.itemsize))
 
     @classmethod
     def choose(cls, target: Target, dtype: torch.dtype, batch: int, queries: int, heads: int, head_dim: int) -> Tile:
-        """Pick the first candidate that gives every multiprocessor a block, or the one with most blocks."""
+        """Pick the tile that is cheapest in waves."""
         tiles = cls.candidates(target, dtype, head_dim)
-        for tile in tiles:
-            if batch * heads * -(-queries // tile.queries) >= target.multiprocessors:
-                return tile
-        return min(tiles, key=lambda tile: tile.queries)
+        return cheapest("joint_attention", tiles, target, lambda tile: batch * heads * -(-queries // tile.queries))
+
+
+# Guesses until measured, by queries x keys: share of the fastest tile's speed where all multiprocessors are busy.
+_SPEED_GUESSES = {(128, 128): 1.0, (128, 64): 0.95, (128, 32): 0.9, (64, 64): 0.7}
 
 
 @jit()
@@ -112,47 +127,36 @@ def _key_ranges_kernel(mask, ranges, T, TILES: tl.constexpr, KEYS: tl.constexpr)
 
 
 @jit()
-def _load_tile(
-    x,
-    b,
-    head,
-    row,
-    S,
-    batch_step,
-    row_step,
-    head_step,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TMA: tl.constexpr,
-):
+def _load_tile(x, b, head, row, S, strides, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
     """Load ``x[b, row : row + ROWS, head]``; zeros beyond E, anything finite beyond S."""
     if TMA:
         return x.load([b, head, row, 0]).reshape(ROWS, COLS)
     else:
-        start = x + b.to(tl.int64) * batch_step + row.to(tl.int64) * row_step + head.to(tl.int64) * head_step
+        stride_batch, stride_row, stride_head = strides
+        start = x + b.to(tl.int64) * stride_batch + row.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
         rows = tl.minimum(tl.arange(0, ROWS), S - 1 - row)
         cols = tl.arange(0, COLS)
-        at = rows[:, None] * row_step + cols[None, :]
+        offsets = rows[:, None] * stride_row + cols[None, :]
         if COLS == E:
-            return tl.load(start + at)
+            return tl.load(start + offsets)
         else:
-            return tl.load(start + at, mask=cols[None, :] < E, other=0.0)
+            return tl.load(start + offsets, mask=cols[None, :] < E, other=0.0)
 
 
 @jit()
-def _absorb(scores, v_tile, top, weight, total, factor):
-    """Take a tile of scores into the running maximum ``top`` (base 2), sum ``weight`` and output ``total``.
+def _online_softmax(qk, v_tile, m_i, l_i, acc, qk_scale):
+    """Take a tile of scores ``qk`` into the running maximum ``m_i`` (base 2), sum ``l_i`` and output ``acc``.
 
-    The first tile that a block visits has a key that counts, for all rows alike: ``best`` is finite from then on.
+    The first tile that a block visits has a key that counts, for all rows alike: ``m_ij`` is finite from then on.
     """
-    best = tl.maximum(top, tl.max(scores, 1) * factor)
-    p = tl.exp2(scores * factor - best[:, None])
-    fade = tl.exp2(top - best)
-    weight = weight * fade + tl.sum(p, 1)
-    total = total * fade[:, None]
-    total = tl.dot(p.to(v_tile.dtype), v_tile, total, input_precision="ieee")
-    return best, weight, total
+    m_ij = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
+    p = tl.exp2(qk * qk_scale - m_ij[:, None])
+    alpha = tl.exp2(m_i - m_ij)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    # [QUERIES, KEYS] x [KEYS, COLS]
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+    return m_ij, l_i, acc
 
 
 _COUNTS = ("H", "S", "T")
@@ -171,16 +175,16 @@ def _joint_attention_kernel(
     H,
     S,
     T,
-    q_batch_step,
-    q_row_step,
-    q_head_step,
-    k_batch_step,
-    k_row_step,
-    k_head_step,
-    v_batch_step,
-    v_row_step,
-    v_head_step,
-    factor,
+    stride_q_batch,
+    stride_q_row,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_row,
+    stride_k_head,
+    stride_v_batch,
+    stride_v_row,
+    stride_v_head,
+    qk_scale,
     E: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -207,39 +211,44 @@ def _joint_attention_kernel(
         full_end = length // KEYS
         end = tl.cdiv(length, KEYS)
 
-    q_tile = _load_tile(q, b, head, row, S, q_batch_step, q_row_step, q_head_step, E, QUERIES, COLS, TMA)
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    weight = tl.zeros((QUERIES,), tl.float32)
-    total = tl.zeros((QUERIES, COLS), tl.float32)
+    q_strides = (stride_q_batch, stride_q_row, stride_q_head)
+    k_strides = (stride_k_batch, stride_k_row, stride_k_head)
+    v_strides = (stride_v_batch, stride_v_row, stride_v_head)
+    q_tile = _load_tile(q, b, head, row, S, q_strides, E, QUERIES, COLS, TMA)
+    m_i = tl.full((QUERIES,), float("-inf"), tl.float32)
+    l_i = tl.zeros((QUERIES,), tl.float32)
+    acc = tl.zeros((QUERIES, COLS), tl.float32)
     for tile in range(full_begin, full_end):
         key = (b * 0 + tile) * KEYS
-        k_tile = _load_tile(k, b, head, key, T, k_batch_step, k_row_step, k_head_step, E, KEYS, COLS, TMA)
-        v_tile = _load_tile(v, b, head, key, T, v_batch_step, v_row_step, v_head_step, E, KEYS, COLS, TMA)
-        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor)
+        k_tile = _load_tile(k, b, head, key, T, k_strides, E, KEYS, COLS, TMA)
+        v_tile = _load_tile(v, b, head, key, T, v_strides, E, KEYS, COLS, TMA)
+        # [QUERIES, COLS] x [COLS, KEYS]
+        qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        m_i, l_i, acc = _online_softmax(qk, v_tile, m_i, l_i, acc, qk_scale)
     # The ragged tiles: those before the run, then those after it.
     before = tl.maximum(tl.minimum(full_begin, end) - begin, 0)
     for step in tl.range(0, before + tl.maximum(end - full_end, 0), num_stages=RAGGED_STAGES):
         key = (b * 0 + tl.where(step < before, begin + step, full_end + step - before)) * KEYS
-        k_tile = _load_tile(k, b, head, key, T, k_batch_step, k_row_step, k_head_step, E, KEYS, COLS, TMA)
-        v_tile = _load_tile(v, b, head, key, T, v_batch_step, v_row_step, v_head_step, E, KEYS, COLS, TMA)
+        k_tile = _load_tile(k, b, head, key, T, k_strides, E, KEYS, COLS, TMA)
+        v_tile = _load_tile(v, b, head, key, T, v_strides, E, KEYS, COLS, TMA)
         keys = key + tl.arange(0, KEYS)
         if mask is not None:
             counted = tl.load(mask + b.to(tl.int64) * T + keys, mask=keys < T, other=0) != 0
         else:
             counted = keys < T
             if lengths is not None:
-                # Read again: a register held through the loop before is one too many.
+                # Reload it: keeping it live across the loop before spills.
                 counted = counted & (keys < tl.load(lengths + b))
-        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")
-        scores = tl.where(counted[None, :], scores, float("-inf"))
-        top, weight, total = _absorb(scores, v_tile, top, weight, total, factor)
-    # Rows without any key have weight 0 and total 0.
-    total = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+        # [QUERIES, COLS] x [COLS, KEYS]
+        qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        qk = tl.where(counted[None, :], qk, float("-inf"))
+        m_i, l_i, acc = _online_softmax(qk, v_tile, m_i, l_i, acc, qk_scale)
+    # Rows without any key have sum 0 and output 0.
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, COLS)
     corner = ((b.to(tl.int64) * S + row) * H + head) * E
     inside = (row + rows[:, None] < S) & (cols[None, :] < E)
-    tl.store(y + corner + rows[:, None] * (H * E) + cols[None, :], total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + corner + rows[:, None] * (H * E) + cols[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
 def launch_key_ranges(key_mask: torch.Tensor, ranges: torch.Tensor, keys: int) -> Launch:
@@ -286,12 +295,12 @@ def launch_joint_attention(
         "S": tokens,
         "T": k.shape[1],
         **{
-            f"{name}_{axis}_step": t.stride(dim)
+            f"stride_{name}_{axis}": t.stride(dim)
             for name, t in (("q", q), ("k", k), ("v", v))
             for dim, axis in enumerate(("batch", "row", "head"))
         },
         # exp2 is the exponential that GPUs have.
-        "factor": scale * math.log2(math.e),
+        "qk_scale": scale * math.log2(math.e),
         "E": head_dim,
         "QUERIES": tile.queries,
         "KEYS": tile.keys,
@@ -302,9 +311,7 @@ def launch_joint_attention(
         "TMA": tma,
     }
     grid = (batch * heads * -(-tokens // tile.queries),)
-    return Launch(
-        _joint_attention_kernel, grid, arguments, tile.warps, tile.stages, register_limit(tile.warps, tile.resident)
-    )
+    return Launch(_joint_attention_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
 
 
 def _check(q, k, v, key_mask, key_lengths, scale) -> None:

@@ -97,11 +97,14 @@ def _device_target(index: int) -> Target:
     return Target(arch, limits["max_shared_mem"], limits["multiprocessor_count"])
 
 
-# What `aot` compiles for, with the limits of the vendors' tables.
+# What `aot` compiles for, with the limits of the vendors' tables: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090 and
+# MI300X.
 TARGETS = {
     target.arch: target
     for target in (
         Target("sm_80", 163 * _KIB, 108),
+        Target("sm_86", 99 * _KIB, 82),
+        Target("sm_89", 99 * _KIB, 128),
         Target("sm_90", 227 * _KIB, 132),
         Target("sm_100", 227 * _KIB, 148),
         Target("sm_120", 99 * _KIB, 170),

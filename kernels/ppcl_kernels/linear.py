@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, check_weight, wants_gradient
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.matmul import Tile, locate_tile, next_start, operand, product_tile, split_columns, takes_tma
+from ppcl_kernels.matmul import Tile, by_parts, operand, takes_tma, work_off
 from ppcl_kernels.modulation import per_token
 
 
@@ -87,103 +87,73 @@ def _widths(x: torch.Tensor, weight: torch.Tensor, out_features: int | None) -> 
 
 
 @jit()
-def _finish(total, group, B, b, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, GELU: tl.constexpr):
-    """Turn a tile of products (float32) into a tile of the result, and write it."""
-    bias, gate, index, residual, y, S, N, gate_step = group
+def _finish_columns(acc, arguments, place, first_col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Turn some columns of a tile of products into the result, and write them."""
+    bias, gate, index, residual, y, S, N, B, stride_gate_sample, GELU = arguments
+    b, row, _, _ = place
     rows = row + tl.arange(0, ROWS)
-    cols = col + tl.arange(0, COLS)
+    cols = first_col + tl.arange(0, COLS)
     inside = (rows[:, None] < S) & (cols[None, :] < N)
     if bias is not None:
-        total += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
         # x (1 + tanh u) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        total *= tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
+        acc *= tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))
     if gate is not None:
         if index is None:
-            scale = tl.load(gate + b.to(tl.int64) * gate_step + cols, mask=cols < N, other=0.0).to(tl.float32)
-            total *= scale[None, :]
+            scale = tl.load(gate + b.to(tl.int64) * stride_gate_sample + cols, mask=cols < N, other=0.0)
+            acc *= scale.to(tl.float32)[None, :]
         else:
             second = tl.load(index + b.to(tl.int64) * S + rows, mask=rows < S, other=0) != 0
             sample = (b + tl.where(second, B, 0)).to(tl.int64)
-            total *= tl.load(gate + sample[:, None] * gate_step + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(gate + sample[:, None] * stride_gate_sample + cols[None, :], mask=inside, other=0.0)
+            acc *= scale.to(tl.float32)
     # 64-bit to the tile, 32-bit within it: half the registers.
-    corner = (b.to(tl.int64) * S + row) * N + col
+    corner = (b.to(tl.int64) * S + row) * N + first_col
     offsets = tl.arange(0, ROWS)[:, None] * N + tl.arange(0, COLS)[None, :]
     if residual is not None:
-        total += tl.load(residual + corner + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + corner + offsets, total.to(y.dtype.element_ty), mask=inside)
+        acc += tl.load(residual + corner + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + corner + offsets, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @jit()
-def _work_off(
-    start,
-    x,
-    w,
-    sizes,
-    steps,
-    group,
-    B,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLAT: tl.constexpr,
-    TMA: tl.constexpr,
-    GELU: tl.constexpr,
-):
-    """Work off a program's tiles of one group; return where it goes on in the next."""
-    S, N, _ = sizes
-    row_tiles = tl.cdiv(S, ROWS)
-    col_tiles = tl.cdiv(N, COLS)
-    PART: tl.constexpr = COLS // PARTS
-    for tile in tl.range(start, B * row_tiles * col_tiles, tl.num_programs(0), flatten=FLAT):
-        at, col = locate_tile(tile, B * row_tiles, col_tiles, 8)
-        b = at // row_tiles
-        row = at % row_tiles * ROWS
-        col *= COLS
-        total = product_tile(x, w, (b, row, col), sizes, steps, ROWS, COLS, DEPTH, TMA)
-        if PARTS == 1:
-            _finish(total, group, B, b, row, col, ROWS, PART, GELU)
-        else:
-            left, right = split_columns(total, ROWS, COLS)
-            if PARTS == 2:
-                _finish(left, group, B, b, row, col, ROWS, PART, GELU)
-                _finish(right, group, B, b, row, col + PART, ROWS, PART, GELU)
-            else:
-                first, second = split_columns(left, ROWS, COLS // 2)
-                third, fourth = split_columns(right, ROWS, COLS // 2)
-                _finish(first, group, B, b, row, col, ROWS, PART, GELU)
-                _finish(second, group, B, b, row, col + PART, ROWS, PART, GELU)
-                _finish(third, group, B, b, row, col + 2 * PART, ROWS, PART, GELU)
-                _finish(fourth, group, B, b, row, col + 3 * PART, ROWS, PART, GELU)
-    return next_start(start, B * row_tiles * col_tiles)
+def _finish(acc, arguments, place, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """The epilogue of `ppcl_kernels.matmul.work_off`."""
+    by_parts(acc, _finish_columns, arguments, place, place[3], ROWS, COLS, PARTS)
 
 
 # Token counts change from prompt to prompt, and B = 1 would compile anew: neither may specialise the kernel.
 # fmt: off
 @jit(do_not_specialize=["B", "S0", "S1"])
 def _linear_kernel(
-    x0, w0, bias0, gate0, index0, residual0, y0, S0, N0, K0, batch_step0, row_step0, w_step0, gate_step0,
-    x1, w1, bias1, gate1, index1, residual1, y1, S1, N1, K1, batch_step1, row_step1, w_step1, gate_step1,
+    x0, w0, bias0, gate0, index0, residual0, y0,
+    S0, N0, K0, stride_x_batch0, stride_x_row0, stride_w_row0, stride_gate_sample0,
+    x1, w1, bias1, gate1, index1, residual1, y1,
+    S1, N1, K1, stride_x_batch1, stride_x_row1, stride_w_row1, stride_gate_sample1,
     B,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
     TMA: tl.constexpr, GELU: tl.constexpr,
 ):
     # fmt: on
-    group = (bias0, gate0, index0, residual0, y0, S0, N0, gate_step0)
-    sizes, steps = (S0, N0, K0), ((batch_step0, row_step0), w_step0)
-    start = tl.program_id(0)
-    start = _work_off(start, x0, w0, sizes, steps, group, B, ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU)
+    sizes, strides = (S0, N0, K0), ((stride_x_batch0, stride_x_row0), stride_w_row0)
+    arguments = (bias0, gate0, index0, residual0, y0, S0, N0, B, stride_gate_sample0, GELU)
+    start = work_off(
+        tl.program_id(0), x0, w0, sizes, strides, B, tl.cdiv(N0, COLS), None, _finish, arguments,
+        COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+    )  # fmt: skip
     if y1 is not None:
-        group1 = (bias1, gate1, index1, residual1, y1, S1, N1, gate_step1)
-        sizes1, steps1 = (S1, N1, K1), ((batch_step1, row_step1), w_step1)
-        _work_off(start, x1, w1, sizes1, steps1, group1, B, ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU)
+        sizes1, strides1 = (S1, N1, K1), ((stride_x_batch1, stride_x_row1), stride_w_row1)
+        arguments1 = (bias1, gate1, index1, residual1, y1, S1, N1, B, stride_gate_sample1, GELU)
+        work_off(
+            start, x1, w1, sizes1, strides1, B, tl.cdiv(N1, COLS), None, _finish, arguments1,
+            COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+        )  # fmt: skip
 
 
 # fmt: off
 _GROUP_ARGUMENTS = (
     "x", "w", "bias", "gate", "index", "residual", "y",
-    "S", "N", "K", "batch_step", "row_step", "w_step", "gate_step",
+    "S", "N", "K", "stride_x_batch", "stride_x_row", "stride_w_row", "stride_gate_sample",
 )
 # fmt: on
 

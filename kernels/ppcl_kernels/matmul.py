@@ -1,7 +1,8 @@
-"""The matrix product that `linear` and `qkv_projection` share: tiles, operands and the loop over the inner dimension.
+"""The matrix product that `linear` and `qkv_projection` share: tiles, operands, the persistent loop, and its epilogue.
 
 B batch, S tokens, K inputs, N outputs. Operands are ``x [B, S, K]`` and ``weight [N, K]``; a tile of the result is
-``rows`` tokens of one sample by ``cols`` outputs, so what modulates a sample is one vector a tile.
+``rows`` tokens of one sample by ``cols`` outputs, so what modulates a sample is one vector a tile. What follows the
+product is a jit function that `work_off` is given.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from ppcl_kernels._triton import TensorDescriptor, jit, tl
 from ppcl_kernels.launch import Target, register_limit
+from ppcl_kernels.tiles import cheapest, offered
 
 
 class Tile(NamedTuple):
@@ -21,7 +23,7 @@ class Tile(NamedTuple):
     Attributes:
         rows, cols, depth: of the tile that one step of the loop multiplies.
         warps, stages: per block, and tiles in flight.
-        parts: pieces that the epilogue works off one by one; a residual beside a whole wide tile would spill.
+        parts: pieces that the epilogue works off one by one; a residual next to a whole wide tile would spill.
         resident: blocks per multiprocessor of the persistent grid; two hide each other's epilogue.
         flat: 1 to make one loop of those over tiles and depth, so that a tile's first copies start before the epilogue
             of the one before it.
@@ -46,33 +48,35 @@ class Tile(NamedTuple):
         return register_limit(self.warps, self.resident)
 
     @property
-    def speed(self) -> float:
-        """Share of the fastest tile's speed where every multiprocessor is busy: guesses until measured."""
-        return {128 * 256: 1.0, 128 * 128: 0.93, 64 * 64: 0.65}.get(self.rows * self.cols, 0.4)
+    def cost(self) -> float:
+        """Time of one tile: its area, over the speed that tiles of its area are guessed to reach."""
+        return self.rows * self.cols / _SPEED_GUESSES.get(self.rows * self.cols, 0.4)
 
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
-        """Tiles worth measuring on a target, best guess first; none spills (`ppcl_kernels.aot` checks)."""
+        """Tiles of `linear` that are worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
+        tiles: Sequence[Tile]
         if dtype == torch.float32:
             # Exact products: no tensor cores, many registers.
-            return (cls(64, 64, 32, 4, 2), cls(32, 32, 32, 4, 2))
-        if target.amd:
-            return (cls(128, 128, 64, 8, 2), cls(64, 64, 64, 4, 2, resident=2))
-        tiles = _TILES_WGMMA if target.wgmma or target.tcgen05 else _TILES_MMA
-        itemsize = dtype.itemsize
-        return tuple(tile for tile in tiles if tile.resident * tile.shared_bytes(itemsize) <= target.shared_bytes)
+            tiles = (cls(64, 64, 32, 4, 2), cls(32, 32, 32, 4, 2))
+        elif target.amd:
+            tiles = (cls(128, 128, 64, 8, 2), cls(64, 64, 64, 4, 2, resident=2))
+        else:
+            tiles = _TILES_WGMMA if target.wgmma or target.tcgen05 else _TILES_MMA
+        return offered("linear", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize))
 
     @classmethod
     def choose(cls, target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, cols: int) -> Tile:
-        """Pick the tile that keeps multiprocessors busiest: the last wave of large tiles may be nearly empty."""
+        """Pick the tile of `linear` that is cheapest in waves, for streams of so many tokens and ``cols`` outputs."""
 
-        def rate(tile: Tile) -> float:
-            tiles = batch * sum(-(-s // tile.rows) for s in tokens) * -(-cols // tile.cols)
-            slots = target.multiprocessors * tile.resident
-            return tile.speed * tiles / (slots * -(-tiles // slots))
+        def blocks(tile: Tile) -> int:
+            return batch * sum(-(-s // tile.rows) for s in tokens) * -(-cols // tile.cols)
 
-        return max(cls.candidates(target, dtype), key=rate)
+        return cheapest("linear", cls.candidates(target, dtype), target, blocks)
 
+
+# Guesses until measured, by rows x columns: share of the fastest tile's speed where all multiprocessors are busy.
+_SPEED_GUESSES = {128 * 256: 1.0, 128 * 128: 0.93, 64 * 128: 0.8, 64 * 64: 0.65}
 
 # Hopper and Blackwell: operands by TMA.
 _TILES_WGMMA = (
@@ -97,11 +101,11 @@ def operand(tensor: torch.Tensor, block: Sequence[int], tma: bool) -> Any:
 
 
 def takes_tma(target: Target, *tensors: torch.Tensor) -> bool:
-    """Whether TMA can copy tiles of all these: it wants 16-byte starts and steps, and no tensor that was expanded."""
+    """Whether TMA can copy tiles of all these: starts and strides of 16 bytes, and no dimension that was expanded."""
     return target.tma and all(
         tensor.data_ptr() % 16 == 0
         and tensor.stride(-1) == 1
-        and all(step > 0 and step * tensor.itemsize % 16 == 0 for step in tensor.stride()[:-1])
+        and all(stride > 0 and stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
         for tensor in tensors
     )
 
@@ -116,59 +120,115 @@ def locate_tile(tile, rows, cols, BAND: tl.constexpr):
 
 
 @jit()
-def split_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Split a tile of COLS columns into its left and right half."""
-    return tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
-
-
-@jit()
-def next_start(start, total):
-    """Where a program goes on in the next group after it took tiles start, start + programs, ... below total."""
-    programs = tl.num_programs(0)
-    return start + tl.cdiv(tl.maximum(total - start, 0), programs) * programs - total
-
-
-@jit()
-def load_rows(x, b, row, k, S, K, steps, ROWS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
+def load_rows(x, b, row, k, S, K, strides, ROWS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
     """Load ``x[b, row : row + ROWS, k : k + DEPTH]``; zeros beyond K, anything finite beyond S."""
     if TMA:
         return x.load([b, row, k]).reshape(ROWS, DEPTH)
     else:
-        batch_step, row_step = steps
-        start = x + b.to(tl.int64) * batch_step + row.to(tl.int64) * row_step
+        stride_x_batch, stride_x_row = strides
+        start = x + b.to(tl.int64) * stride_x_batch + row.to(tl.int64) * stride_x_row
         # Rows beyond the end repeat the last one: no mask, and nothing that is stored reads them.
         rows = tl.minimum(tl.arange(0, ROWS), S - 1 - row)
         cols = k + tl.arange(0, DEPTH)
-        return tl.load(start + rows[:, None] * row_step + cols[None, :], mask=cols[None, :] < K, other=0.0)
+        return tl.load(start + rows[:, None] * stride_x_row + cols[None, :], mask=cols[None, :] < K, other=0.0)
 
 
 @jit()
-def load_weight(w, col, k, N, K, step, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
+def load_weight(w, col, k, N, K, stride_w_row, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
     """Load ``w[col : col + COLS, k : k + DEPTH]``, likewise."""
     if TMA:
         return w.load([col, k])
     else:
-        start = w + col.to(tl.int64) * step
+        start = w + col.to(tl.int64) * stride_w_row
         rows = tl.minimum(tl.arange(0, COLS), N - 1 - col)
         cols = k + tl.arange(0, DEPTH)
-        return tl.load(start + rows[:, None] * step + cols[None, :], mask=cols[None, :] < K, other=0.0)
+        return tl.load(start + rows[:, None] * stride_w_row + cols[None, :], mask=cols[None, :] < K, other=0.0)
 
 
 @jit()
 def product_tile(
-    x, w, at, sizes, steps, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr
+    x, w, at, sizes, strides, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr
 ):
     """Compute ``x[b, row :, :K] @ w[col :, :K]^T`` of one tile, in float32.
 
-    ``at`` is (b, row, col), ``sizes`` (S, N, K), ``steps`` those of x (batch, row) and w (row); TMA does not read them.
+    ``at`` is (b, row, col), ``sizes`` (S, N, K), ``strides`` those of x (batch, row) and of w (row); TMA does not read
+    them.
     """
     b, row, col = at
     S, N, K = sizes
-    x_steps, w_step = steps
-    total = tl.zeros((ROWS, COLS), tl.float32)
+    x_strides, stride_w_row = strides
+    acc = tl.zeros((ROWS, COLS), tl.float32)
     for k in range(0, K, DEPTH):
-        x_tile = load_rows(x, b, row, k, S, K, x_steps, ROWS, DEPTH, TMA)
-        w_tile = load_weight(w, col, k, N, K, w_step, COLS, DEPTH, TMA)
-        # "ieee" matters for float32 alone: no TF32 behind the caller's back.
-        total = tl.dot(x_tile, w_tile.T, total, input_precision="ieee")
-    return total
+        x_tile = load_rows(x, b, row, k, S, K, x_strides, ROWS, DEPTH, TMA)
+        w_tile = load_weight(w, col, k, N, K, stride_w_row, COLS, DEPTH, TMA)
+        # [ROWS, DEPTH] x [DEPTH, COLS]. "ieee" matters for float32 alone: no TF32 unasked.
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+    return acc
+
+
+@jit()
+def by_parts(acc, finish, arguments, place, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """Split a tile of the result into PARTS pieces of columns, and finish one after the other.
+
+    Args:
+        acc: ``[ROWS, COLS]``, float32.
+        finish: jit function of (piece, arguments, place, its first column, ROWS, its columns).
+        first_col: of the tile.
+        PARTS: a power of two.
+    """
+    if PARTS == 1:
+        finish(acc, arguments, place, first_col, ROWS, COLS)
+    else:
+        left, right = acc.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+        by_parts(left, finish, arguments, place, first_col, ROWS, COLS // 2, PARTS // 2)
+        by_parts(right, finish, arguments, place, first_col + COLS // 2, ROWS, COLS // 2, PARTS // 2)
+
+
+@jit()
+def work_off(
+    start,
+    x,
+    w,
+    sizes,
+    strides,
+    B,
+    col_tiles,
+    chosen,
+    epilogue,
+    arguments,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLAT: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Work off a program's tiles of one product; return where the program goes on in the next one.
+
+    Args:
+        start: the program's first tile.
+        x, w: operands (`operand`).
+        sizes, strides: as `product_tile` takes them.
+        B: samples.
+        col_tiles: tiles of columns.
+        chosen: which of them the weight holds at each place, int32, or None for the first ones.
+        epilogue: jit function of (acc, arguments, place, ROWS, COLS, PARTS), where place is (sample, first token, tile
+            of columns, first row of the weight); triton makes a constant of it.
+        arguments: the epilogue's own, a tuple.
+        WIDTH: rows of the weight from one tile of columns to the next.
+    """
+    row_tiles = tl.cdiv(sizes[0], ROWS)
+    total = B * row_tiles * col_tiles
+    for tile in tl.range(start, total, tl.num_programs(0), flatten=FLAT):
+        at, col_tile = locate_tile(tile, B * row_tiles, col_tiles, 8)
+        b = at // row_tiles
+        row = at % row_tiles * ROWS
+        col = col_tile * WIDTH
+        if chosen is not None:
+            col = tl.load(chosen + col_tile) * WIDTH
+        acc = product_tile(x, w, (b, row, col), sizes, strides, ROWS, COLS, DEPTH, TMA)
+        epilogue(acc, arguments, (b, row, col_tile, col), ROWS, COLS, PARTS)
+    # Tiles start, start + programs, ... below the total are done.
+    programs = tl.num_programs(0)
+    return start + tl.cdiv(tl.maximum(total - start, 0), programs) * programs - total

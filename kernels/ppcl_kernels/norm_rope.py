@@ -7,45 +7,66 @@ join the streams.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
 from ppcl_kernels._triton import jit, tl
+from ppcl_kernels.head_norm import Norms, check_norms
+from ppcl_kernels.heads import MAX_HEAD_DIM, finish_head, head_cols, joint_outputs, norm_rope_reference
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.qkv_projection import (
-    MAX_HEAD_DIM,
-    Rope,
-    check_norms,
-    check_rope,
-    finish_head,
-    head_cols,
-    joint_outputs,
-    norm_rope_reference,
-    rope_tables,
-)
+from ppcl_kernels.rope import Rope, check_rope, rope_tables
+from ppcl_kernels.tiles import cheapest, offered
 
-# Tokens a block: 16 elements of a head of 128 a thread, so that registers leave room for blocks to hide latency.
-_ROWS, _WARPS = 16, 4
 _COUNTS = ("S", "q_first", "kv_first", "q_tokens", "kv_tokens", "heads")
 
 
+class Tile(NamedTuple):
+    """How tokens are shared out: tokens of one head that a block takes, and its warps."""
+
+    rows: int
+    warps: int
+
+    @property
+    def resident(self) -> int:
+        """Blocks that share a multiprocessor: those of 1,024 threads, at up to 64 registers a thread."""
+        return 32 // self.warps
+
+    @property
+    def cost(self) -> float:
+        """Time of one block: the tokens that it moves."""
+        return self.rows
+
+    @classmethod
+    def candidates(cls, target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
+        """Tiles worth measuring on a target (`ppcl_kernels.tiles.offered`)."""
+        # 16 elements of a head of 128 a thread: registers leave room for blocks that hide the memory's latency.
+        return offered("norm_rope", (cls(16, 4),), target)
+
+    @classmethod
+    def choose(cls, target: Target, dtype: torch.dtype, batch: int, tokens: int, heads: int) -> Tile:
+        """Pick the tile that is cheapest in waves."""
+        tiles = cls.candidates(target, dtype)
+        return cheapest("norm_rope", tiles, target, lambda tile: batch * heads * -(-tokens // tile.rows))
+
+
 @jit()
-def _move(raw, norm, table, place, b, row, head, heads, eps, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    S = place[1]
+def _move(raw, arguments, b, row, head, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Read one head of some tokens and finish it; ``arguments`` are those of `finish_head`."""
+    _, _, _, _, S, _, _, heads, _, E = arguments
     corner = ((b.to(tl.int64) * S + row) * heads + head) * E
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
     inside = (row + rows[:, None] < S) & (cols[None, :] < E)
-    total = tl.load(raw + corner + rows[:, None] * (heads * E) + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    finish_head(total, norm, table, place, b, row, head, heads, eps, E, ROWS, COLS, 1)
+    acc = tl.load(raw + corner + rows[:, None] * (heads * E) + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    finish_head(acc, arguments, (b, row, head, 0), ROWS, COLS, 1)
 
 
 # fmt: off
 @jit(do_not_specialize=list(_COUNTS))
 def _norm_rope_kernel(
     raw_q, raw_k, raw_v, norm_q, norm_k, cos, sin, q, k, v,
-    S, q_first, kv_first, q_tokens, kv_tokens, heads, rope_row_step, rope_pair_step, eps,
+    S, q_first, kv_first, q_tokens, kv_tokens, heads, stride_rope_row, stride_rope_pair, eps,
     E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
     # fmt: on
@@ -53,21 +74,23 @@ def _norm_rope_kernel(
     b = tl.program_id(0) // row_tiles
     row = tl.program_id(0) % row_tiles * ROWS
     head = tl.program_id(1)
-    table = (cos, sin, rope_row_step, rope_pair_step)
+    rope = (cos, sin, stride_rope_row, stride_rope_pair)
     if raw_q is not None:
-        _move(raw_q, norm_q, table, (q, S, q_tokens, q_first), b, row, head, heads, eps, E, ROWS, COLS)
-    _move(raw_k, norm_k, table, (k, S, kv_tokens, kv_first), b, row, head, heads, eps, E, ROWS, COLS)
-    _move(raw_v, None, (None, None, 0, 0), (v, S, kv_tokens, kv_first), b, row, head, heads, eps, E, ROWS, COLS)
+        _move(raw_q, (None, norm_q, rope, q, S, q_tokens, q_first, heads, eps, E), b, row, head, ROWS, COLS)
+    _move(raw_k, (None, norm_k, rope, k, S, kv_tokens, kv_first, heads, eps, E), b, row, head, ROWS, COLS)
+    unrotated = (None, None, 0, 0)
+    _move(raw_v, (None, None, unrotated, v, S, kv_tokens, kv_first, heads, eps, E), b, row, head, ROWS, COLS)
 
 
 def launch_norm_rope(
     raw: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
-    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    norms: Norms,
     rope: Rope | None,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     q_first: int,
     kv_first: int,
     eps: float,
+    tile: Tile,
 ) -> Launch:
     """Describe the launch for one stream, whose tokens start at ``q_first`` and ``kv_first`` of the joint ones."""
     batch, tokens, heads, head_dim = raw[1].shape
@@ -89,15 +112,15 @@ def launch_norm_rope(
         "q_tokens": outputs[0].shape[1],
         "kv_tokens": outputs[1].shape[1],
         "heads": heads,
-        "rope_row_step": 0 if cos is None else cos.stride(0),
-        "rope_pair_step": 0 if cos is None else cos.stride(1),
+        "stride_rope_row": 0 if cos is None else cos.stride(0),
+        "stride_rope_pair": 0 if cos is None else cos.stride(1),
         "eps": eps,
         "E": head_dim,
-        "ROWS": _ROWS,
+        "ROWS": tile.rows,
         "COLS": head_cols(head_dim),
     }
-    grid = (batch * -(-tokens // _ROWS), heads)
-    return Launch(_norm_rope_kernel, grid, arguments, _WARPS, 1)
+    grid = (batch * -(-tokens // tile.rows), heads)
+    return Launch(_norm_rope_kernel, grid, arguments, tile.warps, 1)
 
 
 @torch.library.custom_op(
@@ -111,14 +134,14 @@ def launch_norm_rope(
 def _norm_rope_op(q, k, v, norms, tables, eps):
     _check(q, k, v, norms, tables)
     outputs = _make_room(q, k)
-    # Refuses a device that kernels cannot run on.
-    Target.of(k[0].device)
+    target = Target.of(k[0].device)
     q_first = kv_first = 0
     for n, (part_q, part_k, part_v) in enumerate(zip(q, k, v, strict=True)):
         rope = None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1])
         if part_k.numel():
             norms_of = (norms[2 * n], norms[2 * n + 1])
-            launch_norm_rope((part_q, part_k, part_v), norms_of, rope, outputs, q_first, kv_first, eps).run()
+            tile = Tile.choose(target, part_k.dtype, *part_k.shape[:3])
+            launch_norm_rope((part_q, part_k, part_v), norms_of, rope, outputs, q_first, kv_first, eps, tile).run()
         q_first += 0 if part_q is None else part_k.shape[1]
         kv_first += part_k.shape[1]
     return outputs
@@ -156,7 +179,7 @@ def _(q, k, v, norms, tables, eps):
 
 def norm_rope(
     raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
-    norms: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+    norms: Sequence[Norms],
     ropes: Sequence[Rope | None],
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -167,7 +190,7 @@ def norm_rope(
     Args:
         raw: q (None for a stream without queries), k and v of each stream, ``[B, S, h, E]``, contiguous.
         norms: RMSNorm weights of q and k a stream, ``[E]``, both or neither.
-        ropes: a stream's rotation (`ppcl_kernels.qkv_projection.Stream`), or None.
+        ropes: a stream's rotation (`ppcl_kernels.rope.Rope`), or None.
         eps: of the norms.
 
     Returns:

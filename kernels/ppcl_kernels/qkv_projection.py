@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ppcl_kernels._check import check_like, check_shape, check_weight, wants_gradient
 from ppcl_kernels._triton import jit, tl
+from ppcl_kernels.head_norm import Norms, check_norms
+from ppcl_kernels.heads import MAX_HEAD_DIM, finish_head, head_cols, joint_outputs, norm_rope_reference
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.linear import linear_reference
-from ppcl_kernels.matmul import Tile, locate_tile, next_start, operand, product_tile, split_columns, takes_tma
-
-# One head is one tile.
-MAX_HEAD_DIM = 128
-Rope = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+from ppcl_kernels.matmul import Tile, operand, takes_tma, work_off
+from ppcl_kernels.rope import Rope, check_rope, rope_tables
+from ppcl_kernels.tiles import cheapest, offered
 
 
 class Stream(NamedTuple):
@@ -31,102 +31,18 @@ class Stream(NamedTuple):
     Attributes:
         x: ``[B, S, D]``.
         weights: of q, k and v, ``[H * E, D]`` each.
-        biases: beside them, ``[H * E]`` or None.
+        biases: of the same three, ``[H * E]`` or None.
         norms: RMSNorm weights of q and k, ``[E]``, or None for no norm.
-        rope: None, ``[S, E / 2, 2]`` (cosine, sine; Qwen-Image's complex table seen as real), or the pair (cosines,
-            sines), ``[S, E / 2]`` each, or ``[S, E]`` with every value twice, as FLUX has them. float32.
+        rope: the rotation in any form of `ppcl_kernels.rope.Rope`, or None.
         queries: False for a stream whose output nobody reads: its keys and values alone.
     """
 
     x: torch.Tensor
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
-    norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    norms: Norms = (None, None)
     rope: Rope | None = None
     queries: bool = True
-
-
-def rope_tables(rope: Rope | None, head_dim: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """See any form of ``rope`` (`Stream`) as cosines and sines of pairs, ``[S, E / 2]``, without a copy."""
-    if rope is None:
-        return None, None
-    if isinstance(rope, torch.Tensor):
-        return rope[..., 0], rope[..., 1]
-    widths = tuple(table.shape[1] if table.dim() == 2 else None for table in rope)
-    if widths not in ((head_dim // 2, head_dim // 2), (head_dim, head_dim)):
-        shapes = " and ".join(str(list(table.shape)) for table in rope)
-        raise ValueError(f"rope is {shapes}, wanted two of [S, {head_dim // 2}] or [S, {head_dim}]")
-    return rope if widths[0] != head_dim else (rope[0][:, ::2], rope[1][:, ::2])
-
-
-def check_rope(rope: Rope | None, tokens: int, head_dim: int, device: torch.device) -> None:
-    """Refuse a rotation that the kernels cannot read.
-
-    Raises:
-        ValueError: wrong device, dtype or shape, or cosines and sines of different strides.
-    """
-    cos, sin = rope_tables(rope, head_dim)
-    if cos is None or sin is None:
-        return
-    for table in (cos, sin):
-        check_shape("rope (pairs)", table, (tokens, head_dim // 2))
-        if table.device != device or table.dtype != torch.float32:
-            raise ValueError(f"rope is {table.dtype} on {table.device}, wanted float32 on {device}")
-    if cos.stride() != sin.stride():
-        raise ValueError(f"rope's cosines have strides {cos.stride()}, its sines {sin.stride()}: make them alike")
-
-
-def check_norms(norms: tuple[torch.Tensor | None, torch.Tensor | None], like: torch.Tensor, head_dim: int) -> None:
-    """Refuse norms of q and k that the kernels cannot read.
-
-    Raises:
-        ValueError: wrong device, dtype or shape, or one of the two without the other.
-    """
-    check_like(like, norm_q=norms[0], norm_k=norms[1])
-    if (norms[0] is None) != (norms[1] is None):
-        raise ValueError("q or k alone has a norm: give both or none")
-    for norm in norms:
-        if norm is not None:
-            check_shape("norm", norm, (head_dim,))
-
-
-def apply_rope_reference(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Rotate interleaved pairs of ``x [B, S, H, E]`` by ``rope`` (`Stream`), in float32.
-
-    Real arithmetic on purpose: the complex form does not compile.
-    """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope_tables(rope, x.shape[-1])
-    assert cos is not None and sin is not None
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Divide by the root mean square over E; the variance in float32, as diffusers does it."""
-    if weight is None:
-        return x
-    normed = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    return normed.to(weight.dtype) * weight
-
-
-def norm_rope_reference(
-    raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
-    norms: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
-    ropes: Sequence[Rope | None],
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalise and rotate q and k ``[B, S, h, E]`` of each stream, and join the streams; q may be None."""
-    joint: list[list[torch.Tensor]] = [[], [], []]
-    for (q, k, v), (norm_q, norm_k), rope in zip(raw, norms, ropes, strict=True):
-        for out, x, norm in ((joint[0], q, norm_q), (joint[1], k, norm_k)):
-            if x is not None:
-                x = rms_norm_reference(x, norm, eps)
-                out.append(x if rope is None else apply_rope_reference(x, rope))
-        joint[2].append(v)
-    if not joint[0]:
-        raise ValueError("no stream has queries: set queries=True on one")
-    return torch.cat(joint[0], 1), torch.cat(joint[1], 1), torch.cat(joint[2], 1)
 
 
 def qkv_projection_reference(
@@ -142,129 +58,24 @@ def qkv_projection_reference(
     """
     raw = []
     for stream in streams:
-        parts: list[Any] = []
-        for part, (weight, bias) in enumerate(zip(stream.weights, stream.biases, strict=True)):
-            if part == 0 and not stream.queries:
+        width, parts = stream.x.shape[-1], list[Any]()
+        for weight, bias in zip(stream.weights, stream.biases, strict=True):
+            if not parts and not stream.queries:
                 parts.append(None)
-            elif isinstance(heads, torch.Tensor):
-                weight = weight.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
-                bias = None if bias is None else bias.unflatten(0, (-1, head_dim))[heads].flatten()
-                parts.append(linear_reference(stream.x, weight, bias).unflatten(-1, (-1, head_dim)))
+                continue
+            # Slices are views: what is left out is neither read nor multiplied.
+            rows = weight[:, :width].unflatten(0, (-1, head_dim))
+            biases = None if bias is None else bias.unflatten(0, (-1, head_dim))
+            if isinstance(heads, torch.Tensor):
+                rows, biases = rows[heads], None if biases is None else biases[heads]
+            elif heads > len(rows):
+                raise ValueError(f"wanted {heads} heads of {head_dim}, the weight holds {len(rows)}")
             else:
-                out = linear_reference(stream.x, weight, bias, heads * head_dim)
-                parts.append(out.unflatten(-1, (heads, head_dim)))
+                rows, biases = rows[:heads], None if biases is None else biases[:heads]
+            out = F.linear(stream.x, rows.flatten(0, 1), None if biases is None else biases.flatten())
+            parts.append(out.unflatten(-1, (-1, head_dim)))
         raw.append((parts[0], parts[1], parts[2]))
     return norm_rope_reference(raw, [s.norms for s in streams], [s.rope for s in streams], eps)
-
-
-@jit()
-def _finish_columns(
-    total, norm, table, place, b, row, head, heads, col, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Scale, rotate and write the columns of a head from ``col`` on."""
-    cos, sin, rope_row_step, rope_pair_step = table
-    out, S, tokens, first = place
-    rows = row + tl.arange(0, ROWS)
-    cols = col + tl.arange(0, COLS)
-    if norm is not None:
-        total *= tl.load(norm + cols, mask=cols < E, other=0.0).to(tl.float32)[None, :]
-    if cos is not None:
-        pairs = col // 2 + tl.arange(0, COLS // 2)
-        at = rows[:, None] * rope_row_step + pairs[None, :] * rope_pair_step
-        inside = (rows[:, None] < S) & (pairs[None, :] < E // 2)
-        c = tl.load(cos + at, mask=inside, other=0.0)
-        s = tl.load(sin + at, mask=inside, other=0.0)
-        even, odd = total.reshape(ROWS, COLS // 2, 2).split()
-        total = tl.join(even * c - odd * s, even * s + odd * c).reshape(ROWS, COLS)
-    # 64-bit to the tile, 32-bit within it.
-    corner = ((b.to(tl.int64) * tokens + first + row) * heads + head) * E
-    offsets = tl.arange(0, ROWS)[:, None] * (heads * E) + cols[None, :]
-    tl.store(out + corner + offsets, total.to(out.dtype.element_ty), mask=(rows[:, None] < S) & (cols[None, :] < E))
-
-
-@jit()
-def finish_head(
-    total,
-    norm,
-    table,
-    place,
-    b,
-    row,
-    head,
-    heads,
-    eps,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Normalise and rotate one head of some tokens, where it has norm and rotation, and write it to its joint place.
-
-    Args:
-        total: ``[ROWS, COLS]``, float32, zero in columns beyond E.
-        norm: RMSNorm's weight or None.
-        table: (cosines or None, sines, their step a token, their step a pair).
-        place: (output, tokens of this stream, tokens a sample of the output, first of this stream among them).
-    """
-    if norm is not None:
-        total *= tl.rsqrt(tl.sum(total * total, axis=1) / E + eps)[:, None]
-    PART: tl.constexpr = COLS // PARTS
-    if PARTS == 1:
-        _finish_columns(total, norm, table, place, b, row, head, heads, 0, E, ROWS, PART)
-    else:
-        left, right = split_columns(total, ROWS, COLS)
-        if PARTS == 2:
-            _finish_columns(left, norm, table, place, b, row, head, heads, 0, E, ROWS, PART)
-            _finish_columns(right, norm, table, place, b, row, head, heads, PART, E, ROWS, PART)
-        else:
-            one, two = split_columns(left, ROWS, COLS // 2)
-            three, four = split_columns(right, ROWS, COLS // 2)
-            _finish_columns(one, norm, table, place, b, row, head, heads, 0, E, ROWS, PART)
-            _finish_columns(two, norm, table, place, b, row, head, heads, PART, E, ROWS, PART)
-            _finish_columns(three, norm, table, place, b, row, head, heads, 2 * PART, E, ROWS, PART)
-            _finish_columns(four, norm, table, place, b, row, head, heads, 3 * PART, E, ROWS, PART)
-
-
-@jit()
-def _work_off(
-    start,
-    x,
-    w,
-    bias,
-    norm,
-    table,
-    place,
-    sizes,
-    steps,
-    B,
-    heads,
-    chosen,
-    eps,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Work off a program's tiles of the queries, keys or values of one stream; return where it goes on in the next."""
-    row_tiles = tl.cdiv(sizes[0], ROWS)
-    for tile in range(start, B * row_tiles * heads, tl.num_programs(0)):
-        at, head = locate_tile(tile, B * row_tiles, heads, 8)
-        b = at // row_tiles
-        row = at % row_tiles * ROWS
-        col = head * E
-        if chosen is not None:
-            col = tl.load(chosen + head) * E
-        total = product_tile(x, w, (b, row, col), sizes, steps, ROWS, COLS, DEPTH, TMA)
-        cols = tl.arange(0, COLS)
-        if bias is not None:
-            total += tl.load(bias + col + cols, mask=cols < E, other=0.0).to(tl.float32)[None, :]
-        if COLS != E:
-            # The tile reaches into the next head.
-            total = tl.where(cols[None, :] < E, total, 0.0)
-        finish_head(total, norm, table, place, b, row, head, heads, eps, E, ROWS, COLS, PARTS)
-    return next_start(start, B * row_tiles * heads)
 
 
 _COUNTS = (
@@ -278,87 +89,90 @@ _COUNTS = (
 # fmt: off
 @jit(do_not_specialize=list(_COUNTS))
 def _qkv_projection_kernel(
-    x0, w_q0, w_k0, w_v0, bias_q0, bias_k0, bias_v0, norm_q0, norm_k0, cos0, sin0,
-    S0, q_first0, kv_first0, N0, batch_step0, row_step0, w_step0, rope_row_step0, rope_pair_step0,
-    x1, w_q1, w_k1, w_v1, bias_q1, bias_k1, bias_v1, norm_q1, norm_k1, cos1, sin1,
-    S1, q_first1, kv_first1, N1, batch_step1, row_step1, w_step1, rope_row_step1, rope_pair_step1,
+    x0, w_q0, w_k0, w_v0, bias_q0, bias_k0, bias_v0, norm_q0, norm_k0, cos0, sin0, S0, q_first0, kv_first0, N0,
+    stride_x_batch0, stride_x_row0, stride_w_row0, stride_rope_row0, stride_rope_pair0,
+    x1, w_q1, w_k1, w_v1, bias_q1, bias_k1, bias_v1, norm_q1, norm_k1, cos1, sin1, S1, q_first1, kv_first1, N1,
+    stride_x_batch1, stride_x_row1, stride_w_row1, stride_rope_row1, stride_rope_pair1,
     q, k, v, chosen, B, D, heads, q_tokens, kv_tokens, eps,
     E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, QUERIES0: tl.constexpr, QUERIES1: tl.constexpr,
 ):
     start = tl.program_id(0)
-    flat = (None, None, 0, 0)
-    table = (cos0, sin0, rope_row_step0, rope_pair_step0)
-    sizes, steps = (S0, N0, D), ((batch_step0, row_step0), w_step0)
+    unrotated = (None, None, 0, 0)
+    rope = (cos0, sin0, stride_rope_row0, stride_rope_pair0)
+    sizes, strides = (S0, N0, D), ((stride_x_batch0, stride_x_row0), stride_w_row0)
     if QUERIES0:
-        start = _work_off(
-            start, x0, w_q0, bias_q0, norm_q0, table, (q, S0, q_tokens, q_first0), sizes, steps, B, heads, chosen, eps,
-            E, ROWS, COLS, DEPTH, PARTS, TMA,
+        start = work_off(
+            start, x0, w_q0, sizes, strides, B, heads, chosen, finish_head,
+            (bias_q0, norm_q0, rope, q, S0, q_tokens, q_first0, heads, eps, E),
+            E, ROWS, COLS, DEPTH, PARTS, False, TMA,
         )
-    start = _work_off(
-        start, x0, w_k0, bias_k0, norm_k0, table, (k, S0, kv_tokens, kv_first0), sizes, steps, B, heads, chosen, eps,
-        E, ROWS, COLS, DEPTH, PARTS, TMA,
+    start = work_off(
+        start, x0, w_k0, sizes, strides, B, heads, chosen, finish_head,
+        (bias_k0, norm_k0, rope, k, S0, kv_tokens, kv_first0, heads, eps, E),
+        E, ROWS, COLS, DEPTH, PARTS, False, TMA,
     )
-    start = _work_off(
-        start, x0, w_v0, bias_v0, None, flat, (v, S0, kv_tokens, kv_first0), sizes, steps, B, heads, chosen, eps,
-        E, ROWS, COLS, DEPTH, PARTS, TMA,
+    start = work_off(
+        start, x0, w_v0, sizes, strides, B, heads, chosen, finish_head,
+        (bias_v0, None, unrotated, v, S0, kv_tokens, kv_first0, heads, eps, E),
+        E, ROWS, COLS, DEPTH, PARTS, False, TMA,
     )
     if x1 is not None:
-        table1 = (cos1, sin1, rope_row_step1, rope_pair_step1)
-        sizes1, steps1 = (S1, N1, D), ((batch_step1, row_step1), w_step1)
+        rope1 = (cos1, sin1, stride_rope_row1, stride_rope_pair1)
+        sizes1, strides1 = (S1, N1, D), ((stride_x_batch1, stride_x_row1), stride_w_row1)
         if QUERIES1:
-            start = _work_off(
-                start, x1, w_q1, bias_q1, norm_q1, table1, (q, S1, q_tokens, q_first1), sizes1, steps1, B, heads,
-                chosen, eps, E, ROWS, COLS, DEPTH, PARTS, TMA,
+            start = work_off(
+                start, x1, w_q1, sizes1, strides1, B, heads, chosen, finish_head,
+                (bias_q1, norm_q1, rope1, q, S1, q_tokens, q_first1, heads, eps, E),
+                E, ROWS, COLS, DEPTH, PARTS, False, TMA,
             )
-        start = _work_off(
-            start, x1, w_k1, bias_k1, norm_k1, table1, (k, S1, kv_tokens, kv_first1), sizes1, steps1, B, heads,
-            chosen, eps, E, ROWS, COLS, DEPTH, PARTS, TMA,
+        start = work_off(
+            start, x1, w_k1, sizes1, strides1, B, heads, chosen, finish_head,
+            (bias_k1, norm_k1, rope1, k, S1, kv_tokens, kv_first1, heads, eps, E),
+            E, ROWS, COLS, DEPTH, PARTS, False, TMA,
         )
-        _work_off(
-            start, x1, w_v1, bias_v1, None, flat, (v, S1, kv_tokens, kv_first1), sizes1, steps1, B, heads,
-            chosen, eps, E, ROWS, COLS, DEPTH, PARTS, TMA,
+        work_off(
+            start, x1, w_v1, sizes1, strides1, B, heads, chosen, finish_head,
+            (bias_v1, None, unrotated, v, S1, kv_tokens, kv_first1, heads, eps, E),
+            E, ROWS, COLS, DEPTH, PARTS, False, TMA,
         )
-# fmt: on
 
 
-# fmt: off
 _GROUP_ARGUMENTS = (
     "x", "w_q", "w_k", "w_v", "bias_q", "bias_k", "bias_v", "norm_q", "norm_k", "cos", "sin",
-    "S", "q_first", "kv_first", "N", "batch_step", "row_step", "w_step", "rope_row_step", "rope_pair_step",
+    "S", "q_first", "kv_first", "N",
+    "stride_x_batch", "stride_x_row", "stride_w_row", "stride_rope_row", "stride_rope_pair",
 )
 # fmt: on
 
 
-def head_cols(head_dim: int) -> int:
-    """Columns of the tile that holds a head: a power of two, and no less than a tensor core takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int) -> tuple[Tile, ...]:
-    """Tiles worth measuring, best guess first; none spills (`ppcl_kernels.aot` checks)."""
+    """Tiles worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
     cols = head_cols(head_dim)
-    if dtype == torch.float32:
-        return (Tile(32, cols, 32, 4, 2),)
-    if target.amd:
-        return (Tile(128, cols, 64, 8, 2), Tile(64, cols, 64, 4, 2))
     parts = 4 if cols >= 64 else 1
-    if target.wgmma:
-        return (Tile(128, cols, 64, 8, 4, parts), Tile(64, cols, 64, 4, 4, parts, 2))
-    if target.tcgen05:
-        return (Tile(128, cols, 64, 8, 4, parts), Tile(128, cols, 64, 4, 3, parts, 2))
-    return (Tile(128, cols, 64, 8, 3, parts), Tile(64, cols, 64, 4, 3, parts))
+    tiles: tuple[Tile, ...]
+    if dtype == torch.float32:
+        tiles = (Tile(32, cols, 32, 4, 2),)
+    elif target.amd:
+        tiles = (Tile(128, cols, 64, 8, 2), Tile(64, cols, 64, 4, 2))
+    elif target.wgmma:
+        tiles = (Tile(128, cols, 64, 8, 4, parts), Tile(64, cols, 64, 4, 4, parts, 2))
+    elif target.tcgen05:
+        tiles = (Tile(128, cols, 64, 8, 4, parts), Tile(128, cols, 64, 4, 3, parts, 2))
+    else:
+        tiles = (Tile(128, cols, 64, 8, 3, parts), Tile(64, cols, 64, 4, 3, parts))
+    return offered("qkv_projection", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize))
 
 
 def choose_tile(
     target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, heads: int, head_dim: int
 ) -> Tile:
-    """Pick the first candidate that gives every multiprocessor a tile, or the one with most tiles."""
-    tiles = tile_candidates(target, dtype, head_dim)
-    for tile in tiles:
-        if 3 * heads * batch * sum(-(-s // tile.rows) for s in tokens) >= target.multiprocessors:
-            return tile
-    return tiles[-1]
+    """Pick the tile that is cheapest in waves, for streams of so many tokens that all have queries."""
+
+    def blocks(tile: Tile) -> int:
+        return 3 * heads * batch * sum(-(-s // tile.rows) for s in tokens)
+
+    return cheapest("qkv_projection", tile_candidates(target, dtype, head_dim), target, blocks)
 
 
 def launch_qkv_projection(
@@ -423,16 +237,6 @@ def launch_qkv_projection(
     }
     grid = (min(tiles, target.multiprocessors * tile.resident),)
     return Launch(_qkv_projection_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
-
-
-def joint_outputs(
-    like: torch.Tensor, tokens: Sequence[int], queries: Sequence[bool], heads: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make room for q (of the streams that have queries), k and v, ``[B, S, h, E]`` each."""
-    asked = sum(count for count, wanted in zip(tokens, queries, strict=True) if wanted)
-    q = like.new_empty(like.shape[0], asked, heads, head_dim)
-    k, v = (like.new_empty(like.shape[0], sum(tokens), heads, head_dim) for _ in range(2))
-    return q, k, v
 
 
 def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | None, head_dim: int) -> None:
