@@ -287,8 +287,10 @@ class Race:
                 with self._watched(each):
                     self._check(each, "after it was timed")
                     if "graphs" in each.name:
-                        model: Any = each.call.func  # type: ignore[union-attr]
-                        each.row["graphs"] = str(getattr(model, "graphs", None))[:300]
+                        graphs = each.call.func.graphs  # type: ignore[union-attr]
+                        each.row["graphs"] = str(graphs)[:300]
+                        if self.clock.cuda and not graphs.hits:
+                            raise RuntimeError(f"no graph was replayed: {graphs}")
 
     def _round(self, ready: Sequence[Contestant]) -> None:
         for each in ready:

@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import nn
 
 from ppcl_rt.catalog import Catalog, Option, Shape, Student, TextRun, Widths, text_maps
+from ppcl_rt.ops.qkv_projection import pack
 from ppcl_rt.plan import Interval, Plan, Width
 from ppcl_rt.planner import Planner
 from ppcl_rt.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
@@ -226,6 +227,9 @@ class Models:
         fill(block, generator)
         for stream in ("image", "text"):
             block.narrow[f"modulation_{stream}"].weight.mul_(_MODULATION)
+        # As a block is that was loaded or moved.
+        for paths in LAYOUT.side_by_side:
+            pack(*map(block.get_submodule, paths))
         return block  # type: ignore[return-value]
 
     def ours(self, plan: Plan, graphs: bool = False) -> Any:
