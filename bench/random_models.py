@@ -235,7 +235,9 @@ class Models:
     def ours(self, plan: Plan, graphs: bool = False) -> Any:
         """One of our models, over the shared blocks."""
         depth = self.preset.depth
-        model: Any = PPCLQwenImageTransformer2DModel(**self.preset.config)
+        # All that it is built with is replaced.
+        with torch.device("meta"):
+            model: Any = PPCLQwenImageTransformer2DModel(**self.preset.config)
         self._share(model)
         model.register_to_config(num_layers=depth)
         model.transformer_blocks.extend(self.blocks[n % len(self.blocks)] for n in range(depth))
@@ -255,7 +257,8 @@ class Models:
 
     def stock(self, plan: Plan, real_rope: bool = False) -> QwenImageTransformer2DModel:
         """diffusers' model, its blocks physically as narrow as a plan says; for plans without maps and text runs."""
-        model = QwenImageTransformer2DModel(**self.preset.config)
+        with torch.device("meta"):
+            model = QwenImageTransformer2DModel(**self.preset.config)
         self._share(model)
         made: dict[tuple[int, Width], QwenImageTransformerBlock] = {}
         for step in plan.steps:
