@@ -31,6 +31,7 @@ def load(path: str | Path, ratio: float = 1.0, **kwargs: Any) -> Any:
         device: where to put them; None for the CPU.
         resident: ``"plan"`` reads what the plan needs, and later plans read what they miss when they are first set;
             ``"all"`` reads everything now, so that no later `set_ratio` reads from disk.
+        graphs: CUDA graphs: ``"auto"`` where a forward waits for the host, True wherever it can be done, False never.
         subfolder, revision, token, cache_dir, local_files_only: as in diffusers.
 
     Returns:

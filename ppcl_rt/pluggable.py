@@ -7,8 +7,9 @@ knows which family it serves.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from torch import nn
 
 from ppcl_rt.catalog import Catalog, Shape, text_maps
 from ppcl_rt.checkpoint import Checkpoint, line, locate, write_checkpoint
+from ppcl_rt.graphs import Graphs, Mode, check_mode
 from ppcl_rt.ops.qkv_projection import pack
 from ppcl_rt.plan import Interval, Plan, Step, Width
 from ppcl_rt.planner import Planner, check_ratio
 from ppcl_rt.program import Program, ProgramStep, Still
 from ppcl_rt.schedule import Schedule
+from ppcl_rt.ways import backend
 
 # Programs chosen by `at`, per model; a context variable, so that threads and tasks do not see each other's.
 _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=MappingProxyType({}))
@@ -116,6 +119,7 @@ class Pluggable:
         self._schedule: Schedule | None = None
         self._programs: dict[Plan, Program] = {}
         self._clocks: dict[int, tuple[float, int]] = {}
+        self._graphs = Graphs()
         self.students = nn.ModuleDict()
         self.text_runs = nn.ModuleDict()
 
@@ -133,6 +137,14 @@ class Pluggable:
 
     def adopt(self, block: Any) -> None:
         """Give a block that joins the model what callers have set on the others."""
+
+    def _walk(self, program: Program, **inputs: Any) -> torch.Tensor:
+        """Run a program; all that it reads is in ``inputs``, in `_reads` and in `_conditions`."""
+        raise NotImplementedError
+
+    def _conditions(self, program: Program) -> Hashable:
+        """What a program's kernels depend on besides weights and inputs."""
+        return (backend(), self.training)  # type: ignore[attr-defined]
 
     # Choosing what runs.
 
@@ -246,7 +258,64 @@ class Pluggable:
                 del self._programs[next(iter(self._programs))]
         return program
 
+    # Running.
+
+    @property
+    def graphs(self) -> Graphs:
+        """The CUDA graphs of this model: what is captured, and why the last forward was not replayed."""
+        return self._graphs
+
+    def set_graphs(self, mode: Mode) -> None:
+        """Replay forwards as CUDA graphs from now on.
+
+        Args:
+            mode: ``"auto"`` where a forward waits for the host, True wherever it can be done, False never.
+
+        Raises:
+            ValueError: any other mode.
+        """
+        check_mode(mode)
+        self._graphs.changed()
+        self._graphs = Graphs(mode)
+
+    def _run(self, program: Program, **inputs: Any) -> torch.Tensor:
+        """Walk a program, or replay the graph of an earlier walk."""
+        if torch.compiler.is_compiling():
+            return self._walk(program, **inputs)
+        output: torch.Tensor = self._graphs.run(
+            functools.partial(self._walk, program),
+            inputs,
+            of=program,
+            root=self,  # type: ignore[arg-type]
+            modules=lambda: self._reads(program),
+            facts=lambda: self._conditions(program),
+            obstacle=self._obstacle,
+        )
+        return output
+
+    def _reads(self, program: Program) -> Iterator[nn.Module]:
+        """The modules that a program reads: its own, and those outside the blocks."""
+        homes = (self.transformer_blocks, self.students, self.text_runs)
+        yield from (child for child in self.children() if all(child is not home for home in homes))  # type: ignore[attr-defined]
+        for step in program.steps:
+            yield step.module
+            if step.text is not None:
+                yield from (each for each in (step.text.reads, step.text.moves_on) if each is not None)
+
+    def _obstacle(self) -> str:
+        """Say why there can be no graph as this model is set up; nothing where there can."""
+        if getattr(self, "is_cache_enabled", False):
+            return "a cache of diffusers"
+        if torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False):
+            return "gradient checkpointing"
+        return ""
+
     # Weights.
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load, as any module; captured graphs go."""
+        self._graphs.changed()
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def _home(self, step: Step) -> tuple[nn.ModuleList | nn.ModuleDict, str]:
         if step.student:
@@ -274,6 +343,7 @@ class Pluggable:
     def _make_resident(self, plan: Plan) -> None:
         for run in plan.text_runs:
             if run.key not in self.text_runs:
+                self._graphs.changed()
                 self.text_runs[run.key] = self._read_text_run(run)
         for step in plan.steps:
             home, key = self._home(step)
@@ -338,6 +408,8 @@ class Pluggable:
             for path in layout.modulations.values():
                 if path not in unread and isinstance(block.get_submodule(path), Absent):
                     bring(path)
+        if fresh:
+            self._graphs.changed()
         for name, tensor in fresh.items():
             _assign(block, name, tensor.requires_grad_(like.requires_grad))
         self._lay_side_by_side(block)
@@ -390,7 +462,8 @@ class Pluggable:
             pack(*map(block.get_submodule, paths))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast as any module does, then lay side by side again what that took apart."""
+        """Move or cast as any module does, then lay side by side again what that took apart; captured graphs go."""
+        self._graphs.changed()
         super()._apply(fn, recurse)  # type: ignore[misc]
         for block in (*self.transformer_blocks, *self.students.values()):
             self._lay_side_by_side(block)
@@ -420,6 +493,7 @@ class Pluggable:
                 for plan, program in self._programs.items()
                 if all(id(step.module) in kept for step in program.steps) and {r.key for r in plan.text_runs} <= runs
             }
+            self._graphs.changed()
 
     # Files.
 
@@ -433,6 +507,7 @@ class Pluggable:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         resident: Literal["plan", "all"] = "plan",
+        graphs: Mode = "auto",
         subfolder: str | None = None,
         **hub: Any,
     ) -> Any:
@@ -440,10 +515,12 @@ class Pluggable:
         check_ratio(ratio)
         if resident not in ("plan", "all"):
             raise ValueError(f'resident is "plan" or "all", not {resident!r}')
+        check_mode(graphs)
         if unknown := sorted(set(hub) - HUB_ARGUMENTS):
             raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
         source = Checkpoint(locate(path, subfolder, **hub))
         model = cls._from_checkpoint(source, dtype, device)
+        model.set_graphs(graphs)
         model.set_plan(plan if plan is not None else model.planner.plan(ratio))
         if resident == "all":
             for every in model._everything():
@@ -552,7 +629,8 @@ class Pluggable:
         for name in ("quantization_config", "device_map"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"from_pretrained here takes no {name}: load first, then place or quantise the model")
-        ours = {name: kwargs[name] for name in ("ratio", "plan", "device", "resident", "subfolder") if name in kwargs}
+        names = ("ratio", "plan", "device", "resident", "graphs", "subfolder")
+        ours = {name: kwargs[name] for name in names if name in kwargs}
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
         return cls.load(pretrained_model_name_or_path, dtype=dtype, **ours, **hub)
@@ -579,6 +657,7 @@ class Pluggable:
         plan = self.plan.model_copy(update={"checkpoint": catalog.fingerprint})
         self._source, self._catalog, self._planner = Checkpoint(self._source.folder), catalog, None
         self._programs.clear()
+        self._graphs.changed()
         self.set_plan(plan)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 # ModelMixin is for diffusers: a pipeline that loads a class of another package looks for it in the class's module.
 from diffusers import ModelMixin, QwenImageTransformer2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.utils import apply_lora_scale
@@ -18,6 +19,7 @@ from diffusers.utils import apply_lora_scale
 from ppcl_rt.catalog import Shape
 from ppcl_rt.plan import Width
 from ppcl_rt.pluggable import Pluggable
+from ppcl_rt.program import Program
 from ppcl_rt.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
 
 
@@ -137,26 +139,69 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         """
         assert timestep is not None and img_shapes is not None, "diffusers' signature has defaults that it cannot use"
         program = self._program(timestep)
-        image = self.img_in(hidden_states)
-        timestep = timestep.to(image.dtype)
-        modulate_index = None
-        if self.zero_cond_t:
-            timestep = torch.cat([timestep, torch.zeros_like(timestep)])
-            modulate_index = torch.tensor(
-                [[0] * math.prod(shapes[0]) + [1] * sum(map(math.prod, shapes[1:])) for shapes in img_shapes],
-                device=image.device,
-            )
-        text = self.txt_in(self.txt_norm(encoder_hidden_states))
         mask = encoder_hidden_states_mask
         if mask is not None:
-            if mask.shape != text.shape[:2]:
-                raise ValueError(f"encoder_hidden_states_mask is {list(mask.shape)}, the text {list(text.shape[:2])}")
+            wanted = encoder_hidden_states.shape[:2]
+            if mask.shape != wanted:
+                raise ValueError(f"encoder_hidden_states_mask is {list(mask.shape)}, the text {list(wanted)}")
             mask = mask.to(torch.bool)
         if guidance is not None:
             raise ValueError("Qwen-Image has no embedding for guidance: leave it out")
+        # Made from numbers of the host, or kept in a cache of diffusers': inputs, so that no graph holds them.
+        modulate_index = None
+        if self.zero_cond_t:
+            modulate_index = torch.tensor(
+                [[0] * math.prod(shapes[0]) + [1] * sum(map(math.prod, shapes[1:])) for shapes in img_shapes],
+                device=hidden_states.device,
+            )
+        rotations = self.pos_embed(
+            img_shapes, max_txt_seq_len=encoder_hidden_states.shape[1], device=hidden_states.device
+        )
+        output = self._run(
+            program,
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            mask=mask,
+            timestep=timestep,
+            rope=tuple(map(as_real, rotations)),
+            modulate_index=modulate_index,
+            attention_kwargs=attention_kwargs,
+            controlnet_block_samples=controlnet_block_samples,
+            additional_t_cond=additional_t_cond,
+        )
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _conditions(self, program: Program) -> Hashable:
+        """Attention backends, as set on the blocks and by diffusers' context manager."""
+        blocks: list[Any] = [step.module for step in program.steps]
+        chosen = tuple(block.attn.processor._attention_backend for block in blocks)
+        return (super()._conditions(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
+
+    def _walk(  # type: ignore[override]
+        self,
+        program: Program,
+        *,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        mask: torch.Tensor | None,
+        timestep: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        modulate_index: torch.Tensor | None,
+        attention_kwargs: dict[str, Any] | None,
+        controlnet_block_samples: Sequence[torch.Tensor] | None,
+        additional_t_cond: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run a program.
+
+        Args as in `forward`, but ``mask`` is boolean, ``rope`` is the rotations of image and text ``[S, E / 2, 2]``,
+        and ``modulate_index [B, S_image]`` says which of two timesteps an image token takes.
+        """
+        image = self.img_in(hidden_states)
+        timestep = timestep.to(image.dtype)
+        if self.zero_cond_t:
+            timestep = torch.cat([timestep, torch.zeros_like(timestep)])
+        text = self.txt_in(self.txt_norm(encoder_hidden_states))
         temb = self.time_text_embed(timestep, image, additional_t_cond)
-        rotations = self.pos_embed(img_shapes, max_txt_seq_len=text.shape[1], device=image.device)
-        rope = tuple(as_real(rotation) for rotation in rotations)
 
         done, kept_input = 0, text
         for step in program.steps:
@@ -189,8 +234,8 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             image = self._add_control(image, controlnet_block_samples, step.blocks)
         image = self._add_control(image, controlnet_block_samples, range(done, program.plan.depth))
 
-        output = self.proj_out(self.norm_out(image, temb[: len(image)]))
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        output: torch.Tensor = self.proj_out(self.norm_out(image, temb[: len(image)]))
+        return output
 
     def _add_control(self, image: torch.Tensor, samples: Sequence[torch.Tensor] | None, blocks: Any) -> torch.Tensor:
         """Add the ControlNet residuals that follow these blocks."""

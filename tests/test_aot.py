@@ -92,6 +92,64 @@ print({name: len(different) for name, different in sources.items()})
     assert done.stdout.strip() == "{'linear': 1, 'qkv_projection': 1, 'joint_attention': 1}", done.stdout + done.stderr
 
 
+def test_compiles_what_would_run():
+    """`Launch.source` specialises as triton's JIT does: else what was compiled ahead is not what runs.
+
+    Every launch goes through the JIT, up to where it would compile; its driver is fake, so no device is needed. Shapes
+    are those of the ahead-of-time compiles, then small and odd ones, then starts off
+    16 bytes and strides beyond 32 bits.
+    """
+    script = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from ppcl_kernels import aot
+from ppcl_kernels.gated_residual import Tile, launch_gated_residual
+from ppcl_kernels.launch import TARGETS
+
+class Driver:
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+
+def by_jit(launch):
+    compiled = []
+    launch.kernel._do_compile = lambda key, signature, device, constants, options, attributes, *_, **__: (
+        compiled.append((signature, constants, {at: given for at, given in attributes.items() if given}))
+    )
+    launch.kernel.device_caches.clear()
+    launch.kernel[launch.grid](**launch.arguments, **launch._options(amd=False))
+    return compiled[0]
+
+launches = []
+for aot.BATCH, aot.IMAGE, aot.TEXT, aot.HEADS, aot.HEAD_DIM, aot.HIDDEN in (
+    (2, 4096, 512, 24, 128, 12288), (1, 1, 7, 3, 18, 50), (1, 64, 16, 1, 16, 1),
+):
+    aot.WIDTH = aot.HEADS * aot.HEAD_DIM
+    launches += [case.launch() for arch in ("sm_90", "sm_80") for case in aot.cases(TARGETS[arch])]
+x, h, y = (torch.empty(2 * 3 * 24 + 4)[start:][: 2 * 3 * 24].view(2, 3, 24) for start in (0, 2, 4))
+for index in (None, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, dtype=torch.int32)[1:].view(2, 3)):
+    launches.append(launch_gated_residual(x, h[:, 0], h, index, y, Tile(16, 4)))
+far = torch.empty_strided((2, 3, 16), (2**31 + 16, 16, 1), device="meta")
+launches.append(launch_gated_residual(far, far[:, 0], far, None, y, Tile(16, 4)))
+found = set()
+for launch in launches:
+    source = launch.source()
+    said = {name: kind.replace(" ", "") for name, kind in source.signature.items()}, source.constants, source.attrs
+    signature, constants, attributes = by_jit(launch)
+    wanted = {name: str(kind).replace(" ", "") for name, kind in signature.items()}, constants, attributes
+    for what, one, other in zip(("signature", "constants", "attributes"), said, wanted):
+        assert one == other, (launch, what, one, other)
+    found |= set(said[0].values()) | {str(sorted(map(str, said[2])))}
+print(len(launches), len(found))
+"""
+    done = run(script=script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    launches, different = map(int, done.stdout.split())
+    # Descriptors, pointers, numbers and None, each aligned and not.
+    assert launches > 150 and different > 30
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,14 +1,17 @@
 """What only a GPU can show: nothing compiles anew when the plan changes, graphs capture, ways are measured for real."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 import ppcl_kernels as kernels
+import ppcl_rt
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.matmul import Tile
 from ppcl_rt import ops, ways
+from ppcl_rt.graphs import Graphs
 from ppcl_rt.ops.joint_attention import Attention
 from ppcl_rt.ops.linear import Linears
 from ppcl_rt.ops.qkv_projection import QKV
@@ -190,3 +193,55 @@ def test_second_device():
         pytest.skip("needs two CUDA devices")
     x, weight = torch.randn(1, 70, 64, device="cuda:1"), torch.randn(48, 64, device="cuda:1")
     close([kernels.linear(x, weight)], [kernels.linear_reference(x, weight)])
+
+
+def test_graphs_of_a_model(made, build_inputs):
+    """Replays of a whole forward are what eager forwards are: at two ratios, and after weights went and came back."""
+    model = ppcl_rt.load(made.folder, 1.0, device="cuda", graphs=False).requires_grad_(False)
+
+    def on_gpu(seed):
+        return {n: v.cuda() if torch.is_tensor(v) else v for n, v in build_inputs(seed=seed).items()}
+
+    def check():
+        """Two forwards that settle and capture, three that are replayed, each against an eager one."""
+        for seed in range(5):
+            inputs, hits = on_gpu(seed), model.graphs.hits
+            kept, model._graphs = model._graphs, Graphs(False)
+            wanted = model(**inputs).sample
+            model._graphs = kept
+            got = model(**inputs).sample
+            torch.cuda.synchronize()
+            # The same kernels on the same numbers; only the addresses differ.
+            assert torch.equal(got, wanted), (got - wanted).abs().max()
+        assert model.graphs.hits > hits and not model.graphs.why.startswith("capturing failed"), model.graphs
+
+    with torch.no_grad():
+        for ratio in (1.0, 0.6):
+            model.set_ratio(ratio)
+            model(**on_gpu(0))
+        model.set_graphs(True)
+        for ratio in (1.0, 0.6, 1.0):
+            model.set_ratio(ratio)
+            check()
+        assert model.graphs.captures == 2
+        model.set_ratio(0.6)
+        model.trim()
+        assert not model.graphs.captured
+        check()
+        model.set_ratio(1.0)
+        check()
+        # A capture that fails leaves the device as it was.
+        walk = type(model)._walk
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "_walk", lambda *a, **k: walk(*a, **k) * float(k["timestep"].sum().item() > -1))
+            model.set_graphs(True)
+            for _ in range(3):
+                model(**on_gpu(0))
+            assert model.graphs.why.startswith("capturing failed") and not model.graphs.captures
+        model.set_graphs(True)
+        check()
+        # Another stream waits for the last replay, and a copy of the model has graphs of its own.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            check()
+        other = copy.deepcopy(model)
+        assert not other.graphs.captured

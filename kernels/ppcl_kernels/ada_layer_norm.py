@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_index, check_like, check_modulation, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.modulation import per_token
+from ppcl_kernels.prepared import Bound
 from ppcl_kernels.tiles import cheapest, offered
 
 # A row is held in registers.
@@ -157,10 +159,9 @@ def check_ada_layer_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tens
     check_modulation("shift", shift, x, x.shape[-1], index)
 
 
-@torch.library.custom_op(
-    "ppcl::ada_layer_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) -> Tensor",
+@define_op(
+    "ada_layer_norm",
+    "(Tensor x, Tensor scale, Tensor shift, Tensor? index, float eps, int[]? tile) -> Tensor",
 )
 def _norm_op(x, scale, shift, index, eps, tile):
     check_ada_layer_norm(x, scale, shift, index)
@@ -205,3 +206,41 @@ def ada_layer_norm(
     if wants_gradient(x, scale, shift):
         return ada_layer_norm_reference(x, scale, shift, index, eps)
     return _norm_op(x, scale, shift, index, eps, tile)
+
+
+class PreparedAdaLayerNorm:
+    """A modulated norm whose shapes and tile are known (`prepare_ada_layer_norm`)."""
+
+    def __init__(self, x: torch.Tensor, eps: float, tile: Tile) -> None:
+        self._size, self._eps, self._tile = x.shape, eps, tile
+        self.launch = Bound([(name,) for name in ("x", "scale", "shift", "index", "y")]) if x.numel() else None
+
+    def __call__(
+        self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normalise and modulate other tensors like those of `prepare_ada_layer_norm`."""
+        y = x.new_empty(self._size)
+        if self.launch is not None:
+            self.launch(
+                (x, scale, shift, index, y),
+                lambda: launch_ada_layer_norm(x, scale, shift, index, y, self._eps, self._tile),
+            )
+        return y
+
+
+def prepare_ada_layer_norm(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    index: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    tile: Tile | None = None,
+) -> PreparedAdaLayerNorm:
+    """Check what `ada_layer_norm` checks, once for all calls with tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    """
+    check_ada_layer_norm(x, scale, shift, index)
+    tile = Tile.choose(Target.of(x.device), x.dtype, *x.shape) if tile is None else tile
+    return PreparedAdaLayerNorm(x, eps, tile)

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 
 from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.modulation import per_token
+from ppcl_kernels.prepared import Bound
 from ppcl_kernels.tiles import cheapest, offered
 
 
@@ -121,11 +123,7 @@ def check_gated_residual(x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, i
     check_shape("h", h, x.shape)
 
 
-@torch.library.custom_op(
-    "ppcl::gated_residual",
-    mutates_args=(),
-    schema="(Tensor x, Tensor gate, Tensor h, Tensor? index, int[]? tile) -> Tensor",
-)
+@define_op("gated_residual", "(Tensor x, Tensor gate, Tensor h, Tensor? index, int[]? tile) -> Tensor")
 def _gated_residual_op(x, gate, h, index, tile):
     check_gated_residual(x, gate, h, index)
     y = x.new_empty(x.shape)
@@ -162,3 +160,29 @@ def gated_residual(
     if wants_gradient(x, gate, h):
         return gated_residual_reference(x, gate, h, index)
     return _gated_residual_op(x, gate, h, index, tile)
+
+
+class PreparedGatedResidual:
+    """A gated residual whose shapes and tile are known (`prepare_gated_residual`)."""
+
+    def __init__(self, x: torch.Tensor, tile: Tile) -> None:
+        self._size, self._tile = x.shape, tile
+        self.launch = Bound([(name,) for name in ("x", "gate", "h", "index", "y")]) if x.numel() else None
+
+    def __call__(
+        self, x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Add other tensors like those of `prepare_gated_residual`."""
+        y = x.new_empty(self._size)
+        if self.launch is not None:
+            self.launch((x, gate, h, index, y), lambda: launch_gated_residual(x, gate, h, index, y, self._tile))
+        return y
+
+
+def prepare_gated_residual(
+    x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None, *, tile: Tile | None = None
+) -> PreparedGatedResidual:
+    """Check what `gated_residual` checks, once for all calls with tensors like these; as `prepare_ada_layer_norm`."""
+    check_gated_residual(x, gate, h, index)
+    tile = Tile.choose(Target.of(x.device), x.dtype, *x.shape) if tile is None else tile
+    return PreparedGatedResidual(x, tile)

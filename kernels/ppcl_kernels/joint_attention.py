@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.heads import MAX_HEAD_DIM, head_cols
 from ppcl_kernels.launch import Launch, Target, register_limit
 from ppcl_kernels.matmul import operand, takes_tma
+from ppcl_kernels.prepared import Bound
 from ppcl_kernels.tiles import cheapest, offered
 
 
@@ -334,12 +336,9 @@ def _check(q, k, v, key_mask, key_lengths, scale) -> None:
             raise ValueError(f"key_lengths is {key_lengths.dtype} on {key_lengths.device}, wanted int32 on {q.device}")
 
 
-@torch.library.custom_op(
-    "ppcl::joint_attention",
-    mutates_args=(),
-    schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_lengths, float scale, int[]? tile) -> Tensor"
-    ),
+@define_op(
+    "joint_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_lengths, float scale, int[]? tile) -> Tensor",
 )
 def _attention_op(q, k, v, key_mask, key_lengths, scale, tile):
     _check(q, k, v, key_mask, key_lengths, scale)
@@ -399,3 +398,53 @@ def joint_attention(
     if wants_gradient(q, k, v):
         return joint_attention_reference(q, k, v, key_mask, key_lengths, scale)
     return _attention_op(q, k, v, key_mask, key_lengths, scale, tile)
+
+
+class PreparedAttention:
+    """Attention whose shapes and tile are known (`prepare_joint_attention`)."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, masked: bool, scale: float, tile: Tile) -> None:
+        self._size, self._empty, self._keys = q.shape, not q.numel(), k.shape[1]
+        self._target, self._tile, self._scale = Target.of(q.device), tile, scale
+        self.ranges = Bound((("mask",), ("ranges",))) if masked else None
+        self.launch = Bound((("q",), ("k",), ("v",), ("y",), ("mask",), ("ranges",)))
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend over other tensors like those of `prepare_joint_attention`."""
+        y = q.new_empty(self._size)
+        if self._empty:
+            return y
+        if not self._keys:
+            return y.zero_()
+        assert (key_mask is None) == (self.ranges is None), "this attention was prepared with a mask, or without one"
+        ranges = None
+        if self.ranges is not None and key_mask is not None:
+            key_mask = key_mask.contiguous().view(torch.uint8)
+            ranges = torch.empty((self._size[0], 4), dtype=torch.int32, device=q.device)
+            self.ranges((key_mask, ranges), lambda: launch_key_ranges(key_mask, ranges, self._tile.keys))
+        self.launch(
+            (q, k, v, y, key_mask, ranges),
+            lambda: launch_joint_attention(q, k, v, y, key_mask, ranges, None, self._scale, self._tile, self._target),
+        )
+        return y
+
+
+def prepare_joint_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    *,
+    tile: Tile | None = None,
+) -> PreparedAttention:
+    """Check what `joint_attention` checks, once for all calls with tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    """
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    _check(q, k, v, key_mask, None, scale)
+    tile = Tile.choose(Target.of(q.device), q.dtype, *q.shape) if tile is None else tile
+    return PreparedAttention(q, k, key_mask is not None, scale, tile)

@@ -134,11 +134,11 @@ class Launch:
     stages: int
     registers: int | None = None
 
-    def run(self) -> None:
-        """Launch on the device of the tensors, which need not be the current one."""
+    def run(self) -> Any:
+        """Launch on the device of the tensors, which need not be the current one; returns triton's compiled kernel."""
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, **self._options(amd=torch.version.hip is not None))
+            return self.kernel[self.grid](**self.arguments, **self._options(amd=torch.version.hip is not None))
 
     def _options(self, amd: bool) -> dict[str, int]:
         options = {"num_warps": self.warps, "num_stages": self.stages}
@@ -176,7 +176,9 @@ def _kind(value: Any, unspecialized: bool) -> str:
         return f"*{_TRITON_DTYPES[value.dtype]}"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TRITON_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
-    return "fp32" if isinstance(value, float) else "i32"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _divisible(value: Any) -> bool:

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_index, check_like, check_modulation, check_shape, check_weight, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.matmul import Tile, by_parts, operand, takes_tma, work_off
 from ppcl_kernels.modulation import per_token
+from ppcl_kernels.prepared import Bound, described, suffixes
 
 
 class Linear(NamedTuple):
@@ -201,16 +203,26 @@ def launch_linear(
     return Launch(_linear_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
 
 
-def run_linear(groups: Sequence[Linear], gelu: bool, tile: Tile | None = None) -> list[torch.Tensor]:
-    """Launch for one or two groups whose arguments were checked; streams without tokens launch nothing."""
-    outputs = [g.x.new_empty(*g.x.shape[:2], _widths(g.x, g.weight, g.out_features)[0]) for g in groups]
+def describe_linear(
+    groups: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile | None = None
+) -> Launch | None:
+    """Describe the launch for groups that were checked, at the tile that suits; None where none has tokens."""
     work = [(g, y) for g, y in zip(groups, outputs, strict=True) if y.numel()]
-    if work:
-        target = Target.of(work[0][1].device)
-        if tile is None:
-            tokens, cols = [y.shape[1] for _, y in work], max(y.shape[2] for _, y in work)
-            tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols)
-        launch_linear([g for g, _ in work], [y for _, y in work], gelu, tile, target).run()
+    if not work:
+        return None
+    target = Target.of(work[0][1].device)
+    if tile is None:
+        tokens, cols = [y.shape[1] for _, y in work], max(y.shape[2] for _, y in work)
+        tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols)
+    return launch_linear([g for g, _ in work], [y for _, y in work], gelu, tile, target)
+
+
+def run_linear(groups: Sequence[Linear], gelu: bool, tile: Tile | None = None) -> list[torch.Tensor]:
+    """Launch for one or two groups that were checked; streams without tokens launch nothing."""
+    outputs = [g.x.new_empty(*g.x.shape[:2], _widths(g.x, g.weight, g.out_features)[0]) for g in groups]
+    launch = describe_linear(groups, outputs, gelu, tile)
+    if launch is not None:
+        launch.run()
     return outputs
 
 
@@ -236,13 +248,15 @@ def check_linear(groups: Sequence[Linear]) -> None:
                 raise ValueError(f"residual has strides {g.residual.stride()}, wanted contiguous: .contiguous()")
 
 
-@torch.library.custom_op(
-    "ppcl::linear",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
-        "Tensor?[] residual, bool gelu, int[]? tile) -> Tensor[]"
-    ),
+def _check_count(groups: Sequence[Linear]) -> None:
+    if len(groups) not in (1, 2):
+        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
+
+
+@define_op(
+    "linear",
+    "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
+    "Tensor?[] residual, bool gelu, int[]? tile) -> Tensor[]",
 )
 def _linear_op(x, weight, bias, out_features, gate, index, residual, gelu, tile):
     groups = [Linear(*group) for group in zip(x, weight, bias, out_features, gate, index, residual, strict=True)]
@@ -272,8 +286,7 @@ def grouped_linear(groups: Sequence[Linear], *, gelu: bool = False, tile: Tile |
     Raises:
         ValueError: wrong device, dtype, shape or stride, a width beyond the weight, or not one or two groups.
     """
-    if len(groups) not in (1, 2):
-        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
+    _check_count(groups)
     if any(wants_gradient(g.x, g.weight, g.bias, g.gate, g.residual) for g in groups):
         return [linear_reference(*g[:4], gelu=gelu, gate=g.gate, index=g.index, residual=g.residual) for g in groups]
     x, weight, bias, out_features, gate, index, residual = map(list, zip(*groups, strict=True))
@@ -295,3 +308,35 @@ def linear(
 ) -> torch.Tensor:
     """Apply one linear layer to ``x [B, S, k]``; arguments and errors as in `Linear` and `grouped_linear`."""
     return grouped_linear([Linear(x, weight, bias, out_features, gate, index, residual)], gelu=gelu, tile=tile)[0]
+
+
+class PreparedLinear:
+    """One or two linear layers whose weights, shapes and tile are known (`prepare_linear`)."""
+
+    def __init__(self, groups: Sequence[Linear], gelu: bool, tile: Tile | None) -> None:
+        self._sizes = [(*g.x.shape[:2], _widths(g.x, g.weight, g.out_features)[0]) for g in groups]
+        self._gelu, self._tile = gelu, tile
+        numbers = suffixes([g.x for g in groups])
+        moving = [(f"{name}{n}",) if n else () for n in numbers for name in ("x", "gate", "index", "residual", "y")]
+        self.launch = Bound(moving) if any(numbers) else None
+
+    def __call__(self, groups: Sequence[Linear]) -> list[torch.Tensor]:
+        """Apply the layers to other tensors like those of `prepare_linear`."""
+        outputs, tensors = [], []
+        for g, size in zip(groups, self._sizes):
+            y = g.x.new_empty(size)
+            outputs.append(y)
+            tensors += [g.x, g.gate, g.index, g.residual, y]
+        if self.launch is not None:
+            self.launch(tuple(tensors), lambda: described(describe_linear(groups, outputs, self._gelu, self._tile)))
+        return outputs
+
+
+def prepare_linear(groups: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> PreparedLinear:
+    """Check what `grouped_linear` checks, once for all calls with weights at the same place and tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    """
+    _check_count(groups)
+    check_linear(groups)
+    return PreparedLinear(groups, gelu, tile)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ppcl_kernels._check import wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels.linear import Linear, check_linear, linear_reference, run_linear
 from ppcl_kernels.matmul import Tile
 
@@ -65,13 +66,10 @@ def _ups(groups: Sequence[Mlp]) -> list[Linear]:
     return [Linear(g.x, g.up, g.up_bias, g.channels) for g in groups]
 
 
-@torch.library.custom_op(
-    "ppcl::mlp",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] x, Tensor[] up, Tensor?[] up_bias, Tensor[] down, Tensor?[] down_bias, int[] channels, "
-        "Tensor?[] gate, Tensor?[] index, Tensor?[] residual, int[]? up_tile, int[]? down_tile) -> Tensor[]"
-    ),
+@define_op(
+    "mlp",
+    "(Tensor[] x, Tensor[] up, Tensor?[] up_bias, Tensor[] down, Tensor?[] down_bias, int[] channels, "
+    "Tensor?[] gate, Tensor?[] index, Tensor?[] residual, int[]? up_tile, int[]? down_tile) -> Tensor[]",
 )
 def _mlp_op(x, up, up_bias, down, down_bias, channels, gate, index, residual, up_tile, down_tile):
     groups = [Mlp(*g) for g in zip(x, up, up_bias, down, down_bias, channels, gate, index, residual, strict=True)]

@@ -7,18 +7,23 @@ join the streams.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.head_norm import Norms, check_norms
 from ppcl_kernels.heads import MAX_HEAD_DIM, finish_head, head_cols, joint_outputs, norm_rope_reference
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.rope import Rope, check_rope, rope_tables
+from ppcl_kernels.prepared import Bound
+from ppcl_kernels.rope import Rope, check_rope, rope_arguments, rope_tables, rope_tensors
 from ppcl_kernels.tiles import cheapest, offered
 
+# q (None for a stream without queries), k and v of a stream, ``[B, S, h, E]`` each.
+Raw = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 _COUNTS = ("S", "q_first", "kv_first", "q_tokens", "kv_tokens", "heads")
 
 
@@ -83,7 +88,7 @@ def _norm_rope_kernel(
 
 
 def launch_norm_rope(
-    raw: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
+    raw: Raw,
     norms: Norms,
     rope: Rope | None,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -123,13 +128,10 @@ def launch_norm_rope(
     return Launch(_norm_rope_kernel, grid, arguments, tile.warps, 1)
 
 
-@torch.library.custom_op(
-    "ppcl::norm_rope",
-    mutates_args=(),
-    schema=(
-        "(Tensor?[] q, Tensor[] k, Tensor[] v, Tensor?[] norms, Tensor?[] tables, float eps) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
+@define_op(
+    "norm_rope",
+    "(Tensor?[] q, Tensor[] k, Tensor[] v, Tensor?[] norms, Tensor?[] tables, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _norm_rope_op(q, k, v, norms, tables, eps):
     _check(q, k, v, norms, tables)
@@ -177,8 +179,20 @@ def _(q, k, v, norms, tables, eps):
     return _make_room(q, k)
 
 
+def _check_counts(raw, norms, ropes) -> None:
+    if not len(raw) == len(norms) == len(ropes):
+        raise ValueError(f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give as many")
+
+
+def _flat(raw, norms, ropes) -> tuple[list, list, list, list, list]:
+    """Lay streams out as an op's schema, which knows lists alone, wants them."""
+    q, k, v = (list(part) for part in zip(*raw, strict=True))
+    tables = [table for rope in ropes for table in rope_tables(rope, k[0].shape[-1])]
+    return q, k, v, [norm for pair in norms for norm in pair], tables
+
+
 def norm_rope(
-    raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
+    raw: Sequence[Raw],
     norms: Sequence[Norms],
     ropes: Sequence[Rope | None],
     eps: float = 1e-6,
@@ -199,11 +213,57 @@ def norm_rope(
     Raises:
         ValueError: wrong device, dtype, shape or stride, or not as many norms and rotations as streams.
     """
-    if not len(raw) == len(norms) == len(ropes):
-        raise ValueError(f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give as many")
+    _check_counts(raw, norms, ropes)
     if wants_gradient(*(t for part in (*raw, *norms) for t in part)):
         return norm_rope_reference(raw, norms, ropes, eps)
-    q, k, v = (list(part) for part in zip(*raw, strict=True))
-    head_dim = k[0].shape[-1]
-    tables = [table for rope in ropes for table in rope_tables(rope, head_dim)]
-    return _norm_rope_op(q, k, v, [norm for pair in norms for norm in pair], tables, eps)
+    return _norm_rope_op(*_flat(raw, norms, ropes), eps)
+
+
+class PreparedNormRope:
+    """Norm and rotation of one stream or more whose shapes and norms are known (`prepare_norm_rope`)."""
+
+    def __init__(self, raw: Sequence[Raw], ropes: Sequence[Rope | None], eps: float) -> None:
+        self._tokens, self._queries = [k.shape[1] for _, k, _ in raw], [q is not None for q, _, _ in raw]
+        self._heads, self._eps = raw[0][1].shape[2:], eps
+        names = ("raw_q", "raw_k", "raw_v", "q", "k", "v")
+        self.launches = [
+            Bound([*((name,) for name in names), *rope_arguments(rope)]) if k.numel() else None
+            for (_, k, _), rope in zip(raw, ropes, strict=True)
+        ]
+
+    def __call__(
+        self, raw: Sequence[Raw], norms: Sequence[Norms], ropes: Sequence[Rope | None]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise and rotate other tensors like those of `prepare_norm_rope`."""
+        outputs = joint_outputs(raw[0][1], self._tokens, self._queries, *self._heads)
+        firsts = [0, 0]
+        for launch, parts, norm, rope in zip(self.launches, raw, norms, ropes, strict=True):
+            if launch is not None:
+                describe = partial(self._describe, parts, norm, rope, outputs, *firsts)
+                launch((*parts, *outputs, *rope_tensors(rope)), describe)
+            firsts[0] += 0 if parts[0] is None else parts[1].shape[1]
+            firsts[1] += parts[1].shape[1]
+        return outputs
+
+    def _describe(
+        self, parts: Raw, norm: Norms, rope: Rope | None, outputs: Any, q_first: int, kv_first: int
+    ) -> Launch:
+        tile = Tile.choose(Target.of(parts[1].device), parts[1].dtype, *parts[1].shape[:3])
+        return launch_norm_rope(parts, norm, rope, outputs, q_first, kv_first, self._eps, tile)
+
+
+def prepare_norm_rope(
+    raw: Sequence[Raw],
+    norms: Sequence[Norms],
+    ropes: Sequence[Rope | None],
+    eps: float = 1e-6,
+) -> PreparedNormRope:
+    """Check what `norm_rope` checks, once for all calls with norms at the same place and tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    """
+    _check_counts(raw, norms, ropes)
+    _check(*_flat(raw, norms, ropes))
+    # Refuses a device that kernels cannot run on.
+    Target.of(raw[0][1].device)
+    return PreparedNormRope(raw, ropes, eps)

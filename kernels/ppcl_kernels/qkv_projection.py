@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_kernels._check import check_like, check_shape, check_weight, wants_gradient
+from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.head_norm import Norms, check_norms
 from ppcl_kernels.heads import MAX_HEAD_DIM, finish_head, head_cols, joint_outputs, norm_rope_reference
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.matmul import Tile, operand, takes_tma, work_off
-from ppcl_kernels.rope import Rope, check_rope, rope_tables
+from ppcl_kernels.prepared import Bound, described, suffixes
+from ppcl_kernels.rope import Rope, check_rope, rope_arguments, rope_tables, rope_tensors
 from ppcl_kernels.tiles import cheapest, offered
 
 
@@ -240,6 +242,25 @@ def launch_qkv_projection(
     return Launch(_qkv_projection_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
 
 
+def describe_qkv_projection(
+    streams: Sequence[Stream],
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    heads: int,
+    chosen: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+    tile: Sequence[int] | None = None,
+) -> Launch | None:
+    """Describe the launch for streams that were checked, at the tile that suits; None where none has tokens."""
+    like, work = streams[0].x, [s for s in streams if s.x.numel()]
+    target = Target.of(like.device)
+    if not work:
+        return None
+    if tile is None:
+        tile = choose_tile(target, like.dtype, [s.x.shape[1] for s in work], like.shape[0], heads, head_dim)
+    return launch_qkv_projection(work, outputs, heads, chosen, head_dim, eps, Tile(*tile), target)
+
+
 def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | None, head_dim: int) -> None:
     """Refuse streams that the kernel cannot project.
 
@@ -274,6 +295,11 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
         raise ValueError(f"heads is {chosen.dtype} {list(chosen.shape)} on {chosen.device}, wanted int32 [h] as x")
 
 
+def _check_count(streams: Sequence[Stream]) -> None:
+    if len(streams) not in (1, 2):
+        raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
+
+
 def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
     """Undo what an op's schema, which knows lists alone, does to streams."""
     return [
@@ -289,26 +315,18 @@ def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
     ]
 
 
-@torch.library.custom_op(
-    "ppcl::qkv_projection",
-    mutates_args=(),
-    schema=(
-        "(Tensor[] x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, Tensor?[] tables, bool[] queries, "
-        "int heads, Tensor? chosen, int head_dim, float eps, int[]? tile) -> (Tensor, Tensor, Tensor)"
-    ),
+@define_op(
+    "qkv_projection",
+    "(Tensor[] x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, Tensor?[] tables, bool[] queries, "
+    "int heads, Tensor? chosen, int head_dim, float eps, int[]? tile) -> (Tensor, Tensor, Tensor)",
 )
 def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
     streams = _streams(x, weights, biases, norms, tables, queries)
     check_streams(streams, heads, chosen, head_dim)
-    tokens = [s.x.shape[1] for s in streams]
-    outputs = joint_outputs(x[0], tokens, queries, heads, head_dim)
-    target = Target.of(x[0].device)
-    work = [s for s in streams if s.x.numel()]
-    if work:
-        kept = [s.x.shape[1] for s in work]
-        if tile is None:
-            tile = choose_tile(target, x[0].dtype, kept, x[0].shape[0], heads, head_dim)
-        launch_qkv_projection(work, outputs, heads, chosen, head_dim, eps, Tile(*tile), target).run()
+    outputs = joint_outputs(x[0], [s.x.shape[1] for s in streams], queries, heads, head_dim)
+    launch = describe_qkv_projection(streams, outputs, heads, chosen, head_dim, eps, tile)
+    if launch is not None:
+        launch.run()
     return outputs
 
 
@@ -345,8 +363,7 @@ def qkv_projection(
         ValueError: wrong device, dtype, shape or stride, more heads than the weights hold, or not one or two streams.
             (A list of heads is not read back to be checked.)
     """
-    if len(streams) not in (1, 2):
-        raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
+    _check_count(streams)
     flat = [t for s in streams for t in (s.x, *s.weights, *s.biases, *s.norms)]
     if wants_gradient(*flat):
         return qkv_projection_reference(streams, heads, head_dim, eps)
@@ -364,3 +381,65 @@ def qkv_projection(
         eps,
         tile,
     )
+
+
+class PreparedQkvProjection:
+    """A projection of one or two streams whose weights, shapes and tile are known (`prepare_qkv_projection`)."""
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        heads: int,
+        head_dim: int,
+        eps: float,
+        tile: Tile | None,
+    ) -> None:
+        batch = streams[0].x.shape[0]
+        self._asked = (batch, sum(s.x.shape[1] for s in streams if s.queries), heads, head_dim)
+        self._all = (batch, sum(s.x.shape[1] for s in streams), heads, head_dim)
+        self._eps, self._tile = eps, tile
+        numbers = suffixes([s.x for s in streams])
+        moving: list[tuple[str, ...]] = [("q",), ("k",), ("v",), ("chosen",)]
+        for s, n in zip(streams, numbers, strict=True):
+            moving += [(f"x{n}",), *rope_arguments(s.rope, n)] if n else [(), (), ()]
+        self.launch = Bound(moving) if any(numbers) else None
+
+    def __call__(
+        self, streams: Sequence[Stream], heads: int | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project other tensors like those of `prepare_qkv_projection`."""
+        x, chosen = streams[0].x, heads if isinstance(heads, torch.Tensor) else None
+        k = x.new_empty(self._all)
+        # Half the time of `new_empty`.
+        outputs = torch.empty_like(k) if self._asked == self._all else x.new_empty(self._asked), k, torch.empty_like(k)
+        if self.launch is not None:
+            tensors = [*outputs, chosen]
+            for s in streams:
+                tensors += [s.x, *rope_tensors(s.rope)]
+            _, _, count, head_dim = self._all
+            self.launch(
+                tuple(tensors),
+                lambda: described(
+                    describe_qkv_projection(streams, outputs, count, chosen, head_dim, self._eps, self._tile)
+                ),
+            )
+        return outputs
+
+
+def prepare_qkv_projection(
+    streams: Sequence[Stream],
+    heads: int | torch.Tensor,
+    head_dim: int,
+    eps: float = 1e-6,
+    *,
+    tile: Tile | None = None,
+) -> PreparedQkvProjection:
+    """Check what `qkv_projection` checks, once for all calls with weights at the same place and tensors like these.
+
+    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    """
+    _check_count(streams)
+    chosen = heads if isinstance(heads, torch.Tensor) else None
+    count = len(heads) if isinstance(heads, torch.Tensor) else heads
+    check_streams(streams, count, chosen, head_dim)
+    return PreparedQkvProjection(streams, count, head_dim, eps, tile)

@@ -80,3 +80,14 @@ def rotate(tile, rope, row, col, S, E: tl.constexpr, ROWS: tl.constexpr, COLS: t
         even, odd = tile.reshape(ROWS, COLS // 2, 2).split()
         tile = tl.join(even * c - odd * s, even * s + odd * c).reshape(ROWS, COLS)
     return tile
+
+
+def rope_arguments(rope: Rope | None, suffix: str = "") -> list[tuple[str, ...]]:
+    """Name the arguments of a launch that lie in each of the two tensors of `rope_tensors`."""
+    names = (f"cos{suffix}", f"sin{suffix}")
+    return [names[:1], names[1:]] if isinstance(rope, tuple) else [names, ()]
+
+
+def rope_tensors(rope: Rope | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the tensors that a rotation is made of as two, the second (or both) None where there are fewer."""
+    return rope if isinstance(rope, tuple) else (rope, None)

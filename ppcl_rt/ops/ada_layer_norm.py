@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import ppcl_kernels as kernels
-from ppcl_kernels.ada_layer_norm import MAX_WIDTH, Tile
+from ppcl_kernels.ada_layer_norm import MAX_WIDTH, Tile, prepare_ada_layer_norm
 from ppcl_rt.ops.modules import readable
 from ppcl_rt.ops.operation import Operation, define_op, flag, form, name_of
 from ppcl_rt.ways import TORCH, Key, Way
@@ -27,6 +27,9 @@ class AdaLayerNorm(NamedTuple):
 
 class _AdaLayerNorm(Operation[AdaLayerNorm, torch.Tensor]):
     name = "ada_layer_norm"
+
+    def like(self, call: AdaLayerNorm) -> torch.Tensor:
+        return call.x
 
     def tensors(self, call: AdaLayerNorm) -> Sequence[torch.Tensor | None]:
         return call[:3]
@@ -52,6 +55,12 @@ class _AdaLayerNorm(Operation[AdaLayerNorm, torch.Tensor]):
         if way == TORCH:
             return kernels.ada_layer_norm_reference(*call)
         return kernels.ada_layer_norm(*call, tile=None if way.tile is None else Tile(*way.tile))
+
+    def prepare(self, call: AdaLayerNorm, way: Way) -> Callable[[AdaLayerNorm], torch.Tensor]:
+        if way == TORCH:
+            return super().prepare(call, way)
+        prepared = prepare_ada_layer_norm(*call, tile=None if way.tile is None else Tile(*way.tile))
+        return lambda call: prepared(*call[:4])
 
     def opaque(self, call: AdaLayerNorm) -> torch.Tensor:
         return _OP(*call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ppcl_kernels as kernels
 from ppcl_kernels.heads import MAX_HEAD_DIM
-from ppcl_kernels.joint_attention import Tile
+from ppcl_kernels.joint_attention import Tile, prepare_joint_attention
 from ppcl_kernels.launch import Target
 from ppcl_rt.ops.modules import readable
 from ppcl_rt.ops.operation import Operation, define_op, flag, form, name_of
@@ -30,6 +30,9 @@ class Attention(NamedTuple):
 
 class _JointAttention(Operation[Attention, torch.Tensor]):
     name = "joint_attention"
+
+    def like(self, call: Attention) -> torch.Tensor:
+        return call.q
 
     def tensors(self, call: Attention) -> Sequence[torch.Tensor | None]:
         return call[:3]
@@ -74,6 +77,12 @@ class _JointAttention(Operation[Attention, torch.Tensor]):
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return y.transpose(1, 2)
+
+    def prepare(self, call: Attention, way: Way) -> Callable[[Attention], torch.Tensor]:
+        if way.kind != "triton":
+            return super().prepare(call, way)
+        prepared = prepare_joint_attention(*call, tile=None if way.tile is None else Tile(*way.tile))
+        return lambda call: prepared(*call)
 
     def opaque(self, call: Attention) -> torch.Tensor:
         return _OP(*call)

@@ -6,16 +6,18 @@ kernel of ours adds the gated residual.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import ppcl_kernels as kernels
+from ppcl_kernels.gated_residual import prepare_gated_residual
 from ppcl_kernels.launch import Target
+from ppcl_kernels.linear import prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
-from ppcl_rt.ops.modules import linear, readable
+from ppcl_rt.ops.modules import linear, parameter, readable
 from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of
 from ppcl_rt.ways import CUBLAS, CUBLASLT, TORCH, Key, Way
 
@@ -30,22 +32,18 @@ class Linears(NamedTuple):
 class _Linears(Operation[Linears, list[torch.Tensor]]):
     name = "linear"
 
+    def like(self, call: Linears) -> torch.Tensor:
+        return call.groups[0].x
+
     def tensors(self, call: Linears) -> Sequence[torch.Tensor | None]:
         return [t for g in call.groups for t in (g.x, g.weight, g.bias, g.gate, g.residual)]
 
     def signature(self, call: Linears) -> Hashable:
-        return call.gelu, *(
-            (
-                form(g.x),
-                address(g.weight),
-                address(g.bias),
-                g.out_features,
-                form(g.gate),
-                form(g.index),
-                form(g.residual),
-            )
-            for g in call.groups
-        )
+        parts: list[Hashable] = [call.gelu]
+        for g in call.groups:
+            parts += [g.out_features, form(g.x), address(g.weight, g.bias), form(g.gate), form(g.index)]
+            parts.append(form(g.residual))
+        return tuple(parts)
 
     def fits(self, call: Linears) -> bool:
         return all(g.x.stride(-1) == 1 for g in call.groups)
@@ -86,11 +84,21 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
         if way == TORCH:
             return [kernels.linear_reference(*g[:4], gelu=call.gelu, **_after(g)) for g in call.groups]
         if way == CUBLAS:
-            return [_cublas(g, call.gelu) for g in call.groups]
+            return [_cublas(g, kernels.gated_residual) for g in call.groups]
         if way == CUBLASLT:
             return [_cublaslt(g) for g in call.groups]
         groups = [g if g.residual is None else g._replace(residual=g.residual.contiguous()) for g in call.groups]
         return kernels.grouped_linear(groups, gelu=call.gelu, tile=None if way.tile is None else Tile(*way.tile))
+
+    def prepare(self, call: Linears, way: Way) -> Callable[[Linears], list[torch.Tensor]]:
+        if way == CUBLAS:
+            adds = [_prepare_add(g) for g in call.groups]
+            return lambda call: [_cublas(g, add) for g, add in zip(call.groups, adds)]
+        if way.kind != "triton" or not all(g.residual is None or g.residual.is_contiguous() for g in call.groups):
+            return super().prepare(call, way)
+        tile = None if way.tile is None else Tile(*way.tile)
+        prepared = prepare_linear(call.groups, gelu=call.gelu, tile=tile)
+        return lambda call: prepared(call.groups)
 
     def opaque(self, call: Linears) -> list[torch.Tensor]:
         return _OP(*map(list, zip(*call.groups, strict=True)), call.gelu)
@@ -103,11 +111,17 @@ def _after(g: kernels.Linear) -> dict[str, Any]:
     return {"gate": g.gate, "index": g.index, "residual": g.residual}
 
 
-def _cublas(g: kernels.Linear, gelu: bool) -> torch.Tensor:
-    y = kernels.linear_reference(*g[:4], gelu=gelu)
+def _cublas(g: kernels.Linear, add: Callable[..., torch.Tensor]) -> torch.Tensor:
+    y = kernels.linear_reference(*g[:4])
     if g.gate is None or g.residual is None:
         return y if g.residual is None else g.residual + y
-    return kernels.gated_residual(g.residual, g.gate, y, g.index)
+    return add(g.residual, g.gate, y, g.index)
+
+
+def _prepare_add(g: kernels.Linear) -> Callable[..., torch.Tensor]:
+    if g.gate is None or g.residual is None:
+        return kernels.gated_residual
+    return prepare_gated_residual(g.residual, g.gate, g.residual.new_empty(g.residual.shape), g.index)
 
 
 def _cublaslt(g: kernels.Linear) -> torch.Tensor:
@@ -160,8 +174,8 @@ def linears(layers: Sequence[Layer], *, gelu: bool = False) -> list[torch.Tensor
             tuple(
                 kernels.Linear(
                     layer.x,
-                    layer.module.weight,
-                    layer.module.bias,
+                    parameter(layer.module, "weight"),
+                    parameter(layer.module, "bias"),
                     layer.out_features or layer.module.out_features,
                     *layer[3:],
                 )

@@ -43,8 +43,12 @@ class Operation(ABC, Generic[C, R]):
     # What an operation says of itself.
 
     @abstractmethod
+    def like(self, call: C) -> torch.Tensor:
+        """Give a tensor that says which device and dtype a call is of."""
+
+    @abstractmethod
     def tensors(self, call: C) -> Sequence[torch.Tensor | None]:
-        """Give all that a call reads in the model's dtype; the first tensor says device and dtype."""
+        """Give all that a call reads in the model's dtype."""
 
     @abstractmethod
     def signature(self, call: C) -> Hashable:
@@ -68,7 +72,7 @@ class Operation(ABC, Generic[C, R]):
 
     def prepare(self, call: C, way: Way) -> Callable[[C], R]:
         """Bind one way to the shapes and the weights of a call: what is returned takes calls of equal `signature`."""
-        return functools.partial(self._run_as, way)
+        return lambda call: self.run(call, way)
 
     @abstractmethod
     def opaque(self, call: C) -> R:
@@ -82,9 +86,7 @@ class Operation(ABC, Generic[C, R]):
         Raises:
             ValueError: ``PPCL_BACKEND`` is none of `ppcl_rt.ways.BACKENDS`, or ``triton`` where no kernel can run.
         """
-        asked = ways.backend()
-        like = self.tensors(call)[0]
-        assert like is not None, "the first tensor of a call is there"
+        asked, like = ways.backend(), self.like(call)
         if asked == "torch" or (asked == "auto" and not like.is_cuda):
             return self.run(call, TORCH)
         if torch.compiler.is_compiling():
@@ -110,9 +112,7 @@ class Operation(ABC, Generic[C, R]):
         Raises:
             ValueError: as when called.
         """
-        tensors, asked = self.tensors(call), ways.backend()
-        like = tensors[0]
-        assert like is not None, "the first tensor of a call is there"
+        asked, like = ways.backend(), self.like(call)
         if asked == "triton" and not (like.is_cuda or kernels.can_run(torch.empty(0, device=like.device))):
             raise ValueError(
                 f"PPCL_BACKEND is triton, but the model is on {like.device}: move it to a GPU, or set "
@@ -120,7 +120,7 @@ class Operation(ABC, Generic[C, R]):
             )
         able = (
             kernels.can_run(like)
-            and all(t is None or (t.dtype == like.dtype and t.device == like.device) for t in tensors)
+            and all(t is None or (t.dtype == like.dtype and t.device == like.device) for t in self.tensors(call))
             and self.fits(call)
         )
         if asked == "torch" or not able or (asked == "auto" and not like.is_cuda):
@@ -135,9 +135,6 @@ class Operation(ABC, Generic[C, R]):
             return table.recall(key, listed) or listed()[0]
         return table.fastest(key, listed, functools.partial(self.run, call))
 
-    def _run_as(self, way: Way, call: C) -> R:
-        return self.run(call, way)
-
 
 def forget() -> None:
     """Prepare and choose anew from the next call on: after tables or what may run have changed."""
@@ -150,9 +147,9 @@ def form(tensor: torch.Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
 
 
-def address(tensor: torch.Tensor | None) -> Hashable:
-    """What a prepared call asks of a tensor that stays: where it is, and how it lies there."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+def address(*tensors: torch.Tensor | None) -> Hashable:
+    """What a prepared call asks of tensors that stay: where they are, and how they lie there."""
+    return tuple([None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors])
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ Where q, k and v of a stream lie side by side in memory (`side_by_side`), torch 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,10 @@ import ppcl_kernels as kernels
 from ppcl_kernels.heads import MAX_HEAD_DIM
 from ppcl_kernels.launch import Target
 from ppcl_kernels.matmul import Tile, takes_tma
-from ppcl_kernels.qkv_projection import tile_candidates
+from ppcl_kernels.norm_rope import prepare_norm_rope
+from ppcl_kernels.qkv_projection import prepare_qkv_projection, tile_candidates
 from ppcl_kernels.rope import rope_tables
-from ppcl_rt.ops.modules import linear, readable
+from ppcl_rt.ops.modules import linear, parameter, readable
 from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of
 from ppcl_rt.ways import CUBLAS, PACKED, TORCH, Key, Way
 
@@ -36,19 +37,17 @@ class QKV(NamedTuple):
 class _QKVProjection(Operation[QKV, Joint]):
     name = "qkv_projection"
 
+    def like(self, call: QKV) -> torch.Tensor:
+        return call.streams[0].x
+
     def tensors(self, call: QKV) -> Sequence[torch.Tensor | None]:
         return [t for s in call.streams for t in (s.x, *s.weights, *s.biases, *s.norms)]
 
     def signature(self, call: QKV) -> Hashable:
-        return (
-            call.heads,
-            call.head_dim,
-            call.eps,
-            *(
-                (form(s.x), *map(address, (*s.weights, *s.biases, *s.norms)), _rope_form(s.rope), s.queries)
-                for s in call.streams
-            ),
-        )
+        parts: list[Hashable] = [call.heads, call.head_dim, call.eps]
+        for s in call.streams:
+            parts += [s.queries, form(s.x), address(*s.weights, *s.biases, *s.norms), _rope_form(s.rope)]
+        return tuple(parts)
 
     def fits(self, call: QKV) -> bool:
         return call.head_dim <= MAX_HEAD_DIM and all(s.x.stride(-1) == 1 for s in call.streams)
@@ -84,10 +83,17 @@ class _QKVProjection(Operation[QKV, Joint]):
         if way == TORCH:
             return kernels.qkv_projection_reference(*call)
         if way in (CUBLAS, PACKED):
-            product = _one_by_one if way == CUBLAS else _batched
-            raw = [product(s, call.heads, call.head_dim) for s in call.streams]
-            return kernels.norm_rope(raw, [s.norms for s in call.streams], [s.rope for s in call.streams], call.eps)
+            return kernels.norm_rope(*_raw(call, way))
         return kernels.qkv_projection(*call, tile=None if way.tile is None else Tile(*way.tile))
+
+    def prepare(self, call: QKV, way: Way) -> Callable[[QKV], Joint]:
+        if way == TORCH:
+            return super().prepare(call, way)
+        if way in (CUBLAS, PACKED):
+            finish = prepare_norm_rope(*_raw(call, way))
+            return lambda call: finish(*_raw(call, way)[:3])
+        project = prepare_qkv_projection(*call, tile=None if way.tile is None else Tile(*way.tile))
+        return lambda call: project(call.streams, call.heads)
 
     def opaque(self, call: QKV) -> Joint:
         streams, heads, head_dim, eps = call
@@ -152,14 +158,21 @@ def pack(*modules: nn.Module) -> None:
             or side_by_side(parts) is not None
         ):
             continue
-        for parameter, part in zip(parts, torch.stack([p.detach() for p in parts]), strict=True):
-            parameter.data = part
+        for old, part in zip(parts, torch.stack([p.detach() for p in parts]), strict=True):
+            old.data = part
 
 
 def _can_pack(s: kernels.Stream) -> bool:
     """Whether a stream's three products are one: weights side by side, and biases too, if there are any."""
     biases = all(b is None for b in s.biases) or side_by_side(s.biases) is not None
     return s.queries and biases and side_by_side(s.weights) is not None
+
+
+def _raw(call: QKV, way: Way) -> Any:
+    """What torch's products leave for `norm_rope`: q, k and v of each stream, its norms, its rotation."""
+    product = _one_by_one if way == CUBLAS else _batched
+    raw = [product(s, call.heads, call.head_dim) for s in call.streams]
+    return raw, [s.norms for s in call.streams], [s.rope for s in call.streams], call.eps
 
 
 def _one_by_one(s: kernels.Stream, heads: int, head_dim: int) -> Any:
@@ -246,12 +259,12 @@ def qkv_projection(streams: Sequence[ProjectedStream], heads: int, head_dim: int
 
 
 def _stream(s: ProjectedStream) -> kernels.Stream:
-    q, k, v, norm_q, norm_k = s.projection
+    *products, norm_q, norm_k = s.projection
     return kernels.Stream(
         s.x,
-        (q.weight, k.weight, v.weight),  # type: ignore[arg-type]
-        (q.bias, k.bias, v.bias),  # type: ignore[arg-type]
-        (None if norm_q is None else norm_q.weight, None if norm_k is None else norm_k.weight),  # type: ignore[arg-type]
+        tuple([parameter(m, "weight") for m in products]),
+        tuple([parameter(m, "bias") for m in products]),
+        (parameter(norm_q, "weight"), parameter(norm_k, "weight")),
         s.rope,
     )
 
