@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ppcl_kernels.tools.cases import Case, Setting, Work
+from ppcl_kernels.tools.cases import Case, Prepared, Setting, Work
 
 SIDE, BLOCK = 128, 64
-FAULTS = ("fine", "hangs", "dies", "garbage", "flaky", "spills over", "fine too")
+FAULTS = ("fine", "hangs", "dies", "garbage", "flaky", "spills over", "writes nothing when prepared", "fine too")
 
 
 @triton.jit
@@ -47,7 +47,10 @@ def _work(setting: Setting, fault: str) -> Work:
         _double_kernel[(SIDE // BLOCK, SIDE // BLOCK)](x, y, runs, fault, SIDE, BLOCK)
         return [y]
 
-    return Work(call, lambda: [2 * x.double()], 1, 1)
+    def prepare() -> Prepared:
+        return Prepared(None, call, call if "prepared" not in fault else lambda: [x.new_empty(x.shape)])
+
+    return Work(call, lambda: [2 * x.double()], 1, 1, prepare)
 
 
 def cases(setting: Setting) -> list[Case]:

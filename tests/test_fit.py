@@ -65,7 +65,7 @@ def test_faults_are_named_and_left_out(start, tmp_path):
     sanitizer.write_text(
         """#!/bin/bash
 while [ "$1" != --lines ]; do shift; done
-echo '{"tile": "6", "form": "fine too"}' >>"$2"
+echo '{"tile": "7", "form": "fine too"}' >>"$2"
 echo "========= COMPUTE-SANITIZER"
 echo "========= Invalid __global__ write of size 4 bytes"
 exit 99
@@ -86,6 +86,7 @@ exit 99
         ("garbage", "1 of 4 tiles of 64 x 64 are wrong; worst at sample 0, rows from 64, columns from 64 of result 0"),
         ("flaky", "run 2 of 2 differs from the first"),
         ("spills over", "writes beyond its results"),
+        ("writes nothing when prepared", "the moved prepared launch differs from a plain run"),
         ("fine too", "compute-sanitizer: Invalid __global__ write of size 4 bytes"),
     ):
         assert why in verdicts[name]["why"], name

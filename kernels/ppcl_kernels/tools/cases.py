@@ -15,18 +15,24 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ppcl_kernels.ada_layer_norm import Tile as NormTile
-from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference
+from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference, prepare_ada_layer_norm
 from ppcl_kernels.gated_residual import Tile as ResidualTile
-from ppcl_kernels.gated_residual import gated_residual, gated_residual_reference
+from ppcl_kernels.gated_residual import gated_residual, gated_residual_reference, prepare_gated_residual
 from ppcl_kernels.heads import joint_outputs, norm_rope_reference
 from ppcl_kernels.joint_attention import Tile as AttentionTile
-from ppcl_kernels.joint_attention import joint_attention, launch_key_ranges
+from ppcl_kernels.joint_attention import joint_attention, launch_key_ranges, prepare_joint_attention
 from ppcl_kernels.launch import Target
-from ppcl_kernels.linear import Linear, grouped_linear, linear_reference
+from ppcl_kernels.linear import Linear, grouped_linear, linear_reference, prepare_linear
 from ppcl_kernels.matmul import Tile
 from ppcl_kernels.norm_rope import Tile as NormRopeTile
-from ppcl_kernels.norm_rope import launch_norm_rope
-from ppcl_kernels.qkv_projection import Stream, qkv_projection, qkv_projection_reference, tile_candidates
+from ppcl_kernels.norm_rope import launch_norm_rope, prepare_norm_rope
+from ppcl_kernels.qkv_projection import (
+    Stream,
+    prepare_qkv_projection,
+    qkv_projection,
+    qkv_projection_reference,
+    tile_candidates,
+)
 
 
 class Shape(NamedTuple):
@@ -63,6 +69,14 @@ class Setting:
     shape: Shape
 
 
+class Prepared(NamedTuple):
+    """A prepared launch (`ppcl_kernels.prepared`), and what calls it with a work's inputs, or with copies of them."""
+
+    launch: Any
+    call: Callable[[], Sequence[torch.Tensor]]
+    elsewhere: Callable[[], Sequence[torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class Work:
     """A form with its inputs.
@@ -71,12 +85,14 @@ class Work:
         call: runs the kernel; results are made by ``new_empty``, which is how they are poisoned.
         exact: gives the same in float64 (a rotation in float32, whose roundings are 2^16 times as fine as bf16's).
         roundings, terms: of its `ppcl_kernels.tools.judge.Limit`.
+        prepare: prepares it for calls that repeat, None where nobody does.
     """
 
     call: Callable[[], Sequence[torch.Tensor]]
     exact: Callable[[], Iterable[torch.Tensor]]
     roundings: int
     terms: int
+    prepare: Callable[[], Prepared] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,27 @@ def _double(values: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, values)
 
 
+def _elsewhere(values: Any) -> Any:
+    """Copies of tensors, of the same strides, at another place."""
+    return tree_map_only(
+        torch.Tensor,
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t),
+        values,
+    )
+
+
+def _prepared(launch: Any, *arguments: Any, moved: Any = None) -> Prepared:
+    """Call a prepared launch with arguments, and with ``moved``, or copies of all of them, in their place."""
+
+    def results(given: Sequence[Any]) -> Sequence[torch.Tensor]:
+        made = launch(*given)
+        return [made] if isinstance(made, torch.Tensor) else made
+
+    # Copies are kept: their memory is not given to results.
+    copies = _elsewhere(arguments) if moved is None else moved
+    return Prepared(launch, lambda: results(arguments), lambda: results(copies))
+
+
 def _form(what: str, batch: int, *tokens: int) -> str:
     return f"{what}, {batch} x {'+'.join(map(str, tokens))} tokens"
 
@@ -177,7 +214,12 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
             wide = Linear(*_double(tuple(g)))
             yield linear_reference(*wide[:4], gelu=gelu, gate=wide.gate, index=wide.index, residual=wide.residual)
 
-    return Work(lambda: grouped_linear(groups, gelu=gelu, tile=tile), exact, 1, groups[0].x.shape[2])
+    def prepare() -> Prepared:
+        # Weights stay where they are.
+        moved = [Linear(_elsewhere(g.x), *g[1:4], *_elsewhere(tuple(g[4:]))) for g in groups]
+        return _prepared(prepare_linear(groups, gelu=gelu, tile=tile), groups, moved=(moved,))
+
+    return Work(lambda: grouped_linear(groups, gelu=gelu, tile=tile), exact, 1, groups[0].x.shape[2], prepare)
 
 
 def _three(make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -227,7 +269,13 @@ def _qkv(
     def exact() -> Sequence[torch.Tensor]:
         return qkv_projection_reference([Stream(*_double(tuple(s))) for s in streams], chosen, head_dim)
 
-    return Work(lambda: qkv_projection(streams, chosen, head_dim, tile=tile), exact, 1, setting.shape.width)
+    def prepare() -> Prepared:
+        moved = [s._replace(x=_elsewhere(s.x), rope=_elsewhere(s.rope)) for s in streams]
+        launch = prepare_qkv_projection(streams, chosen, head_dim, tile=tile)
+        return _prepared(launch, streams, chosen, moved=(moved, _elsewhere(chosen)))
+
+    call = partial(qkv_projection, streams, chosen, head_dim, tile=tile)
+    return Work(call, exact, 1, setting.shape.width, prepare)
 
 
 def _norm_rope_cases(setting: Setting) -> Iterator[Case]:
@@ -263,7 +311,12 @@ def _norm_rope(
             q_first, kv_first = q_first + (0 if part[0] is None else count), kv_first + count
         return outputs
 
-    return Work(call, lambda: norm_rope_reference(_double(raw), _double(norms), _double(ropes)), 1, head_dim)
+    def prepare() -> Prepared:
+        moved = (_elsewhere(raw), norms, _elsewhere(ropes))
+        return _prepared(prepare_norm_rope(raw, norms, ropes), raw, norms, ropes, moved=moved)
+
+    exact = partial(norm_rope_reference, *_double((raw, norms, ropes)))
+    return Work(call, exact, 1, head_dim, prepare)
 
 
 def _attention_cases(setting: Setting) -> Iterator[Case]:
@@ -308,8 +361,12 @@ def _attention(setting: Setting, tile: AttentionTile, what: str, batch: int, tok
                     y[b, :, h] = scores.softmax(1) @ v[b, :, h].double()
         yield y
 
-    # Weights are rounded before they meet the values.
-    return Work(lambda: [joint_attention(q, k, v, mask, lengths, tile=tile)], exact, 2, k.shape[1] + q.shape[3])
+    def prepare() -> Prepared:
+        return _prepared(prepare_joint_attention(q, k, v, mask, tile=tile), q, k, v, mask)
+
+    # Weights are rounded before they meet the values. Nobody prepares lengths.
+    call, terms = partial(joint_attention, q, k, v, mask, lengths, tile=tile), k.shape[1] + q.shape[3]
+    return Work(lambda: [call()], exact, 2, terms, prepare if lengths is None else None)
 
 
 def _mask(setting: Setting, batch: int, text: int, image: int) -> torch.Tensor:
@@ -386,6 +443,7 @@ def _norm(setting: Setting, tile: NormTile, batch: int, tokens: int, indexed: bo
         lambda: [ada_layer_norm_reference(*_double((x, scale, shift, index)))],
         1,
         width,
+        lambda: _prepared(prepare_ada_layer_norm(x, scale, shift, index, tile=tile), x, scale, shift, index),
     )
 
 
@@ -398,4 +456,5 @@ def _gated(setting: Setting, tile: ResidualTile, batch: int, tokens: int, indexe
         lambda: [gated_residual_reference(*_double((x, gate, h, index)))],
         1,
         1,
+        lambda: _prepared(prepare_gated_residual(x, gate, h, index, tile=tile), x, gate, h, index),
     )

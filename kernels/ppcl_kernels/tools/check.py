@@ -1,4 +1,4 @@
-"""One case, checked: against float64, for what it writes where it should not, run after run, captured and replayed."""
+"""One case, checked: against float64, for what it writes around its results, again and again, prepared, captured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 
-from ppcl_kernels.tools.cases import Case
+from ppcl_kernels.prepared import Bound
+from ppcl_kernels.tools.cases import Case, Prepared
 from ppcl_kernels.tools.children import Say
 from ppcl_kernels.tools.judge import Limit, judge
 
@@ -27,7 +28,7 @@ def poison(dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[list[torch.Tensor]]:
-    """Let ``new_empty`` give poison amid poison; the list holds what was allocated, margins included."""
+    """Let ``new_empty`` and ``empty_like`` give poison amid poison; the list holds all of it, margins included."""
     original, buffers = torch.Tensor.new_empty, list[torch.Tensor]()
 
     def amid(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
@@ -36,7 +37,10 @@ def poisoned() -> Iterator[list[torch.Tensor]]:
         buffers.append(buffer.fill_(poison(buffer.dtype)))
         return buffer[_MARGIN : _MARGIN + size.numel()].view(size)
 
-    with mock.patch.object(torch.Tensor, "new_empty", amid):
+    def like(x: torch.Tensor) -> torch.Tensor:
+        return amid(x, x.shape)
+
+    with mock.patch.object(torch.Tensor, "new_empty", amid), mock.patch.object(torch, "empty_like", like):
         yield buffers
 
 
@@ -94,7 +98,7 @@ def _check(case: Case, device: torch.device, repeats: int, stage: Any, row: dict
         first = list(work.call())
     stage("float64")
     if not buffers:
-        return "no result came from new_empty: it was not poisoned"
+        return "no result came from new_empty or empty_like: none was poisoned"
     if not _margins_left_alone(buffers):
         return "writes beyond its results"
     limit = Limit(first[0].dtype, work.roundings, work.terms)
@@ -115,9 +119,32 @@ def _check(case: Case, device: torch.device, repeats: int, stage: Any, row: dict
         if not all(map(same, work.call(), first)):
             return f"run {number} of {repeats} differs from the first"
     row["repeats"] = repeats
+    call = work.call
+    if work.prepare is not None:
+        stage("prepared launches")
+        prepared = work.prepare()
+        row["detours"] = detours = list[str]()
+        if why := _repeated(prepared, first, detours, interpreted=device.type == "cpu"):
+            return why
+        call = prepared.call
     if device.type == "cuda":
         stage("capture and replay")
-        return _captured(work.call, first)
+        return _captured(call, first)
+    return ""
+
+
+def _repeated(prepared: Prepared, first: Sequence[torch.Tensor], detours: list[str], interpreted: bool) -> str:
+    """Check prepared launches; ``detours`` is told why they go through triton, which makes them slower, not wrong."""
+    # The first goes through triton, and is looked at; the others repeat it.
+    calls = {"first": prepared.call, "second": prepared.call, "moved": prepared.elsewhere, "last": prepared.call}
+    for name in ("moved",) if interpreted else calls:
+        with poisoned() as buffers:
+            results = calls[name]()
+        if not (all(map(same, results, first)) and _margins_left_alone(buffers)):
+            return f"the {name} prepared launch differs from a plain run"
+    for part in () if interpreted else vars(prepared.launch).values():
+        detours += [part.detour for part in (part if isinstance(part, list) else [part]) if isinstance(part, Bound)]
+    detours[:] = sorted(set(filter(None, detours)))
     return ""
 
 

@@ -317,7 +317,9 @@ class _Fit:
         found = row.get("why", "")
         if row["ok"]:
             share = max(row["error_rms"], row["error_max"]) / row["limit"] if row["limit"] else 0.0
+            detours = [f"prepared launches go through triton: {why}" for why in row.get("detours", ())]
             found = f"fit, error {share:.2f} of its limit in {row['tiles']} tiles, {row['repeats']} runs equal"
+            found = ", ".join((found, *detours))
         return f"{took:4.0f} s  {' '.join(unit)}: {', '.join(filter(None, (row['form'], found)))}"
 
     def sanitize(self) -> None:
