@@ -214,9 +214,11 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
         return gpu_run.Part(number, seconds, lambda folder, planned: ["-c", script.format(folder=folder)])
 
     leave = "import json, os, sys, time; open('{folder}/%s.json', 'w').write(json.dumps(dict(results=[1], got=%s)))\n"
+    # Its child is told of nothing.
+    fork = "os.fork() or open('{folder}/child', 'w').write(str(os.getpid())); time.sleep(60)"
     parts = {
         "fit": part("1", 60, leave % ("fit", "1") + "open('{folder}/allowed.json', 'w').write('x'); sys.exit(3)"),
-        "choose": part("2", 1, leave % ("choose", "os.environ['PPCL_ALLOWED']") + "os.fork(); time.sleep(60)"),
+        "choose": part("2", 1, leave % ("choose", "os.environ['PPCL_ALLOWED']") + fork),
         "model": part("3", 60, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
         "tests": part("tests", 60, leave % ("tests", "os.environ.get('TRITON_INTERPRET', 'native')")),
     }
@@ -240,6 +242,8 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
     assert [found[name]["results"] for name in parts] == [[1], [1], [], [1]]
     assert all(content["device"] == "NVIDIA H200" and content["part"] == name for name, content in found.items())
     assert found["model"]["command"] == "bash bench/gpu.sh model"
+    child = Path(f"/proc/{(folder / 'child').read_text()}/status")
+    assert not child.exists() or "\nState:\tZ" in child.read_text(), "a child outlived its part"
     # What part 1 found holds for those after it.
     assert found["choose"]["got"] == str(folder / "allowed.json") and found["tests"]["got"] == "native"
     assert capfd.readouterr().out.count(" ended with status ") == 4
