@@ -33,11 +33,11 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench/bench_model.py --benchmark-only -s
-	$(BIN)/python -m pytest bench/bench_kernels.py --benchmark-only -s
+	$(BIN)/python bench/bench_kernels.py --tiny
 
-# On a machine with a CUDA device, with its own python: nothing is installed.
+# On a machine with a CUDA device, with its own python: nothing is installed. PART=1, 2 or 3 for one of its parts.
 gpu:
-	$(if $(filter file,$(origin PYTHON)),,PYTHON=$(PYTHON)) bash bench/gpu.sh
+	$(if $(filter file,$(origin PYTHON)),,PYTHON=$(PYTHON)) bash bench/gpu.sh $(PART)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png

@@ -1,77 +1,75 @@
-"""Every operation of a block at the widths of its plans: our kernels against eager, compiled, cuBLAS and specialists.
+"""Part 2 of ``make gpu``: which implementation of each operation is fastest, at the shapes that a model asks for.
 
-    python -m pytest bench/bench_kernels.py --benchmark-only -s        (the first PPCL_BENCH_SECONDS=230 of it)
+    python bench/bench_kernels.py --out bench/results/nvidia-h200 --seconds 500
+    python bench/bench_kernels.py --tiny            (on a CPU, in triton's interpreter: those times say nothing)
 
-A case is an operation at a shape. Its contestants are checked against float64, then timed in turn, round by round, so
-that a ratio comes from one run; the cache is flushed before every call. On a GPU that flush also lets the host run
-ahead: what is timed is the device. Milliseconds are medians; pytest-benchmark's own figures hold the host's part too.
-`eager` is the chain of diffusers' stock block (separate products, norms, rotation, cat, SDPA, gate, residual). Weights
-are prefixes of full ones, for all contestants. FLOPs and bytes are those that cannot be spared: inputs read once,
-outputs written once, no mask taken off.
+What is raced is what a block of Qwen-Image asks its operations for: a random block of the real widths is run, its calls
+are kept, and each call is a case. Its contestants are all implementations that `ppcl_rt.ops` has for it, and rivals:
+the chain of plain torch compiled, FlexAttention, for products the product alone, for a norm a copy of the same bytes.
+Every result is compared with plain torch's before it is timed and after, tile by tile (`ppcl_rt.ways.agree`). All of a
+case are timed in turn, round by round; before each call a quarter of a gigabyte is read, so that inputs come from
+memory and no line that somebody else wrote is written back meanwhile, and the device waits until python is ahead.
+Milliseconds are medians. FLOPs and bytes are those that cannot be spared: inputs read once, outputs written once.
 
-Without a GPU the same runs on tiny shapes, our kernels in triton's interpreter: those times say nothing about kernels.
-PPCL_BENCH_JSON names a file that holds all results after each case.
+``choose.json`` holds every time, ``ways.json`` the winners, as `ppcl_rt.ways` reads them: a copy of it in
+``ppcl_rt/tables/<device>.json`` is what the package ships. Both are rewritten after each case. The races run in a
+process of their own, which a contestant may take down or hang in: it is named, and the next process goes on without it.
+
+Exit status: 0 all was measured, 1 something failed or was not reached, 2 bad usage or no device.
 """
 
-import dataclasses
+from __future__ import annotations
+
+import argparse
 import functools
-import importlib.util
+import json
 import os
+import signal
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
-import pytest
-import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_iter, tree_map_only
-
-if not torch.cuda.is_available():
+if "--tiny" in sys.argv:
     # Read when a kernel is defined: before the imports below.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from ppcl_kernels import ada_layer_norm as norm_op
-from ppcl_kernels import gated_residual as gated_residual_op
-from ppcl_kernels._triton import INTERPRETED, triton
-from ppcl_kernels.ada_layer_norm import Tile as NormTile
-from ppcl_kernels.ada_layer_norm import ada_layer_norm_reference
-from ppcl_kernels.gated_residual import Tile as ResidualTile
-from ppcl_kernels.gated_residual import gated_residual_reference
-from ppcl_kernels.joint_attention import Tile as AttentionTile
-from ppcl_kernels.joint_attention import joint_attention
-from ppcl_kernels.launch import Target
-from ppcl_kernels.linear import Linear, grouped_linear, linear_reference
-from ppcl_kernels.matmul import Tile
-from ppcl_kernels.mlp import Mlp, grouped_mlp, mlp_reference
-from ppcl_kernels.norm_rope import norm_rope
-from ppcl_kernels.qkv_projection import Stream, choose_tile, qkv_projection, qkv_projection_reference, tile_candidates
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
-# By path: the package imports diffusers, which kernels do without.
-_spec = importlib.util.spec_from_file_location(
-    "bench_report", Path(__file__).parents[1] / "ppcl_rt" / "bench_report.py"
-)
-bench_report = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(bench_report)
+from ppcl_kernels.tools.children import Job, Outcome, Say, run_all, terminated_as_exit
+from ppcl_kernels.tools.machine import machine, write_json
+from ppcl_rt import ways
+from ppcl_rt.ops.operation import Operation
+from ppcl_rt.ops.qkv_projection import pack
+from ppcl_rt.plan import Width
+from ppcl_rt.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock
+from ppcl_rt.ways import TORCH, Table, agree
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CUDA = DEVICE.type == "cuda"
+Call = Callable[[], Any]
+Row = dict[str, Any]
+
+_LOST = 3
+_ENDS = {_LOST: "a fault of the device", -signal.SIGALRM: "hangs"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Preset:
-    """Shapes to measure; the first image, text, width and batch are the main ones.
+    """Sizes of the block and of a race.
 
     Attributes:
-        images: pixels a side -> image tokens.
-        widths: per cent of the heads and hidden channels that are kept.
-        compiled: (operation, width) that torch.compile and FlexAttention take part in (5 to 10 s each), None for all
-            operations at 100 and 50 %; main image, text and batch alone.
-        rounds: timed, of all contestants of a case; screening: of all tiles.
-        flush: bytes written before each call: more than any L2 (60 MB on an H200), and half a millisecond for the host.
+        images: pixels a side -> image tokens; the first is the main one.
+        texts: text tokens; the first is the main one.
+        widths: per cent of heads and channels that are kept.
+        compiled: widths at which what torch.compile makes takes part (5 to 10 s each), at the main shape and batch 1.
+        rounds: timed, of the best implementation of each kind and the rivals; screening: of all.
+        flush: bytes that are read before each call, more than any L2; ahead: cycles that the device then waits.
         matrix, copied: of the two ceilings: side of a square product, bytes of a copy.
     """
 
@@ -82,77 +80,61 @@ class Preset:
     texts: tuple[int, ...]
     widths: tuple[int, ...]
     batches: tuple[int, ...]
-    compiled: tuple[tuple[str, int], ...] | None
+    compiled: tuple[int, ...]
+    device: str
     dtype: torch.dtype
     rounds: int
     screening: int
     flush: int
+    ahead: int
     matrix: int
     copied: int
 
-    @property
-    def dim(self) -> int:
-        return self.heads * self.head_dim
-
 
 PRESETS = {
-    # Qwen-Image and FLUX.
-    "production": Preset(
+    # Qwen-Image; FLUX has the same widths.
+    "full": Preset(
         heads=24,
         head_dim=128,
         hidden=12288,
         images={1024: 4096, 512: 1024, 1328: 6889},
-        texts=(512, 32),
-        widths=(100, 75, 50, 25),
+        texts=(512, 64),
+        widths=(100, 50, 75, 25),
         batches=(1, 2),
-        compiled=None,
+        compiled=(100, 50),
+        device="cuda",
         dtype=torch.bfloat16,
-        rounds=25,
-        screening=7,
-        flush=2**31,
+        rounds=20,
+        screening=5,
+        flush=2**28,
+        ahead=500_000,
         matrix=8192,
-        copied=2**31,
+        copied=2**30,
     ),
     "tiny": Preset(
         heads=2,
-        head_dim=16,
-        hidden=128,
-        images={96: 33},
-        texts=(7,),
+        head_dim=8,
+        hidden=64,
+        images={96: 9},
+        texts=(3,),
         widths=(100, 50),
         batches=(1,),
-        compiled=(("gated_residual", 100),),
+        compiled=(),
+        device="cpu",
         dtype=torch.float32,
-        rounds=3,
+        rounds=2,
         screening=1,
-        flush=2**20,
-        matrix=256,
-        copied=2**20,
+        flush=2**10,
+        ahead=0,
+        matrix=64,
+        copied=2**10,
     ),
 }
-PRESET = PRESETS["production" if CUDA else "tiny"]
-
-# Operations whose cost depends on the width of a plan, and those whose does not.
-PRUNED = ("joint_attention", "qkv_projection", "up_gelu", "down_gate_residual", "mlp")
-WHOLE = ("ada_layer_norm", "gated_residual", "stand_in_residual")
-# Contestants that run a kernel of ours.
-OURS = ("triton", "cublas + fused")
-SDPA = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa math": SDPBackend.MATH,
-}
-# In eps of the dtype, relative to the RMS and the largest value: the stock chains in bf16, with a rounding a step, are
-# off by up to 0.46 and 1.3. And float32 sums of up to 12288 terms: 100 roundings of 6e-8.
-RMS_LIMIT, MAX_LIMIT = 1, 4
-SUMS_LIMIT = 1e-5
 
 
-class Case(NamedTuple):
-    """An operation at a shape; ``width`` in per cent."""
+class Setting(NamedTuple):
+    """What a block is called with; ``width`` in per cent, 0 for linear maps in place of its MLPs (PPCL eq. 9)."""
 
-    op: str
     pixels: int
     image: int
     text: int
@@ -160,535 +142,436 @@ class Case(NamedTuple):
     width: int
     masked: bool = False
 
-    def __str__(self) -> str:
-        masked = "-masked" if self.masked else ""
-        return f"{self.op}-{self.pixels}px-text{self.text}-batch{self.batch}-width{self.width}{masked}"
+
+class Case(NamedTuple):
+    """One call of one operation; ``op`` is its place in a block."""
+
+    op: str
+    operation: Operation[Any, Any]
+    call: Any
 
 
-def cases(preset: Preset) -> list[Case]:
-    """Not the product of all axes but a cross through the main shape, which comes first: time may run out."""
-    (main, image), *others = preset.images.items()
+def settings(preset: Preset) -> list[Setting]:
+    """Not the product of all axes: the main image first, batch 1 before 2, since time may run out."""
+    (main, tokens), *_ = preset.images.items()
     text, *texts = preset.texts
     full, half = preset.widths[0], 50
     made = []
     for batch in preset.batches:
-        made += [Case(op, main, image, text, batch, width) for op in PRUNED for width in preset.widths]
-        made += [Case("joint_attention", main, image, text, batch, width, masked=True) for width in (full, half)]
-        made += [Case(op, main, image, text, batch, full) for op in WHOLE]
-    for pixels, tokens in others:
-        made += [Case(op, pixels, tokens, text, 1, width) for op in PRUNED for width in (full, half)]
-        made += [Case(op, pixels, tokens, text, 1, full) for op in WHOLE]
-    return made + [Case(op, main, image, short, 1, full) for short in texts for op in PRUNED]
+        for pixels, image in preset.images.items():
+            made += [Setting(pixels, image, text, batch, width) for width in preset.widths]
+            if pixels == main:
+                made += [Setting(pixels, image, text, batch, width, True) for width in (full, half)]
+                made += [Setting(pixels, image, text, batch, 0)]
+    return made + [Setting(main, tokens, short, 1, width) for short in texts for width in (full, half)]
 
 
-def contestants(case: Case, preset: Preset) -> list[str]:
-    """Who takes part in a case; ours first."""
-    names = ["triton"]
-    # The gate alone has one tile.
-    names += ["triton best tile"] if case.op != "gated_residual" else []
-    names += ["triton unmasked"] if case.masked else []
-    names += ["eager"]
-    main = (case.pixels, case.text, case.batch) == (next(iter(preset.images)), preset.texts[0], 1)
-    listed = case.width in (100, 50) if preset.compiled is None else (case.op, case.width) in preset.compiled
-    if case.op == "joint_attention":
-        return names + [*SDPA] + (["flex"] if main and listed else [])
-    names += ["cublas + fused"] if case.op in ("qkv_projection", "down_gate_residual", "mlp") else []
-    return names + (["compiled"] if main and listed else [])
+class Block:
+    """A random block, and the calls that it makes."""
 
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+        dim = preset.heads * preset.head_dim
+        torch.manual_seed(0)
+        with torch.device(preset.device):
+            self.block = PPCLQwenImageTransformerBlock(dim, preset.heads, preset.head_dim)
+            for output in ("mlp_image", "mlp_text"):
+                self.block.narrow[LAYOUT.narrow_name(output, 0)] = torch.nn.Linear(dim, dim)
+        self.block.to(preset.dtype).requires_grad_(False)
+        for names in LAYOUT.side_by_side:
+            pack(*map(self.block.get_submodule, names))
 
-@dataclasses.dataclass
-class Contest:
-    """What a case runs.
+    def cases(self, setting: Setting) -> Iterator[Case]:
+        """Run it once, in plain torch, and give its calls in order."""
+        preset, made = self.preset, list[tuple[Operation[Any, Any], Any]]()
 
-    Attributes:
-        inputs: tensors, nested.
-        chain: the stock chain, a function of ``inputs``; in float64 it is the definition.
-        ours: our kernel with a tile, None for the one that it chooses.
-        chosen, tiles: the tile that it chooses, and all that are worth measuring.
-        flops: 0 where memory is the limit.
-        others: further contestants.
-    """
+        def record(operation: Operation[Any, Any], call: Any) -> Any:
+            made.append((operation, call))
+            return operation.run(call, TORCH)
 
-    inputs: Any
-    chain: Callable[..., Any]
-    ours: Callable[[Any], Any]
-    chosen: Callable[[], Any]
-    tiles: Callable[[], tuple]
-    flops: int = 0
-    others: dict[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
-
-    def exact(self) -> list[torch.Tensor]:
-        """Outputs in float64; in a rotation float32, whose roundings are 2^16 times as fine as bf16's."""
-        dtype = PRESET.dtype
-        wide = tree_map_only(torch.Tensor, lambda t: t.double() if t.dtype == dtype else t, self.inputs)
-        return list(tree_iter(self.chain(*wide)))
-
-    def bytes(self, outputs: list[torch.Tensor]) -> int:
-        tensors = {id(t): t for t in (*tree_iter(self.inputs), *outputs) if isinstance(t, torch.Tensor)}
-        return sum(t.numel() * t.itemsize for t in tensors.values())
-
-
-def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(shape, dtype=PRESET.dtype, device=DEVICE) * scale
-
-
-def weight(outputs: int, inputs: int, kept_outputs: int, kept_inputs: int) -> torch.Tensor:
-    """Prefix of a weight in rank order: a view with the full one's steps."""
-    return normal(outputs, inputs, scale=kept_inputs**-0.5)[:kept_outputs, :kept_inputs]
-
-
-def modulations(batch: int, count: int) -> tuple[torch.Tensor, ...]:
-    """Of the six that a modulation layer gives at once."""
-    return normal(batch, 6 * PRESET.dim).chunk(6, dim=-1)[:count]
-
-
-def tokens_of(case: Case) -> tuple[int, int]:
-    """Image first: linear layers want the long stream first, attention the text (their docstrings)."""
-    return case.image, case.text
-
-
-def matmul_tiles() -> tuple:
-    return Tile.candidates(Target.of(DEVICE), PRESET.dtype)
-
-
-def matmul_choice(case: Case, cols: int) -> Any:
-    return Tile.choose(Target.of(DEVICE), PRESET.dtype, tokens_of(case), case.batch, cols)
-
-
-def norm_contest(case: Case) -> Contest:
-    """The two that memory limits, on the image stream."""
-    shape = (case.batch, case.image, PRESET.dim)
-    x, h = normal(*shape), normal(*shape)
-    gate, scale, shift = modulations(case.batch, 3)
-    target, dtype = Target.of(DEVICE), PRESET.dtype
-    if case.op == "gated_residual":
-        return Contest(
-            (x, gate, h),
-            gated_residual_reference,
-            lambda tile: gated_residual_op(x, gate, h, tile=tile),
-            lambda: ResidualTile.choose(target, dtype, *shape),
-            lambda: ResidualTile.candidates(target, dtype),
-        )
-    return Contest(
-        (x, scale, shift),
-        ada_layer_norm_reference,
-        lambda tile: norm_op(x, scale, shift, tile=tile),
-        lambda: NormTile.choose(target, dtype, *shape),
-        lambda: NormTile.candidates(target, dtype, PRESET.dim),
-    )
-
-
-def linear_contest(case: Case) -> Contest:
-    """One linear layer a stream, both in one launch, and what follows it."""
-    dim, kept = PRESET.dim, PRESET.hidden * case.width // 100
-    groups = []
-    for tokens in tokens_of(case):
-        if case.op == "up_gelu":
-            x = normal(case.batch, tokens, dim)
-            groups.append(Linear(x, weight(PRESET.hidden, dim, kept, dim), normal(kept)))
-        elif case.op == "down_gate_residual":
-            x, residual = normal(case.batch, tokens, kept), normal(case.batch, tokens, dim)
-            (gate,) = modulations(case.batch, 1)
-            w = weight(dim, PRESET.hidden, dim, kept)
-            groups.append(Linear(x, w, normal(dim), gate=gate, residual=residual))
-        else:
-            x = normal(case.batch, tokens, dim)
-            groups.append(Linear(x, weight(dim, dim, dim, dim), normal(dim), residual=x))
-    gelu = case.op == "up_gelu"
-
-    def chain(*groups: Linear) -> list[torch.Tensor]:
-        return [linear_reference(*g[:4], gelu=gelu, gate=g.gate, residual=g.residual) for g in groups]
-
-    def fused() -> list[torch.Tensor]:
-        return [gated_residual_op(g.residual, g.gate, F.linear(g.x, g.weight, g.bias)) for g in groups]
-
-    return Contest(
-        groups,
-        chain,
-        lambda tile: grouped_linear(groups, gelu=gelu, tile=tile),
-        lambda: matmul_choice(case, groups[0].weight.shape[0]),
-        matmul_tiles,
-        flops=sum(2 * g.x.shape[:2].numel() * g.weight.numel() for g in groups),
-        others={"cublas + fused": fused},
-    )
-
-
-def mlp_contest(case: Case) -> Contest:
-    """Both MLPs with gate and residual: two launches."""
-    dim, kept = PRESET.dim, PRESET.hidden * case.width // 100
-    groups = [
-        Mlp(
-            normal(case.batch, tokens, dim),
-            weight(PRESET.hidden, dim, kept, dim),
-            normal(kept),
-            weight(dim, PRESET.hidden, dim, kept),
-            normal(dim),
-            gate=modulations(case.batch, 1)[0],
-            residual=normal(case.batch, tokens, dim),
-        )
-        for tokens in tokens_of(case)
-    ]
-
-    def chain(*groups: Mlp) -> list[torch.Tensor]:
-        return [mlp_reference(*g[:6], gate=g.gate, residual=g.residual) for g in groups]
-
-    def fused() -> list[torch.Tensor]:
-        hidden = [F.gelu(F.linear(g.x, g.up, g.up_bias), approximate="tanh") for g in groups]
-        downs = [F.linear(h, g.down, g.down_bias) for g, h in zip(groups, hidden)]
-        return [gated_residual_op(g.residual, g.gate, h) for g, h in zip(groups, downs)]
-
-    return Contest(
-        groups,
-        chain,
-        lambda tile: grouped_mlp(groups, up_tile=tile, down_tile=tile),
-        lambda: (*matmul_choice(case, kept), *matmul_choice(case, dim)),
-        matmul_tiles,
-        flops=sum(4 * g.x.shape[:2].numel() * g.up.numel() for g in groups),
-        others={"cublas + fused": fused},
-    )
-
-
-def qkv_contest(case: Case) -> Contest:
-    """Products, norms and rotations of both streams, text first."""
-    dim, e, heads = PRESET.dim, PRESET.head_dim, PRESET.heads * case.width // 100
-    streams = []
-    for tokens in (case.text, case.image):
-        angles = torch.rand(tokens, e // 2, device=DEVICE) * 6.28
-        streams.append(
-            Stream(
-                normal(case.batch, tokens, dim),
-                tuple(weight(dim, dim, heads * e, dim) for _ in range(3)),
-                tuple(normal(heads * e) for _ in range(3)),
-                (1 + normal(e, scale=0.1), 1 + normal(e, scale=0.1)),
-                torch.stack((angles.cos(), angles.sin()), dim=-1),
-            )
-        )
-
-    def chain(*streams: Stream) -> tuple[torch.Tensor, ...]:
-        return qkv_projection_reference(streams, heads, e)
-
-    def fused() -> tuple[torch.Tensor, ...]:
-        raw = [
-            tuple(F.linear(s.x, w, b).unflatten(-1, (heads, e)) for w, b in zip(s.weights, s.biases)) for s in streams
+        torch.manual_seed(1)
+        dim = preset.heads * preset.head_dim
+        like = {"device": preset.device, "dtype": preset.dtype}
+        image, text = (torch.randn(setting.batch, count, dim, **like) for count in (setting.image, setting.text))
+        angles = [
+            torch.rand(n, preset.head_dim // 2, device=preset.device) * 6.28 for n in (setting.image, setting.text)
         ]
-        return norm_rope(raw, [s.norms for s in streams], [s.rope for s in streams])
-
-    tokens = [case.text, case.image]
-    return Contest(
-        streams,
-        chain,
-        lambda tile: qkv_projection(streams, heads, e, tile=tile),
-        lambda: choose_tile(Target.of(DEVICE), PRESET.dtype, tokens, case.batch, heads, e),
-        lambda: tile_candidates(Target.of(DEVICE), PRESET.dtype, e),
-        flops=2 * case.batch * sum(tokens) * dim * 3 * heads * e,
-        others={"cublas + fused": fused},
-    )
-
-
-def stock_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What diffusers does by default: SDPA, whichever backend torch prefers."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mask = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def attention_contest(case: Case) -> Contest:
-    """Attention over both streams; a mask leaves out four in ten text keys, in no order, and no image key."""
-    heads, tokens = PRESET.heads * case.width // 100, case.text + case.image
-    q, k, v = (normal(case.batch, tokens, heads, PRESET.head_dim) for _ in range(3))
-    mask = None
-    if case.masked:
-        mask = torch.ones(case.batch, tokens, dtype=torch.bool, device=DEVICE)
-        mask[:, : case.text] = torch.rand(case.batch, case.text, device=DEVICE) < 0.6
-
-    def on(backend: SDPBackend) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return stock_attention(q, k, v, mask)
-
-    def unmasked() -> torch.Tensor:
-        return joint_attention(q, k, v)
-
-    def flex() -> Callable[[], torch.Tensor]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        blocks = None
-        if mask is not None:
-            blocks = create_block_mask(
-                lambda b, h, i, j: mask[b, j], case.batch, None, tokens, tokens, device=DEVICE.type
+        mask = torch.rand(setting.batch, setting.text, device=preset.device) < 0.6 if setting.masked else None
+        kept = preset.hidden * setting.width // 100
+        heads = preset.heads * (setting.width or 100) // 100
+        with mock.patch.object(Operation, "__call__", record):
+            self.block(
+                image,
+                text,
+                mask,
+                torch.randn(setting.batch, dim, **like),
+                tuple(torch.stack((a.cos(), a.sin()), dim=-1) for a in angles),
+                width=Width(heads, kept, kept, dim),
             )
-        attend = compiled(flex_attention)
-        parts = [t.transpose(1, 2) for t in (q, k, v)]
-        return lambda: attend(*parts, block_mask=blocks).transpose(1, 2)
-
-    return Contest(
-        (q, k, v, mask),
-        stock_attention,
-        lambda tile: joint_attention(q, k, v, mask, tile=tile),
-        lambda: AttentionTile.choose(Target.of(DEVICE), PRESET.dtype, *q.shape),
-        lambda: AttentionTile.candidates(Target.of(DEVICE), PRESET.dtype, PRESET.head_dim),
-        flops=4 * case.batch * heads * tokens**2 * PRESET.head_dim,
-        others={
-            "triton unmasked": unmasked,
-            **{name: functools.partial(on, backend) for name, backend in SDPA.items()},
-            "flex": once(flex),
-        },
-    )
+        before_up = True
+        for operation, call in made:
+            yield Case(_place(operation, call, before_up, setting), operation, call)
+            before_up = before_up and not getattr(call, "gelu", False)
 
 
-CONTESTS = {
-    **dict.fromkeys(("ada_layer_norm", "gated_residual"), norm_contest),
-    **dict.fromkeys(("up_gelu", "down_gate_residual", "stand_in_residual"), linear_contest),
-    "mlp": mlp_contest,
-    "qkv_projection": qkv_contest,
-    "joint_attention": attention_contest,
-}
+def _place(operation: Operation[Any, Any], call: Any, before_up: bool, setting: Setting) -> str:
+    """What an operation is there for."""
+    if operation.name == "ada_layer_norm":
+        return operation.name if call.x.shape[1] == setting.image else f"{operation.name} of text"
+    if operation.name != "linear":
+        return operation.name
+    if call.gelu:
+        return "up_gelu"
+    if call.groups[0].gate is None:
+        return "map_residual"
+    return "out_gate_residual" if before_up else "down_gate_residual"
 
 
-def compiled(function: Callable) -> Callable:
+def work_of(case: Case, results: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """FLOPs, 0 where memory is the limit, and bytes, of inputs read once and outputs written once."""
+    call, name = case.call, case.operation.name
+    written = sum(t.numel() * t.itemsize for t in results)
+    if name == "joint_attention":
+        batch, tokens, heads, head_dim = call.q.shape
+        read = sum(t.numel() * t.itemsize for t in call[:3])
+        return 4 * batch * heads * tokens * call.k.shape[1] * head_dim, read + written
+    if name == "ada_layer_norm":
+        return 0, sum(t.numel() * t.itemsize for t in call[:3]) + written
+    read = flops = 0
+    if name == "linear":
+        for g in call.groups:
+            weights = g.x.shape[2] * (g.out_features or g.weight.shape[0])
+            flops += 2 * g.x.shape[:2].numel() * weights
+            others = sum(t.numel() for t in (g.x, g.bias, g.gate, g.residual) if t is not None)
+            read += (weights + others) * g.x.itemsize
+    else:
+        for s in call.streams:
+            weights = (3 if s.queries else 2) * call.heads * call.head_dim * s.x.shape[2]
+            flops += 2 * s.x.shape[:2].numel() * weights
+            read += (weights + s.x.numel()) * s.x.itemsize
+            read += 0 if s.rope is None else sum(t.numel() * t.itemsize for t in tree_leaves(s.rope))
+    return flops, read + written
+
+
+def rivals(case: Case, setting: Setting, preset: Preset) -> dict[str, Callable[[], Call]]:
+    """Who else takes part: name -> what makes the call."""
+    call, operation = case.call, case.operation
+    main = setting[:4] == (*next(iter(preset.images.items())), preset.texts[0], 1)
+    compiles = main and setting.width in preset.compiled
+    made: dict[str, Callable[[], Call]] = {}
+    if operation.name == "joint_attention":
+        if compiles:
+            made["flex"] = functools.partial(_flex, call)
+        return made
+    if compiles:
+        made["compiled"] = lambda: functools.partial(_compiled(functools.partial(operation.run, way=TORCH)), call)
+    if operation.name == "ada_layer_norm":
+        copy = torch.empty_like(call.x)
+        made["copy"] = lambda: lambda: copy.copy_(call.x)
+    elif operation.name == "linear":
+        weights = [g.weight[: g.out_features, : g.x.shape[2]] for g in call.groups]
+        made["product alone"] = lambda: lambda: [F.linear(g.x, w) for g, w in zip(call.groups, weights)]
+    return made
+
+
+# They compute something else.
+UNCHECKED = ("copy", "product alone")
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for one shape, with nothing left of the shapes before it: they count towards a limit."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
 
-def once(make: Callable[[], Callable]) -> Callable[[], Any]:
-    """Make a function at its first call."""
-    made = functools.cache(make)
-    return lambda: made()()
+def _flex(call: Any) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = (t.transpose(1, 2) for t in call[:3])
+    blocks = None
+    if (mask := call.key_mask) is not None:
+        blocks = create_block_mask(
+            lambda b, h, i, j: mask[b, j], q.shape[0], None, q.shape[2], k.shape[2], device=q.device.type
+        )
+    attend = _compiled(flex_attention)
+    return lambda: attend(q, k, v, block_mask=blocks).transpose(1, 2)
 
 
-def mark() -> Any:
-    """A point in time, of the device where there is one."""
-    if not CUDA:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+class Clock:
+    """Times calls on a preset's device."""
+
+    def __init__(self, preset: Preset) -> None:
+        self.preset, self.cuda = preset, preset.device == "cuda"
+        self.filler = torch.ones(preset.flush // 4, dtype=torch.int32, device=preset.device)
+
+    def paired_ms(self, calls: dict[str, Call], rounds: int) -> dict[str, float]:
+        """Median milliseconds of each call; all are timed in turn, round by round."""
+        marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                self.filler.max()
+                if self.cuda:
+                    torch.cuda._sleep(self.preset.ahead)
+                start = self._mark()
+                call()
+                marks[name].append((start, self._mark()))
+        self.wait()
+        return {name: statistics.median(self._between(*pair) for pair in pairs) for name, pairs in marks.items()}
+
+    def wait(self) -> None:
+        """Wait for the device; raises what went wrong there."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self.cuda else 1e3 * (end - start)
+
+    def ceilings(self) -> dict[str, float]:
+        """What the device reaches today: TFLOP/s of a large product, GB/s of a large copy; three inputs that rotate."""
+        side, like = self.preset.matrix, {"device": self.preset.device, "dtype": self.preset.dtype}
+        pairs = [(torch.randn(side, side, **like), torch.randn(side, side, **like)) for _ in range(3)]
+        sources = [torch.ones(self.preset.copied // 4, dtype=torch.int32, device=self.preset.device) for _ in range(3)]
+        target = torch.empty_like(sources[0])
+        calls: dict[str, Call] = {f"product {n}": functools.partial(torch.mm, *pair) for n, pair in enumerate(pairs)}
+        calls |= {f"copy {n}": functools.partial(target.copy_, source) for n, source in enumerate(sources)}
+        self.paired_ms(calls, 2)
+        ms = self.paired_ms(calls, self.preset.rounds)
+        product, copy = (
+            statistics.median(value for name, value in ms.items() if name.startswith(kind))
+            for kind in ("product", "copy")
+        )
+        return {"tflops": 2 * side**3 / product / 1e9, "gbs": 2 * self.preset.copied / copy / 1e6}
 
 
-def between(start: Any, end: Any) -> float:
-    """Milliseconds."""
-    return start.elapsed_time(end) if CUDA else 1e3 * (end - start)
+def kernel_names(call: Call) -> list[str]:
+    """Names of the kernels that a call launches on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
 
-
-@functools.cache
-def cache_filler() -> torch.Tensor:
-    return torch.empty(PRESET.flush, dtype=torch.uint8, device=DEVICE)
-
-
-def paired_ms(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """Median milliseconds of each call; all are timed in turn, round by round, with the cache flushed before each."""
-    marks: dict[Any, list] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            cache_filler().zero_()
-            start = mark()
-            call()
-            marks[name].append((start, mark()))
-    if CUDA:
+    with profile(activities=[ProfilerActivity.CUDA]) as run:
+        call()
         torch.cuda.synchronize()
-    return {name: statistics.median(between(*pair) for pair in pairs) for name, pairs in marks.items()}
+    return sorted({event.name for event in run.events() if event.device_type == torch.autograd.DeviceType.CUDA})
 
 
-@functools.cache
-def ceilings() -> dict[str, float]:
-    """What this device reaches today: TFLOP/s of a large product, GB/s of a large copy (bytes read and written)."""
-    a, b = (normal(PRESET.matrix, PRESET.matrix) for _ in range(2))
-    source = torch.ones(PRESET.copied, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    calls = {"matrix": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    paired_ms(calls, 3)
-    ms = paired_ms(calls, PRESET.rounds)
-    found = {"tflops": 2 * PRESET.matrix**3 / ms["matrix"] / 1e9, "gbs": 2 * PRESET.copied / ms["copy"] / 1e6}
-    print(f"\nceilings: product {found['tflops']:.1f} TFLOP/s, copy {found['gbs']:.0f} GB/s", flush=True)
-    return found
+class Races:
+    """All cases, one after the other; goes on where a process before it ended."""
 
+    def __init__(self, preset: Preset, out: Path, deadline: float, stall: int, say: Say) -> None:
+        self.preset, self.out, self.deadline, self.stall = preset, out, deadline, stall
+        self.content = json.loads((out / "choose.json").read_text())
+        self.content |= {name: value for name, value in machine().items() if name != "date"}
+        self.rows: list[Row] = self.content["results"]
+        self.done = {row["key"] for row in self.rows}
+        self.clock = Clock(preset)
+        about = {"device": self.content["device"], "torch": torch.__version__}
+        self.tables = [Table(out / "ways.json", about, lambda call: 0.0)]
+        if self.clock.cuda:
+            # Where the part after this one looks.
+            known = ways.table_of(torch.cuda.current_device())
+            self.tables = [Table(out / "ways.json", known.about, known.clock), known]
 
-def errors(outputs: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, float]:
-    """Largest error to the largest value, and RMS error to the RMS value; the worst output counts."""
-    assert [t.shape for t in outputs] == [t.shape for t in exact]
-    found = []
-    for out, wanted in zip(outputs, exact, strict=True):
-        off = out.double() - wanted
-        found.append((off.abs().max() / wanted.abs().max(), off.square().mean().sqrt() / wanted.square().mean().sqrt()))
-    return tuple(float(torch.stack(column).max()) for column in zip(*found, strict=True))
-
-
-def why(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
-def best_tile(contest: Contest) -> tuple[Any, dict[str, float | str]]:
-    """The fastest tile, and the milliseconds of each, or why there are none."""
-    calls, failed = {}, {}
-    for tile in contest.tiles():
-        try:
-            contest.ours(tile)
-            calls[tile] = functools.partial(contest.ours, tile)
-        except Exception as error:
-            failed[" ".join(map(str, tile))] = why(error)
-    if not calls:
-        raise RuntimeError(f"no tile runs: {failed}")
-    ms = paired_ms(calls, PRESET.screening)
-    return min(ms, key=ms.get), {" ".join(map(str, tile)): round(ms[tile], 5) for tile in ms} | failed
-
-
-def enter(contest: Contest, name: str, row: dict[str, Any]) -> Callable[[], Any]:
-    """The call of a contestant."""
-    if name.startswith(OURS) and not (CUDA or INTERPRETED):
-        pytest.skip("kernels need a GPU, or TRITON_INTERPRET=1")
-    if name == "triton":
-        row["tile"] = list(contest.chosen())
-        return functools.partial(contest.ours, None)
-    if name == "triton best tile":
-        tile, row["tiles"] = best_tile(contest)
-        row["tile"] = list(tile)
-        return functools.partial(contest.ours, tile)
-    if name == "eager":
-        return functools.partial(contest.chain, *contest.inputs)
-    if name == "compiled":
-        return functools.partial(compiled(contest.chain), *contest.inputs)
-    return contest.others[name]
-
-
-def begin(case: Case, contestant: str) -> dict[str, Any]:
-    """A row with no time yet."""
-    kept = {"heads": PRESET.heads * case.width // 100, "channels": PRESET.hidden * case.width // 100}
-    return {**case._asdict(), "contestant": contestant, "ms": None, "dim": PRESET.dim, **kept, **about()}
-
-
-def measure(case: Case) -> tuple[list[dict[str, Any]], dict[str, Callable[[], Any]]]:
-    """Check all contestants of a case, then time them in turn; rows, and the calls of those that were timed."""
-    limit = ceilings()
-    torch.manual_seed(0)
-    contest = CONTESTS[case.op](case)
-    exact = contest.exact()
-    size = contest.bytes(exact) - sum(t.numel() * (8 - PRESET.dtype.itemsize) for t in exact)
-    eps = torch.finfo(PRESET.dtype).eps
-    rows, calls = {}, {}
-    for name in contestants(case, PRESET):
-        row = rows[name] = begin(case, name)
-        try:
-            call = enter(contest, name, row)
-            outputs = list(tree_iter(call()))
-            if name != "triton unmasked":
-                # The unmasked case checks that one.
-                row["error_max"], row["error_rms"] = errors(outputs, exact)
-                if not (
-                    row["error_rms"] <= RMS_LIMIT * eps + SUMS_LIMIT
-                    and row["error_max"] <= MAX_LIMIT * eps + SUMS_LIMIT
-                ):
-                    row["failed"] = f"wrong: error {row['error_max']:.2e}, RMS {row['error_rms']:.2e}"
+    def run(self) -> bool:
+        """Race; says whether everything was reached."""
+        self._alive("ceilings")
+        if "ceilings" not in self.content:
+            self.content["ceilings"] = self.clock.ceilings()
+            print("ceilings: product {tflops:.0f} TFLOP/s, copy {gbs:.0f} GB/s".format(**self.content["ceilings"]))
+        block = Block(self.preset)
+        for setting in settings(self.preset):
+            self._alive(f"the block at {setting}")
+            for case in block.cases(setting):
+                key = str(case.operation.key(case.call))
+                if key in self.done:
                     continue
-            calls[name] = call
-        except pytest.skip.Exception as skip:
-            row["skipped"] = str(skip)
-        except Exception as error:
-            # Others may not run everywhere; ours have to.
-            row["failed" if name.startswith(OURS) else "skipped"] = why(error)
-    del exact
-    # Warm up.
-    paired_ms(calls, 1 + PRESET.screening // 3)
-    ms = paired_ms(calls, PRESET.rounds)
-    rivals = [ms[name] for name in ms if not name.startswith("triton")]
-    for name, taken in ms.items():
-        row = rows[name]
-        work, unit, scale = (contest.flops, "tflops", 1e9) if contest.flops else (size, "gbs", 1e6)
-        rate = work / taken / scale
-        row |= {
-            "ms": round(taken, 5),
-            "flops": contest.flops,
-            "bytes": size,
-            "rate": round(rate, 2),
-            "unit": {"tflops": "TFLOP/s", "gbs": "GB/s"}[unit],
-            "of_ceiling": round(rate / limit[unit], 4),
-            "ceiling": round(limit[unit], 1),
-            "over_eager": round(ms["eager"] / taken, 3) if "eager" in ms else None,
-            "over_best_other": round(min(rivals) / taken, 3) if rivals else None,
-        }
-        full = _full_width_ms.setdefault((case._replace(width=100), name), taken if case.width == 100 else None)
-        row["to_full_width"] = round(taken / full, 3) if full else None
-    return list(rows.values()), calls
+                if time.monotonic() > self.deadline:
+                    return False
+                self.done.add(key)
+                rows = self._race(case, key, setting)
+                self.rows += rows
+                write_json(self.out / "choose.json", self.content)
+                print(_line(rows), flush=True)
+        self._alive("")
+        return True
+
+    def _alive(self, running: str) -> None:
+        """Say what runs from now on, should it be the last that is heard; whoever hangs ends the process."""
+        (self.out / ".choose.running").write_text(running)
+        signal.alarm(self.stall if running else 0)
+
+    def _race(self, case: Case, key: str, setting: Setting) -> list[Row]:
+        operation, call = case.operation, case.call
+        self._alive(f"{key}: torch")
+        wanted = operation.run(call, TORCH)
+        flops, size = work_of(case, tree_leaves(wanted))
+        about: Row = {"op": case.op, "key": key, **setting._asdict(), "dtype": str(self.preset.dtype)}
+        about |= {"flops": flops, "bytes": size, "device": self.content["device"]}
+        listed = {str(way): functools.partial(operation.run, call, way) for way in operation.implementations(call)}
+        rows: dict[str, Row] = {}
+        calls: dict[str, Call] = {}
+
+        def check(name: str) -> None:
+            self._alive(f"{key}: {name}")
+            got = calls[name]()
+            if name not in UNCHECKED and not agree(got, wanted):
+                raise RuntimeError("its result is not that of plain torch")
+            self.clock.wait()
+
+        def guarded(name: str, what: Callable[[], Any]) -> Any:
+            """Do something for a contestant; what it raises is its result."""
+            try:
+                return what()
+            except Exception as error:
+                rows[name]["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+                calls.pop(name, None)
+            try:
+                self.clock.wait()
+            except Exception:
+                # A fault on a device is sticky: nothing can run in this process any more.
+                os._exit(_LOST)
+
+        for name, make in {
+            **{n: lambda c=c: c for n, c in listed.items()},
+            **rivals(case, setting, self.preset),
+        }.items():
+            rows[name] = {**about, "contestant": name, "implementation": name in listed, "ms": None, "taken": False}
+            if why := self.content["left_out"].get(f"{key}: {name}"):
+                rows[name]["failed"] = why
+                continue
+            self._alive(f"{key}: {name}")
+            if (made := guarded(name, make)) is not None:
+                calls[name] = made
+                guarded(name, functools.partial(check, name))
+
+        def timed(names: Sequence[str], rounds: int) -> dict[str, float]:
+            self._alive(f"{key}: {', '.join(names)}")
+            return self.clock.paired_ms({name: calls[name] for name in names}, rounds)
+
+        timed(list(calls), 1)
+        screened = timed(list(calls), self.preset.screening)
+        final: dict[str, float] = {}
+        while True:
+            best: dict[str, str] = {}
+            for name in sorted(calls, key=screened.__getitem__):
+                best.setdefault(name.split()[0] if name in listed else name, name)
+            if set(best.values()) <= set(final):
+                break
+            final = timed(list(best.values()), self.preset.rounds)
+            # Once more: a race may show only when the device is busy. Who fails makes room for the next of its kind.
+            for name in list(calls):
+                guarded(name, functools.partial(check, name))
+        for name in calls:
+            rows[name]["ms"] = round(final.get(name, screened[name]), 5)
+            rows[name]["rounds"] = self.preset.rounds if name in final else self.preset.screening
+        self._choose(operation.key(call), [name for name in listed if name in calls], rows)
+        self._rate(rows, flops, size)
+        if self.clock.cuda and operation.name == "joint_attention" and setting == settings(self.preset)[0]:
+            for name in calls:
+                self._alive(f"{key}: {name}, profiled")
+                guarded(name, lambda name=name: rows[name].update(kernels=kernel_names(calls[name])))
+        return list(rows.values())
+
+    def _choose(self, key: Any, names: Sequence[str], rows: dict[str, Row]) -> None:
+        """Mark the fastest implementation, and keep it in the tables."""
+        times = {name: rows[name]["ms"] for name in names}
+        if finals := [name for name in names if rows[name]["rounds"] == self.preset.rounds]:
+            winner = min(finals, key=times.__getitem__)
+            rows[winner]["taken"] = True
+            for table in self.tables:
+                table.keep(key, winner, times)
+
+    def _rate(self, rows: dict[str, Row], flops: int, size: int) -> None:
+        work, unit, scale = (flops, "tflops", 1e9) if flops else (size, "gbs", 1e6)
+        plain = rows.get(str(TORCH), {}).get("ms")
+        for row in rows.values():
+            if row["ms"]:
+                rate = work / row["ms"] / scale
+                row |= {"rate": round(rate, 2), "unit": {"tflops": "TFLOP/s", "gbs": "GB/s"}[unit]}
+                row["of_ceiling"] = round(rate / self.content["ceilings"][unit], 4)
+                row["to_torch"] = round(plain / row["ms"], 4) if plain else None
 
 
-@functools.cache
-def about() -> dict[str, Any]:
-    return {
-        "dtype": str(PRESET.dtype),
-        "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", None),
-        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
-    }
+def _line(rows: Sequence[Row]) -> str:
+    """A case in one line."""
+    told = []
+    for row in rows:
+        mark = "*" if row["taken"] else ""
+        told.append(f"{row['contestant']}{mark} {row['ms']:.4g}" if row["ms"] else f"{row['contestant']} failed")
+    return f"{rows[0]['op']} {rows[0]['key'].split()[-1]}, ms: {', '.join(told)}"
 
 
-_rows: list[dict[str, Any]] = []
-_full_width_ms: dict[tuple, float | None] = {}
-# Inputs and calls of the latest case alone.
-_latest: dict[Case, tuple[dict[str, dict], dict[str, Callable]]] = {}
-_started: list[float] = []
-
-
-def raced(case: Case) -> tuple[dict[str, dict], dict[str, Callable]]:
-    """Rows and calls of a case by contestant; measured when the first of them asks, and dumped."""
-    if case not in _latest:
-        _started.append(time.monotonic())
-        spent, budget = time.monotonic() - _started[0], float(os.environ.get("PPCL_BENCH_SECONDS", 230))
-        if spent > budget:
-            pytest.skip(f"{budget:.0f} s are over: raise PPCL_BENCH_SECONDS")
-        _latest.clear()
-        try:
-            rows, calls = measure(case)
-        except Exception as error:
-            rows = [begin(case, name) | {"failed": why(error)} for name in contestants(case, PRESET)]
-            calls = {}
-        _rows.extend(rows)
-        _latest[case] = ({row["contestant"]: row for row in rows}, calls)
-        said = "  ".join(f"{row['contestant']} {row['ms']:.4g}" for row in rows if row["ms"])
-        print(f"\n{spent:4.0f} s  {case}, ms: {said}", flush=True)
-        if path := os.environ.get("PPCL_BENCH_JSON"):
-            # As pytest-benchmark writes it.
-            done = [
-                {
-                    "name": f"{Case(*(row[name] for name in Case._fields))}-{row['contestant']}",
-                    "stats": {"median": row["ms"] and row["ms"] / 1e3},
-                    "extra_info": row,
-                }
-                for row in _rows
-            ]
-            bench_report.write_json(Path(path), {"benchmarks": done})
-    return _latest[case]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tables():
-    threads = torch.get_num_threads()
-    if not CUDA:
-        # Too small for two.
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    console = bench_report.Console(width=150)
-    for table in bench_report.operation_tables(_rows):
-        console.print(table)
-
-
-@pytest.mark.parametrize(
-    ("case", "contestant"),
-    [pytest.param(case, name, id=f"{case}-{name}") for case in cases(PRESET) for name in contestants(case, PRESET)],
-)
-def test_kernel(benchmark, case, contestant):
-    """One contestant of a case; ``extra_info`` holds what was measured beside the others."""
+def _raced(preset: Preset, out: Path, deadline: float, stall: int, say: Say) -> None:
+    """In a child: race what is left."""
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        say({"no_device": True})
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with torch.no_grad():
-        rows, calls = raced(case)
-        row = rows[contestant]
-        if "skipped" in row:
-            pytest.skip(row["skipped"])
-        assert "failed" not in row, row["failed"]
+        say({"complete": Races(preset, out, deadline, stall, say).run()})
 
-        def call():
-            calls[contestant]()
-            if CUDA:
-                torch.cuda.synchronize()
 
-        benchmark.pedantic(call, rounds=5 if CUDA else 1)
-        benchmark.extra_info.update(row)
+def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str) -> int:
+    """Race in processes, each without what ended the one before it; returns the exit status."""
+    deadline = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"part": "choose", "device": None, "status": None, "command": command}
+    write_json(out / "choose.json", content | {"complete": False, "left_out": {}, "results": []})
+    (out / "ways.json").unlink(missing_ok=True)
+    running = out / ".choose.running"
+    while True:
+        ended: list[Outcome] = []
+        work = functools.partial(_raced, preset, out, deadline - 2, stall)
+        running.write_text("")
+        # Its output is ours: a line a case.
+        run_all([Job("races", seconds, work, prints=True)], 1, deadline, ended.append)
+        (outcome,) = ended
+        said: dict[str, Any] = {}
+        for row in outcome.said:
+            said |= row
+        if "no_device" in said:
+            print("bench_kernels: no CUDA device: run on a machine with one, or with --tiny", file=sys.stderr)
+            return 2
+        culprit = running.read_text()
+        running.unlink()
+        content = json.loads((out / "choose.json").read_text())
+        if "complete" in said or outcome.late or not culprit or culprit in content["left_out"]:
+            break
+        how = _ENDS.get(outcome.status, outcome.how)
+        key, _, names = culprit.partition(": ")
+        # Which of those that are timed in turn it was is not known: all are out.
+        content["left_out"] |= {culprit: how, **{f"{key}: {name}": how for name in names.split(", ")}}
+        write_json(out / "choose.json", content)
+        print(f"left out: {culprit}: {how}", flush=True)
+    failed = [row for row in content["results"] if "failed" in row and row["implementation"]]
+    content["complete"] = said.get("complete", False)
+    write_json(out / "choose.json", content)
+    for row in failed:
+        print(f"failed: {row['op']}, {row['key']}, {row['contestant']}: {row['failed']}")
+    winners = sum(row["taken"] for row in content["results"])
+    print(f"{winners} winners in {out / 'ways.json'}", flush=True)
+    return 0 if content["complete"] and not failed and not content["left_out"] else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python bench/bench_kernels.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of choose.json and ways.json (a temporary one)")
+    parser.add_argument("--seconds", type=float, default=500, help="for everything (%(default)s)")
+    parser.add_argument("--stall", type=int, default=60, help="seconds that one contestant may take (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")
+    options = parser.parse_args(arguments)
+    command = " ".join(["python bench/bench_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
+    preset = PRESETS["tiny" if options.tiny else "full"]
+    with terminated_as_exit(), tempfile.TemporaryDirectory() as folder:
+        return race_all(preset, options.out or Path(folder), options.seconds, options.stall, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

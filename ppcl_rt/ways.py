@@ -171,9 +171,12 @@ class Table:
         by_name = {str(way): way for way in ways}
         times = dict(self._timed(key, by_name, call))
         if times:
-            name = min(times, key=times.__getitem__)
-            self._write(key, {"way": name, "milliseconds": {k: round(v, 4) for k, v in times.items()}})
+            self.keep(key, min(times, key=times.__getitem__), times)
         return times
+
+    def keep(self, key: Key, winner: str, times: Mapping[str, float]) -> None:
+        """Write which implementation is the fastest, and the milliseconds of each by name."""
+        self._write(key, {"way": winner, "milliseconds": {k: round(v, 4) for k, v in times.items()}})
 
     def _known(
         self, key: Key, ways: Mapping[str, Way], table: Mapping[Key, Mapping[str, Any]], near: bool

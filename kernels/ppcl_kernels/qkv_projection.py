@@ -60,7 +60,8 @@ def qkv_projection_reference(
     """
     raw = []
     for stream in streams:
-        width, parts = stream.x.shape[-1], list[Any]()
+        width = stream.x.shape[-1]
+        parts: list[Any] = []
         for weight, bias in zip(stream.weights, stream.biases, strict=True):
             if not parts and not stream.queries:
                 parts.append(None)

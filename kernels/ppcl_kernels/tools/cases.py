@@ -1,0 +1,401 @@
+"""What a fit run checks: every kernel, with every tile that can be chosen here, in the forms that models run it in.
+
+S tokens (image, text), D model width, H heads of E channels, C hidden channels of an MLP. A form is what is computed at
+which shape; those of a kernel and tile run in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ppcl_kernels.ada_layer_norm import Tile as NormTile
+from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference
+from ppcl_kernels.gated_residual import Tile as ResidualTile
+from ppcl_kernels.gated_residual import gated_residual, gated_residual_reference
+from ppcl_kernels.heads import joint_outputs, norm_rope_reference
+from ppcl_kernels.joint_attention import Tile as AttentionTile
+from ppcl_kernels.joint_attention import joint_attention, launch_key_ranges
+from ppcl_kernels.launch import Target
+from ppcl_kernels.linear import Linear, grouped_linear, linear_reference
+from ppcl_kernels.matmul import Tile
+from ppcl_kernels.norm_rope import Tile as NormRopeTile
+from ppcl_kernels.norm_rope import launch_norm_rope
+from ppcl_kernels.qkv_projection import Stream, qkv_projection, qkv_projection_reference, tile_candidates
+
+
+class Shape(NamedTuple):
+    """How large the inputs are; the odd counts of tokens are divided by no tile."""
+
+    heads: int
+    head_dim: int
+    hidden: int
+    image: int
+    text: int
+    odd_image: int
+    odd_text: int
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.heads * self.head_dim
+
+
+# Qwen-Image and FLUX at 1024 x 1024.
+FULL = Shape(heads=24, head_dim=128, hidden=12288, image=4096, text=512, odd_image=1021, odd_text=37)
+# For compute-sanitizer, which slows a kernel down a hundred times: a few tiles, none of them whole in every direction.
+SMALL = Shape(heads=4, head_dim=128, hidden=768, image=300, text=70, odd_image=129, odd_text=1)
+# For triton's interpreter.
+TINY = Shape(heads=4, head_dim=8, hidden=72, image=17, text=3, odd_image=5, odd_text=1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large: cases are a function of it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Work:
+    """A form with its inputs.
+
+    Attributes:
+        call: runs the kernel; results are made by ``new_empty``, which is how they are poisoned.
+        exact: gives the same in float64 (a rotation in float32, whose roundings are 2^16 times as fine as bf16's).
+        roundings, terms: of its `ppcl_kernels.tools.judge.Limit`.
+    """
+
+    call: Callable[[], Sequence[torch.Tensor]]
+    exact: Callable[[], Iterable[torch.Tensor]]
+    roundings: int
+    terms: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One form of one kernel with one tile; ``make`` makes the inputs."""
+
+    kernel: str
+    tile: tuple[int, ...]
+    form: str
+    make: Callable[[], Work]
+
+
+def all_cases(setting: Setting) -> list[Case]:
+    """List the cases of all kernels."""
+    return [
+        *_linear_cases(setting),
+        *_qkv_cases(setting),
+        *_attention_cases(setting),
+        *_key_range_cases(setting),
+        *_norm_cases(setting),
+        *_norm_rope_cases(setting),
+    ]
+
+
+class _Maker:
+    """Makes tensors of a setting."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.shape = setting.shape
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Normal values."""
+        return torch.randn(shape, dtype=self.setting.dtype, device=self.setting.device) * scale
+
+    def weight(self, outputs: int, inputs: int, kept: int | None = None) -> torch.Tensor:
+        """A weight that keeps products of its first ``kept`` inputs at size 1."""
+        return self.normal(outputs, inputs, scale=(kept or inputs) ** -0.5)
+
+    def modulation(self, rows: int) -> torch.Tensor:
+        """One of the six that a modulation layer gives at once: a view, as in a model."""
+        return self.normal(rows, 6 * self.shape.width).chunk(6, dim=1)[2]
+
+    def index(self, batch: int, tokens: int) -> torch.Tensor:
+        """Zeros and ones."""
+        return torch.randint(0, 2, (batch, tokens), device=self.setting.device)
+
+    def rope(self, tokens: int) -> torch.Tensor:
+        """Cosines and sines of angles all around, ``[S, E / 2, 2]`` in float32."""
+        angles = torch.rand(tokens, self.shape.head_dim // 2, device=self.setting.device) * 6.28
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def _double(values: Any) -> Any:
+    """The same in float64, of whatever floating-point type it was."""
+    return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, values)
+
+
+def _form(what: str, batch: int, *tokens: int) -> str:
+    return f"{what}, {batch} x {'+'.join(map(str, tokens))} tokens"
+
+
+def _linear_cases(setting: Setting) -> Iterator[Case]:
+    shape = setting.shape
+    whole, odd = (shape.image, shape.text), (shape.odd_image, shape.odd_text)
+    # What follows the product, samples, tokens, channels kept (0 for a layer that has none).
+    forms = (
+        ("up gelu", 1, whole, shape.hidden),
+        ("down gate residual", 1, whole, shape.hidden),
+        ("out residual", 2, odd, 0),
+        ("up gelu, half the channels", 2, odd, shape.hidden // 2),
+        ("down gate index residual, half the channels", 2, odd, shape.hidden // 2),
+    )
+    for tile in Tile.candidates(Target.of(setting.device), setting.dtype):
+        for what, batch, tokens, channels in forms:
+            make = partial(_linear, setting, tile, what, batch, tokens, channels)
+            yield Case("linear", tuple(tile), _form(what, batch, *tokens), make)
+
+
+def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequence[int], channels: int) -> Work:
+    make, shape, gelu = _Maker(setting), setting.shape, "gelu" in what
+    groups = []
+    for count in tokens:
+        if gelu:
+            x, weight = make.normal(batch, count, shape.width), make.weight(shape.hidden, shape.width)
+            groups.append(Linear(x, weight, make.normal(shape.hidden), channels))
+            continue
+        inputs = channels or shape.width
+        x, residual = make.normal(batch, count, inputs), make.normal(batch, count, shape.width)
+        # Of all channels: those kept are a prefix of its columns.
+        weight = make.weight(shape.width, shape.hidden if channels else shape.width, inputs)
+        index = make.index(batch, count) if "index" in what else None
+        gate = make.modulation(batch if index is None else 2 * batch) if "gate" in what else None
+        groups.append(Linear(x, weight, make.normal(shape.width), None, gate, index, residual))
+
+    def exact() -> Iterator[torch.Tensor]:
+        for g in groups:
+            wide = Linear(*_double(tuple(g)))
+            yield linear_reference(*wide[:4], gelu=gelu, gate=wide.gate, index=wide.index, residual=wide.residual)
+
+    return Work(lambda: grouped_linear(groups, gelu=gelu, tile=tile), exact, 1, groups[0].x.shape[2])
+
+
+def _three(make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For q, k and v."""
+    return make(), make(), make()
+
+
+def _streams(setting: Setting, batch: int, tokens: Sequence[int], queries: Sequence[bool]) -> list[Stream]:
+    make, shape = _Maker(setting), setting.shape
+    return [
+        Stream(
+            make.normal(batch, count, shape.width),
+            _three(lambda: make.weight(shape.width, shape.width)),
+            _three(lambda: make.normal(shape.width)),
+            (1 + make.normal(shape.head_dim, scale=0.1), 1 + make.normal(shape.head_dim, scale=0.1)),
+            make.rope(count),
+            asked,
+        )
+        for count, asked in zip(tokens, queries, strict=True)
+    ]
+
+
+def _qkv_cases(setting: Setting) -> Iterator[Case]:
+    shape = setting.shape
+    whole, odd = (shape.text, shape.image), (shape.odd_text, shape.odd_image)
+    # Whether the text has queries, how many heads, whether they are a list.
+    forms = (
+        ("all heads", 1, whole, True, shape.heads, False),
+        ("half the heads", 2, odd, True, shape.heads // 2, False),
+        ("list of heads", 2, odd, True, shape.heads // 2 - 1, True),
+        ("no text queries", 1, odd, False, shape.heads, False),
+    )
+    for tile in tile_candidates(Target.of(setting.device), setting.dtype, shape.head_dim):
+        for what, batch, tokens, text_queries, heads, listed in forms:
+            make = partial(_qkv, setting, tile, batch, tokens, text_queries, heads, listed)
+            yield Case("qkv_projection", tuple(tile), _form(what, batch, *tokens), make)
+
+
+def _qkv(
+    setting: Setting, tile: Tile, batch: int, tokens: Sequence[int], text_queries: bool, heads: int, listed: bool
+) -> Work:
+    streams, head_dim = _streams(setting, batch, tokens, (text_queries, True)), setting.shape.head_dim
+    chosen: int | torch.Tensor = heads
+    if listed:
+        chosen = torch.randperm(setting.shape.heads, device=setting.device)[:heads].to(torch.int32)
+
+    def exact() -> Sequence[torch.Tensor]:
+        return qkv_projection_reference([Stream(*_double(tuple(s))) for s in streams], chosen, head_dim)
+
+    return Work(lambda: qkv_projection(streams, chosen, head_dim, tile=tile), exact, 1, setting.shape.width)
+
+
+def _norm_rope_cases(setting: Setting) -> Iterator[Case]:
+    shape = setting.shape
+    forms = (
+        ("all heads", 1, (shape.text, shape.image), True, shape.heads),
+        ("half the heads", 2, (shape.odd_text, shape.odd_image), True, shape.heads // 2),
+        ("no text queries", 1, (shape.odd_text, shape.odd_image), False, shape.heads),
+    )
+    for tile in NormRopeTile.candidates(Target.of(setting.device), setting.dtype):
+        for what, batch, tokens, text_queries, heads in forms:
+            make = partial(_norm_rope, setting, tile, batch, tokens, text_queries, heads)
+            yield Case("norm_rope", tuple(tile), _form(what, batch, *tokens), make)
+
+
+def _norm_rope(
+    setting: Setting, tile: NormRopeTile, batch: int, tokens: Sequence[int], text_queries: bool, heads: int
+) -> Work:
+    make, head_dim, asked = _Maker(setting), setting.shape.head_dim, (text_queries, True)
+    raw, norms, ropes = [], [], []
+    for count, queries in zip(tokens, asked, strict=True):
+        q, k, v = _three(partial(make.normal, batch, count, heads, head_dim))
+        raw.append((q if queries else None, k, v))
+        norms.append((1 + make.normal(head_dim, scale=0.1), 1 + make.normal(head_dim, scale=0.1)))
+        ropes.append(make.rope(count))
+
+    def call() -> Sequence[torch.Tensor]:
+        # The public function takes no tile.
+        outputs = joint_outputs(raw[0][1], tokens, asked, heads, head_dim)
+        q_first = kv_first = 0
+        for part, norm, rope, count in zip(raw, norms, ropes, tokens, strict=True):
+            launch_norm_rope(part, norm, rope, outputs, q_first, kv_first, 1e-6, tile).run()
+            q_first, kv_first = q_first + (0 if part[0] is None else count), kv_first + count
+        return outputs
+
+    return Work(call, lambda: norm_rope_reference(_double(raw), _double(norms), _double(ropes)), 1, head_dim)
+
+
+def _attention_cases(setting: Setting) -> Iterator[Case]:
+    shape = setting.shape
+    whole, odd = (shape.text, shape.image), (shape.odd_text, shape.odd_image)
+    forms = (
+        ("no mask", 1, whole, shape.heads),
+        ("mask", 2, whole, shape.heads),
+        ("lengths", 2, whole, shape.heads),
+        ("no mask, half the heads", 2, odd, shape.heads // 2),
+        ("mask without any key, half the heads", 3, odd, shape.heads // 2),
+    )
+    for tile in AttentionTile.candidates(Target.of(setting.device), setting.dtype, shape.head_dim):
+        for what, batch, tokens, heads in forms:
+            make = partial(_attention, setting, tile, what, batch, tokens, heads)
+            yield Case("joint_attention", tuple(tile), _form(what, batch, *tokens), make)
+
+
+def _attention(setting: Setting, tile: AttentionTile, what: str, batch: int, tokens: Sequence[int], heads: int) -> Work:
+    make, (text, image) = _Maker(setting), tokens
+    q, k, v = (make.normal(batch, text + image, heads, setting.shape.head_dim) for _ in range(3))
+    mask = lengths = None
+    if what.startswith("mask"):
+        mask = _mask(setting, batch, text, image)
+        if "without any key" in what:
+            mask[1] = False
+    elif what.startswith("lengths"):
+        lengths = torch.tensor([text + image, image + 1], dtype=torch.int32, device=setting.device)
+
+    def exact() -> Iterator[torch.Tensor]:
+        counted = mask
+        if lengths is not None:
+            counted = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+        y = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+        # Head by head: all scores at once would be 4 GB.
+        for b in range(batch):
+            for h in range(heads):
+                scores = q[b, :, h].double() @ k[b, :, h].double().T * q.shape[3] ** -0.5
+                if counted is not None:
+                    scores = scores.masked_fill(~counted[b], float("-inf"))
+                if counted is None or counted[b].any():
+                    y[b, :, h] = scores.softmax(1) @ v[b, :, h].double()
+        yield y
+
+    # Weights are rounded before they meet the values.
+    return Work(lambda: [joint_attention(q, k, v, mask, lengths, tile=tile)], exact, 2, k.shape[1] + q.shape[3])
+
+
+def _mask(setting: Setting, batch: int, text: int, image: int) -> torch.Tensor:
+    """Keys that count: six in ten of the text, in no order, and all of the image; of the last sample the last alone."""
+    mask = torch.ones(batch, text + image, dtype=torch.bool, device=setting.device)
+    mask[:, :text] = torch.rand(batch, text, device=setting.device) < 0.6
+    mask[-1] = False
+    mask[-1, -1] = True
+    return mask
+
+
+def _key_range_cases(setting: Setting) -> Iterator[Case]:
+    shape = setting.shape
+    tiles = AttentionTile.candidates(Target.of(setting.device), setting.dtype, shape.head_dim)
+    for keys in sorted({tile.keys for tile in tiles}):
+        for tokens in ((shape.text, shape.image), (shape.odd_text, shape.odd_image)):
+            yield Case("key_ranges", (keys,), _form("mask", 3, *tokens), partial(_key_ranges, setting, keys, tokens))
+
+
+def _key_ranges(setting: Setting, keys: int, tokens: Sequence[int]) -> Work:
+    mask = _mask(setting, 3, *tokens)
+    mask[1] = False
+
+    def call() -> Sequence[torch.Tensor]:
+        ranges = mask.new_empty((3, 4), dtype=torch.int32)
+        launch_key_ranges(mask.view(torch.uint8), ranges, keys).run()
+        return [ranges]
+
+    def exact() -> Sequence[torch.Tensor]:
+        return [torch.tensor([_ranges(row, keys) for row in mask.tolist()], device=setting.device)]
+
+    return Work(call, exact, 0, 0)
+
+
+def _ranges(counted: list[bool], keys: int) -> list[int]:
+    """First tile with a key that counts; begin and end of the last longest run of full tiles; last tile with one, + 1.
+
+    The kernel lays out a power of two of tiles; where there is none to name it names the tile after them.
+    """
+    starts = range(0, len(counted), keys)
+    laid_out = 1 << (len(starts) - 1).bit_length()
+    some = [number for number, at in enumerate(starts) if any(counted[at : at + keys])]
+    begin = end = laid_out
+    run = 0
+    for number, at in enumerate(starts):
+        run = run + 1 if at + keys <= len(counted) and all(counted[at : at + keys]) else 0
+        if run and run >= end - begin:
+            begin, end = number + 1 - run, number + 1
+    return [some[0], begin, end, some[-1] + 1] if some else [laid_out, begin, end, 0]
+
+
+def _norm_cases(setting: Setting) -> Iterator[Case]:
+    shape = setting.shape
+    forms = (
+        ("a modulation a sample", 1, shape.image, False),
+        ("a modulation a token", 2, shape.odd_image, True),
+    )
+    target = Target.of(setting.device)
+    for what, batch, tokens, indexed in forms:
+        form = _form(what, batch, tokens)
+        for tile in NormTile.candidates(target, setting.dtype, shape.width):
+            yield Case("ada_layer_norm", tuple(tile), form, partial(_norm, setting, tile, batch, tokens, indexed))
+        for gate_tile in ResidualTile.candidates(target, setting.dtype):
+            make = partial(_gated, setting, gate_tile, batch, tokens, indexed)
+            yield Case("gated_residual", tuple(gate_tile), form, make)
+
+
+def _norm(setting: Setting, tile: NormTile, batch: int, tokens: int, indexed: bool) -> Work:
+    make, width = _Maker(setting), setting.shape.width
+    x, index = make.normal(batch, tokens, width), make.index(batch, tokens) if indexed else None
+    scale, shift = (make.modulation(batch * (2 if indexed else 1)) for _ in range(2))
+    return Work(
+        lambda: [ada_layer_norm(x, scale, shift, index, tile=tile)],
+        lambda: [ada_layer_norm_reference(*_double((x, scale, shift, index)))],
+        1,
+        width,
+    )
+
+
+def _gated(setting: Setting, tile: ResidualTile, batch: int, tokens: int, indexed: bool) -> Work:
+    make, width = _Maker(setting), setting.shape.width
+    x, h = make.normal(batch, tokens, width), make.normal(batch, tokens, width)
+    gate, index = make.modulation(batch * (2 if indexed else 1)), make.index(batch, tokens) if indexed else None
+    return Work(
+        lambda: [gated_residual(x, gate, h, index, tile=tile)],
+        lambda: [gated_residual_reference(*_double((x, gate, h, index)))],
+        1,
+        1,
+    )

@@ -1,0 +1,240 @@
+"""Run things that may hang or die, each in a forked process of its own, and keep what each said until then.
+
+A fork costs milliseconds where a new interpreter takes seconds to import torch; the parent must not have asked CUDA for
+anything (CUDA does not survive a fork). A child leads a process group, which is killed whole, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Say = Callable[[dict[str, Any]], None]
+
+NOT_REACHED = "not reached before the time was over"
+
+_PR_SET_PDEATHSIG = 1
+# What a killed process may take to leave the device before the next one starts in its place.
+_GRACE = 10.0
+_POLL = 0.02
+_LOG_LINES = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does.
+
+    Attributes:
+        name: for whoever reads the outcome.
+        seconds: after which the process is killed.
+        work: runs in the child, and is given a function that keeps a dictionary for the parent.
+        command: in its place, the program that the child becomes; given a file to append dictionaries to, as JSON
+            lines.
+        prints: whether what it prints is shown; else the end of it is kept.
+    """
+
+    name: Any
+    seconds: float
+    work: Callable[[Say], None] | None = None
+    command: Callable[[Path], Sequence[str]] | None = None
+    prints: bool = False
+
+
+@dataclass
+class Outcome:
+    """How a process ended.
+
+    Attributes:
+        job: what it was to do.
+        said: the dictionaries that it kept, also where it was killed.
+        status: exit status, negative for a signal as in `subprocess`; None where it was never started.
+        seconds: that it ran.
+        late: whether it was killed for taking too long.
+        log: the end of what it printed.
+    """
+
+    job: Job
+    said: list[dict[str, Any]] = field(default_factory=list)
+    status: int | None = None
+    seconds: float = 0.0
+    late: bool = False
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def how(self) -> str:
+        """Say in words how it ended: empty for exit status 0."""
+        if self.late:
+            return f"no result after {self.seconds:.0f} s: killed"
+        if self.status is None:
+            return NOT_REACHED
+        if self.status < 0:
+            try:
+                return f"killed by {signal.Signals(-self.status).name}"
+            except ValueError:
+                return f"killed by signal {-self.status}"
+        return f"exit status {self.status}" if self.status else ""
+
+
+@dataclass
+class _Child:
+    outcome: Outcome
+    pid: int
+    started: float
+    ends: float
+    lines: Path
+    log: Path
+    killed: float | None = None
+
+    def kill(self) -> None:
+        """Kill its process group; a second call changes nothing."""
+        self.killed = self.killed or time.monotonic()
+        for kill in (os.killpg, os.kill):
+            try:
+                kill(self.pid, signal.SIGKILL)
+                return
+            except ProcessLookupError:
+                # The group, where the child has not founded it yet.
+                continue
+
+    def reaped(self) -> bool:
+        """Whether it is gone, or has been dying for so long that nobody waits for it any more."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self.outcome.status = os.waitstatus_to_exitcode(status)
+        elif self.killed is not None and time.monotonic() > self.killed + _GRACE:
+            self.outcome.status = -signal.SIGKILL
+        else:
+            return False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # What it left running.
+            os.killpg(self.pid, signal.SIGKILL)
+        self.outcome.seconds = time.monotonic() - self.started
+        self.outcome.said = _read(self.lines)
+        if self.log.exists():
+            self.outcome.log = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return True
+
+
+def run_all(jobs: Sequence[Job], at_once: int, deadline: float, done: Callable[[Outcome], None]) -> None:
+    """Run jobs in their order, so many at once, and hand each outcome to ``done`` as soon as there is one.
+
+    Args:
+        jobs: what to run.
+        at_once: processes at a time.
+        deadline: of `time.monotonic`: then all that run are killed, and the others are outcomes without a status.
+        done: called in this process.
+    """
+    waiting, running = list(jobs), list[_Child]()
+    with tempfile.TemporaryDirectory(prefix="ppcl-") as folder:
+        try:
+            while waiting or running:
+                now = time.monotonic()
+                while waiting and len(running) < at_once and now < deadline:
+                    running.append(_start(waiting.pop(0), deadline, Path(folder)))
+                for child in list(running):
+                    if child.reaped():
+                        running.remove(child)
+                        done(child.outcome)
+                    elif child.killed is None and now > child.ends:
+                        child.outcome.late = True
+                        child.kill()
+                if now >= deadline:
+                    for job in waiting:
+                        done(Outcome(job))
+                    waiting.clear()
+                time.sleep(_POLL)
+        finally:
+            for child in running:
+                child.kill()
+
+
+def _start(job: Job, deadline: float, folder: Path) -> _Child:
+    fd, name = tempfile.mkstemp(suffix=".jsonl", dir=folder)
+    os.close(fd)
+    lines, log = Path(name), Path(name).with_suffix(".log")
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        # Libraries keep idle threads, and python 3.12 warns of a fork among threads: none holds a lock here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        _be_child(job, parent, lines, log)
+    started = time.monotonic()
+    return _Child(Outcome(job), pid, started, min(started + job.seconds, deadline), lines, log)
+
+
+def _be_child(job: Job, parent: int, lines: Path, log: Path) -> None:
+    """Do the work and leave; never returns."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            # The parent may have died before that.
+            if os.getppid() != parent:
+                os._exit(1)
+        if not job.prints:
+            target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(target, 1)
+            os.dup2(target, 2)
+        if job.command is not None:
+            command = list(job.command(lines))
+            os.execvp(command[0], command)
+        assert job.work is not None
+        with lines.open("a") as file:
+
+            def say(what: dict[str, Any]) -> None:
+                file.write(json.dumps(what) + "\n")
+                file.flush()
+
+            job.work(say)
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _read(lines: Path) -> list[dict[str, Any]]:
+    """The lines that were written whole."""
+    said = []
+    for line in lines.read_text(errors="replace").splitlines():
+        try:
+            said.append(json.loads(line))
+        except ValueError:
+            # Cut off as the process was killed.
+            continue
+    return said
+
+
+@contextlib.contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """Let SIGTERM (of `timeout`) unwind the stack, so that children are ended and what was found is written."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,431 @@
+"""Which kernels are fit to run on this machine: every one checked alone, before anything else runs them.
+
+    python -m ppcl_kernels.tools.fit --out bench/results/nvidia-h200 --seconds 240
+
+A fault on a device is sticky, and a kernel that hangs takes all the time that there is. So each kernel and tile is a
+process of its own, four at a time, 25 s each. In this order: what is installed and what can be imported; all kernels
+compiled for this device, on all cores; then for each kernel and tile full-size inputs in bf16 against float64 (every
+64 x 64 tile of every result, results poisoned first, nothing written around them), 200 runs equal bit by bit, a
+captured graph replayed; and compute-sanitizer on small shapes, where there is one, in what time is left.
+
+``fit.json`` holds what was found, and ``allowed.json`` which tiles may run (`ppcl_kernels.allowed`); both are rewritten
+after each process, so whoever ends this leaves what there is. A tile that was not reached may not run.
+
+Without a GPU the same runs in triton's interpreter on tiny shapes (TRITON_INTERPRET=1), in float32.
+
+Exit status: 0 all are fit, 1 something was left out, 2 bad usage or no device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl_kernels import aot
+from ppcl_kernels._triton import INTERPRETED, triton
+from ppcl_kernels.allowed import VARIABLE, tile_name
+from ppcl_kernels.launch import Target
+from ppcl_kernels.tools.cases import FULL, SMALL, TINY, Case, Setting, Shape
+from ppcl_kernels.tools.check import check
+from ppcl_kernels.tools.children import NOT_REACHED, Job, Outcome, Say, run_all, terminated_as_exit
+from ppcl_kernels.tools.machine import machine, write_json
+
+ALL_CASES = "ppcl_kernels.tools.cases:all_cases"
+# What the parts after this one import: missing here, they are reported.
+LATER = ("diffusers", "pydantic", "ppcl_rt", "pytest", "pytest_benchmark", "safetensors", "scipy", "rich", "typer")
+# Shares of the whole time: until then everything is compiled, and so much has to be left for compute-sanitizer.
+_COMPILE_SHARE, _SANITIZER_SECONDS = 0.35, 15.0
+_LOOK_SECONDS, _COMPILE_SECONDS = 60.0, 60.0
+
+Unit = tuple[str, str]
+Cases = Callable[[Setting], Sequence[Case]]
+
+
+class _Findings:
+    """What was found so far, on disk after each call of `save`."""
+
+    def __init__(self, out: Path, command: str) -> None:
+        self.out = out
+        self.units: dict[Unit, dict[str, Any]] = {}
+        self.content: dict[str, Any] = {
+            "part": "fit",
+            "device": None,
+            "status": None,
+            "command": command,
+            "imports": {},
+            "compiled": [],
+            "sanitized": [],
+            "results": [],
+        }
+        self.started = time.monotonic()
+
+    def expect(self, units: Sequence[Unit]) -> None:
+        """Say which kernels and tiles there are: until they are checked none may run."""
+        self.units = {unit: {"ok": False, "why": NOT_REACHED} for unit in units}
+
+    def judge(self, unit: Unit, why: str) -> None:
+        """Say that a kernel and tile is fit, or why it is not; the first reason stays."""
+        before = self.units[unit]
+        if not before["ok"] and before["why"] != NOT_REACHED:
+            return
+        self.units[unit] = {"ok": not why} | ({"why": why} if why else {})
+
+    def save(self, status: int | None = None) -> None:
+        """Write both files."""
+        kernels: dict[str, dict[str, Any]] = {}
+        for (kernel, tile), verdict in self.units.items():
+            kernels.setdefault(kernel, {})[tile] = verdict
+        self.content |= {"status": status, "seconds": round(time.monotonic() - self.started, 1)}
+        versions = {name: self.content.get(name) for name in ("torch", "triton", "cuda", "cudnn", "driver")}
+        write_json(self.out / "fit.json", self.content)
+        about = {"device": self.content["device"], "versions": versions}
+        write_json(self.out / "allowed.json", {**about, "kernels": kernels})
+
+
+def _unit(case: Case) -> Unit:
+    return case.kernel, tile_name(case.tile)
+
+
+def _setting(device: str, shape: Shape) -> Setting:
+    cuda = device == "cuda"
+    return Setting(torch.device(device), torch.bfloat16 if cuda else torch.float32, shape if cuda else TINY)
+
+
+def _look(cases: Cases, device: str, say: Say) -> None:
+    """In a child: what there is. Asks the driver, imports what later parts need, and lists the kernels and tiles."""
+    say({"imports": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)}})
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        say({"no_device": "torch sees no CUDA device: run on a machine with one, or --device cpu"})
+        return
+    if device == "cpu" and not INTERPRETED:
+        say({"no_device": "no CUDA device: run on a machine with one, or set TRITON_INTERPRET=1 (tiny shapes)"})
+        return
+    target = Target.of(torch.device(device))
+    limits = (target.arch, target.shared_bytes, target.multiprocessors)
+    say({"kind": device, "target": limits, "machine": machine()})
+    count = Counter[Unit](map(_unit, cases(_setting(device, FULL))))
+    say({"units": [(*unit, forms) for unit, forms in count.items()]})
+
+
+def _import(names: Sequence[str], say: Say) -> None:
+    """In a child: whether modules can be imported, and their versions."""
+    for name in names:
+        try:
+            say({name: str(getattr(importlib.import_module(name), "__version__", "there"))})
+        except Exception as error:
+            say({name: f"missing: {' '.join(str(error).split())}"[:200]})
+
+
+def _compile(target: Target, number: int, say: Say) -> None:
+    """In a child: compile one of `aot`'s cases into triton's cache, where those who run it find it."""
+    case = list(aot.cases(target))[number]
+    started = time.monotonic()
+    try:
+        binary = case.launch().compile(target)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        say({"why": f"does not compile: {reason}"[:300]})
+        return
+    about = {"why": "", "seconds": round(time.monotonic() - started, 1), "shared_bytes": binary.metadata.shared}
+    try:
+        about["registers"], about["spilled_bytes"], about["mma"] = aot.inspect(binary)
+    except Exception as error:
+        # No disassembler: what it would say is nice to know.
+        about["inspect"] = str(error)[:200]
+    say(about)
+
+
+def _check_unit(cases: Cases, setting: Setting, unit: Unit, repeats: int, say: Say) -> None:
+    """In a child: all forms of one kernel and tile, up to one that raised: a fault on a device is sticky."""
+    torch.set_num_threads(1)
+    raised = False
+
+    def listen(row: dict[str, Any]) -> None:
+        nonlocal raised
+        raised = raised or bool(row.get("raised"))
+        say(row)
+
+    with torch.no_grad():
+        for case in cases(setting):
+            if _unit(case) == unit and not raised:
+                check(case, setting.device, repeats, listen)
+
+
+def _run_small(cases: Cases, device: str, kernel: str, tiles: Sequence[str], lines: Path) -> int:
+    """As a program of its own, under compute-sanitizer: small shapes of a kernel, once each."""
+    setting = _setting(device, SMALL)
+    with torch.no_grad(), lines.open("a") as file:
+        for case in cases(setting):
+            if case.kernel == kernel and tile_name(case.tile) in tiles:
+                print(json.dumps({"tile": tile_name(case.tile), "form": case.form}), file=file, flush=True)
+                case.make().call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+        print(json.dumps({"finished": True}), file=file, flush=True)
+    return 0
+
+
+def _listed(name: str) -> Cases:
+    module, _, function = name.partition(":")
+    try:
+        found: Cases = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f'--cases is "{name}", wanted module:function ({error})') from None
+    return found
+
+
+def _in_turn(units: Sequence[Unit]) -> list[Unit]:
+    """First the best guess of each kernel, then its next tile: time may run out."""
+    place: Counter[str] = Counter()
+    order: list[tuple[int, int, Unit]] = []
+    for unit in units:
+        order.append((place[unit[0]], len(order), unit))
+        place[unit[0]] += 1
+    return [unit for _, _, unit in sorted(order)]
+
+
+class _Fit:
+    """A run; its stages in the order of its methods."""
+
+    def __init__(self, options: argparse.Namespace, cases: Cases, command: str) -> None:
+        self.options, self.cases = options, cases
+        self.deadline = time.monotonic() + options.seconds
+        self.findings = _Findings(options.out, command)
+        self.kind, self.target = "", Target("", 0, 0)
+        self.forms: dict[Unit, int] = {}
+
+    def look(self) -> str:
+        """Say what is here and list what there is to check; returns why nothing can be, empty where it can."""
+        findings, problem = self.findings, ""
+
+        def done(outcome: Outcome) -> None:
+            nonlocal problem
+            said: dict[str, Any] = {}
+            for row in outcome.said:
+                said |= row
+            if outcome.job.name == "imports":
+                # The one that it died in.
+                missing = {name: f"missing: {outcome.how}" for name in LATER if name not in said}
+                findings.content["imports"] |= {**said, **missing}
+            else:
+                findings.content |= said.get("machine", {})
+                findings.content["imports"] |= said.get("imports", {})
+                problem = said.get("no_device", "")
+                if not problem and "units" not in said:
+                    problem = (
+                        f"looking at the device failed: {outcome.how or 'no kernels'} {' '.join(outcome.log[-1:])}"
+                    )
+                elif not problem:
+                    self.kind, self.target = said["kind"], Target(*said["target"])
+                    self.forms = {(kernel, tile): forms for kernel, tile, forms in said["units"]}
+                    findings.expect(_in_turn(list(self.forms)))
+            findings.save()
+
+        jobs = [
+            Job("device", _LOOK_SECONDS, partial(_look, self.cases, self.options.device)),
+            Job("imports", _LOOK_SECONDS, partial(_import, LATER)),
+        ]
+        run_all(jobs, 2, self.deadline, done)
+        if not problem:
+            about = findings.content
+            names = ("torch", "triton", "cuda", "cudnn", "driver", "python")
+            print(f"{about['device']}: " + ", ".join(f"{name} {about[name]}" for name in names), flush=True)
+            missing = [name for name in LATER if about["imports"][name].startswith("missing")]
+            print(
+                f"imports: all of this part; {', '.join(missing) or 'nothing'} missing for the parts after it",
+                flush=True,
+            )
+        return problem
+
+    def compile(self) -> None:
+        """Compile everything on all cores; what does not compile is not run."""
+        numbers = {number: (case.kernel, case.tile, case.shape) for number, case in enumerate(aot.cases(self.target))}
+        order = {unit: place for place, unit in enumerate(self.findings.units)}
+        numbers = dict(sorted(numbers.items(), key=lambda item: order.get(item[1][:2], len(order))))
+
+        def done(outcome: Outcome) -> None:
+            kernel, tile, shape = numbers[outcome.job.name]
+            row: dict[str, Any] = {"kernel": kernel, "tile": tile, "shape": shape}
+            # A compile that was cut off is no verdict: whoever runs the kernel compiles it.
+            row |= (
+                outcome.said[-1] if outcome.said else {"why": "" if outcome.late else outcome.how, "cut": outcome.how}
+            )
+            self.findings.content["compiled"].append(row)
+            if row["why"] and (kernel, tile) in self.forms:
+                self.findings.judge((kernel, tile), f"{shape}: {row['why']}")
+            self.findings.save()
+
+        until = self.findings.started + _COMPILE_SHARE * self.options.seconds
+        jobs = [Job(number, _COMPILE_SECONDS, partial(_compile, self.target, number)) for number in numbers]
+        run_all(jobs, os.cpu_count() or 1, min(until, self.deadline), done)
+        rows = self.findings.content["compiled"]
+        failed = sum(bool(row["why"]) for row in rows)
+        took = time.monotonic() - self.findings.started
+        print(f"{took:4.0f} s  compiled {len(rows) - failed} of {len(rows)} kernels, {failed} failed", flush=True)
+
+    def check(self) -> None:
+        """Check what compiled, a process each."""
+        setting = _setting(self.kind, FULL)
+
+        def done(outcome: Outcome) -> None:
+            unit = outcome.job.name
+            rows = [{"kernel": unit[0], "tile": unit[1], **row} for row in outcome.said if "ok" in row]
+            self.findings.content["results"] += rows
+            self.findings.judge(unit, self._why(outcome, rows))
+            self.findings.save()
+            for row in rows:
+                print(self._line(unit, row), flush=True)
+            if len(rows) < self.forms[unit]:
+                print(self._line(unit, {"form": "", "ok": False, "why": self.findings.units[unit]["why"]}), flush=True)
+
+        jobs = [
+            Job(unit, self.options.unit_seconds, partial(_check_unit, self.cases, setting, unit, self.options.repeats))
+            for unit, verdict in self.findings.units.items()
+            if verdict["ok"] or verdict["why"] == NOT_REACHED
+        ]
+        run_all(jobs, self.options.at_once, self.deadline, done)
+
+    def _why(self, outcome: Outcome, rows: Sequence[dict[str, Any]]) -> str:
+        """What is wrong with a kernel and tile, empty where nothing is."""
+        for row in rows:
+            if not row["ok"]:
+                return f"{row['form']}: {row['why']}"
+        if outcome.status == 0 and len(rows) == self.forms[outcome.job.name]:
+            return ""
+        how = outcome.how or f"ended after {len(rows)} of {self.forms[outcome.job.name]} forms"
+        last = outcome.said[-1] if outcome.said else {}
+        if "stage" in last:
+            return f"{last['form']}: {how} in {last['stage']}"
+        return " ".join([how, *outcome.log[-1:]])
+
+    def _line(self, unit: Unit, row: dict[str, Any]) -> str:
+        took = time.monotonic() - self.findings.started
+        found = row.get("why", "")
+        if row["ok"]:
+            share = max(row["error_rms"], row["error_max"]) / row["limit"] if row["limit"] else 0.0
+            found = f"fit, error {share:.2f} of its limit in {row['tiles']} tiles, {row['repeats']} runs equal"
+        return f"{took:4.0f} s  {' '.join(unit)}: {', '.join(filter(None, (row['form'], found)))}"
+
+    def sanitize(self) -> None:
+        """Run compute-sanitizer on small shapes of what is fit so far, a process a kernel, in what time is left."""
+        tool = self.options.sanitizer
+        if tool is None or self.deadline - time.monotonic() < _SANITIZER_SECONDS:
+            why = "there is no compute-sanitizer" if tool is None else "no time left"
+            self.findings.content["sanitized"].append({"kernel": "all", "ok": None, "why": why})
+            return
+        fit: dict[str, list[str]] = {}
+        for (kernel, tile), verdict in self.findings.units.items():
+            if verdict["ok"]:
+                fit.setdefault(kernel, []).append(tile)
+
+        def command(kernel: str, lines: Path) -> list[str]:
+            # Freed memory is given back at once, so that what lies beyond a tensor is nobody's.
+            os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+            program = [sys.executable, "-m", "ppcl_kernels.tools.fit", "--cases", self.options.cases]
+            small = [
+                "--sanitized",
+                kernel,
+                "--tiles",
+                ",".join(fit[kernel]),
+                "--lines",
+                str(lines),
+                "--device",
+                self.kind,
+            ]
+            return [tool, "--tool", "memcheck", "--error-exitcode", "99", *program, *small, "--out", str(lines.parent)]
+
+        def done(outcome: Outcome) -> None:
+            kernel = outcome.job.name
+            last = outcome.said[-1] if outcome.said else {}
+            row: dict[str, Any] = {"kernel": kernel, "ok": None, "why": outcome.how, "log": outcome.log}
+            if outcome.status == 0 and "finished" in last:
+                row = {"kernel": kernel, "ok": True, "tiles": fit[kernel]}
+            elif outcome.status == 99 or ("tile" in last and not outcome.late):
+                # The first error ends the context, so the tile that ran last is the one.
+                said = [line.lstrip("= ") for line in outcome.log if line.startswith("========= ")]
+                wrong = [line for line in said if any(word in line for word in ("Invalid", "Misaligned", "Error"))]
+                where = last.get("tile", fit[kernel][-1])
+                row |= {"ok": False, "why": f"compute-sanitizer: {(wrong or said or [outcome.how])[0]}"}
+                self.findings.judge((kernel, where), f"{last.get('form', 'small shapes')}: {row['why']}")
+            self.findings.content["sanitized"].append(row)
+            self.findings.save()
+            took = time.monotonic() - self.findings.started
+            found = {True: "no error", False: row.get("why"), None: f"not finished, {row.get('why')}"}[row["ok"]]
+            print(f"{took:4.0f} s  compute-sanitizer, {kernel}: {found}", flush=True)
+
+        jobs = [Job(kernel, self.options.seconds, command=partial(command, kernel)) for kernel in fit]
+        run_all(jobs, self.options.at_once, self.deadline, done)
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m ppcl_kernels.tools.fit", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of fit.json and allowed.json")
+    parser.add_argument("--seconds", type=float, default=240, help="for everything (%(default)s)")
+    parser.add_argument("--unit-seconds", type=float, default=25, help="for a kernel and tile (%(default)s)")
+    parser.add_argument("--at-once", type=int, default=4, help="processes on the device (%(default)s)")
+    parser.add_argument("--repeats", type=int, help="runs that have to be equal (200; 2 in the interpreter)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--sanitizer", default=shutil.which("compute-sanitizer"), help="its path (%(default)s)")
+    parser.add_argument("--cases", default=ALL_CASES, help="module:function that lists them (%(default)s)")
+    # How compute-sanitizer runs small shapes.
+    for name in ("--sanitized", "--tiles"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        cases = _listed(options.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    # Everything is checked, whatever an earlier run left out.
+    os.environ.pop(VARIABLE, None)
+    if options.sanitized:
+        return _run_small(cases, options.device, options.sanitized, options.tiles.split(","), options.lines)
+    options.repeats = options.repeats or (2 if INTERPRETED else 200)
+    command = " ".join(["python -m ppcl_kernels.tools.fit", *(sys.argv[1:] if arguments is None else arguments)])
+    with terminated_as_exit():
+        run = _Fit(options, cases, command)
+        if problem := run.look():
+            print(f"fit: {problem}", file=sys.stderr)
+            run.findings.save(2)
+            return 2
+        if run.kind == "cuda":
+            run.compile()
+        run.check()
+        run.sanitize()
+        return _finish(run)
+
+
+def _finish(run: _Fit) -> int:
+    left_out = {unit: verdict["why"] for unit, verdict in run.findings.units.items() if not verdict["ok"]}
+    status = 1 if left_out else 0
+    run.findings.save(status)
+    for unit, why in left_out.items():
+        print(f"left out: {' '.join(unit)}: {why}")
+    took = time.monotonic() - run.findings.started
+    print(f"{len(run.findings.units) - len(left_out)} of {len(run.findings.units)} are fit, {took:.0f} s", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

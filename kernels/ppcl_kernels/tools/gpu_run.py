@@ -1,0 +1,170 @@
+"""What a machine with a GPU is asked, in parts of a few minutes, each of which leaves what it has whatever happens.
+
+    [PYTHON=python3] bash bench/gpu.sh [PART ...]          or: make gpu [PART=1]
+
+    1  fit      which kernels are sound here (`ppcl_kernels.tools.fit`); only those are run after it    240 s
+    2  choose   which implementation is the fastest (bench/bench_kernels.py)                            500 s
+    3  model    whole forwards, and a sweep over widths (bench/bench_gpu_model.py)                      500 s
+       tests    the tests that need a GPU; only when named                                              300 s
+
+None named: 1, 2 and 3. Each writes ``bench/results/<device>/<part>.json`` itself, as it goes; how it ended is added to
+that file. ``RESULTS`` names another folder than bench/results.
+
+Exit status: 0 all parts passed, 1 one did not, 2 bad usage or no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ppcl_kernels.allowed import VARIABLE
+from ppcl_kernels.tools.children import terminated_as_exit
+from ppcl_kernels.tools.machine import slug, write_json
+
+# What a part may take, after it was asked to end, to write its last.
+GRACE = 10.0
+# A part that is told its time plans to end so long before it.
+_SPARE = 8.0
+
+
+class Part(NamedTuple):
+    """A part: its number as people type it, its time, and what it runs, given the folder to write to."""
+
+    number: str
+    seconds: float
+    command: Callable[[Path, float], list[str]]
+
+
+def _fit(folder: Path, seconds: float) -> list[str]:
+    return ["-m", "ppcl_kernels.tools.fit", "--out", str(folder), "--seconds", f"{seconds:g}"]
+
+
+def _choose(folder: Path, seconds: float) -> list[str]:
+    return ["bench/bench_kernels.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
+
+
+def _model(folder: Path, seconds: float) -> list[str]:
+    return ["bench/bench_gpu_model.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
+
+
+def _tests(folder: Path, seconds: float) -> list[str]:
+    # What is marked gpu, and the tests of kernels and of models on them, which run natively there. Hundreds of small
+    # kernels to compile: on all cores, where pytest-xdist is there.
+    workers = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    which = "gpu or test_kernels or test_backends"
+    return ["-m", "pytest", "-p", "ppcl_kernels.tools.pytest_log", *workers, "tests", "-k", which]
+
+
+PARTS = {
+    "fit": Part("1", 240, _fit),
+    "choose": Part("2", 500, _choose),
+    "model": Part("3", 500, _model),
+    "tests": Part("tests", 300, _tests),
+}
+# In a process of its own: this one must survive a driver that does not.
+_ASK = (
+    "import json, torch; from ppcl_kernels.tools.machine import machine; "
+    "assert torch.cuda.is_available(); print(json.dumps(machine()))"
+)
+
+
+def about_device() -> dict[str, Any] | None:
+    """Say what runs here, None where python sees no CUDA device."""
+    try:
+        done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=120)
+        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    except (subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def run_part(name: str, folder: Path, about: dict[str, Any]) -> int:
+    """Run a part, end it when its time is over, and add to its file how it ended; returns its exit status."""
+    part, path, allowed = PARTS[name], folder / f"{name}.json", folder / "allowed.json"
+    command = [sys.executable, *part.command(folder.resolve(), part.seconds - _SPARE)]
+    # Measurements of another day are not this run's.
+    for stale in (path, allowed) if name == "fit" else (path,):
+        stale.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PPCL_TESTS_JSON": str(path.resolve())}
+    # Kernels run natively here.
+    environment.pop("TRITON_INTERPRET", None)
+    # The tables that a model makes are results too.
+    environment.setdefault("PPCL_CACHE", str(folder.resolve() / "cache"))
+    if name != "fit" and allowed.exists():
+        environment[VARIABLE] = str(allowed.resolve())
+    print(f"== {part.number} {name}, at most {part.seconds:g} s: {' '.join(command)}", flush=True)
+    started = time.monotonic()
+    status = _limited(command, environment, part.seconds)
+    content = _read(path)
+    content = {"part": name, **about, **{k: v for k, v in content.items() if v is not None}, "status": status}
+    content["seconds"] = round(time.monotonic() - started, 1)
+    content["command"] = f"bash bench/gpu.sh {name}"
+    write_json(path, {**content, "results": content.get("results", [])})
+    print(f"== {name} ended with status {status} after {content['seconds']:.0f} s: {path}", flush=True)
+    return status
+
+
+def _limited(command: Sequence[str], environment: dict[str, str], seconds: float) -> int:
+    """Run a command, at most so long; 124 where it was ended, as `timeout` has it."""
+    # A group of its own, which is ended whole.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return 124
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="bash bench/gpu.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="*", help="1 or fit, 2 or choose, 3 or model, tests; none for 1, 2 and 3")
+    parser.add_argument("--results", type=Path, default=Path(os.environ.get("RESULTS", "bench/results")))
+    options = parser.parse_args(arguments)
+    numbers = {part.number: name for name, part in PARTS.items()}
+    names = [numbers.get(name, name) for name in options.part] or ["fit", "choose", "model"]
+    for name in names:
+        if name not in PARTS:
+            there = ", ".join(dict.fromkeys(word for other, part in PARTS.items() for word in (part.number, other)))
+            print(f"gpu.sh: there is no part {name}; there are: {there}", file=sys.stderr)
+            return 2
+    about = about_device()
+    if about is None:
+        print(
+            f"gpu.sh: {sys.executable} sees no CUDA device: run on a machine with one, or name a python by PYTHON=...",
+            file=sys.stderr,
+        )
+        return 2
+    folder = options.results / slug(about["device"])
+    with terminated_as_exit():
+        statuses = [run_part(name, folder, about) for name in names]
+    return 1 if any(statuses) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
