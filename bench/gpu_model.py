@@ -589,10 +589,8 @@ def part(name: str, args: Sequence[Any], kwargs: dict[str, Any], seen: Sequence[
 def machine() -> dict[str, Any]:
     """Say what runs here."""
     about = runner.machine()
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    versions = {name: about.pop(name) for name in ("torch", "triton", "cuda", "driver", "python")}
-    versions |= {"diffusers": diffusers.__version__, "cudnn": None if cudnn is None else str(cudnn)}
-    return {**about, "versions": versions}
+    versions = {name: about.pop(name) for name in ("torch", "triton", "cuda", "cudnn", "driver", "python")}
+    return {**about, "versions": {**versions, "diffusers": diffusers.__version__}}
 
 
 def work(spec: dict[str, Any]) -> None:
