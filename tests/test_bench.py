@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from ppcl_kernels.launch import TARGETS, Target
 from ppcl_kernels.tools import gpu_run, report
+from ppcl_kernels.tools.children import Job, run_all
 from ppcl_kernels.tools.machine import slug, write_json
 from ppcl_rt import ways
 from ppcl_rt.ways import CUDNN, FLASH, TORCH, Key, Way
@@ -191,9 +192,19 @@ def test_runner_refuses_in_one_line(arguments, said, monkeypatch, capsys):
     assert said in output.err and len(output.err.splitlines()) == 1 and not output.out
 
 
-def test_no_device_is_found_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu_run.about_device() is None
+def test_device_is_asked_for_in_a_process_of_its_own(monkeypatch, capsys):
+    """What that process runs, and what is made of how it ends."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AssertionError):
+        exec(gpu_run._ASK, {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    exec(gpu_run._ASK, {})
+    said = json.loads(capsys.readouterr().out)
+    assert said["device"] == "NVIDIA H200" and {"torch", "triton", "cuda", "cudnn", "driver", "commit"} <= set(said)
+    for script, found in (("raise SystemExit(1)", None), ("print('noise')", None), ("print('noise\\n{}')", {})):
+        monkeypatch.setattr(gpu_run, "_ASK", script)
+        assert gpu_run.about_device() == found
 
 
 def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, capfd):
@@ -235,7 +246,7 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
     assert gpu_run.main(["--results", str(tmp_path), "tests"]) == 0
 
 
-def test_outcomes_of_tests_are_kept_as_they_come(tmp_path):
+def test_outcomes_of_tests_are_kept_as_they_come(tmp_path, monkeypatch):
     (tmp_path / "test_some.py").write_text(
         """
 import os, pytest
@@ -249,9 +260,12 @@ def test_dies(): os._exit(9)
 def test_never_runs(): pass
 """
     )
-    command = [sys.executable, "-m", "pytest", "-p", "ppcl_kernels.tools.pytest_log", "-q", str(tmp_path)]
-    environment = {**os.environ, "PPCL_TESTS_JSON": str(tmp_path / "tests.json"), "PYTHONPATH": ":".join(sys.path)}
-    assert subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True).returncode == 9
+    monkeypatch.setenv("PPCL_TESTS_JSON", str(tmp_path / "tests.json"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    command, ended = ["-p", "ppcl_kernels.tools.pytest_log", f"--rootdir={tmp_path}", str(tmp_path)], []
+    # A fork, which has torch already.
+    run_all([Job("tests", 60, lambda say: pytest.main(command))], 1, time.monotonic() + 60, ended.append)
+    assert ended[0].status == 9, ended
     content = json.loads((tmp_path / "tests.json").read_text())
     rows = {row["name"].split("_")[-1]: row for row in content["results"]}
     assert {name: row["outcome"] for name, row in rows.items()} == {

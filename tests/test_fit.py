@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from ppcl_kernels import aot
+from ppcl_kernels.joint_attention import launch_key_ranges
 from ppcl_kernels.launch import TARGETS, Target
 from ppcl_kernels.tools import fit
-from ppcl_kernels.tools.cases import FULL, TINY, Setting, all_cases
+from ppcl_kernels.tools.cases import FULL, TINY, Setting, _ranges, all_cases
 from ppcl_kernels.tools.check import check, poisoned, same
 from ppcl_kernels.tools.children import NOT_REACHED, Job, run_all
 from ppcl_kernels.tools.judge import SIDE, Limit, judge
@@ -183,6 +184,16 @@ def test_every_kernel_is_checked_and_is_fit(best_tiles):
             check(case, torch.device("cpu"), 1, rows.append)
         assert rows[-1]["ok"], (case.kernel, case.form, rows[-1]["why"])
         assert all("stage" in row for row in rows[:-1])
+
+
+def test_key_ranges_are_those_of_the_kernel():
+    """What a fit run takes for right, on masks with several runs of whole tiles, with none, and without any key."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(7, 37, generator=generator) < torch.tensor([0.2, 0.6, 0.8, 0.9, 0.95, 1.0, 0.0])[:, None]
+    ranges = torch.empty(len(mask), 4, dtype=torch.int32)
+    launch_key_ranges(mask.view(torch.uint8), ranges, 4).run()
+    assert ranges.tolist() == [_ranges(row, 4) for row in mask.tolist()]
+    assert len({end - begin for _, begin, end, _ in ranges.tolist()}) > 3
 
 
 def test_one_rounding_is_within_every_limit_and_none_is_loose(best_tiles):

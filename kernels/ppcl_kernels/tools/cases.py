@@ -51,7 +51,7 @@ FULL = Shape(heads=24, head_dim=128, hidden=12288, image=4096, text=512, odd_ima
 # For compute-sanitizer, which slows a kernel down a hundred times: a few tiles, none of them whole in every direction.
 SMALL = Shape(heads=4, head_dim=128, hidden=768, image=300, text=70, odd_image=129, odd_text=1)
 # For triton's interpreter.
-TINY = Shape(heads=4, head_dim=8, hidden=72, image=17, text=3, odd_image=5, odd_text=1)
+TINY = Shape(heads=4, head_dim=8, hidden=72, image=11, text=2, odd_image=5, odd_text=1)
 
 
 @dataclass(frozen=True)
