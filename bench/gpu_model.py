@@ -26,7 +26,9 @@ import torch._dynamo
 from diffusers.models.transformers import transformer_qwenimage
 from random_models import PLANS, RATIOS, REAL, TINY, Models, Preset, described, inputs, narrowed, rotate
 
-from ppcl_rt import bench_report, qwen_block, ways
+from ppcl_kernels.tools import machine as runner
+from ppcl_kernels.tools.machine import write_json
+from ppcl_rt import qwen_block, ways
 from ppcl_rt.checkpoint import line
 from ppcl_rt.costs import CostRow, CostTable
 from ppcl_rt.plan import Plan, Width
@@ -102,7 +104,7 @@ class Report:
     content: dict[str, Any] = field(default_factory=dict)
 
     def save(self) -> None:
-        bench_report.write_json(self.path, self.content)
+        write_json(self.path, self.content)
 
     def running(self, name: str) -> None:
         """Say what runs from now on, so that it can be named if this process dies of it."""
@@ -586,11 +588,9 @@ def part(name: str, args: Sequence[Any], kwargs: dict[str, Any], seen: Sequence[
 
 def machine() -> dict[str, Any]:
     """Say what runs here."""
-    about = bench_report.machine()
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    versions = {name: about.pop(name) for name in ("torch", "triton", "cuda", "driver", "python")}
-    versions |= {"diffusers": diffusers.__version__, "cudnn": None if cudnn is None else str(cudnn)}
-    return {**about, "versions": versions}
+    about = runner.machine()
+    versions = {name: about.pop(name) for name in ("torch", "triton", "cuda", "cudnn", "driver", "python")}
+    return {**about, "versions": {**versions, "diffusers": diffusers.__version__}}
 
 
 def work(spec: dict[str, Any]) -> None:

@@ -304,8 +304,7 @@ class Weights:
         self._attributes = [module.__dict__ for module in self._inside]
         self._counts = [*map(len, self._attributes)]
         self._forwards = [(a, a["forward"]) for a in self._attributes if "forward" in a]
-        self._empty: list[Any] = [hooks for m in self._inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._empty += [module._modules for module in every if not module._modules]
+        self._hooks: list[Any] = [hooks for m in self._inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def current(self) -> bool:
         """Whether modules, parameters and buffers are the same objects at the same addresses, without hooks.
@@ -315,7 +314,7 @@ class Weights:
         # Tensors are compared one by one: `==` of lists would compare the values of two that differ, on the device.
         held = _values(self._tensor_homes)
         return (
-            not any(self._empty)
+            not any(self._hooks)
             and _values(self._homes) == self._children
             and len(held) == len(self._held)
             and all(map(is_, held, self._held))

@@ -386,6 +386,16 @@ def test_trim_drops_graphs(model, build_inputs, check):
     assert all(recording.closed for recording in model.graphs._backend.made)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda model: model.to(torch.float64), lambda model: model.load_state_dict(model.state_dict())]
+)
+def test_moving_drops_graphs(model, build_inputs, check, change):
+    """At once, not at the next forward: what they hold is freed before the weights take room elsewhere."""
+    assert check(model, build_inputs()) == 2
+    change(model)
+    assert not model.graphs.captured and all(recording.closed for recording in model.graphs._backend.made)
+
+
 def test_other_plans_weights_may_go(model, build_inputs, check):
     """What a program does not read may be replaced without a new capture."""
     model._prepare(student(model))
@@ -862,6 +872,12 @@ def test_text_runs(mapped, build_inputs, check):
     layer = model.text_runs["0-2"]["z_1"]
     layer.weight = nn.Parameter(layer.weight * 2)
     assert check(model, build_inputs()) == 2 and model.graphs.captures == 2
+    generation = model.graphs.generation
+    model._make_resident(plan)
+    assert model.graphs.generation == generation
+    del model.text_runs["0-2"]
+    model._make_resident(plan)
+    assert model.graphs.generation > generation
 
 
 def test_a_block_that_grows(loaded, build_inputs, check):

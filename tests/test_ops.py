@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops, ways
@@ -191,6 +192,37 @@ def test_prepared_calls_see_new_weights(monkeypatch):
     check()
     layer.weight.data = torch.randn(64, 2 * D, device=DEVICE)[::2, ::2].contiguous()
     check()
+
+
+FIXED = {Linears: ("weight", "bias"), QKV: ("weights", "biases", "norms"), AdaLayerNorm: (), Attention: ()}
+
+
+@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
+def test_signatures_tell_stale_from_moved(name):
+    """A prepared call stands for weights at their addresses, and for any activations of the same form."""
+    call = CALLS[name]()
+    operation = OPERATION_OF[type(call)]
+    signature = operation.signature(call)
+    groups = getattr(call, "groups", None) or getattr(call, "streams", None) or [call]
+    weights = {id(t) for g in groups for part in FIXED[type(call)] for t in tree_leaves(getattr(g, part))}
+    leaves, spec = tree_flatten(call)
+    seen = 0
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        seen += id(leaf) in weights
+
+        def with_leaf(tensor, place=place):
+            return operation.signature(tree_unflatten([*leaves[:place], tensor, *leaves[place + 1 :]], spec))
+
+        same = with_leaf(leaf.clone()) == signature
+        assert same == (id(leaf) not in weights)
+        strided = torch.empty_strided(leaf.shape, [2 * step for step in leaf.stride()], dtype=leaf.dtype)
+        for other in (leaf[:-1], leaf.view(torch.int16), strided.to(DEVICE), None):
+            assert with_leaf(other) != signature
+        # The same place, seen as something else.
+        assert with_leaf(leaf.as_strided(leaf.shape, [0] * leaf.dim())) != signature
+    assert seen == len(weights)
 
 
 def test_a_shape_is_prepared_once(monkeypatch):

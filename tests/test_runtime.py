@@ -541,6 +541,7 @@ def test_projections_lie_side_by_side(made, build_inputs, run, same, tmp_path):
     same(run(ppcl_rt.load(tmp_path / "saved"), build_inputs()), wanted)
     # Whoever puts a layer of another kind there is left alone.
     adapted = torch.nn.Sequential(model.transformer_blocks[0].attn.to_k)
+    adapted.in_features = adapted[0].in_features
     model.transformer_blocks[0].attn.to_k = adapted
     model.to(torch.float64).to(torch.float32)
     assert model.transformer_blocks[0].attn.to_k is adapted

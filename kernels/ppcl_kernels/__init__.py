@@ -1,7 +1,8 @@
 """Operations of an MMDiT block over only the heads and channels that are kept.
 
-One operation, one file; each has a Triton kernel, behind a custom op that ``torch.compile`` and CUDA graphs take, and a
-plain-torch ``*_reference``, which is its definition. No diffusers inside.
+One operation, one file; each has a Triton kernel, called through a custom op that ``torch.compile`` and CUDA graphs
+take, and a plain-torch ``*_reference``, which is its definition. What operations share (`matmul`, `heads`, `rope`,
+`head_norm`, `modulation`, `tiles`) has files of its own. No diffusers inside.
 """
 
 from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference

@@ -15,7 +15,7 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
 
 
 def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
-    """Refuse tensors that a kernel cannot read beside ``like``.
+    """Refuse tensors that a kernel cannot read together with ``like``.
 
     Raises:
         ValueError: another device, another dtype, or a last dimension that is not contiguous.

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     Attributes:
         rows, cols, depth: of the tile that one step of the loop multiplies.
         warps, stages: per block, and tiles in flight.
-        parts: pieces that the epilogue works off one by one; a residual next to a whole wide tile would spill.
+        parts: pieces that the epilogue finishes one after the other; a residual next to a whole wide tile would spill.
         resident: blocks per multiprocessor of the persistent grid; two hide each other's epilogue.
         flat: 1 to make one loop of those over tiles and depth, so that a tile's first copies start before the epilogue
             of the one before it.
@@ -204,7 +204,7 @@ def work_off(
     FLAT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Work off a program's tiles of one product; return where the program goes on in the next one.
+    """Compute and finish a program's tiles of one product; return where the program goes on in the next one.
 
     Args:
         start: the program's first tile.

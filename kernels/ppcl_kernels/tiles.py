@@ -28,7 +28,7 @@ class Tiling(Protocol):
 
     @property
     def cost(self) -> float:
-        """Time that one block takes, of ``resident`` on a multiprocessor; any unit that tiles of a kernel share."""
+        """Time of a block that has a multiprocessor to itself, in any unit that the tiles of a kernel share."""
 
 
 AnyTile = TypeVar("AnyTile", bound=Tiling)
@@ -71,7 +71,7 @@ def waves(blocks: int, target: Target, resident: int = 1) -> int:
 
 
 def cheapest(kernel: str, tiles: Iterable[AnyTile], target: Target, blocks: Callable[[AnyTile], int]) -> AnyTile:
-    """Choose by the one rule: waves, times what a wave costs; the first of equals.
+    """Choose by the one rule: waves, times ``resident * cost``, which is what a wave costs; the first of equals.
 
     Args:
         kernel: its name.
