@@ -11,13 +11,12 @@ import pytest
 import torch
 
 import ppcl_kernels as pk
-from ppcl_kernels import tiles as tiles_module
 from ppcl_kernels.allowed import is_allowed, tile_name
 from ppcl_kernels.heads import head_cols
 from ppcl_kernels.launch import TARGETS, Target
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_kernels.qkv_projection import choose_tile, tile_candidates
-from ppcl_kernels.tiles import cheapest, offered, waves
+from ppcl_kernels.tiles import cheapest, waves
 
 # The package exports functions of the same names as its modules.
 AdaTile, ResidualTile, NormRopeTile, AttentionTile = (
@@ -35,7 +34,7 @@ def test_takes_tma():
     assert takes_tma(HOPPER, torch.empty(4, 12)) and not takes_tma(HOPPER, torch.empty(4, 12).half())
     assert not takes_tma(HOPPER, x, torch.empty(4, 33)) and not takes_tma(HOPPER, x[..., 1:])
     assert not takes_tma(HOPPER, x[:1].expand(2, 8, 16)) and not takes_tma(HOPPER, x[..., ::4][..., :1])
-    assert not any(takes_tma(TARGETS[arch], x) for arch in ("sm_80", "sm_86", "sm_89", "gfx942"))
+    assert not any(takes_tma(TARGETS[arch], x) for arch in ("sm_80", "sm_86", "sm_89", "sm_120", "gfx942"))
 
 
 @pytest.mark.parametrize("target", [*TARGETS.values(), INTERPRETER], ids=lambda t: t.arch)
@@ -117,21 +116,6 @@ def test_norm_reads_its_modulation_seldom():
 
 
 # What is left out.
-
-
-def test_tiles_that_spill_are_left_out(monkeypatch):
-    """By version of triton, architecture and kernel; a newer version gets them all until it was looked at."""
-    tiles = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3))
-    monkeypatch.setattr(tiles_module, "SPILLS", {("3.9", "sm_90", "linear"): frozenset({tile_name(tiles[0])})})
-    for version, arch, kernel, left in (
-        ("3.9.0", "sm_90", "linear", tiles[1:]),
-        ("3.9.1+git", "sm_90", "linear", tiles[1:]),
-        ("3.6.0", "sm_90", "linear", tiles),
-        ("3.9.0", "sm_80", "linear", tiles),
-        ("3.9.0", "sm_90", "qkv_projection", tiles),
-    ):
-        monkeypatch.setattr(tiles_module.triton, "__version__", version)
-        assert offered(kernel, tiles, TARGETS[arch]) == left
 
 
 @pytest.fixture

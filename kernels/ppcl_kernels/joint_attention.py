@@ -277,9 +277,7 @@ def launch_joint_attention(
     """Describe the launch that writes ``y``, contiguous ``[B, S, H, E]``."""
     batch, tokens, heads, head_dim = q.shape
     cols = head_cols(head_dim)
-    # Tensor cores that read operands from registers (sm_80, sm_120): descriptors would need more of them, and spill.
-    from_shared = target.wgmma or target.tcgen05
-    tma = from_shared and takes_tma(target, q, k, v)
+    tma = takes_tma(target, q, k, v)
 
     def rows_of(x: torch.Tensor, rows: int) -> Any:
         # Dimensions of 1 must lead the block, or the compiler takes the tile through registers.
@@ -309,7 +307,7 @@ def launch_joint_attention(
         "COLS": cols,
         # Few tiles are ragged. Where operands come from shared memory, not to pipeline them saves registers; elsewhere
         # it costs some (sm_80 spills).
-        "RAGGED_STAGES": 1 if from_shared else tile.stages,
+        "RAGGED_STAGES": 1 if target.wgmma or target.tcgen05 else tile.stages,
         "TMA": tma,
     }
     grid = (batch * heads * -(-tokens // tile.queries),)

@@ -76,8 +76,12 @@ class Target:
 
     @property
     def tma(self) -> bool:
-        """Whether tiles can be copied by tensor descriptors (Hopper and newer; the interpreter mimics them)."""
-        return self.capability >= 90 or self.arch == "interpreter"
+        """Whether tiles are copied by tensor descriptors: where tensor cores read operands from shared memory.
+
+        sm_120 could, but its tensor cores read registers, and descriptors would need more of them: attention spills,
+        and with triton 3.6 products do too.
+        """
+        return self.wgmma or self.tcgen05
 
 
 def can_run(x: torch.Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Which tiles a kernel is offered on a target, and which of them it takes: one protocol and one rule for all kernels.
 
-Offered is what fits: the shared memory of the blocks that are resident on a multiprocessor, the registers (no spills
-with this version of triton), and what `ppcl_kernels.allowed` does not refuse. Taken is the cheapest in waves: the
-blocks of a launch run ``multiprocessors * resident`` at a time, and a last wave with one block in it costs as much as a
-full one. What a wave costs is a guess until measured, and is called so where it is written.
+Offered is what fits the shared memory, for all blocks that are resident on a multiprocessor, and is not refused by
+`ppcl_kernels.allowed`; none of it spills (`ppcl_kernels.aot` checks). Taken is the cheapest in waves: the blocks of a
+launch run ``multiprocessors * resident`` at a time, and a last wave with one block in it costs as much as a full one.
+What a wave costs is a guess until measured, and is called so where it is written.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from ppcl_kernels._triton import triton
-from ppcl_kernels.allowed import VARIABLE, is_allowed, tile_name
+from ppcl_kernels.allowed import VARIABLE, is_allowed
 from ppcl_kernels.launch import Target
 
 
@@ -33,18 +32,6 @@ class Tiling(Protocol):
 
 AnyTile = TypeVar("AnyTile", bound=Tiling)
 
-# Tiles that fit by what they hold, and spill all the same: what one version of triton makes of one kernel on one
-# architecture, as `python -m ppcl_kernels.aot` found it.
-SPILLS: dict[tuple[str, str, str], frozenset[str]] = {}
-
-
-def spills(kernel: str, tile: Iterable[int], target: Target) -> bool:
-    """Whether a tile is known to spill with the version of triton at hand."""
-    if triton is None:
-        return False
-    version = ".".join(triton.__version__.split(".")[:2])
-    return tile_name(tile) in SPILLS.get((version, target.arch, kernel), ())
-
 
 def offered(
     kernel: str, tiles: Iterable[AnyTile], target: Target, shared_bytes: Callable[[AnyTile], int] | None = None
@@ -60,7 +47,6 @@ def offered(
         tile
         for tile in tiles
         if (shared_bytes is None or tile.resident * shared_bytes(tile) <= target.shared_bytes)
-        and not spills(kernel, tile, target)
         and is_allowed(kernel, tile)
     )
 
