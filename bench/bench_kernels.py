@@ -472,7 +472,7 @@ class Races:
         self._choose(operation.key(call), [name for name in listed if name in calls], rows)
         self._rate(rows, flops, size)
         if self.clock.cuda and operation.name == "joint_attention" and setting == settings(self.preset)[0]:
-            for name in calls:
+            for name in list(calls):
                 self._alive(f"{key}: {name}, profiled")
                 guarded(name, lambda name=name: rows[name].update(kernels=kernel_names(calls[name])))
         return list(rows.values())

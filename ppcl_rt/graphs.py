@@ -125,12 +125,26 @@ class _CudaHandle:
         self.graph.reset()
 
 
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Let a capture take cuBLAS's workspaces from the memory of the graphs, as those of ``torch.compile`` do.
+
+    Launches hold the address of a workspace, and nothing keeps it: one outside would be freed by ``torch.compile`` with
+    graphs, and as any graph of its stream is destroyed (torch 2.12 on), under graphs that write to it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 @dataclass
 class _CudaPool:
     """What the graphs of one CUDA device share.
 
     Attributes:
-        stream: they are warmed up and captured on it, so that cuBLAS's workspace there lies outside their memory.
+        stream: they are captured on it, and nothing else runs there.
         last: recorded behind the last replay, and the stream of it.
         handle: the memory pool; None before the first graph.
         graphs: those that hold it. A pool that no graph holds any more is not taken up again: torch forbids it.
@@ -186,17 +200,17 @@ class Cuda:
             outer.wait_stream(pool.stream)
 
     def warm(self, device: torch.device, call: Callable[[], Any]) -> None:
-        """Run once: kernels are loaded, workspaces made, what is cached is cached."""
-        with self._aside(device):
+        """Run once: kernels are loaded, what is cached is cached; on the current stream, see `_own_workspaces`."""
+        with torch.cuda.device(device):
             call()
 
     def capture(self, device: torch.device, call: Callable[[], Any]) -> _CudaHandle:
         """Capture; as `torch.cuda.graph` does, but the stream comes back also where ending the capture fails."""
-        # What the warm-up left in the allocator's cache belongs to a stream that runs nothing else.
+        # As much memory as there can be for the graph.
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with self._aside(device) as pool:
+        with self._aside(device) as pool, _own_workspaces():
             if not pool.graphs:
                 pool.handle = torch.cuda.graph_pool_handle()
             # Other threads may allocate and synchronise meanwhile.

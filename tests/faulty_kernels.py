@@ -66,3 +66,8 @@ def cases(setting: Setting) -> list[Case]:
 def one_that_hangs(setting: Setting) -> list[Case]:
     """One that is fine, and one after it that hangs."""
     return cases(setting)[:2]
+
+
+def fine(setting: Setting) -> list[Case]:
+    """One kernel without a fault."""
+    return cases(setting)[:1]

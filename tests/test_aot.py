@@ -114,8 +114,9 @@ triton.runtime.driver.set_active(Driver())
 
 def by_jit(launch):
     compiled = []
+    # Attributes that say nothing count too: the cache of compiled kernels goes by all of it.
     launch.kernel._do_compile = lambda key, signature, device, constants, options, attributes, *_, **__: (
-        compiled.append((signature, constants, {at: given for at, given in attributes.items() if given}))
+        compiled.append((signature, constants, attributes))
     )
     launch.kernel.device_caches.clear()
     launch.kernel[launch.grid](**launch.arguments, **launch._options(amd=False))
@@ -140,7 +141,7 @@ for launch in launches:
     wanted = {name: str(kind).replace(" ", "") for name, kind in signature.items()}, constants, attributes
     for what, one, other in zip(("signature", "constants", "attributes"), said, wanted):
         assert one == other, (launch, what, one, other)
-    found |= set(said[0].values()) | {str(sorted(map(str, said[2])))}
+    found |= set(said[0].values()) | {str(sorted(said[2].items()))}
 print(len(launches), len(found))
 """
     done = run(script=script)

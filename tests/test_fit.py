@@ -102,6 +102,29 @@ exit 99
     assert content["torch"] == torch.__version__ and content["device"].startswith("CPU")
 
 
+def test_trouble_of_the_sanitizer_is_laid_to_no_kernel(start, tmp_path):
+    """Errors outside of kernels, and a tool that cannot run here, leave what is fit as it is."""
+    sanitizer = tmp_path / "compute-sanitizer"
+    # What it does by default, with what libraries ask the driver in vain; and it does not know the device.
+    sanitizer.write_text(
+        """#!/bin/bash
+[[ "$*" == *"--report-api-errors no"* ]] && asked=1
+while [ "$1" != --lines ]; do shift; done
+echo '{"tile": "0", "form": "fine"}' >>"$2"
+[ "$asked" ] || { echo "========= Program hit CUDA_ERROR_NOT_FOUND on CUDA API call"; exit 99; }
+echo "RuntimeError: CUDA error: unknown error"
+exit 1
+"""
+    )
+    sanitizer.chmod(0o755)
+    done = start("--cases", "faulty_kernels:fine", "--sanitizer", str(sanitizer))
+    output, errors = done.communicate(timeout=60)
+    assert done.returncode == 0, output + errors
+    assert read(tmp_path, "allowed.json")["kernels"] == {"double": {"0": {"ok": True}}}
+    assert [row["ok"] for row in read(tmp_path, "fit.json")["sanitized"]] == [None]
+    assert "double: not finished, exit status 1" in output
+
+
 def test_killed_midway_leaves_what_it_has(start, tmp_path):
     """SIGKILL in the middle: valid files, what was checked is fit, the other may not run, and no child is left."""
     run = start("--cases", "faulty_kernels:one_that_hangs", "--at-once", "1")

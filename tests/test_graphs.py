@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import logging
@@ -891,3 +892,58 @@ def test_a_block_that_grows(loaded, build_inputs, check):
     assert check(model, build_inputs()) == 2 and len(model.graphs.captured) == 2
     model.set_plan(model.catalog.dense)
     assert check(model, build_inputs()) == 3
+
+
+def test_workspaces_of_cublas(monkeypatch):
+    """A capture takes workspaces from the memory of the graphs: what was made before it lies outside and is let go."""
+    log, current = [], ["user's"]
+
+    class Stream:
+        device_index = 0
+
+        def __init__(self, *_):
+            self.name = "capturing"
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            log.append("begin")
+
+        def capture_end(self):
+            log.append("end")
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream.name
+        yield
+        current[0] = before
+
+    class Users(Stream):
+        def __init__(self):
+            self.name = "user's"
+
+    stand_ins = {
+        "Stream": Stream,
+        "Event": object,
+        "CUDAGraph": Graph,
+        "stream": on,
+        "device": lambda _: contextlib.nullcontext(),
+        "current_stream": lambda _: Users(),
+        "graph_pool_handle": lambda: (0, 1),
+        "synchronize": lambda _: None,
+        "empty_cache": lambda: None,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
+    backend, device = graphs.Cuda(), torch.device("cuda:0")
+    for _ in range(2):
+        backend.warm(device, lambda: log.append(current[0]))
+        backend.capture(device, lambda: log.append(current[0]))
+    once = ["user's", "clear", "begin", "capturing", "end", "clear"]
+    assert log == once + once
+    with pytest.raises(ZeroDivisionError):
+        backend.capture(device, lambda: 1 / 0)
+    assert log[len(once) * 2 :] == ["clear", "begin", "end", "clear"]

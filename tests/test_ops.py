@@ -294,6 +294,19 @@ def test_pack(bias):
     assert side_by_side([layer.weight for layer in layers]) is None
 
 
+def test_pack_in_inference_mode():
+    """Parameters stay what they are: ordinary ones can be trained later, those of inference mode are left alone."""
+    ordinary = [nn.Linear(8, 6) for _ in range(3)]
+    with torch.inference_mode():
+        made_inside = [nn.Linear(8, 6) for _ in range(3)]
+        pack(*ordinary)
+        pack(*made_inside)
+    pack(*made_inside)
+    assert side_by_side([layer.weight for layer in ordinary]) is not None
+    assert not any(layer.weight.is_inference() for layer in ordinary)
+    assert side_by_side([layer.weight for layer in made_inside]) is None
+
+
 def test_side_by_side_is_strict():
     parts = torch.zeros(4, 8, 6)
     assert side_by_side([parts[0], parts[2]]).shape == (2, 8, 6)

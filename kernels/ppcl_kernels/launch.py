@@ -150,18 +150,21 @@ class Launch:
         return options if self.registers is None or amd else options | {"maxnreg": self.registers}
 
     def source(self) -> Any:
-        """Say what would be compiled: launches of equal sources share a compiled kernel."""
-        from triton.compiler import ASTSource
+        """Say what would be compiled: launches of equal sources share a compiled kernel, also in the cache on disk."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, make_backend
 
-        signature, constants, attributes = {}, {}, {}
-        for number, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
+        values = {parameter.name: self.arguments[parameter.name] for parameter in self.kernel.params}
+        kinds = []
+        for parameter, value in zip(self.kernel.params, values.values(), strict=True):
             kind = "constexpr" if parameter.is_constexpr else _kind(value, parameter.do_not_specialize)
-            signature[parameter.name] = kind
-            if kind == "constexpr":
-                constants[parameter.name] = value
-            elif not parameter.do_not_specialize and _divisible(value):
-                attributes[(number,)] = [["tt.divisibility", 16]]
+            about = None
+            if kind != "constexpr" and not parameter.do_not_specialize and isinstance(value, torch.Tensor | int):
+                about = "D" if _divisible(value) else ""
+            kinds.append((kind, about))
+        # Where nothing can be said of a value, versions of triton note that differently; the cache on disk goes by it.
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        _, signature, constants, attributes = self.kernel._pack_args(backend, {}, values, kinds, None)
         return ASTSource(self.kernel, signature, constants, attributes)
 
     def compile(self, target: Target) -> Any:

@@ -148,18 +148,20 @@ def pack(*modules: nn.Module) -> None:
 
     The modules keep their parameters, which become views: names, state dicts, optimizers and adapters see no
     difference. Nothing happens where no kernel could run, or where a module holds anything but plain parameters of one
-    shape.
+    shape; those made in inference mode cannot change what they are views of.
     """
     for name in ("weight", "bias"):
         parts: list[Any] = [getattr(module, name, None) for module in modules]
         if (
             any(type(p) is not nn.Parameter or not kernels.can_run(p) or p.shape != parts[0].shape for p in parts)
+            or any(p.is_inference() for p in parts)
             or len({(p.dtype, p.device) for p in parts}) > 1
             or side_by_side(parts) is not None
         ):
             continue
-        for old, part in zip(parts, torch.stack([p.detach() for p in parts]), strict=True):
-            old.data = part
+        with torch.inference_mode(False):
+            for old, part in zip(parts, torch.stack([p.detach() for p in parts]), strict=True):
+                old.data = part
 
 
 def _can_pack(s: kernels.Stream) -> bool:
