@@ -18,7 +18,7 @@ from ppcl_kernels.launch import Target
 from ppcl_kernels.linear import prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_rt.ops.modules import linear, parameter, readable
-from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of
+from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of, vectors
 from ppcl_rt.ways import CUBLAS, CUBLASLT, TORCH, Key, Way
 
 
@@ -41,8 +41,8 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
     def signature(self, call: Linears) -> Hashable:
         parts: list[Hashable] = [call.gelu]
         for g in call.groups:
-            parts += [g.out_features, form(g.x), address(g.weight, g.bias), form(g.gate), form(g.index)]
-            parts.append(form(g.residual))
+            parts += [g.out_features, form(g.x), address(g.weight), vectors(g.bias)]
+            parts += [form(g.gate), form(g.index), form(g.residual)]
         return tuple(parts)
 
     def fits(self, call: Linears) -> bool:

@@ -152,6 +152,11 @@ def address(*tensors: torch.Tensor | None) -> Hashable:
     return tuple([None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors])
 
 
+def vectors(*tensors: torch.Tensor | None) -> Hashable:
+    """Ask the same of vectors, in less time."""
+    return tuple([None if t is None else (t.data_ptr(), t.numel(), t.is_contiguous(), t.dtype) for t in tensors])
+
+
 def name_of(dtype: torch.dtype) -> str:
     """``bfloat16`` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
