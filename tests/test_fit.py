@@ -102,6 +102,18 @@ exit 99
     assert content["torch"] == torch.__version__ and content["device"].startswith("CPU")
 
 
+def test_a_compile_that_is_not_reached_is_no_verdict(tmp_path):
+    """Without time to compile everything first, what is left is compiled by whoever checks it."""
+    run = fit._Fit(fit._parser().parse_args(["--out", str(tmp_path), "--seconds", "0"]), faulty_kernels.cases, "")
+    run.target = TARGETS["sm_90"]
+    units = dict.fromkeys((case.kernel, case.tile) for case in aot.cases(run.target))
+    run.forms = dict.fromkeys(units, 1)
+    run.findings.expect(list(units))
+    run.compile()
+    assert len(run.findings.content["compiled"]) > len(units) > 10
+    assert {verdict["why"] for verdict in run.findings.units.values()} == {NOT_REACHED}
+
+
 def test_trouble_of_the_sanitizer_is_laid_to_no_kernel(start, tmp_path):
     """Errors outside of kernels, and a tool that cannot run here, leave what is fit as it is."""
     sanitizer = tmp_path / "compute-sanitizer"

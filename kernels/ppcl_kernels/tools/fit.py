@@ -262,10 +262,9 @@ class _Fit:
         def done(outcome: Outcome) -> None:
             kernel, tile, shape = numbers[outcome.job.name]
             row: dict[str, Any] = {"kernel": kernel, "tile": tile, "shape": shape}
-            # A compile that was cut off is no verdict: whoever runs the kernel compiles it.
-            row |= (
-                outcome.said[-1] if outcome.said else {"why": "" if outcome.late else outcome.how, "cut": outcome.how}
-            )
+            # A compile that was cut off or not begun is no verdict: whoever runs the kernel compiles it.
+            unknown = outcome.late or outcome.status is None
+            row |= outcome.said[-1] if outcome.said else {"why": "" if unknown else outcome.how, "cut": outcome.how}
             self.findings.content["compiled"].append(row)
             if row["why"] and (kernel, tile) in self.forms:
                 self.findings.judge((kernel, tile), f"{shape}: {row['why']}")
