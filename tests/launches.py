@@ -197,9 +197,10 @@ def operations() -> Iterator[tuple[str, Any, Callable[[], tuple]]]:
         def call(kind: str = kind, queries: bool = queries) -> tuple:
             raw = [tuple(make(2, t, 2, 32) for _ in range(3)) for t in (5, 24)]
             raw = [raw[0] if queries else (None, *raw[0][1:]), raw[1]]
-            return raw, [norms] * 2, [rope(kind, 5), rope(kind, 24)]
+            return raw, [norms] * 2, [rope(kind, 5), rope(kind, 24)], [biases] * 2
 
-        yield f"norm_rope {kind}", prepare_norm_rope(*call()), call
+        raw, *others, added = call()
+        yield f"norm_rope {kind}", prepare_norm_rope(raw, *others, 1e-6, added), call
     for masked in (False, True):
 
         def call(masked: bool = masked) -> tuple:

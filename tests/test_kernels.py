@@ -512,9 +512,12 @@ def test_norm_rope(dtype, head_dim, rope, text, queries):
     raw = [raw_heads(text, 2, head_dim, dtype, 10, queries), raw_heads(35, 2, head_dim, dtype, 20)]
     norms = [tuple(make(head_dim, seed=n, dtype=dtype) for n in pair) for pair in ((1, 2), (3, 4))]
     ropes = [rope_of(part[1].shape[1], head_dim, rope, n) for n, part in enumerate(raw)]
-    for both in (norms, [norms[0], (None, None)]):
-        wanted = pk.norm_rope_reference(double(raw), double(both), ropes, 0.1)
-        for out, reference in zip(pk.norm_rope(raw, both, ropes, 0.1), wanted, strict=True):
+    # Of more heads than there are: a prefix counts.
+    biases = [tuple(make(3 * head_dim, seed=n, dtype=dtype) for n in three) for three in ((5, 6, 7), (8, 9, 10))]
+    biases[1] = (biases[1][0], None, biases[1][2])
+    for both, added in ((norms, None), ([norms[0], (None, None)], None), (norms, biases)):
+        wanted = pk.norm_rope_reference(double(raw), double(both), ropes, 0.1, None if added is None else double(added))
+        for out, reference in zip(pk.norm_rope(raw, both, ropes, 0.1, added), wanted, strict=True):
             close(out, reference, terms=head_dim)
 
 
@@ -677,7 +680,7 @@ def samples() -> dict[str, tuple]:
             *([s.x for s in qkv], weights, [b for s in qkv for b in s.biases], norms, tables),
             *([True, True], 2, None, 8, 1e-6, None),
         ),
-        "norm_rope": (*(list(part) for part in zip(*raw)), norms, tables, 1e-6),
+        "norm_rope": (*(list(part) for part in zip(*raw)), norms, tables, [make(16), None, make(16)] * 2, 1e-6),
         "joint_attention": (q, k, v, None, torch.tensor([3, 7], device=DEVICE), 0.25, None),
     }
 
@@ -747,9 +750,9 @@ def public_calls() -> dict[str, tuple]:
             (qkv,),
         ),
         "norm_rope": (
-            lambda *a: pk.norm_rope(a[0], a[1], ropes),
-            lambda *a: pk.norm_rope_reference(a[0], a[1], ropes),
-            (raw, norms),
+            lambda *a: pk.norm_rope(a[0], a[1], ropes, 1e-6, a[2]),
+            lambda *a: pk.norm_rope_reference(a[0], a[1], ropes, 1e-6, a[2]),
+            (raw, norms, [tuple(make(raw[0][1].shape[2:].numel(), seed=n) for n in range(3))]),
         ),
         "joint_attention": (
             lambda *a: pk.joint_attention(*a, None, torch.tensor([3, 7], device=DEVICE)),
@@ -922,6 +925,14 @@ ERRORS = {
     "norm_rope norm": (lambda: norm_rope((t(7), t(7))), "norm"),
     "norm_rope rope": (lambda: norm_rope(rope=t(4, 4, 2)), "rope"),
     "norm_rope rope dtype": (lambda: norm_rope(rope=t(5, 4, 2, **HALF)), "rope"),
+    "norm_rope bias": (
+        lambda: pk.norm_rope([(t(2, 5, 2, 8),) * 3], [(None,) * 2], [None], 1e-6, [(t(15),) * 3]),
+        "bias",
+    ),
+    "norm_rope biases": (
+        lambda: pk.norm_rope([(t(2, 5, 2, 8),) * 3], [(None,) * 2], [None], 1e-6, []),
+        "biases of 0",
+    ),
     "norm_rope no queries": (lambda: norm_rope(q=None), "no stream has queries"),
     "norm_rope head dim": (lambda: norm_rope(**{n: t(2, 5, 2, 130) for n in "qkv"}), "up to 128"),
     "attention dtype": (lambda: attend(q=t(2, 5, 2, 8, **LONG)), "float64"),

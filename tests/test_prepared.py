@@ -126,14 +126,19 @@ def qkv_case(kind: str, queries: bool, chosen: bool) -> tuple[Callable, Callable
 
 def norm_rope_case(kind: str, queries: bool) -> tuple[Callable, Callable, Callable[[int], Arguments]]:
     norms = [(make(6), make(6, seed=1)), (None, None)]
+    biases = [(make(15), None, make(12, seed=1)), (None,) * 3] if queries else None
     streams = qkv_case(kind, True, False)[2]
 
     def arguments(seed: int) -> Arguments:
         raw = [tuple(make(2, t, 2, 6, seed=10 * seed + n) for n in range(3)) for t in (3, 17)]
         ropes = [stream.rope for stream in streams(seed)[0]]
-        return [raw[0] if queries else (None, *raw[0][1:]), raw[1]], norms, ropes
+        return [raw[0] if queries else (None, *raw[0][1:]), raw[1]], norms, ropes, biases
 
-    return (lambda *given: prepare_norm_rope(*given, 1e-5), lambda *given: pk.norm_rope(*given, 1e-5), arguments)
+    return (
+        lambda raw, norms, ropes, biases: prepare_norm_rope(raw, norms, ropes, 1e-5, biases),
+        lambda raw, norms, ropes, biases: pk.norm_rope(raw, norms, ropes, 1e-5, biases),
+        arguments,
+    )
 
 
 def attention_case(masked: bool) -> tuple[Callable, Callable, Callable[[int], Arguments]]:

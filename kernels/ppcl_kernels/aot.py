@@ -137,11 +137,12 @@ def _index(indexed: bool) -> torch.Tensor | None:
     return _meta(BATCH, IMAGE, dtype=torch.int64) if indexed else None
 
 
-def _norm_rope(tile: NormRopeTile, queries: bool) -> Launch:
+def _norm_rope(tile: NormRopeTile, queries: bool, biased: bool) -> Launch:
     raw = _meta(BATCH, IMAGE, HEADS, HEAD_DIM)
     rope = _meta(IMAGE, HEAD_DIM // 2, 2, dtype=torch.float32)
-    norms = (_meta(HEAD_DIM),) * 2
-    return launch_norm_rope((raw if queries else None, raw, raw), norms, rope, (raw, raw, raw), 0, 0, 1e-6, tile)
+    norms, biases = (_meta(HEAD_DIM),) * 2, ((_meta(WIDTH) if biased else None),) * 3
+    parts = (raw if queries else None, raw, raw)
+    return launch_norm_rope(parts, norms, rope, (raw, raw, raw), 0, 0, 1e-6, tile, biases)
 
 
 def cases(target: Target) -> Iterator[Case]:
@@ -180,9 +181,9 @@ def cases(target: Target) -> Iterator[Case]:
         for tile in ResidualTile.candidates(target, torch.bfloat16):
             yield Case("gated_residual", shape, tile_name(tile), False, partial(_residual, tile, indexed))
     for tile in NormRopeTile.candidates(target, torch.bfloat16):
-        for queries in (True, False):
-            shape = f"B {BATCH}, S {IMAGE}, H {HEADS}" + ("" if queries else ", no queries")
-            yield Case("norm_rope", shape, tile_name(tile), False, partial(_norm_rope, tile, queries))
+        for what, queries, biased in (("", True, False), (", bias", True, True), (", no queries", False, False)):
+            shape = f"B {BATCH}, S {IMAGE}, H {HEADS}{what}"
+            yield Case("norm_rope", shape, tile_name(tile), False, partial(_norm_rope, tile, queries, biased))
 
 
 # Whole words, so HMMA is not found in HGMMA; the first of them that a kernel has counts.

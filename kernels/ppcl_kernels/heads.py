@@ -15,6 +15,11 @@ from ppcl_kernels.head_norm import Norms, inverse_rms, rms_norm_reference
 from ppcl_kernels.matmul import by_parts
 from ppcl_kernels.rope import Rope, apply_rope_reference, rotate
 
+# q (None for a stream without queries), k and v of a stream, ``[B, S, h, E]`` each.
+Raw = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+# Biases of the products that made them, ``[H E]`` of which the first h E count, or None each.
+Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+NO_BIASES: Biases = (None, None, None)
 # One head is one tile.
 MAX_HEAD_DIM = 128
 
@@ -34,14 +39,26 @@ def joint_outputs(
     return q, k, v
 
 
+def _with_biases(parts: Raw, biases: Biases) -> Raw:
+    shape, size = parts[1].shape[2:], parts[1].shape[2:].numel()
+    q, k, v = (
+        x if x is None or bias is None else x + bias[:size].view(shape) for x, bias in zip(parts, biases, strict=True)
+    )
+    assert k is not None and v is not None, "only q may be None"
+    return q, k, v
+
+
 def norm_rope_reference(
-    raw: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]],
+    raw: Sequence[Raw],
     norms: Sequence[Norms],
     ropes: Sequence[Rope | None],
     eps: float = 1e-6,
+    biases: Sequence[Biases] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalise and rotate q and k ``[B, S, h, E]`` of each stream, and join the streams; q may be None."""
+    """Add biases to q, k and v ``[B, S, h, E]``, normalise and rotate q and k, and join the streams; q may be None."""
     joint: list[list[torch.Tensor]] = [[], [], []]
+    if biases is not None:
+        raw = [_with_biases(parts, each) for parts, each in zip(raw, biases, strict=True)]
     for (q, k, v), (norm_q, norm_k), rope in zip(raw, norms, ropes, strict=True):
         for out, x, norm in ((joint[0], q, norm_q), (joint[1], k, norm_k)):
             if x is not None:

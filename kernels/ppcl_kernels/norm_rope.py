@@ -1,4 +1,4 @@
-"""The epilogue of `qkv_projection` alone: RMSNorm and RoPE of q and k, and the joint layout, after cuBLAS's products.
+"""The epilogue of `qkv_projection` alone: bias, RMSNorm and RoPE of q and k, the joint layout, after cuBLAS's products.
 
 B batch, S tokens, h heads kept, E head dim. One read and one write; eager takes six of each for q and k, and a copy to
 join the streams.
@@ -16,14 +16,21 @@ from ppcl_kernels._check import check_like, check_shape, wants_gradient
 from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.head_norm import Norms, check_norms
-from ppcl_kernels.heads import MAX_HEAD_DIM, finish_head, head_cols, joint_outputs, norm_rope_reference
+from ppcl_kernels.heads import (
+    MAX_HEAD_DIM,
+    NO_BIASES,
+    Biases,
+    Raw,
+    finish_head,
+    head_cols,
+    joint_outputs,
+    norm_rope_reference,
+)
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.prepared import Bound
 from ppcl_kernels.rope import Rope, check_rope, rope_arguments, rope_tables, rope_tensors
 from ppcl_kernels.tiles import cheapest, offered
 
-# q (None for a stream without queries), k and v of a stream, ``[B, S, h, E]`` each.
-Raw = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 _COUNTS = ("S", "q_first", "kv_first", "q_tokens", "kv_tokens", "heads")
 
 
@@ -64,13 +71,13 @@ def _move(raw, arguments, b, row, head, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
     inside = (row + rows[:, None] < S) & (cols[None, :] < E)
     acc = tl.load(raw + corner + rows[:, None] * (heads * E) + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    finish_head(acc, arguments, (b, row, head, 0), ROWS, COLS, 1)
+    finish_head(acc, arguments, (b, row, head, head * E), ROWS, COLS, 1)
 
 
 # fmt: off
 @jit(do_not_specialize=list(_COUNTS))
 def _norm_rope_kernel(
-    raw_q, raw_k, raw_v, norm_q, norm_k, cos, sin, q, k, v,
+    raw_q, raw_k, raw_v, bias_q, bias_k, bias_v, norm_q, norm_k, cos, sin, q, k, v,
     S, q_first, kv_first, q_tokens, kv_tokens, heads, stride_rope_row, stride_rope_pair, eps,
     E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):
@@ -81,10 +88,10 @@ def _norm_rope_kernel(
     head = tl.program_id(1)
     rope = (cos, sin, stride_rope_row, stride_rope_pair)
     if raw_q is not None:
-        _move(raw_q, (None, norm_q, rope, q, S, q_tokens, q_first, heads, eps, E), b, row, head, ROWS, COLS)
-    _move(raw_k, (None, norm_k, rope, k, S, kv_tokens, kv_first, heads, eps, E), b, row, head, ROWS, COLS)
+        _move(raw_q, (bias_q, norm_q, rope, q, S, q_tokens, q_first, heads, eps, E), b, row, head, ROWS, COLS)
+    _move(raw_k, (bias_k, norm_k, rope, k, S, kv_tokens, kv_first, heads, eps, E), b, row, head, ROWS, COLS)
     unrotated = (None, None, 0, 0)
-    _move(raw_v, (None, None, unrotated, v, S, kv_tokens, kv_first, heads, eps, E), b, row, head, ROWS, COLS)
+    _move(raw_v, (bias_v, None, unrotated, v, S, kv_tokens, kv_first, heads, eps, E), b, row, head, ROWS, COLS)
 
 
 def launch_norm_rope(
@@ -96,6 +103,7 @@ def launch_norm_rope(
     kv_first: int,
     eps: float,
     tile: Tile,
+    biases: Biases = NO_BIASES,
 ) -> Launch:
     """Describe the launch for one stream, whose tokens start at ``q_first`` and ``kv_first`` of the joint ones."""
     batch, tokens, heads, head_dim = raw[1].shape
@@ -104,6 +112,9 @@ def launch_norm_rope(
         "raw_q": raw[0],
         "raw_k": raw[1],
         "raw_v": raw[2],
+        "bias_q": biases[0],
+        "bias_k": biases[1],
+        "bias_v": biases[2],
         "norm_q": norms[0],
         "norm_k": norms[1],
         "cos": cos,
@@ -130,11 +141,11 @@ def launch_norm_rope(
 
 @define_op(
     "norm_rope",
-    "(Tensor?[] q, Tensor[] k, Tensor[] v, Tensor?[] norms, Tensor?[] tables, float eps) "
+    "(Tensor?[] q, Tensor[] k, Tensor[] v, Tensor?[] norms, Tensor?[] tables, Tensor?[] biases, float eps) "
     "-> (Tensor, Tensor, Tensor)",
 )
-def _norm_rope_op(q, k, v, norms, tables, eps):
-    _check(q, k, v, norms, tables)
+def _norm_rope_op(q, k, v, norms, tables, biases, eps):
+    _check(q, k, v, norms, tables, biases)
     outputs = _make_room(q, k)
     target = Target.of(k[0].device)
     q_first = kv_first = 0
@@ -143,13 +154,15 @@ def _norm_rope_op(q, k, v, norms, tables, eps):
         if part_k.numel():
             norms_of = (norms[2 * n], norms[2 * n + 1])
             tile = Tile.choose(target, part_k.dtype, *part_k.shape[:3])
-            launch_norm_rope((part_q, part_k, part_v), norms_of, rope, outputs, q_first, kv_first, eps, tile).run()
+            biases_of = tuple(biases[3 * n : 3 * n + 3])
+            raw = part_q, part_k, part_v
+            launch_norm_rope(raw, norms_of, rope, outputs, q_first, kv_first, eps, tile, biases_of).run()
         q_first += 0 if part_q is None else part_k.shape[1]
         kv_first += part_k.shape[1]
     return outputs
 
 
-def _check(q, k, v, norms, tables) -> None:
+def _check(q, k, v, norms, tables, biases) -> None:
     like = k[0]
     if like.dim() != 4 or not 0 < like.shape[3] <= MAX_HEAD_DIM or like.shape[3] % 2:
         raise ValueError(f"k is {list(like.shape)}, wanted [B, S, h, E] with an even E up to {MAX_HEAD_DIM}")
@@ -163,6 +176,10 @@ def _check(q, k, v, norms, tables) -> None:
                 check_like(like, **{name: part})
                 if not part.is_contiguous():
                     raise ValueError(f"{name} has strides {part.stride()}, wanted contiguous: .contiguous()")
+        for bias in biases[3 * n : 3 * n + 3]:
+            check_like(like, bias=bias)
+            if bias is not None and (bias.dim() != 1 or bias.numel() < like.shape[2:].numel()):
+                raise ValueError(f"bias is {list(bias.shape)}, wanted [H * E] of at least {like.shape[2:].numel()}")
         check_norms((norms[2 * n], norms[2 * n + 1]), like, like.shape[3])
         rope = None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1])
         check_rope(rope, tokens, like.shape[3], like.device)
@@ -174,21 +191,24 @@ def _make_room(q, k):
 
 
 @_norm_rope_op.register_fake
-def _(q, k, v, norms, tables, eps):
-    _check(q, k, v, norms, tables)
+def _(q, k, v, norms, tables, biases, eps):
+    _check(q, k, v, norms, tables, biases)
     return _make_room(q, k)
 
 
-def _check_counts(raw, norms, ropes) -> None:
+def _check_counts(raw, norms, ropes, biases) -> None:
     if not len(raw) == len(norms) == len(ropes):
         raise ValueError(f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give as many")
+    if biases is not None and len(biases) != len(raw):
+        raise ValueError(f"got {len(raw)} streams, biases of {len(biases)}: give as many, or none")
 
 
-def _flat(raw, norms, ropes) -> tuple[list, list, list, list, list]:
+def _flat(raw, norms, ropes, biases) -> tuple[list, list, list, list, list, list]:
     """Lay streams out as an op's schema, which knows lists alone, wants them."""
     q, k, v = (list(part) for part in zip(*raw, strict=True))
     tables = [table for rope in ropes for table in rope_tables(rope, k[0].shape[-1])]
-    return q, k, v, [norm for pair in norms for norm in pair], tables
+    biases = [NO_BIASES] * len(raw) if biases is None else biases
+    return q, k, v, [norm for pair in norms for norm in pair], tables, [bias for three in biases for bias in three]
 
 
 def norm_rope(
@@ -196,8 +216,9 @@ def norm_rope(
     norms: Sequence[Norms],
     ropes: Sequence[Rope | None],
     eps: float = 1e-6,
+    biases: Sequence[Biases] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalise and rotate q and k of each stream, and join the streams, one launch a stream.
+    """Add biases, normalise and rotate q and k of each stream, and join the streams, one launch a stream.
 
     Where a gradient is asked for, the reference computes it.
 
@@ -206,6 +227,7 @@ def norm_rope(
         norms: RMSNorm weights of q and k a stream, ``[E]``, both or neither.
         ropes: a stream's rotation (`ppcl_kernels.rope.Rope`), or None.
         eps: of the norms.
+        biases: what the products left out, of q, k and v of each stream: ``[H * E]``, the first h * E count, or None.
 
     Returns:
         q, k, v as `ppcl_kernels.qkv_projection` gives them.
@@ -213,10 +235,10 @@ def norm_rope(
     Raises:
         ValueError: wrong device, dtype, shape or stride, or not as many norms and rotations as streams.
     """
-    _check_counts(raw, norms, ropes)
-    if wants_gradient(*(t for part in (*raw, *norms) for t in part)):
-        return norm_rope_reference(raw, norms, ropes, eps)
-    return _norm_rope_op(*_flat(raw, norms, ropes), eps)
+    _check_counts(raw, norms, ropes, biases)
+    if wants_gradient(*(t for part in (*raw, *norms, *(biases or ())) for t in part)):
+        return norm_rope_reference(raw, norms, ropes, eps, biases)
+    return _norm_rope_op(*_flat(raw, norms, ropes, biases), eps)
 
 
 class PreparedNormRope:
@@ -232,24 +254,28 @@ class PreparedNormRope:
         ]
 
     def __call__(
-        self, raw: Sequence[Raw], norms: Sequence[Norms], ropes: Sequence[Rope | None]
+        self,
+        raw: Sequence[Raw],
+        norms: Sequence[Norms],
+        ropes: Sequence[Rope | None],
+        biases: Sequence[Biases] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalise and rotate other tensors like those of `prepare_norm_rope`."""
         outputs = joint_outputs(raw[0][1], self._tokens, self._queries, *self._heads)
-        firsts = [0, 0]
-        for launch, parts, norm, rope in zip(self.launches, raw, norms, ropes, strict=True):
+        firsts, biases = [0, 0], [NO_BIASES] * len(raw) if biases is None else biases
+        for launch, parts, norm, rope, bias in zip(self.launches, raw, norms, ropes, biases, strict=True):
             if launch is not None:
-                describe = partial(self._describe, parts, norm, rope, outputs, *firsts)
+                describe = partial(self._describe, parts, norm, rope, bias, outputs, *firsts)
                 launch((*parts, *outputs, *rope_tensors(rope)), describe)
             firsts[0] += 0 if parts[0] is None else parts[1].shape[1]
             firsts[1] += parts[1].shape[1]
         return outputs
 
     def _describe(
-        self, parts: Raw, norm: Norms, rope: Rope | None, outputs: Any, q_first: int, kv_first: int
+        self, parts: Raw, norm: Norms, rope: Rope | None, bias: Biases, outputs: Any, q_first: int, kv_first: int
     ) -> Launch:
         tile = Tile.choose(Target.of(parts[1].device), parts[1].dtype, *parts[1].shape[:3])
-        return launch_norm_rope(parts, norm, rope, outputs, q_first, kv_first, self._eps, tile)
+        return launch_norm_rope(parts, norm, rope, outputs, q_first, kv_first, self._eps, tile, bias)
 
 
 def prepare_norm_rope(
@@ -257,13 +283,14 @@ def prepare_norm_rope(
     norms: Sequence[Norms],
     ropes: Sequence[Rope | None],
     eps: float = 1e-6,
+    biases: Sequence[Biases] | None = None,
 ) -> PreparedNormRope:
-    """Check what `norm_rope` checks, once for all calls with norms at the same place and tensors like these.
+    """Check what `norm_rope` checks, once for all calls with norms and biases at the same place and tensors like these.
 
     `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
     """
-    _check_counts(raw, norms, ropes)
-    _check(*_flat(raw, norms, ropes))
+    _check_counts(raw, norms, ropes, biases)
+    _check(*_flat(raw, norms, ropes, biases))
     # Refuses a device that kernels cannot run on.
     Target.of(raw[0][1].device)
     return PreparedNormRope(raw, ropes, eps)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import ppcl_kernels as kernels
+from ppcl_kernels.gated_residual import Tile as ResidualTile
 from ppcl_kernels.gated_residual import prepare_gated_residual
 from ppcl_kernels.launch import Target
 from ppcl_kernels.linear import prepare_linear
@@ -74,7 +75,8 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
         # Without a gated residual cuBLAS has no kernel to go with it, and is the same as plain torch.
         gated = any(g.gate is not None and g.residual is not None for g in call.groups)
         if gated:
-            return [*ours, CUBLAS, TORCH]
+            added = bool(ResidualTile.candidates(Target.of(x.device), x.dtype))
+            return [*ours, *([CUBLAS] if added else []), TORCH]
         # cuBLASLt wants a bias; on a CPU torch's epilogue is another GELU.
         if call.gelu and x.is_cuda and all(g.bias is not None for g in call.groups):
             return [CUBLASLT, *ours, TORCH]

@@ -15,6 +15,7 @@ import ppcl_kernels as kernels
 from ppcl_kernels.heads import MAX_HEAD_DIM
 from ppcl_kernels.launch import Target
 from ppcl_kernels.matmul import Tile, takes_tma
+from ppcl_kernels.norm_rope import Tile as NormRopeTile
 from ppcl_kernels.norm_rope import prepare_norm_rope
 from ppcl_kernels.qkv_projection import prepare_qkv_projection, tile_candidates
 from ppcl_kernels.rope import rope_tables
@@ -76,8 +77,11 @@ class _QKVProjection(Operation[QKV, Joint]):
     def implementations(self, call: QKV) -> list[Way]:
         x = call.streams[0].x
         tiles = tile_candidates(Target.of(x.device), x.dtype, call.head_dim)
-        packed = [PACKED] if all(_can_pack(s) for s in call.streams) else []
-        return [*packed, *(Way("triton", tuple(tile)) for tile in tiles), CUBLAS, TORCH]
+        ours = [Way("triton", tuple(tile)) for tile in tiles]
+        if not NormRopeTile.candidates(Target.of(x.device), x.dtype):
+            return [*ours, TORCH]
+        packed = [PACKED] if all(map(_can_pack, call.streams)) else []
+        return [*packed, *ours, CUBLAS, TORCH]
 
     def run(self, call: QKV, way: Way) -> Joint:
         if way == TORCH:
@@ -91,7 +95,12 @@ class _QKVProjection(Operation[QKV, Joint]):
             return super().prepare(call, way)
         if way in (CUBLAS, PACKED):
             finish = prepare_norm_rope(*_raw(call, way))
-            return lambda call: finish(*_raw(call, way)[:3])
+
+            def run(call: QKV) -> Joint:
+                raw, norms, ropes, _, biases = _raw(call, way)
+                return finish(raw, norms, ropes, biases)
+
+            return run
         project = prepare_qkv_projection(*call, tile=None if way.tile is None else Tile(*way.tile))
         return lambda call: project(call.streams, call.heads)
 
@@ -144,37 +153,36 @@ def side_by_side(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 def pack(*modules: nn.Module) -> None:
-    """Lay the weights and biases of linear modules of one shape side by side in memory, where they are not yet.
+    """Lay the weights of linear modules of one shape side by side in memory, where they are not yet.
 
     The modules keep their parameters, which become views: names, state dicts, optimizers and adapters see no
     difference. Nothing happens where no kernel could run, or where a module holds anything but plain parameters of one
     shape; those made in inference mode cannot change what they are views of.
     """
-    for name in ("weight", "bias"):
-        parts: list[Any] = [getattr(module, name, None) for module in modules]
-        if (
-            any(type(p) is not nn.Parameter or not kernels.can_run(p) or p.shape != parts[0].shape for p in parts)
-            or any(p.is_inference() for p in parts)
-            or len({(p.dtype, p.device) for p in parts}) > 1
-            or side_by_side(parts) is not None
-        ):
-            continue
-        with torch.inference_mode(False):
-            for old, part in zip(parts, torch.stack([p.detach() for p in parts]), strict=True):
-                old.data = part
+    parts: list[Any] = [getattr(module, "weight", None) for module in modules]
+    if (
+        any(type(p) is not nn.Parameter or not kernels.can_run(p) or p.shape != parts[0].shape for p in parts)
+        or any(p.is_inference() for p in parts)
+        or len({(p.dtype, p.device) for p in parts}) > 1
+        or side_by_side(parts) is not None
+    ):
+        return
+    with torch.inference_mode(False):
+        for old, part in zip(parts, torch.stack([p.detach() for p in parts]), strict=True):
+            old.data = part
 
 
 def _can_pack(s: kernels.Stream) -> bool:
-    """Whether a stream's three products are one: weights side by side, and biases too, if there are any."""
-    biases = all(b is None for b in s.biases) or side_by_side(s.biases) is not None
-    return s.queries and biases and side_by_side(s.weights) is not None
+    """Whether a stream's three products are one."""
+    return s.queries and side_by_side(s.weights) is not None
 
 
 def _raw(call: QKV, way: Way) -> Any:
-    """What torch's products leave for `norm_rope`: q, k and v of each stream, its norms, its rotation."""
+    """What torch's products leave for `norm_rope`: q, k and v of each stream, norms, rotations, eps, and biases."""
     product = _one_by_one if way == CUBLAS else _batched
     raw = [product(s, call.heads, call.head_dim) for s in call.streams]
-    return raw, [s.norms for s in call.streams], [s.rope for s in call.streams], call.eps
+    biases = [s.biases for s in call.streams] if way == PACKED else None
+    return raw, [s.norms for s in call.streams], [s.rope for s in call.streams], call.eps, biases
 
 
 def _one_by_one(s: kernels.Stream, heads: int, head_dim: int) -> Any:
@@ -186,13 +194,13 @@ def _one_by_one(s: kernels.Stream, heads: int, head_dim: int) -> Any:
 
 
 def _batched(s: kernels.Stream, heads: int, head_dim: int) -> Any:
-    """One product ``[3, B S, D] x [3, D, h E]``; x is read three times, without a copy."""
-    n, x = heads * head_dim, s.x.flatten(0, 1)
-    weight, bias = side_by_side(s.weights), side_by_side(s.biases)
+    """One product ``[3, B S, D] x [3, D, h E]``; x is read three times, without a copy.
+
+    Without biases, which `norm_rope` adds: ``baddbmm`` would write them to the result first, and read them back.
+    """
+    x, weight = s.x.flatten(0, 1), side_by_side(s.weights)
     assert weight is not None, "offered where they lie so"
-    weight = weight[:, :n, : x.shape[1]].mT
-    x = x.expand(3, *x.shape)
-    y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None, :n], x, weight)
+    y = torch.bmm(x.expand(3, *x.shape), weight[:, : heads * head_dim, : x.shape[1]].mT)
     return tuple(y.view(3, *s.x.shape[:2], heads, head_dim))
 
 

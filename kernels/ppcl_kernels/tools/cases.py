@@ -18,7 +18,7 @@ from ppcl_kernels.ada_layer_norm import Tile as NormTile
 from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference, prepare_ada_layer_norm
 from ppcl_kernels.gated_residual import Tile as ResidualTile
 from ppcl_kernels.gated_residual import gated_residual, gated_residual_reference, prepare_gated_residual
-from ppcl_kernels.heads import joint_outputs, norm_rope_reference
+from ppcl_kernels.heads import NO_BIASES, joint_outputs, norm_rope_reference
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.joint_attention import joint_attention, launch_key_ranges, prepare_joint_attention
 from ppcl_kernels.launch import Target
@@ -282,40 +282,51 @@ def _norm_rope_cases(setting: Setting) -> Iterator[Case]:
     shape = setting.shape
     forms = (
         ("all heads", 1, (shape.text, shape.image), True, shape.heads),
-        ("half the heads", 2, (shape.odd_text, shape.odd_image), True, shape.heads // 2),
+        ("bias, half the heads", 2, (shape.odd_text, shape.odd_image), True, shape.heads // 2),
         ("no text queries", 1, (shape.odd_text, shape.odd_image), False, shape.heads),
     )
     for tile in NormRopeTile.candidates(Target.of(setting.device), setting.dtype):
         for what, batch, tokens, text_queries, heads in forms:
-            make = partial(_norm_rope, setting, tile, batch, tokens, text_queries, heads)
+            make = partial(_norm_rope, setting, tile, batch, tokens, text_queries, heads, "bias" in what)
             yield Case("norm_rope", tuple(tile), _form(what, batch, *tokens), make)
 
 
 def _norm_rope(
-    setting: Setting, tile: NormRopeTile, batch: int, tokens: Sequence[int], text_queries: bool, heads: int
+    setting: Setting,
+    tile: NormRopeTile,
+    batch: int,
+    tokens: Sequence[int],
+    text_queries: bool,
+    heads: int,
+    biased: bool,
 ) -> Work:
     make, head_dim, asked = _Maker(setting), setting.shape.head_dim, (text_queries, True)
-    raw, norms, ropes = [], [], []
+    raw, norms, ropes, biases = [], [], [], []
     for count, queries in zip(tokens, asked, strict=True):
         q, k, v = _three(partial(make.normal, batch, count, heads, head_dim))
         raw.append((q if queries else None, k, v))
         norms.append((1 + make.normal(head_dim, scale=0.1), 1 + make.normal(head_dim, scale=0.1)))
         ropes.append(make.rope(count))
+        # Of all heads, of which the first count.
+        biases.append(_three(partial(make.normal, setting.shape.width)) if biased else NO_BIASES)
 
     def call() -> Sequence[torch.Tensor]:
         # The public function takes no tile.
         outputs = joint_outputs(raw[0][1], tokens, asked, heads, head_dim)
         q_first = kv_first = 0
-        for part, norm, rope, count in zip(raw, norms, ropes, tokens, strict=True):
-            launch_norm_rope(part, norm, rope, outputs, q_first, kv_first, 1e-6, tile).run()
+        for part, norm, rope, bias, count in zip(raw, norms, ropes, biases, tokens, strict=True):
+            launch_norm_rope(part, norm, rope, outputs, q_first, kv_first, 1e-6, tile, bias).run()
             q_first, kv_first = q_first + (0 if part[0] is None else count), kv_first + count
         return outputs
 
     def prepare() -> Prepared:
-        moved = (_elsewhere(raw), norms, _elsewhere(ropes))
-        return _prepared(prepare_norm_rope(raw, norms, ropes), raw, norms, ropes, moved=moved)
+        moved = (_elsewhere(raw), norms, _elsewhere(ropes), biases)
+        return _prepared(prepare_norm_rope(raw, norms, ropes, 1e-6, biases), raw, norms, ropes, biases, moved=moved)
 
-    exact = partial(norm_rope_reference, *_double((raw, norms, ropes)))
+    def exact() -> Sequence[torch.Tensor]:
+        parts, scales, angles, added = _double((raw, norms, ropes, biases))
+        return norm_rope_reference(parts, scales, angles, biases=added)
+
     return Work(call, exact, 1, head_dim, prepare)
 
 
