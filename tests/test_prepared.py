@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ CHECKS = (
     "fallbacks",
     "devices",
     "threads",
+    "bench",
 )
 # numpy warns in the interpreter of what a sigmoid drives far out.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -224,12 +227,17 @@ def test_refuses_what_public_refuses():
         assert str(got.value) == str(wanted.value)
 
 
-def test_bench_host():
-    """The bench measures nine launches and their sum, all straight to the compiled kernel."""
-    script = Path(__file__).parent.parent / "bench" / "bench_host.py"
-    done = subprocess.run([sys.executable, script, "--json", "--turns", "1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = {result["operation"]: result["us"] for result in json.loads(done.stdout)}
-    block = results.pop("block")
-    assert {"qkv_projection", "joint_attention", "out", "up", "down"} < set(results) and len(results) == 9
-    assert all(us > 0 for us in results.values()) and block > max(results.values())
+def test_bench_host(monkeypatch, capsys):
+    """Before and after by turns, the median of each, and their ratio (`launches.bench` measures for real)."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    bench_host = importlib.import_module("bench_host")
+    usual = [{"up": 80.0, "block": 90.0}, {"up": 10.0, "block": 11.0}]
+    figures = iter([*usual, *usual, {"up": 70.0, "block": 80.0}, {"up": 7.0, "block": 8.0}])
+    monkeypatch.setattr(bench_host, "checked_out", lambda revision: nullcontext(Path(revision)))
+    monkeypatch.setattr(bench_host, "measured", lambda root, public: next(figures))
+    monkeypatch.setattr(sys, "argv", ["bench_host", "--json", "--before", "abc", "--turns", "3"])
+    bench_host.main()
+    assert json.loads(capsys.readouterr().out) == [
+        {"operation": "up", "us": 10.0, "before_us": 80.0, "ratio": 0.125},
+        {"operation": "block", "us": 11.0, "before_us": 90.0, "ratio": 0.1222},
+    ]
