@@ -75,8 +75,9 @@ class Tile(NamedTuple):
         return cheapest("linear", cls.candidates(target, dtype), target, blocks)
 
 
-# Guesses until measured, by rows x columns: share of the fastest tile's speed where all multiprocessors are busy.
-_SPEED_GUESSES = {128 * 256: 1.0, 128 * 128: 0.93, 64 * 128: 0.8, 64 * 64: 0.65}
+# Guesses until measured, by rows x columns: share of the fastest tile's speed where all multiprocessors are busy. A
+# tile of 32 x 32 reads twice the bytes a product that one of 64 x 64 does, and starts four times as often.
+_SPEED_GUESSES = {128 * 256: 1.0, 128 * 128: 0.93, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 32: 0.2}
 
 # Hopper and Blackwell: operands by TMA.
 _TILES_WGMMA = (
