@@ -300,7 +300,7 @@ def _check_count(streams: Sequence[Stream]) -> None:
         raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
 
 
-def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
+def streams_of(x, weights, biases, norms, tables, queries) -> list[Stream]:
     """Undo what an op's schema, which knows lists alone, does to streams."""
     return [
         Stream(
@@ -321,7 +321,7 @@ def _streams(x, weights, biases, norms, tables, queries) -> list[Stream]:
     "int heads, Tensor? chosen, int head_dim, float eps, int[]? tile) -> (Tensor, Tensor, Tensor)",
 )
 def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
-    streams = _streams(x, weights, biases, norms, tables, queries)
+    streams = streams_of(x, weights, biases, norms, tables, queries)
     check_streams(streams, heads, chosen, head_dim)
     outputs = joint_outputs(x[0], [s.x.shape[1] for s in streams], queries, heads, head_dim)
     launch = describe_qkv_projection(streams, outputs, heads, chosen, head_dim, eps, tile)
@@ -332,7 +332,7 @@ def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim,
 
 @_qkv_op.register_fake
 def _(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
-    check_streams(_streams(x, weights, biases, norms, tables, queries), heads, chosen, head_dim)
+    check_streams(streams_of(x, weights, biases, norms, tables, queries), heads, chosen, head_dim)
     return joint_outputs(x[0], [part.shape[1] for part in x], queries, heads, head_dim)
 
 

@@ -17,7 +17,7 @@ from ppcl_kernels.launch import Target
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_kernels.norm_rope import Tile as NormRopeTile
 from ppcl_kernels.norm_rope import prepare_norm_rope
-from ppcl_kernels.qkv_projection import prepare_qkv_projection, tile_candidates
+from ppcl_kernels.qkv_projection import prepare_qkv_projection, streams_of, tile_candidates
 from ppcl_kernels.rope import rope_tables
 from ppcl_rt.ops.modules import linear, parameter, readable
 from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of, vectors
@@ -205,18 +205,7 @@ def _batched(s: kernels.Stream, heads: int, head_dim: int) -> Any:
 
 
 def _run(x: Any, weights: Any, biases: Any, norms: Any, tables: Any, queries: Any, *rest: Any) -> Joint:
-    streams = tuple(
-        kernels.Stream(
-            part,
-            tuple(weights[3 * n : 3 * n + 3]),
-            tuple(biases[3 * n : 3 * n + 3]),
-            tuple(norms[2 * n : 2 * n + 2]),
-            None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1]),
-            queries[n],
-        )
-        for n, part in enumerate(x)
-    )
-    return QKV_PROJECTION(QKV(streams, *rest))
+    return QKV_PROJECTION(QKV(tuple(streams_of(x, weights, biases, norms, tables, queries)), *rest))
 
 
 def _fake(
