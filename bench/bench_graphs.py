@@ -16,7 +16,7 @@ import time
 import torch
 
 import ppcl_rt
-from ppcl_rt.graphs import Graphs, Weights
+from ppcl_rt.model.graphs import Graphs, Weights
 
 CONFIG = {
     "num_layers": 60,

@@ -21,9 +21,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.utils import logging as diffusers_logging
 
 import ppcl_rt
-from ppcl_rt.plan import Width
-from ppcl_rt.qwen_block import PPCLQwenImageTransformerBlock
-from ppcl_rt.task import task_of
+from ppcl_rt.cli.task import task_of
+from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt.planning.plan import Width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "scenes"

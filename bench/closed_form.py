@@ -15,12 +15,13 @@ from typing import Annotated
 import typer
 
 from ppcl_rt import Plan
-from ppcl_rt.task import task_of
-from ppcl_train import pipeline, selection
-from ppcl_train.draft import open_draft, write_draft
-from ppcl_train.measure import VelocityError
-from ppcl_train.runs import read_tensors
-from ppcl_train.width import legal_counts
+from ppcl_rt.cli.task import task_of
+from ppcl_train import pipeline
+from ppcl_train.engine.files import read_tensors
+from ppcl_train.selectors import selection
+from ppcl_train.stages.draft import open_draft, write_draft
+from ppcl_train.stages.measure import VelocityError
+from ppcl_train.stages.width import legal_counts
 
 
 def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:

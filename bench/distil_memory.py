@@ -4,7 +4,7 @@
 
 Activations are bytes of tensors that come into being during a step and are alive together: streams, what backward
 needs, and gradients, but neither weights nor the optimisers' state, which grow with the students whatever one does. On
-a CPU they are counted operation by operation (`ppcl_train.memory.LiveBytes`), on a GPU by its allocator.
+a CPU they are counted operation by operation (`ppcl_train.engine.live_bytes.LiveBytes`), on a GPU by its allocator.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import typer
 from torch import nn
 
 from ppcl_rt import Interval, Streams
-from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_train import selection, states, students
-from ppcl_train.config import StudentsConfig
-from ppcl_train.distributed import World
-from ppcl_train.memory import LiveBytes
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
+from ppcl_train.config.settings import StudentsConfig
+from ppcl_train.data import states
+from ppcl_train.engine.distributed import World
+from ppcl_train.engine.live_bytes import LiveBytes
+from ppcl_train.selectors import selection
+from ppcl_train.stages import students
 
 DEPTH, HEAD_DIM, TEXT_DIM, TEXT_TOKENS = 12, 64, 128, 64
 Flag = typer.Option

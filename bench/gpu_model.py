@@ -28,12 +28,13 @@ from random_models import PLANS, RATIOS, REAL, TINY, Models, Preset, described, 
 
 from ppcl_kernels.tools import machine as runner
 from ppcl_kernels.tools.machine import write_json
-from ppcl_rt import qwen_block, ways
-from ppcl_rt.checkpoint import line
-from ppcl_rt.costs import CostRow, CostTable
-from ppcl_rt.plan import Plan, Width
-from ppcl_rt.qwen_block import PPCLQwenImageTransformerBlock
-from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
+from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.families import qwen_block
+from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
+from ppcl_rt.ops import implementations as ways
+from ppcl_rt.planning.milliseconds import CostRow, CostTable
+from ppcl_rt.planning.plan import Plan, Width
 
 FAULT = 3
 # Milliseconds that python is let ahead at most.
@@ -406,7 +407,7 @@ def points(preset: Preset) -> list[Point]:
 
 
 class Sweep:
-    """Milliseconds of blocks by kind, width and shape, as `ppcl_rt.costs.CostTable`."""
+    """Milliseconds of blocks by kind, width and shape, as `ppcl_rt.planning.milliseconds.CostTable`."""
 
     def __init__(self, spec: dict[str, Any], models: Models, report: Report) -> None:
         self.spec, self.models, self.report, self.preset = spec, models, report, models.preset

@@ -19,12 +19,12 @@ from diffusers.models.transformers import transformer_qwenimage
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import nn
 
-from ppcl_rt.catalog import Catalog, Option, Shape, Student, TextRun, Widths, text_maps
+from ppcl_rt.families.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_rt.ops.qkv_projection import pack
-from ppcl_rt.plan import Interval, Plan, Width
-from ppcl_rt.planner import Planner
-from ppcl_rt.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
-from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
+from ppcl_rt.planning.catalog import Catalog, Option, Shape, Student, TextRun, Widths, text_maps
+from ppcl_rt.planning.plan import Interval, Plan, Width
+from ppcl_rt.planning.planner import Planner
 
 RATIOS = (0.7, 0.5)
 # Weights are 1 / sqrt(inputs) times these: each half of a block then adds a tenth of the streams' size, so that they

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ppcl_rt.catalog import Catalog, Option, Shape, Student, TextRun, Widths
-from ppcl_rt.checkpoint import Checkpoint, locate, write_checkpoint
+from ppcl_rt.checkpoint.reader import Checkpoint, locate, write_checkpoint
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
+from ppcl_rt.model.pluggable import HUB_ARGUMENTS
+from ppcl_rt.model.program import Program, ProgramStep
 from ppcl_rt.ops import Streams
-from ppcl_rt.plan import Interval, Plan, Step, Width
-from ppcl_rt.planner import Planner
-from ppcl_rt.pluggable import HUB_ARGUMENTS
-from ppcl_rt.program import Program, ProgramStep
-from ppcl_rt.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.schedule import Schedule
+from ppcl_rt.planning.catalog import Catalog, Option, Shape, Student, TextRun, Widths
+from ppcl_rt.planning.plan import Interval, Plan, Step, Width
+from ppcl_rt.planning.planner import Planner
+from ppcl_rt.planning.schedule import Schedule
 
 FAMILIES = {cls.stock_name: cls for cls in (PPCLQwenImageTransformer2DModel,)}
 

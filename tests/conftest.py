@@ -26,9 +26,9 @@ from PIL import Image
 from torch import nn
 
 import ppcl_rt
-from ppcl_rt import cli
-from ppcl_rt.catalog import text_maps
-from ppcl_rt.qwen_block import LAYOUT
+from ppcl_rt.cli import main as cli
+from ppcl_rt.families.qwen_block import LAYOUT
+from ppcl_rt.planning.catalog import text_maps
 
 HEADS, HEAD_DIM, DEPTH = 4, 8, 4
 DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
@@ -496,7 +496,8 @@ def captioned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def qwen_cache(qwen_folder: Path, captioned_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of these images near 32 x 32 pixels, float32, through the tiny pipeline. For reading only."""
-    from ppcl_train import caching, captioned, family
+    from ppcl_train.data import caching, captioned
+    from ppcl_train.families import base as family
 
     encoder = family.of("qwen-image").open(str(qwen_folder), device="cpu", dtype=torch.float32, draws=False)
     folder, reader = tmp_path_factory.mktemp("cache"), captioned.Folder(captioned_folder)

@@ -23,7 +23,7 @@ import torch
 from tiny import TINY
 
 from ppcl_train import pipeline
-from ppcl_train.config import RunConfig
+from ppcl_train.config.settings import RunConfig
 
 
 def start(config: RunConfig, folder: Path) -> int:

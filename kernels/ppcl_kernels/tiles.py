@@ -1,8 +1,8 @@
 """Which tiles a kernel is offered on a target, and which of them it takes: one protocol and one rule for all kernels.
 
 Offered is what fits the shared memory, for all blocks that are resident on a multiprocessor, and is not refused by
-`ppcl_kernels.allowed`; none of it spills (`ppcl_kernels.aot` checks). Taken is the cheapest in waves: the blocks of a
-launch run ``multiprocessors * resident`` at a time, and a last wave with one block in it costs as much as a full one.
+`ppcl_kernels.allowed`; none of it spills (`ppcl_kernels.tools.aot` checks). Taken is the cheapest in waves: the blocks
+of a launch run ``multiprocessors * resident`` at a time, and a last wave with one block in it costs as much as a full one.
 What a wave costs is a guess until measured, and is called so where it is written.
 """
 
@@ -39,7 +39,7 @@ def offered(
     """Keep the tiles that fit on a target, in their order.
 
     Args:
-        kernel: its name, as `ppcl_kernels.aot` and ``PPCL_ALLOWED`` spell it.
+        kernel: its name, as `ppcl_kernels.tools.aot` and ``PPCL_ALLOWED`` spell it.
         tiles: best guess first.
         shared_bytes: shared memory of a block, None for next to nothing.
     """

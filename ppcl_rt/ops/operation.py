@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 import ppcl_kernels as kernels
-from ppcl_rt import ways
-from ppcl_rt.ways import TORCH, TRITON, Key, Way
+from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.implementations import TORCH, TRITON, Key, Way
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -84,7 +84,7 @@ class Operation(ABC, Generic[C, R]):
         """Run a call in its fastest way, or in the one that ``PPCL_BACKEND`` asks for.
 
         Raises:
-            ValueError: ``PPCL_BACKEND`` is none of `ppcl_rt.ways.BACKENDS`, or ``triton`` where no kernel can run.
+            ValueError: ``PPCL_BACKEND`` is none of `BACKENDS`, or ``triton`` where no kernel can run.
         """
         asked, like = ways.backend(), self.like(call)
         if asked == "torch" or (asked == "auto" and not like.is_cuda):

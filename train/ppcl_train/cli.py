@@ -9,16 +9,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ppcl_train import caching, captioned
-from ppcl_train import family as families
-from ppcl_train.baselines import METHODS, SEEDED
-from ppcl_train.compare import PLOT, RESULTS, compare, show
-from ppcl_train.config import PRESETS, RunConfig, with_changes
-from ppcl_train.distributed import join
-from ppcl_train.family import Encoder
+from ppcl_train.compare.baselines import METHODS, SEEDED
+from ppcl_train.compare.harness import PLOT, RESULTS, compare, show
+from ppcl_train.config.settings import PRESETS, RunConfig, with_changes
+from ppcl_train.data import caching, captioned
+from ppcl_train.data.shards import Limits, Manifest
+from ppcl_train.engine.distributed import join
+from ppcl_train.families import base as families
+from ppcl_train.families.base import Encoder
 from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
 from ppcl_train.pipeline import config_of as stored_config
-from ppcl_train.shards import Limits, Manifest
 
 app = typer.Typer(help="Make a pluggable checkpoint: stages that resume where they were stopped.")
 

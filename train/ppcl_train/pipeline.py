@@ -12,12 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 
-from ppcl_rt.checkpoint import line
-from ppcl_rt.plan import read_json
-from ppcl_train import measure, probes, recover, selection, students, table, teacher, width
-from ppcl_train.config import RunConfig
-from ppcl_train.distributed import join
-from ppcl_train.runs import (
+from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.planning.plan import read_json
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.distributed import join
+from ppcl_train.engine.files import (
     Log,
     in_use,
     locked,
@@ -28,6 +27,10 @@ from ppcl_train.runs import (
     state_files,
     write_json,
 )
+from ppcl_train.selectors import cost_table as table
+from ppcl_train.selectors import eq5 as probes
+from ppcl_train.selectors import selection
+from ppcl_train.stages import measure, recover, students, teacher, width
 
 
 class Stage(NamedTuple):

@@ -33,10 +33,10 @@ from typing import Any
 
 import torch
 
-from ppcl_kernels import aot
 from ppcl_kernels._triton import INTERPRETED, triton
 from ppcl_kernels.allowed import VARIABLE, tile_name
 from ppcl_kernels.launch import Target
+from ppcl_kernels.tools import aot
 from ppcl_kernels.tools.cases import FULL, SMALL, TINY, Case, Setting, Shape
 from ppcl_kernels.tools.check import check
 from ppcl_kernels.tools.children import NOT_REACHED, Job, Outcome, Say, run_all, terminated_as_exit

@@ -1,0 +1,293 @@
+"""Compile every kernel for every architecture, with no GPU, and look at what came out.
+
+    python -m ppcl_kernels.tools.aot [--arch sm_90] [--kernel linear] [--json]
+
+Shapes are those of Qwen-Image and FLUX at 1024^2 (width 3072, 24 heads of 128, MLP 12288, 4096 image and 512 text
+tokens, batch 2), bf16; tiles are all that a chooser can return there. What a run-time launch would compile is compiled:
+the launches are built by the functions that run them, on meta tensors. Compiled kernels are kept in triton's cache.
+
+Exit status 1 when a kernel does not compile, spills, exceeds its architecture's shared memory, or (sm_90) is a matrix
+kernel without wgmma; 2 on bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl_kernels._triton import INTERPRETED, triton
+from ppcl_kernels.ada_layer_norm import Tile as NormTile
+from ppcl_kernels.ada_layer_norm import launch_ada_layer_norm
+from ppcl_kernels.allowed import tile_name
+from ppcl_kernels.gated_residual import Tile as ResidualTile
+from ppcl_kernels.gated_residual import launch_gated_residual
+from ppcl_kernels.heads import joint_outputs
+from ppcl_kernels.joint_attention import Tile as AttentionTile
+from ppcl_kernels.joint_attention import launch_joint_attention, launch_key_ranges
+from ppcl_kernels.launch import TARGETS, Launch, Target
+from ppcl_kernels.linear import Linear, launch_linear
+from ppcl_kernels.matmul import Tile
+from ppcl_kernels.norm_rope import Tile as NormRopeTile
+from ppcl_kernels.norm_rope import launch_norm_rope
+from ppcl_kernels.qkv_projection import Stream, launch_qkv_projection, tile_candidates
+
+BATCH, IMAGE, TEXT = 2, 4096, 512
+HEADS, HEAD_DIM, HIDDEN = 24, 128, 12288
+WIDTH = HEADS * HEAD_DIM
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _modulation() -> torch.Tensor:
+    """One of the six that a modulation layer gives at once."""
+    return _meta(BATCH, 6 * WIDTH)[:, :WIDTH]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape with one tile; ``launch`` builds it, ``matrix`` says that it multiplies matrices."""
+
+    kernel: str
+    shape: str
+    tile: str
+    matrix: bool
+    launch: Callable[[], Launch]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a case. ``mma`` names its tensor-core instructions, ``problem`` what is wrong."""
+
+    kernel: str
+    arch: str
+    shape: str
+    tile: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    mma: str
+    problem: str
+
+
+def _linear(target: Target, tile: Tile, what: str) -> Launch:
+    n, k = (HIDDEN, WIDTH) if what == "up" else (WIDTH, WIDTH if what == "stand-in" else HIDDEN)
+    groups, outputs = [], []
+    for tokens in (IMAGE, TEXT):
+        y = _meta(BATCH, tokens, n)
+        gate = _modulation() if what in ("down", "edit") else None
+        index = _meta(BATCH, tokens, dtype=torch.int64) if what == "edit" else None
+        residual = None if what == "up" else y
+        groups.append(Linear(_meta(BATCH, tokens, k), _meta(n, k), _meta(n), n, gate, index, residual))
+        outputs.append(y)
+    return launch_linear(groups, outputs, what == "up", tile, target)
+
+
+def _qkv(target: Target, tile: Tile, queries: bool, norms: bool, rope: bool, chosen: bool) -> Launch:
+    weights, biases = (_meta(WIDTH, WIDTH),) * 3, (_meta(WIDTH),) * 3
+    streams = [
+        Stream(
+            _meta(BATCH, tokens, WIDTH),
+            weights,
+            biases,
+            (_meta(HEAD_DIM),) * 2 if norms else (None, None),
+            _meta(tokens, HEAD_DIM // 2, 2, dtype=torch.float32) if rope else None,
+            asked,
+        )
+        for tokens, asked in ((TEXT, queries), (IMAGE, True))
+    ]
+    outputs = joint_outputs(streams[0].x, (TEXT, IMAGE), (queries, True), HEADS, HEAD_DIM)
+    heads = _meta(HEADS, dtype=torch.int32) if chosen else None
+    return launch_qkv_projection(streams, outputs, HEADS, heads, HEAD_DIM, 1e-6, tile, target)
+
+
+def _attention(target: Target, tile: AttentionTile, mask: str) -> Launch:
+    q = _meta(BATCH, TEXT + IMAGE, HEADS, HEAD_DIM)
+    key_mask = _meta(BATCH, TEXT + IMAGE, dtype=torch.uint8) if mask == "mask" else None
+    ranges = _meta(BATCH, 4, dtype=torch.int32) if mask == "mask" else None
+    lengths = _meta(BATCH, dtype=torch.int32) if mask == "lengths" else None
+    return launch_joint_attention(q, q, q, q, key_mask, ranges, lengths, 1.0, tile, target)
+
+
+def _norm(tile: NormTile, indexed: bool) -> Launch:
+    x, scale = _meta(BATCH, IMAGE, WIDTH), _modulation()
+    return launch_ada_layer_norm(x, scale, scale, _index(indexed), x, 1e-6, tile)
+
+
+def _residual(tile: ResidualTile, indexed: bool) -> Launch:
+    x = _meta(BATCH, IMAGE, WIDTH)
+    return launch_gated_residual(x, _modulation(), x, _index(indexed), x, tile)
+
+
+def _index(indexed: bool) -> torch.Tensor | None:
+    return _meta(BATCH, IMAGE, dtype=torch.int64) if indexed else None
+
+
+def _norm_rope(tile: NormRopeTile, queries: bool, biased: bool) -> Launch:
+    raw = _meta(BATCH, IMAGE, HEADS, HEAD_DIM)
+    rope = _meta(IMAGE, HEAD_DIM // 2, 2, dtype=torch.float32)
+    norms, biases = (_meta(HEAD_DIM),) * 2, ((_meta(WIDTH) if biased else None),) * 3
+    parts = (raw if queries else None, raw, raw)
+    return launch_norm_rope(parts, norms, rope, (raw, raw, raw), 0, 0, 1e-6, tile, biases)
+
+
+def cases(target: Target) -> Iterator[Case]:
+    """All kernels at the production shapes, with every tile that can be chosen there on ``target``."""
+    tokens = f"B {BATCH}, S {TEXT}+{IMAGE}"
+    tile: Any
+    for tile in Tile.candidates(target, torch.bfloat16):
+        for what, shape in (
+            ("up", f"{WIDTH} to {HIDDEN}, GELU"),
+            ("down", f"{HIDDEN} to {WIDTH}, gate, residual"),
+            ("edit", f"{HIDDEN} to {WIDTH}, gate by token, residual"),
+            ("stand-in", f"{WIDTH} to {WIDTH}, residual"),
+        ):
+            yield Case("linear", f"{tokens}, {shape}", tile_name(tile), True, partial(_linear, target, tile, what))
+    for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
+        for shape, *options in (
+            ("norm, RoPE", True, True, True, False),
+            ("norm, RoPE, no text queries", False, True, True, False),
+            ("list of heads", True, True, True, True),
+            ("plain", True, False, False, False),
+        ):
+            launch = partial(_qkv, target, tile, *options)
+            yield Case("qkv_projection", f"{tokens}, H {HEADS}, {shape}", tile_name(tile), True, launch)
+    for tile in AttentionTile.candidates(target, torch.bfloat16, HEAD_DIM):
+        for mask in ("none", "lengths", "mask"):
+            shape = f"B {BATCH}, S {TEXT + IMAGE}, H {HEADS}, {mask}"
+            yield Case("joint_attention", shape, tile_name(tile), True, partial(_attention, target, tile, mask))
+    for keys in sorted({t.keys for t in AttentionTile.candidates(target, torch.bfloat16, HEAD_DIM)}):
+        key_mask, ranges = _meta(BATCH, TEXT + IMAGE, dtype=torch.uint8), _meta(BATCH, 4, dtype=torch.int32)
+        launch = partial(launch_key_ranges, key_mask, ranges, keys)
+        yield Case("key_ranges", f"B {BATCH}, S {TEXT + IMAGE}", str(keys), False, launch)
+    for indexed in (False, True):
+        shape = f"B {BATCH}, S {IMAGE}, D {WIDTH}" + (", by token" if indexed else "")
+        for tile in NormTile.candidates(target, torch.bfloat16, WIDTH):
+            yield Case("ada_layer_norm", shape, tile_name(tile), False, partial(_norm, tile, indexed))
+        for tile in ResidualTile.candidates(target, torch.bfloat16):
+            yield Case("gated_residual", shape, tile_name(tile), False, partial(_residual, tile, indexed))
+    for tile in NormRopeTile.candidates(target, torch.bfloat16):
+        for what, queries, biased in (("", True, False), (", bias", True, True), (", no queries", False, False)):
+            shape = f"B {BATCH}, S {IMAGE}, H {HEADS}{what}"
+            yield Case("norm_rope", shape, tile_name(tile), False, partial(_norm_rope, tile, queries, biased))
+
+
+# Whole words, so HMMA is not found in HGMMA; the first of them that a kernel has counts.
+_INSTRUCTIONS = {"wgmma": r"\bHGMMA\b", "tcgen05": r"\bUTC\w*MMA\b", "mma": r"\bHMMA\b", "mfma": r"\bv_mfma"}
+
+
+def _figure(pattern: str, text: str) -> int:
+    found = re.search(pattern + r":\s*(\d+)", text)
+    assert found, f"the listing has no {pattern}"
+    return int(found[1])
+
+
+def inspect(binary: Any) -> tuple[int, int, str]:
+    """Read (registers a thread, bytes spilled, kind of tensor-core instruction) off a compiled kernel."""
+    if "amdgcn" in binary.asm:
+        listing = binary.asm["amdgcn"]
+        # Scratch memory; scalar registers that are kept in vector registers cost none.
+        registers, spilled = (_figure(rf"\.{name}", listing) for name in ("vgpr_count", "private_segment_fixed_size"))
+    else:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(binary.asm["cubin"])
+            usage, listing = (
+                subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+                for option in ("-res-usage", "-sass")
+            )
+        registers, spilled = (_figure(name, usage) for name in ("REG", "STACK"))
+    kinds = [name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, listing)]
+    return registers, spilled, kinds[0] if kinds else "none"
+
+
+def compile_case(arch: str, number: int) -> Compiled:
+    """Compile the ``number``-th case of ``arch``; what goes wrong is in ``problem``."""
+    target = TARGETS[arch]
+    case = list(cases(target))[number]
+    about = {"kernel": case.kernel, "arch": arch, "shape": case.shape, "tile": case.tile}
+    try:
+        binary = case.launch().compile(target)
+    except Exception as error:  # whatever the compiler throws is a result here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return Compiled(**about, registers=0, spilled_bytes=0, shared_bytes=0, mma="none", problem=reason[:200])
+    registers, spilled, mma = inspect(binary)
+    shared = binary.metadata.shared
+    problems = []
+    if spilled:
+        problems.append(f"spills {spilled} bytes")
+    if shared > target.shared_bytes:
+        problems.append(f"wants {shared} bytes of shared memory, there are {target.shared_bytes}")
+    if case.matrix and mma == "none":
+        problems.append("no tensor-core instruction")
+    if case.matrix and arch == "sm_90" and mma != "wgmma":
+        problems.append("no wgmma")
+    return Compiled(
+        **about, registers=registers, spilled_bytes=spilled, shared_bytes=shared, mma=mma, problem="; ".join(problems)
+    )
+
+
+def _table(results: list[Compiled]) -> Any:
+    from rich.table import Table
+
+    columns = ("kernel", "arch", "shape", "tile", "registers", "spilled", "shared / limit", "tensor cores", "")
+    table = Table(*columns, title=f"bf16, triton {triton.__version__}")
+    for r in results:
+        shared = f"{r.shared_bytes:,} / {TARGETS[r.arch].shared_bytes:,}"
+        problem = f"[red]{r.problem}[/red]" if r.problem else ""
+        table.add_row(r.kernel, r.arch, r.shape, r.tile, str(r.registers), str(r.spilled_bytes), shared, r.mma, problem)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ppcl_kernels.tools.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=TARGETS, help="repeat for several; all of them by default")
+    parser.add_argument("--kernel", action="append", help="names to compile, e.g. linear; all of them by default")
+    parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    options = parser.parse_args(arguments)
+    if triton is None or INTERPRETED:
+        parser.error("compiling needs triton, and TRITON_INTERPRET unset")
+    work = [
+        (arch, number)
+        for arch in options.arch or TARGETS
+        for number, case in enumerate(cases(TARGETS[arch]))
+        if not options.kernel or case.kernel in options.kernel
+    ]
+    if not work:
+        names = sorted({case.kernel for case in cases(TARGETS["sm_90"])})
+        parser.error(f"no kernel is called {' or '.join(options.kernel)}: there are {', '.join(names)}")
+    from rich.console import Console
+    from rich.progress import track
+
+    errors = Console(stderr=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = pool.map(compile_case, *zip(*work, strict=True))
+        results = list(track(jobs, "compiling", len(work), console=errors, disable=not errors.is_terminal))
+    if options.json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(_table(results))
+    failed = [result for result in results if result.problem]
+    for result in failed:
+        errors.print(f"{result.kernel} on {result.arch}, tile {result.tile}, {result.shape}: {result.problem}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The program ``ppcl``, a file a command group."""

@@ -1,0 +1,62 @@
+"""Schedules: which plan runs at which denoising step. Plain data, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import field_validator
+
+from ppcl_rt.planning.plan import Frozen, Plan
+from ppcl_rt.planning.planner import Planner, check_ratio
+
+
+class Schedule(Frozen):
+    """Phases ``(first step, ratio or plan)``; a phase lasts until the next begins.
+
+    Raises:
+        ValueError: the first phase does not begin at step 0, steps do not rise, or a ratio is out of range.
+    """
+
+    phases: tuple[tuple[int, float | Plan], ...]
+
+    @field_validator("phases")
+    @classmethod
+    def _rising(cls, phases: tuple[tuple[int, float | Plan], ...]) -> tuple[tuple[int, float | Plan], ...]:
+        begins = [begin for begin, _ in phases]
+        if not begins or begins[0] != 0 or begins != sorted(set(begins)):
+            raise ValueError(f"phases begin at step 0 and then rise, not {begins}")
+        for _, choice in phases:
+            if not isinstance(choice, Plan):
+                check_ratio(choice)
+        return phases
+
+    @classmethod
+    def constant(cls, choice: float | Plan) -> Schedule:
+        """One ratio or plan throughout."""
+        return cls(phases=((0, choice),))
+
+    @classmethod
+    def warm(cls, dense_steps: int, ratio: float | Plan) -> Schedule:
+        """Dense for the first ``dense_steps`` denoising steps, then ``ratio``."""
+        return cls(phases=((0, 1.0), (dense_steps, ratio))) if dense_steps else cls.constant(ratio)
+
+    @classmethod
+    def near(cls, planner: Planner, ratio: float, timesteps: Sequence[float]) -> Schedule:
+        """At each denoising step the plan that loses least near its timestep, all of one ratio.
+
+        Args:
+            timesteps: of the denoising steps, in [0, 1], 1 is noise (diffusers' ``scheduler.timesteps / 1000``).
+
+        Raises:
+            ValueError: as `Planner.plan`, or there is no timestep.
+        """
+        phases: list[tuple[int, Plan]] = []
+        for step, timestep in enumerate(timesteps):
+            plan = planner.plan(ratio, float(timestep))
+            if not phases or plan != phases[-1][1]:
+                phases.append((step, plan))
+        return cls(phases=tuple(phases))
+
+    def at(self, step: int) -> float | Plan:
+        """What runs at denoising step ``step``, counted from 0."""
+        return [choice for begin, choice in self.phases if begin <= step][-1]

@@ -1,0 +1,453 @@
+"""What races and what is judged, the parts of a GPU run, and what reads their results; no kernel is timed here."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from ppcl_kernels.launch import TARGETS, Target
+from ppcl_kernels.tools import gpu_run, report
+from ppcl_kernels.tools.children import Job, run_all
+from ppcl_kernels.tools.machine import slug, write_json
+from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.implementations import CUDNN, FLASH, TORCH, Key, Way
+
+ROOT = Path(__file__).parents[2]
+MAIN = {"pixels": 1024, "image": 4096, "text": 512, "batch": 1, "width": 100, "masked": False}
+H200 = {"device": "NVIDIA H200", "status": 0, "command": "bash bench/gpu.sh choose"}
+
+
+def rows_of(op, times, taken, **case):
+    """Rows of one race, as bench_kernels writes them."""
+    about = {"op": op, **MAIN, **case, "dtype": "torch.bfloat16"}
+    about["key"] = f"{op} {list(about.values())}"
+    return [{**about, "contestant": name, "ms": ms, "taken": name == taken} for name, ms in times.items()]
+
+
+def write(folder, part, rows, device="NVIDIA H200", **more):
+    file = folder / slug(device) / f"{part}.json"
+    write_json(file, {**H200, "device": device, **more, "results": rows})
+    return file
+
+
+def ask(folder, *arguments):
+    done = CliRunner().invoke(report.app, ["report", "--results", str(folder), *arguments])
+    if isinstance(done.exception, ValueError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def targets(folder):
+    (judged,) = json.loads(ask(folder, "--json")).values()
+    return {goal["target"]: goal for goal in judged}
+
+
+def test_report_without_results_has_measured_nothing(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        judged = targets(folder)
+        assert len(judged) > 15 and all(goal["value"] is None and goal["met"] is None for goal in judged.values())
+        assert ask(folder).count("not measured") == len(judged)
+
+
+def test_docs_hold_the_targets_and_what_was_measured():
+    """Written by ``ppcl bench report --markdown``."""
+    for line in ask(ROOT / "bench" / "results", "--markdown").splitlines():
+        assert line in (ROOT / "docs" / "kernels.md").read_text().splitlines()
+
+
+def test_report_judges_the_worst_case_of_each_target(tmp_path):
+    attention = {"triton 1": 1.2, "triton 2": 1.5, "flash": 0.95, "cudnn": 0.9, "torch": 0.1}
+    rows = [
+        *rows_of("joint_attention", attention, "cudnn"),
+        # Missed: FlashAttention was twice as fast as what was taken.
+        *rows_of("joint_attention", {**attention, "cudnn": None, "flash": 0.6}, "triton 1", batch=2),
+        *rows_of("joint_attention", {"triton 1": 0.5}, "triton 1", batch=2, width=50),
+        *rows_of("joint_attention", {"cudnn": 1.0}, "cudnn", masked=True),
+        *rows_of("up_gelu", {"triton 1": 1.0, "cublaslt": 2.0, "torch": 1.1}, "triton 1"),
+        *rows_of("up_gelu", {"triton 1": 1.0, "torch": 1.02}, "triton 1", width=50),
+        # Another shape than that of the targets.
+        *rows_of("up_gelu", {"triton 1": 1.0, "torch": 0.5}, "triton 1", image=1024),
+        *rows_of("ada_layer_norm", {"triton 1": 1.0, "copy": 0.95, "torch": 5.0}, "triton 1"),
+        *rows_of("qkv_projection", {"packed": 1.0, "torch": 9.0}, "packed"),
+    ]
+    write(tmp_path, "choose", rows)
+    fit_row = {"kernel": "linear", "tile": "64x64", "ok": True, "limit": 0.004, "error_max": 0.001}
+    errors = [fit_row | {"form": form, "error_rms": rms} for form, rms in (("up", 0.001), ("down", 0.002))]
+    # A kernel that died has no error to show.
+    write(tmp_path, "fit", [*errors, fit_row | {"form": "out", "ok": False, "error_rms": None}])
+    found = targets(tmp_path)
+    wanted = {
+        "error of a 64 x 64 tile against float64, to its limit": (0.5, True),
+        "attention: speed to the best of cuDNN and FlashAttention, as chosen": (0.5, False),
+        "up + GELU: speed to cuBLAS + eager": (1.02, False),
+        "down + gate + residual: speed to cuBLAS + eager": (None, None),
+        "q/k/v: speed to the stock chain, compiled": (None, None),
+        "ada_layer_norm: speed to a copy of the same bytes": (0.95, True),
+        "masked attention: speed to unmasked": (0.9, False),
+        "up_gelu: time at half width to full": (1.0, False),
+        "joint_attention, batch 2: time at half width to full": (0.5 / 1.2, True),
+    }
+    for name, (value, met) in wanted.items():
+        assert (found[name]["value"], found[name]["met"]) == (pytest.approx(value) if value else None, met), name
+    where = found["attention: speed to the best of cuDNN and FlashAttention, as chosen"]["where"]
+    assert where == "4096 + 512 tokens, batch 2: triton 1 taken, our kernel 0.500"
+    assert "50 % wide" in found["up + GELU: speed to cuBLAS + eager"]["where"]
+    drawn = ask(tmp_path)
+    assert "missed" in drawn and "not measured" in drawn and "up_gelu" in drawn and "linear" in drawn
+    assert "| up + GELU: speed to cuBLAS + eager | >= 1.08 | 1.020, missed, " in ask(tmp_path, "--markdown")
+
+
+def ratio(what, value, contestant="ours", size=1024, plan="dense", share=1.0, group=None):
+    return {
+        **{"what": what, "value": value, "contestant": contestant, "size": size, "plan": plan, "ratio": share},
+        "group": group or f"{'dense' if plan == 'dense' else 'plans'}-{size}",
+    }
+
+
+def test_report_judges_models(tmp_path):
+    ratios = [
+        ratio("speed to eager", 1.6),
+        # Without graphs at 512, with graphs at 1024, and with a short text: other questions.
+        ratio("speed to eager", 0.1, size=512),
+        ratio("speed to eager", 0.2, "ours graphs"),
+        ratio("speed to eager", 0.3, group="short-1024"),
+        ratio("speed to compiled", 1.01),
+        ratio("speed to compiled", 1.2, "ours graphs", 512),
+        ratio("speed to compiled", 0.97, plan="width", share=0.5),
+        ratio("time ratio over planned ratio", 1.01, plan="width", share=0.5),
+        ratio("time ratio over planned ratio", 1.04, plan="mixed", share=0.7),
+    ]
+    row = {"group": "dense-1024", "contestant": "ours", "plan": "dense", "size": 1024, "ms": 3.0, "device_ms": None}
+    write(tmp_path, "model", [row], ratios=ratios)
+    found = targets(tmp_path)
+    for name, value, met in (
+        ("Qwen-Image, 1024 x 1024: speed to diffusers", 1.6, True),
+        ("Qwen-Image, 1024 x 1024: speed to diffusers compiled", 1.01, False),
+        ("Qwen-Image, 512 x 512, graphs: speed to diffusers", None, None),
+        ("Qwen-Image, 512 x 512, graphs: speed to diffusers compiled", 1.2, True),
+        ("time(r) / time(1), to the ratio that was planned", 1.04, False),
+        ("a narrow plan: speed to the physically sliced model, compiled", 0.97, False),
+    ):
+        assert (found[name]["value"], found[name]["met"]) == (value, met), name
+    assert "dense-1024" in ask(tmp_path)
+
+
+def test_targets_are_for_hopper_alone(tmp_path):
+    rows = rows_of("up_gelu", {"triton 1": 1.0, "torch": 2.0}, "triton 1")
+    write(tmp_path, "choose", rows, device="NVIDIA A100-SXM4-80GB")
+    assert all(goal["value"] is None for goal in targets(tmp_path).values())
+
+
+ROW = json.dumps(rows_of("up_gelu", {"torch": "fast"}, "torch")[0])
+BROKEN = (
+    *("{", "[]", "{}", "\xff", '{"device": 1, "results": []}', '{"device": "H200", "results": [{"op": "a"}]}'),
+    f'{{"device": "H200", "results": [{ROW}]}}',
+)
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_broken_results_are_refused_by_name(tmp_path, text):
+    file = write(tmp_path, "choose", [])
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"choose\.json is no results file") as refused:
+        ask(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_report_is_a_group_of_commands():
+    assert isinstance(typer.main.get_command(report.app), typer.core.TyperGroup)
+
+
+def test_script_runs_the_runner(tmp_path):
+    """With the package's folders first on the path, and nothing of it installed."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/bash\necho "$PYTHONPATH $*"\nexit 7\n')
+    fake.chmod(0o755)
+    script = ["bash", str(ROOT / "bench" / "gpu.sh"), "1", "tests"]
+    done = subprocess.run(script, env={**os.environ, "PYTHON": str(fake)}, capture_output=True, text=True)
+    assert done.returncode == 7 and done.stdout.startswith(f"{ROOT}:{ROOT}/kernels:{ROOT}/train")
+    assert done.stdout.endswith(" -m ppcl_kernels.tools.gpu_run 1 tests\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["fit", "4"], "no part 4; there are: 1, fit, 2"), ([], "no CUDA device")]
+)
+def test_runner_refuses_in_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_run, "about_device", lambda: None)
+    assert gpu_run.main(arguments) == 2
+    output = capsys.readouterr()
+    assert said in output.err and len(output.err.splitlines()) == 1 and not output.out
+
+
+def test_device_is_asked_for_in_a_process_of_its_own(monkeypatch, capsys):
+    """What that process runs, and what is made of how it ends."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(AssertionError):
+        exec(gpu_run._ASK, {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    exec(gpu_run._ASK, {})
+    said = json.loads(capsys.readouterr().out)
+    assert said["device"] == "NVIDIA H200" and {"torch", "triton", "cuda", "cudnn", "driver", "commit"} <= set(said)
+    for script, found in (("raise SystemExit(1)", None), ("print('noise')", None), ("print('noise\\n{}')", {})):
+        monkeypatch.setattr(gpu_run, "_ASK", script)
+        assert gpu_run.about_device() == found
+
+
+def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, capfd):
+    """One that fails, one that hangs in its children too, one that dies with nothing written, one that is well."""
+
+    def part(number, seconds, script):
+        return gpu_run.Part(number, seconds, lambda folder, planned: ["-c", script.format(folder=folder)])
+
+    leave = "import json, os, sys, time; open('{folder}/%s.json', 'w').write(json.dumps(dict(results=[1], got=%s)))\n"
+    # Its child is told of nothing.
+    fork = "os.fork() or open('{folder}/child', 'w').write(str(os.getpid())); time.sleep(60)"
+    parts = {
+        "fit": part("1", 60, leave % ("fit", "1") + "open('{folder}/allowed.json', 'w').write('x'); sys.exit(3)"),
+        "choose": part("2", 1, leave % ("choose", "os.environ['PPCL_ALLOWED']") + fork),
+        "model": part("3", 60, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
+        "tests": part("tests", 60, leave % ("tests", "os.environ.get('TRITON_INTERPRET', 'native')")),
+    }
+    monkeypatch.setattr(gpu_run, "PARTS", parts)
+    monkeypatch.setattr(gpu_run, "about_device", lambda: {"device": "NVIDIA H200", "torch": "2.11"})
+    monkeypatch.setenv("PPCL_ALLOWED", "of another run")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    folder = tmp_path / "nvidia-h200"
+    folder.mkdir()
+    (folder / "model.json").write_text('{"results": ["of another day"]}')
+    begin = time.monotonic()
+    assert gpu_run.main(["--results", str(tmp_path), "1", "2", "3", "tests"]) == 1
+    assert time.monotonic() - begin < 20
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in parts}
+    assert {name: content["status"] for name, content in found.items()} == {
+        "fit": 3,
+        "choose": 124,
+        "model": -signal.SIGKILL,
+        "tests": 0,
+    }
+    assert [found[name]["results"] for name in parts] == [[1], [1], [], [1]]
+    assert all(content["device"] == "NVIDIA H200" and content["part"] == name for name, content in found.items())
+    assert found["model"]["command"] == "bash bench/gpu.sh model"
+    child = Path(f"/proc/{(folder / 'child').read_text()}/status")
+    assert not child.exists() or "\nState:\tZ" in child.read_text(), "a child outlived its part"
+    # What part 1 found holds for those after it.
+    assert found["choose"]["got"] == str(folder / "allowed.json") and found["tests"]["got"] == "native"
+    assert capfd.readouterr().out.count(" ended with status ") == 4
+    assert gpu_run.main(["--results", str(tmp_path), "tests"]) == 0
+
+
+def test_outcomes_of_tests_are_kept_as_they_come(tmp_path, monkeypatch):
+    (tmp_path / "test_some.py").write_text(
+        """
+import os, pytest
+def test_passes(): pass
+def test_skips(): pytest.skip("no GPU")
+def test_fails(): assert 1 == 2
+@pytest.fixture
+def broken(): raise RuntimeError("cannot")
+def test_errs(broken): pass
+def test_dies(): os._exit(9)
+def test_never_runs(): pass
+"""
+    )
+    monkeypatch.setenv("PPCL_TESTS_JSON", str(tmp_path / "tests.json"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    command, ended = ["-p", "ppcl_kernels.tools.pytest_log", f"--rootdir={tmp_path}", str(tmp_path)], []
+    # A fork, which has torch already.
+    run_all([Job("tests", 60, lambda say: pytest.main(command))], 1, time.monotonic() + 60, ended.append)
+    assert ended[0].status == 9, ended
+    content = json.loads((tmp_path / "tests.json").read_text())
+    rows = {row["name"].split("_")[-1]: row for row in content["results"]}
+    assert {name: row["outcome"] for name, row in rows.items()} == {
+        "passes": "passed",
+        "skips": "skipped",
+        "fails": "failed",
+        "errs": "failed",
+    }
+    assert "no GPU" in rows["skips"]["why"] and "1 == 2" in rows["fails"]["why"] and "cannot" in rows["errs"]["why"]
+    assert content["counts"] == {"passed": 1, "skipped": 1, "failed": 2}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """bench_kernels, with the environment as it was for whoever imports the kernels next."""
+    with pytest.MonkeyPatch.context() as patch:
+        spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench" / "bench_kernels.py")
+        module = importlib.util.module_from_spec(spec)
+        # Dataclasses look their module up.
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def sm90(monkeypatch):
+    """An H100 without a device: tensors are meta tensors."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: TARGETS["sm_90"]))
+
+
+def test_shapes_that_matter_come_first(bench):
+    preset = bench.PRESETS["full"]
+    made = bench.settings(preset)
+    assert len(made) == len(set(made)) > 24
+    batches = [setting.batch for setting in made if setting.text == 512]
+    assert batches == sorted(batches) and set(batches) == {1, 2}
+    for batch in (1, 2):
+        pixels = [s.pixels for s in made if (s.batch, s.text) == (batch, 512)]
+        assert list(dict.fromkeys(pixels)) == [1024, 512, 1328]
+    for image in preset.images.values():
+        assert [s.width for s in made if s[1:4] == (image, 512, 1) and s.width and not s.masked] == [100, 50, 75, 25]
+    assert {s.width for s in made if s.masked} == {100, 50}
+    for preset in bench.PRESETS.values():
+        assert all(preset.heads * width % 100 == preset.hidden * width % 100 == 0 for width in preset.widths)
+
+
+def test_every_target_asks_about_a_case_that_is_raced(bench, sm90):
+    """The calls of a block on meta tensors, with their real keys; each key is raced once."""
+    preset = dataclasses.replace(bench.PRESETS["full"], device="meta")
+    block, rows, keys, compiled = bench.Block(preset), [], set(), 0
+    for setting in bench.settings(preset):
+        for case in block.cases(setting):
+            key = str(case.operation.key(case.call))
+            assert Key.parse(key) == case.operation.key(case.call)
+            if key in keys:
+                continue
+            keys.add(key)
+            others = bench.rivals(case, setting, preset)
+            compiled += len({"compiled", "flex"} & set(others))
+            implementations = {*map(str, case.operation.implementations(case.call)), "cudnn", "flash"}
+            times = dict.fromkeys((*implementations, *others), 1.0)
+            rows += [row | {"key": key} for row in rows_of(case.op, times, "torch", **setting._asdict())]
+            flops, size = bench.work_of(case, [torch.empty(4, device="meta")])
+            assert size > 0 and (flops > 0) == (case.operation.name != "ada_layer_norm")
+    # A compile takes up to 10 s of the 500.
+    assert 8 <= compiled <= 20 and 100 < len(keys) < 180
+    places = {row["op"] for row in rows}
+    assert places == {
+        *("ada_layer_norm", "ada_layer_norm of text", "qkv_projection", "joint_attention"),
+        *("out_gate_residual", "up_gelu", "down_gate_residual", "map_residual"),
+    }
+    judged = report._kernel_goals(report.races(rows))
+    assert all(goal.measured for goal in judged), [goal.name for goal in judged if not goal.measured]
+
+
+def test_work_counts_what_cannot_be_spared(bench):
+    preset = bench.PRESETS["tiny"]
+    cases = {case.op: case for case in bench.Block(preset).cases(bench.Setting(96, 9, 3, 1, 50))}
+    # 12 tokens by 16 x 32, of 64 channels; their weights and biases once, in float32.
+    flops, size = bench.work_of(cases["up_gelu"], [torch.empty(12, 32)])
+    assert flops == 2 * 12 * 16 * 32
+    assert size == 4 * (12 * 16 + 2 * 16 * 32 + 2 * 64 + 12 * 32)
+    # One of two heads of 8 channels.
+    flops, size = bench.work_of(cases["joint_attention"], [torch.empty(12, 8)])
+    assert flops == 4 * 12 * 12 * 8 and size == 4 * 4 * 12 * 8
+    assert bench.work_of(cases["qkv_projection"], [])[0] == 2 * 12 * 16 * 3 * 8
+    assert bench.work_of(cases["ada_layer_norm"], [torch.empty(9, 16)]) == (0, 4 * (2 * 9 * 16 + 2 * 16))
+
+
+def test_contestants_are_timed_in_turn(bench):
+    order = []
+    clock = bench.Clock(bench.PRESETS["tiny"])
+    ms = clock.paired_ms({name: functools.partial(order.append, name) for name in "ab"}, 3)
+    assert order == list("ababab") and ms.keys() == {"a", "b"} and min(ms.values()) >= 0
+
+
+def test_stock_chain_compiles_as_one_graph(bench):
+    """A rival with a break in it would be no rival."""
+    cases = {case.op: case for case in bench.Block(bench.PRESETS["tiny"]).cases(bench.Setting(96, 9, 3, 1, 50))}
+    for case in (cases["qkv_projection"], cases["down_gate_residual"]):
+        chain = torch.compile(functools.partial(case.operation.run, way=TORCH), backend="eager", fullgraph=True)
+        assert ways.agree(chain(case.call), case.operation.run(case.call, TORCH))
+
+
+FAST, GARBAGE, LATE, DIES = (Way("triton", (number,)) for number in range(4))
+
+
+class Faulty:
+    """An operation with implementations of every fault."""
+
+    name = "faulty"
+
+    def __init__(self):
+        self.calls = 0
+
+    def key(self, call):
+        return Key(f"faulty {call}", (1, 2))
+
+    def implementations(self, call):
+        return [FAST, GARBAGE, LATE, DIES, CUDNN, FLASH, TORCH] if call else [FAST, TORCH]
+
+    def run(self, call, way):
+        y = torch.ones(1, 128, 128)
+        self.calls += way == LATE
+        if way == GARBAGE or (way == LATE and self.calls > 4):
+            y[0, 64:, 64:] = 0
+        elif way == DIES:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif way == CUDNN:
+            time.sleep(60)
+        elif way == FLASH:
+            raise RuntimeError("no kernel\nhere")
+        elif way == TORCH:
+            time.sleep(0.01)
+        return y
+
+
+def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd):
+    """Garbage before and after timing, a death, a hang, an exception: all others are timed, and the winner kept."""
+    faulty = Faulty()
+    cases = [bench.Case("first", faulty, 0), bench.Case("second", faulty, 1)]
+    monkeypatch.setattr(bench, "Block", lambda preset: mock.Mock(cases=lambda setting: iter(cases)))
+    monkeypatch.setattr(bench, "settings", lambda preset: [bench.Setting(96, 9, 3, 1, 100)])
+    monkeypatch.setattr(bench, "work_of", lambda case, results: (10**6, 10**6))
+    assert bench.race_all(bench.PRESETS["tiny"], tmp_path, 60, 1, "a command") == 1
+    content = json.loads((tmp_path / "choose.json").read_text())
+    second = {row["contestant"]: row for row in content["results"] if row["op"] == "second"}
+    assert {name: row.get("failed") for name, row in second.items()} == {
+        "triton 0": None,
+        "triton 1": "RuntimeError: its result is not that of plain torch",
+        "triton 2": "RuntimeError: its result is not that of plain torch",
+        "triton 3": "killed by SIGKILL",
+        "cudnn": "hangs",
+        "flash": "RuntimeError: no kernel here",
+        "torch": None,
+    }
+    assert [name for name, row in second.items() if row["taken"]] == ["triton 0"] and second["torch"]["to_torch"] == 1
+    assert content["left_out"] == {"faulty 1 1x2: triton 3": "killed by SIGKILL", "faulty 1 1x2: cudnn": "hangs"}
+    # The case before it was raced once, though two processes ended.
+    assert [row["contestant"] for row in content["results"] if row["op"] == "first"] == ["triton 0", "torch"]
+    assert content["complete"] and content["command"] == "a command" and content["ceilings"]["gbs"] > 0
+    table = ways.Table(tmp_path / "ways.json", {}, lambda call: pytest.fail("timed"))
+    for call in (0, 1):
+        assert table.recall(faulty.key(call), lambda: [FAST, TORCH]) == FAST
+    assert "failed: second, faulty 1 1x2, cudnn: hangs" in capfd.readouterr().out
+    assert report.operation_tables(content["results"])
+
+
+def test_races_stop_when_time_is_over(bench, tmp_path, monkeypatch):
+    """What was raced until then is there, and the exit status says that it is not all."""
+    monkeypatch.setattr(bench, "Block", lambda preset: time.sleep(60))
+    assert bench.race_all(bench.PRESETS["tiny"], tmp_path, 0.5, 30, "a command") == 1
+    content = json.loads((tmp_path / "choose.json").read_text())
+    assert not content["complete"] and content["results"] == [] and content["left_out"] == {}

@@ -1,0 +1,950 @@
+"""CUDA graphs, with a recorder in the place of CUDA's: what is replayed, what is not, and that it says why."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import logging
+import pickle
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_dispatch import attention_backend
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ppcl_rt
+from ppcl_rt import Interval, Schedule, Step, Width
+from ppcl_rt.model import graphs
+from ppcl_rt.model.graphs import Graphs, Meter, Weights
+
+SCENES = Path(__file__).parents[2] / "examples" / "scenes"
+FULL = Width(4, 128, 128, 32)
+
+
+class Tape(TorchDispatchMode):
+    """Records operators with the tensors that they read and wrote, as a CUDA graph records launches with addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+class Recording:
+    """A graph that runs its operators again on the tensors of the capture: stale weights give stale results."""
+
+    def __init__(self, calls, outputs):
+        self.calls, self.outputs, self.closed = calls, outputs, False
+
+    def replay(self):
+        assert not self.closed
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                    # Views are of memory that is written already.
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+    def close(self):
+        self.closed = True
+
+
+class Recorder:
+    """Captures on a CPU."""
+
+    def __init__(self):
+        self.made, self.inside, self.busy, self.marks = [], False, False, []
+
+    def takes(self, device):
+        return device.type == "cpu"
+
+    def capturing(self):
+        return self.inside
+
+    def idle(self, device):
+        return not self.busy
+
+    def mark(self, device):
+        return self.marks.pop(0)
+
+    def warm(self, device, call):
+        call()
+
+    def capture(self, device, call):
+        with Tape() as tape:
+            outputs = call()
+        # As on a GPU, where a capture computes nothing.
+        for output in tree_leaves(outputs):
+            output.fill_(float("nan"))
+        self.made.append(Recording(tape.calls, outputs))
+        return self.made[-1]
+
+    def turn(self, device):
+        return torch.no_grad()
+
+
+@pytest.fixture(scope="module")
+def loaded(make_checkpoint, tmp_path_factory):
+    """A checkpoint of two blocks and a student of both, which is not resident."""
+    folder = tmp_path_factory.mktemp("graphs") / "checkpoint"
+    return ppcl_rt.load(make_checkpoint(folder, students=((0, 1),), num_layers=2).folder)
+
+
+@pytest.fixture
+def model(loaded):
+    """The dense plan of it, with a recorder: a forward is captured the second time."""
+    model = copy.deepcopy(loaded)
+    model._graphs = Graphs(True, backend=Recorder())
+    return model
+
+
+def narrow(model):
+    """The dense plan at fewer heads."""
+    steps = [step.model_copy(update={"width": step.width._replace(heads=2)}) for step in model.catalog.dense.steps]
+    return model.catalog.dense.model_copy(update={"steps": tuple(steps)})
+
+
+def student(model):
+    """The plan of the student."""
+    step = Step(blocks=Interval(0, 1), width=Width(3, 50, 64, 32), student=True)
+    return ppcl_rt.Plan(checkpoint=model.catalog.fingerprint, depth=2, steps=(step,))
+
+
+@pytest.fixture
+def check(run):
+    """Run three times; every result is that of an eager forward. Returns how many of the three were replayed."""
+
+    def _check(model, inputs, **more):
+        kept, before = model._graphs, model.graphs.hits
+        # Not on a copy: its weights may be aligned otherwise, and summed in another order.
+        model._graphs = Graphs(False)
+        wanted = run(model, inputs, **more)
+        model._graphs = kept
+        for _ in range(3):
+            assert torch.equal(run(model, inputs, **more), wanted)
+        return model.graphs.hits - before
+
+    return _check
+
+
+def test_the_shipped_checkpoint(check):
+    """At several ratios, for inputs of one shape: replays are what eager forwards are."""
+    model = ppcl_rt.load(SCENES, dtype=torch.float32)
+    model._graphs = Graphs(True, backend=Recorder())
+    generator = torch.Generator().manual_seed(0)
+    for plan in (model.catalog.dense, narrow(model)):
+        model.set_plan(plan)
+        for n in range(2):
+            inputs = {
+                "hidden_states": torch.randn(2, 16, model.config.in_channels, generator=generator),
+                "encoder_hidden_states": torch.randn(2, 7, model.config.joint_attention_dim, generator=generator),
+                "timestep": torch.rand(2, generator=generator),
+                "img_shapes": [[(1, 4, 4)]] * 2,
+            }
+            assert check(model, inputs) == 2 + n
+    assert model.graphs.captures == 2 and model.graphs.why == ""
+
+
+def test_results_and_inputs_are_copies(model, build_inputs, run):
+    """A result outlives the next replay, and inputs may be written to or freed after the call."""
+    first, second = build_inputs(seed=0), build_inputs(seed=1)
+    for _ in range(2):
+        run(model, first)
+    a = run(model, first)
+    kept = a.clone()
+    for value in first.values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    b = run(model, second)
+    assert model.graphs.hits == 3 and torch.equal(a, kept) and not torch.equal(a, b)
+    # Nor does a graph write to what was given to the call that it was captured at.
+    assert not first["hidden_states"].any()
+    with torch.inference_mode():
+        c = model(**second, return_dict=False)[0]
+    assert c.is_inference() and torch.equal(c, b) and model.graphs.hits == 4
+    assert torch.equal(run(model, second), b)
+
+
+def test_captured_in_inference_mode(model, build_inputs, run):
+    """What is captured in inference mode is replayed outside of it too."""
+    with torch.inference_mode():
+        for _ in range(2):
+            wanted = model(**build_inputs()).sample
+    assert model.graphs.captures == 1
+    assert torch.equal(run(model, build_inputs()), wanted) and model.graphs.hits == 2
+
+
+def test_return_value(model, build_inputs, run):
+    """``return_dict`` is nothing that a graph is for."""
+    inputs = build_inputs()
+    for _ in range(2):
+        wanted = run(model, inputs)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).sample, wanted)
+    assert model.graphs.captures == 1 and model.graphs.hits == 2
+
+
+def _strided(inputs):
+    x = inputs["hidden_states"]
+    return {**inputs, "hidden_states": x.transpose(0, 1).contiguous().transpose(0, 1)}
+
+
+def _timestep(inputs, tensor):
+    return {**inputs, "timestep": tensor}
+
+
+CHANGES = {
+    "mask": lambda build, x: {**x, "encoder_hidden_states_mask": None},
+    "tokens of text": lambda build, x: build(text=6),
+    "tokens of image": lambda build, x: build(images=((1, 3, 4),)),
+    "images": lambda build, x: build(images=((1, 3, 5), (1, 2, 2))),
+    "batch": lambda build, x: build(batch=2),
+    "strides": lambda build, x: _strided(x),
+    "expanded": lambda build, x: _timestep(x, x["timestep"][:1].expand(3)),
+    "dtype": lambda build, x: _timestep(x, (x["timestep"] * 1000).long()),
+    "control": lambda build, x: {**x, "controlnet_block_samples": [torch.ones(3, 15, 32)] * 2},
+    "a number": lambda build, x: {**x, "attention_kwargs": {"strength": 1}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_key_of_inputs(model, build_inputs, check, change):
+    """Other shapes, strides, dtypes, trees or numbers are another graph, and the old one is still there."""
+    inputs = build_inputs()
+    assert check(model, inputs) == 2 and model.graphs.captures == 1
+    assert check(model, CHANGES[change](build_inputs, inputs)) == 2 and model.graphs.captures == 2
+    assert check(model, inputs) == 3 and model.graphs.captures == 2
+
+
+def test_numbers_of_another_type_are_another_key(model, build_inputs, check):
+    for n, strength in enumerate((1, 1.0, True, 2)):
+        assert check(model, {**build_inputs(), "attention_kwargs": {"strength": strength}}) == 2
+        assert model.graphs.captures == n + 1
+
+
+def test_key_of_settings(model, build_inputs, check, monkeypatch):
+    """Attention backends, ``PPCL_BACKEND``, train mode and torch's settings are another graph each."""
+    inputs, number = build_inputs(), 1
+    assert check(model, inputs) == 2
+    with attention_backend("_native_math"):
+        assert check(model, inputs) == 2 and model.graphs.captures == (number := number + 1)
+    model.set_attention_backend("native")
+    assert check(model, inputs) == 2 and model.graphs.captures == (number := number + 1)
+    model.reset_attention_backend()
+    monkeypatch.setenv("PPCL_BACKEND", "torch")
+    assert check(model, inputs) == 2 and model.graphs.captures == (number := number + 1)
+    monkeypatch.delenv("PPCL_BACKEND")
+    model.train()
+    assert check(model, inputs) == 2 and model.graphs.captures == (number := number + 1)
+    model.eval()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert check(model, inputs) == 2 and model.graphs.captures == number + 1
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert check(model, inputs) == 3
+
+
+def test_one_graph_for_images_of_one_size(model, build_inputs, check):
+    """Rotations are inputs: 3 x 5 and 5 x 3 tokens share a graph, and are not taken for one another."""
+    assert check(model, build_inputs(images=((1, 3, 5),))) == 2
+    assert check(model, build_inputs(images=((1, 5, 3),))) == 3
+    assert model.graphs.captures == 1
+
+
+def test_edit_models(make_checkpoint, tmp_path, build_inputs, check):
+    """The index of modulations is made on the host: an input too."""
+    made = make_checkpoint(tmp_path / "edit", zero_cond_t=True)
+    model = ppcl_rt.load(made.folder)
+    model._graphs = Graphs(True, backend=Recorder())
+    assert check(model, build_inputs(images=((1, 3, 5), (1, 2, 2)))) == 2
+    assert check(model, build_inputs(images=((1, 2, 2), (1, 3, 5)))) == 3
+
+
+def test_plans_pick_their_graphs(model, build_inputs, run):
+    """`set_plan`, `at` and schedules go from one graph to another; nothing is captured twice."""
+    inputs, wanted, plans = build_inputs(), {}, [model.catalog.dense, student(model), narrow(model)]
+    kept, model._graphs = model._graphs, Graphs(False)
+    for plan in plans:
+        with model.at(plan=plan):
+            wanted[plan] = run(model, inputs)
+    model._graphs = kept
+    for _ in range(2):
+        for plan in plans:
+            with model.at(plan=plan):
+                assert torch.equal(run(model, inputs), wanted[plan])
+    assert (kept.captures, kept.hits) == (3, 3)
+    assert [each.of.plan for each in kept.captured] == plans
+    for plan in (plans[1], plans[0]):
+        model.set_plan(plan)
+        assert torch.equal(run(model, inputs), wanted[plan])
+    model.set_schedule(Schedule(phases=((0, plans[0]), (2, plans[1]))))
+    eager = copy.deepcopy(model)
+    eager.set_graphs(False)
+    for time in (0.9, 0.9, 0.7, 0.5, 0.3, 0.9):
+        now = {**inputs, "timestep": torch.full((3,), time)}
+        torch.testing.assert_close(run(model, now), run(eager, now), rtol=0, atol=1e-5)
+    assert (kept.captures, kept.hits) == (3, 11)
+
+
+class Doubled(nn.Linear):
+    """As an adapter does, in the place of a layer: what it adds is a number of python's."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _adapt(model):
+    layer = model.transformer_blocks[1].attn.to_q
+    adapted = Doubled(layer.in_features, layer.out_features)
+    adapted.load_state_dict(layer.state_dict())
+    model.transformer_blocks[1].attn.to_q = adapted
+
+
+def _read_more(model):
+    before = model.plan
+    model.set_plan(student(model))
+    model.set_plan(before)
+
+
+def _replace_parameter(model):
+    layer = model.transformer_blocks[1].img_mlp.net[2]
+    layer.weight = nn.Parameter(layer.weight * 1.5)
+
+
+def _put_parameter(model):
+    """As accelerate does, past every setter."""
+    layer = model.transformer_blocks[1].img_mlp.net[2]
+    layer._parameters["bias"] = nn.Parameter(layer.bias + 1)
+
+
+def _replace_data(model):
+    model.norm_out.linear.weight.data = model.norm_out.linear.weight * 1.5
+
+
+def _replace_module(model):
+    model.proj_out = nn.Linear(32, 16)
+
+
+def _swap(model):
+    model.load_state_dict({name: tensor * 1.1 for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def _add_bias(model):
+    layer = nn.Linear(32, 16, bias=False)
+    model.proj_out = layer
+    model.proj_out.register_parameter("bias", nn.Parameter(torch.ones(16)))
+
+
+def _to_double_and_back(model):
+    model.to(torch.float64)
+    model.to(torch.float32)
+
+
+STALE = [
+    _read_more, _to_double_and_back, _replace_parameter, _put_parameter, _replace_data, _replace_module, _swap,
+    _add_bias,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", STALE)
+def test_stale_weights_are_refused(model, build_inputs, check, change):
+    """After weights were read, dropped, moved or replaced an old graph is not replayed, but a new one captured."""
+    inputs = build_inputs()
+    assert check(model, inputs) == 2
+    [old] = model.graphs._backend.made
+    generation = model.graphs.generation
+    change(model)
+    assert check(model, inputs) == 2
+    assert old.closed and model.graphs.generation > generation
+    assert len(model.graphs.captured) == 1 and model.graphs.captures == 2
+
+
+def test_trim_drops_graphs(model, build_inputs, check):
+    """`trim` frees what graphs hold as well, at once."""
+    model._prepare(student(model))
+    assert check(model, build_inputs()) == 2
+    model.set_plan(student(model))
+    assert check(model, build_inputs()) == 2 and len(model.graphs.captured) == 2
+    dropped = weakref.ref(model.transformer_blocks[1])
+    model.trim()
+    gc.collect()
+    assert dropped() is None and not model.graphs.captured
+    assert all(recording.closed for recording in model.graphs._backend.made)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model.to(torch.float64), lambda model: model.load_state_dict(model.state_dict())]
+)
+def test_moving_drops_graphs(model, build_inputs, check, change):
+    """At once, not at the next forward: what they hold is freed before the weights take room elsewhere."""
+    assert check(model, build_inputs()) == 2
+    change(model)
+    assert not model.graphs.captured and all(recording.closed for recording in model.graphs._backend.made)
+
+
+def test_other_plans_weights_may_go(model, build_inputs, check):
+    """What a program does not read may be replaced without a new capture."""
+    model._prepare(student(model))
+    assert check(model, build_inputs()) == 2
+    layer = model.students["0-1"].attn.to_q
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    assert check(model, build_inputs()) == 3
+
+
+def test_a_replay_of_stale_weights_would_show(model, build_inputs, run, monkeypatch):
+    """The recorder is as blind as a graph: without the check it gives what the old weights gave."""
+    inputs = build_inputs()
+    for _ in range(2):
+        old = run(model, inputs)
+    monkeypatch.setattr(Weights, "current", lambda self: True)
+    _replace_parameter(model)
+    assert torch.equal(run(model, inputs), old)
+    monkeypatch.undo()
+    assert not torch.equal(run(model, inputs), old)
+
+
+def test_training_in_place_is_read(model, build_inputs, check):
+    """A weight that changes at its address is read as it is: no new capture."""
+    assert check(model, build_inputs()) == 2
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    assert check(model, build_inputs()) == 3 and model.graphs.captures == 1
+
+
+def _hook(model):
+    return model.transformer_blocks[1].attn.norm_q.register_forward_hook(lambda *_: None)
+
+
+def _hook_before(model):
+    return model.img_in.register_forward_pre_hook(lambda *_: None)
+
+
+def _hook_root(model):
+    return model.register_forward_hook(lambda *_: None)
+
+
+def _hook_everything(model):
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+class Undo:
+    def __init__(self, remove):
+        self.remove = remove
+
+
+def _hook_of_diffusers(model):
+    registry = HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[0])
+    registry.register_hook(ModelHook(), "mine")
+    return Undo(lambda: registry.remove_hook("mine"))
+
+
+def _hook_of_accelerate(model):
+    from accelerate import hooks
+
+    layer = model.transformer_blocks[0].attn.to_q
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    return Undo(lambda: hooks.remove_hook_from_module(layer))
+
+
+def _replaced_forward(model):
+    layer = model.time_text_embed
+    original = layer.forward
+    layer.forward = lambda *a, **k: original(*a, **k) * 2
+    return Undo(lambda: delattr(layer, "forward"))
+
+
+HOOKS = {
+    "forward hooks": (_hook, _hook_before, _hook_root, _hook_everything),
+    "hooks of diffusers": (_hook_of_diffusers,),
+    "hooks of accelerate": (_hook_of_accelerate,),
+    "a replaced forward": (_replaced_forward,),
+    "a Doubled of": (lambda model: _adapt(model),),
+}
+
+
+@pytest.mark.parametrize("why, add", [(why, add) for why, adds in HOOKS.items() for add in adds])
+def test_steps_aside_for_hooks(model, build_inputs, run, check, caplog, why, add):
+    """What python would do between the layers is done: no replay while it is there; the log says so once."""
+    inputs = build_inputs()
+    assert check(model, inputs) == 2
+    caplog.set_level(logging.INFO, "ppcl_rt.model.graphs")
+    caplog.clear()
+    undo = add(model)
+    try:
+        assert check(model, inputs) == 0 and why in model.graphs.why
+        run(model, inputs)
+        told = [record for record in caplog.records if why in record.message]
+        assert len(told) == 1 and told[0].levelno == logging.WARNING
+    finally:
+        if undo is not None:
+            undo.remove()
+    if undo is not None:
+        for _ in range(graphs._REST):
+            run(model, inputs)
+        assert check(model, inputs) > 0
+
+
+def test_a_forward_that_is_replaced_twice(model, build_inputs, check):
+    """diffusers leaves a layer's own forward among its attributes: what takes its place is noticed all the same."""
+    layer = model.transformer_blocks[0].attn.norm_k
+    registry = HookRegistry.check_if_exists_or_initialize(layer)
+    registry.register_hook(ModelHook(), "mine")
+    registry.remove_hook("mine")
+    assert "forward" in layer.__dict__ and check(model, build_inputs()) == 2
+    original = layer.forward
+    layer.forward = lambda x: original(x) * 2
+    assert check(model, build_inputs()) == 0 and model.graphs.why == "a replaced forward"
+
+
+def test_hooks_run_every_time(model, build_inputs, run):
+    for _ in range(3):
+        run(model, build_inputs())
+    seen = []
+    model.transformer_blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        run(model, build_inputs())
+    assert len(seen) == 3
+
+
+def test_compiled_layers(model, build_inputs, run):
+    run(model, build_inputs())
+    model.transformer_blocks[0]._compiled_call_impl = model.transformer_blocks[0]._call_impl
+    run(model, build_inputs())
+    assert model.graphs.why == "compiled layers" and not model.graphs.captures
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "why, around",
+    [
+        ("autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+        ("a dispatch mode", Tape),
+        ("a function mode", Mode),
+        ("gradients", torch.enable_grad),
+        ("gradients", torch.autograd.forward_ad.dual_level),
+    ],
+)
+def test_steps_aside_for_modes(model, build_inputs, run, why, around):
+    """Inside a mode that a replay would pass by, forwards run eagerly; after it graphs are taken up again."""
+    inputs = build_inputs()
+    for _ in range(2):
+        run(model, inputs)
+    with torch.no_grad(), around():
+        for _ in range(2):
+            model(**inputs)
+    assert model.graphs.why == why and model.graphs.hits == 1
+    run(model, inputs)
+    assert model.graphs.hits == 2
+
+
+def test_gradients_only_where_something_requires_them(model, build_inputs):
+    """With gradients on, frozen weights still have graphs; weights or inputs that require one have none."""
+    inputs = build_inputs()
+    model.requires_grad_(False)
+    for _ in range(2):
+        model(**inputs)
+    assert model.graphs.hits == 1
+    inputs["hidden_states"].requires_grad_()
+    model(**inputs).sample.sum().backward()
+    assert model.graphs.hits == 1 and model.graphs.why == "gradients" and inputs["hidden_states"].grad is not None
+    inputs["hidden_states"].requires_grad_(False)
+    model.enable_gradient_checkpointing()
+    model(**inputs)
+    assert model.graphs.hits == 1 and model.graphs.why == "gradient checkpointing"
+
+
+def test_steps_aside_for_caches(model, build_inputs, run):
+    """Not for the context that pipelines always set, but for a cache that is on."""
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    inputs = build_inputs()
+    for n in range(3):
+        with model.cache_context("cond"):
+            run(model, inputs)
+        assert model.graphs.hits == n
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with model.cache_context("cond"):
+        run(model, inputs)
+    assert model.graphs.why == "a cache of diffusers" and model.graphs.hits == 2
+    model.disable_cache()
+    for _ in range(graphs._REST + 2):
+        with model.cache_context("cond"):
+            run(model, inputs)
+    assert model.graphs.hits > 2
+
+
+def test_steps_aside_elsewhere(model, build_inputs, run, monkeypatch):
+    """Inside another capture, for inputs that cannot be told apart, for weights elsewhere, and without a GPU."""
+    inputs = build_inputs()
+    model.graphs._backend.inside = True
+    run(model, inputs)
+    assert model.graphs.why == "inside another capture"
+    model.graphs._backend.inside = False
+    for _ in range(2):
+        run(model, inputs, attention_kwargs={"what": object()})
+    assert model.graphs.why == "an input that is a object" and not model.graphs.captures
+    monkeypatch.setattr(Weights, "__init__", _elsewhere(Weights.__init__))
+    for _ in range(2):
+        run(model, inputs)
+    assert model.graphs.why == "weights on another device than the inputs" and not model.graphs.captures
+    model._graphs = Graphs(True)
+    for _ in range(2):
+        run(model, inputs)
+    assert model.graphs.why == "not on a CUDA device"
+
+
+def _elsewhere(init):
+    def made(self, *args):
+        init(self, *args)
+        self.tensors.append(torch.empty(1, device="meta"))
+
+    return made
+
+
+def test_default_device_is_no_obstacle(model, build_inputs, check):
+    """``torch.device`` as a context is a function mode too, and one that changes nothing here."""
+    with torch.device("cpu"):
+        assert check(model, build_inputs()) == 2
+
+
+def test_log_in_auto(model, build_inputs, run, caplog):
+    """By itself, stepping aside is no warning; on a CPU not even worth a line."""
+    caplog.set_level(logging.INFO, "ppcl_rt.model.graphs")
+    model.set_graphs("auto")
+    run(model, build_inputs())
+    assert not caplog.records and model.graphs.why == "not on a CUDA device"
+    model._graphs = Graphs("auto", backend=Recorder())
+    model.register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        run(model, build_inputs())
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_the_least_recently_used_goes(model, build_inputs, check, run):
+    """Two are kept; a replay counts as use; what goes is freed and captured again when it comes back."""
+    model._graphs = Graphs(True, backend=Recorder(), limit=2)
+    a, b, c = (build_inputs(batch=n) for n in (1, 2, 3))
+    for inputs in (a, b):
+        assert check(model, inputs) == 2
+    run(model, a)
+    assert check(model, c) == 2
+    assert [each.closed for each in model.graphs._backend.made] == [False, True, False]
+    assert [each.shapes[0][0] for each in model.graphs.captured] == [1, 3]
+    assert check(model, a) == 3 and check(model, b) == 2
+    assert [each.closed for each in model.graphs._backend.made] == [False, True, True, False]
+
+
+def test_a_capture_that_fails(model, build_inputs, check, run, caplog):
+    """A shape that cannot be captured runs eagerly for good, said once; others are captured all the same."""
+    walk, tried = type(model)._walk, []
+
+    def _walk(self, program, *, hidden_states, **inputs):
+        output = walk(self, program, hidden_states=hidden_states, **inputs)
+        if len(hidden_states) == 2 and len(self.graphs.captured) < 9:
+            tried.append(1)
+            # Waits for the device.
+            output = output + 0 * output.sum().item()
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "_walk", _walk)
+        inputs = build_inputs(batch=2)
+        for _ in range(5):
+            run(model, inputs)
+        assert model.graphs.why == "capturing failed: operation not permitted when stream is capturing"
+        # Five eagerly, one to warm up, one captured.
+        assert len(tried) == 7 and not model.graphs.hits
+        assert len([record for record in caplog.records if "capturing failed" in record.message]) == 1
+        assert check(model, build_inputs(batch=3)) == 2
+        # Errors of the caller's come through.
+        with pytest.raises(RuntimeError):
+            run(model, {**inputs, "encoder_hidden_states": torch.zeros(2, 7, 99)})
+
+
+def test_implementations_are_known_first(model, build_inputs, run, monkeypatch):
+    """While a forward still chooses implementations it is not captured; nor is a capture kept that chose one."""
+    chosen = iter([1, 2, 3, 3, 3, 3, 4, 4, 4])
+    monkeypatch.setattr(graphs, "choices", lambda: next(chosen))
+    inputs = build_inputs()
+    run(model, inputs)  # 1 before, 2 after
+    assert "chosen" in model.graphs.why
+    run(model, inputs)  # 3, 3
+    run(model, inputs)  # 3 before the capture, 3 after
+    assert (model.graphs.captures, model.graphs.hits) == (1, 1)
+    other = build_inputs(batch=1)
+    chosen = iter([5, 5, 5, 6, 6, 6, 6, 6])
+    for _ in range(3):
+        run(model, other)
+    assert model.graphs.captures == 1 and "changed while" in model.graphs.why
+    assert model.graphs._backend.made[-1].closed
+
+
+class Clock:
+    """Host and device, by hand: each forward takes so many seconds on either."""
+
+    def __init__(self, host, device):
+        self.host, self.device, self.now, self.ready = host, device, 0.0, 0.0
+
+    def __call__(self):
+        return self.now
+
+    def mark(self, *_):
+        self.ready = max(self.ready, self.now)
+        return Moment(self, self.ready)
+
+    def idle(self, *_):
+        return self.ready <= self.now
+
+    def forward(self):
+        began = max(self.ready, self.now)
+        self.now += self.host
+        self.ready = max(began + self.device, self.now)
+
+
+class Moment:
+    def __init__(self, clock, when):
+        self.clock, self.when = clock, when
+
+    def done(self):
+        return self.when <= self.clock.now
+
+    def since(self, earlier):
+        assert self.done() and earlier.done()
+        return self.when - earlier.when
+
+
+@pytest.mark.parametrize("host, device, bound", [(0.05, 0.02, True), (0.05, 0.06, True), (0.05, 0.07, False)])
+def test_meter(host, device, bound):
+    """A forward is launch-bound where the device takes hardly longer than the host: twice in a row."""
+    clock = Clock(host, device)
+    meter = Meter(clock)
+    assert not meter.launch_bound()
+    for n in range(3):
+        meter.run(clock.forward, clock.idle, clock.mark)
+        clock.now += 0.1
+        assert meter.launch_bound() == (bound and n >= 1)
+
+
+def test_meter_waits_for_nothing():
+    """A measurement that is not ready is left for later, and one behind a full queue is not taken."""
+    clock = Clock(0.01, 0.5)
+    meter = Meter(clock)
+    marks = 0
+
+    def mark():
+        nonlocal marks
+        marks += 1
+        return clock.mark()
+
+    for _ in range(10):
+        meter.run(clock.forward, clock.idle, mark)
+    assert marks == 2 and not meter.launch_bound()
+    # The host waits for the queue now: as slow as the device, but it says nothing.
+    clock.host = 0.5
+    for _ in range(5):
+        clock.ready = clock.now + 1
+        meter.run(clock.forward, clock.idle, mark)
+    assert marks == 2 and not meter.launch_bound()
+
+
+def test_meter_forgets_what_was_held_up():
+    clock = Clock(0.01, 0.1)
+    meter = Meter(clock)
+    for host in (1.0, 0.01, 1.0):
+        clock.host = host
+        meter.run(clock.forward, clock.idle, clock.mark)
+        clock.now += 1
+        assert not meter.launch_bound()
+
+
+@pytest.mark.parametrize("device, captured", [(0.01, 1), (0.5, 0)])
+def test_auto(model, build_inputs, run, device, captured):
+    """By itself a forward is captured where the host was slower than the device, never where it was faster."""
+    clock = Clock(0.05, device)
+    backend = Recorder()
+    backend.mark, backend.idle = clock.mark, clock.idle
+    model._graphs = Graphs("auto", backend=backend, meter=lambda: Meter(clock))
+    walk = type(model)._walk
+
+    def _walk(self, *args, **kwargs):
+        clock.forward()
+        return walk(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "_walk", _walk)
+        results = []
+        for n in range(6):
+            results.append(run(model, build_inputs()))
+            clock.now += 1.0
+            # The first loads kernels and is not measured, the second and the third are.
+            assert model.graphs.captures == (captured if n >= 3 else 0)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert model.graphs.hits == 3 * captured
+
+
+def test_off(model, build_inputs, run):
+    model.set_graphs(False)
+    for _ in range(3):
+        run(model, build_inputs())
+    assert model.graphs.mode is False and not model.graphs.captured and not model.graphs._notes
+
+
+def test_turning_off_frees(model, build_inputs, check):
+    check(model, build_inputs())
+    [recording] = model.graphs._backend.made
+    model.set_graphs(False)
+    assert recording.closed
+
+
+def test_arguments(loaded):
+    """`load` and ``from_pretrained`` take a mode, and refuse what is none."""
+    cls = ppcl_rt.PPCLQwenImageTransformer2DModel
+    folder = loaded._source.folder
+    assert ppcl_rt.load(folder, graphs=False).graphs.mode is False
+    assert cls.from_pretrained(folder, graphs=True).graphs.mode is True
+    assert loaded.graphs.mode == "auto"
+    for wrong in (1, "on", None):
+        with pytest.raises(ValueError, match="graphs are"):
+            ppcl_rt.load(folder, graphs=wrong)
+        with pytest.raises(ValueError, match="graphs are"):
+            loaded.set_graphs(wrong)
+
+
+def test_copies_carry_none(model, build_inputs, check):
+    """A copy of a model, and what comes back from a file, starts without graphs and captures its own."""
+    assert check(model, build_inputs()) == 2
+    other = copy.deepcopy(model)
+    assert not other.graphs.captured and other.graphs.mode is True and other.graphs.generation == 0
+    with torch.no_grad():
+        other.proj_out.weight.mul_(2)
+    assert check(other, build_inputs()) == 2 and check(model, build_inputs()) == 3
+    again = pickle.loads(pickle.dumps(Graphs("auto")))
+    assert again.mode == "auto" and again._backend is graphs.CUDA
+    assert "captured" in repr(model.graphs) and "1 captured, 5 replayed" in repr(model.graphs)
+
+
+def test_threads(model, build_inputs, run):
+    """Threads with plans of their own replay one model's graphs, and each gets its own results."""
+    inputs = {plan: build_inputs(seed=n) for n, plan in enumerate((model.catalog.dense, student(model), narrow(model)))}
+    kept, model._graphs, wanted, wrong = model._graphs, Graphs(False), {}, []
+    for plan in inputs:
+        with model.at(plan=plan):
+            wanted[plan] = run(model, inputs[plan])
+    model._graphs = kept
+
+    def work(plan):
+        with model.at(plan=plan):
+            wrong.extend(plan for _ in range(6) if not torch.equal(run(model, inputs[plan]), wanted[plan]))
+
+    threads = [threading.Thread(target=work, args=(plan,)) for plan in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and kept.captures == 3 and kept.hits == 15
+
+
+def test_text_runs(mapped, build_inputs, check):
+    """Maps of text runs lie outside the blocks, and are watched as well."""
+    plan = ppcl_rt.Plan.of(mapped.catalog.fingerprint, 4, [(n, FULL) for n in range(4)], text_runs=[Interval(0, 2)])
+    model = ppcl_rt.load(mapped.folder, plan=plan)
+    model._graphs = Graphs(True, backend=Recorder())
+    assert check(model, build_inputs()) == 2
+    layer = model.text_runs["0-2"]["z_1"]
+    layer.weight = nn.Parameter(layer.weight * 2)
+    assert check(model, build_inputs()) == 2 and model.graphs.captures == 2
+    generation = model.graphs.generation
+    model._make_resident(plan)
+    assert model.graphs.generation == generation
+    del model.text_runs["0-2"]
+    model._make_resident(plan)
+    assert model.graphs.generation > generation
+
+
+def test_a_block_that_grows(loaded, build_inputs, check):
+    """What a wider plan reads moves the weights of the narrower one; a plan that reads nothing keeps all graphs."""
+    model = ppcl_rt.load(loaded._source.folder, plan=narrow(loaded))
+    model._graphs = Graphs(True, backend=Recorder())
+    assert check(model, build_inputs()) == 2
+    model.set_plan(model.catalog.dense)
+    assert check(model, build_inputs()) == 2 and len(model.graphs.captured) == 1
+    model.set_plan(narrow(model))
+    assert check(model, build_inputs()) == 2 and len(model.graphs.captured) == 2
+    model.set_plan(model.catalog.dense)
+    assert check(model, build_inputs()) == 3
+
+
+def test_workspaces_of_cublas(monkeypatch):
+    """A capture takes workspaces from the memory of the graphs: what was made before it lies outside and is let go."""
+    log, current = [], ["user's"]
+
+    class Stream:
+        device_index = 0
+
+        def __init__(self, *_):
+            self.name = "capturing"
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            log.append("begin")
+
+        def capture_end(self):
+            log.append("end")
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream.name
+        yield
+        current[0] = before
+
+    class Users(Stream):
+        def __init__(self):
+            self.name = "user's"
+
+    stand_ins = {
+        "Stream": Stream,
+        "Event": object,
+        "CUDAGraph": Graph,
+        "stream": on,
+        "device": lambda _: contextlib.nullcontext(),
+        "current_stream": lambda _: Users(),
+        "graph_pool_handle": lambda: (0, 1),
+        "synchronize": lambda _: None,
+        "empty_cache": lambda: None,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
+    backend, device = graphs.Cuda(), torch.device("cuda:0")
+    for _ in range(2):
+        backend.warm(device, lambda: log.append(current[0]))
+        backend.capture(device, lambda: log.append(current[0]))
+    once = ["user's", "clear", "begin", "capturing", "end", "clear"]
+    assert log == once + once
+    with pytest.raises(ZeroDivisionError):
+        backend.capture(device, lambda: 1 / 0)
+    assert log[len(once) * 2 :] == ["clear", "begin", "end", "clear"]

@@ -1,0 +1,335 @@
+"""Operations: every implementation gives the same, prepared calls see no stale weight, and the compiler sees one op."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+import ppcl_kernels as kernels
+from ppcl_rt import ops
+from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.ada_layer_norm import AdaLayerNorm
+from ppcl_rt.ops.implementations import CUBLAS, CUBLASLT, PACKED, TORCH
+from ppcl_rt.ops.joint_attention import Attention
+from ppcl_rt.ops.linear import LINEARS, Linears
+from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION, pack, side_by_side
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+B, TEXT, IMAGE, HEADS, E = 2, 5, 33, 3, 8
+D = HEADS * E
+# The interpreter computes GELU's sigmoid with numpy, which says that exp(large) is infinite; it is meant to be.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+
+def make(*shape, seed=0):
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def angles(tokens):
+    table = make(tokens, E // 2, seed=7)
+    return torch.stack((table.cos(), table.sin()), dim=-1)
+
+
+def stream(tokens, seed, packed=True, bias=True, norm=True, rope=True):
+    weights = [make(D, D, seed=seed + n) / D**0.5 for n in range(3)]
+    biases = [make(D, seed=seed + n) for n in range(3)] if bias else [None] * 3
+    if packed:
+        weights, biases = torch.stack(weights).unbind(), torch.stack(biases).unbind() if bias else biases
+    norms = (1 + 0.1 * make(E, seed=seed + 4), 1 + 0.1 * make(E, seed=seed + 5)) if norm else (None, None)
+    x = make(B, tokens, D, seed=seed + 6)
+    return kernels.Stream(x, tuple(weights), tuple(biases), norms, angles(tokens) if rope else None)
+
+
+def linear_call(gelu=False, gate=False, residual=False, index=False, n=29, k=D):
+    groups = []
+    for tokens in (IMAGE, TEXT):
+        rows = 2 * B if index else B
+        groups.append(
+            kernels.Linear(
+                make(B, tokens, k, seed=1),
+                make(64, D, seed=2) / D**0.5,
+                make(64, seed=3),
+                n,
+                make(rows, n, seed=4) if gate else None,
+                torch.arange(B * tokens, device=DEVICE).view(B, tokens) % 2 if index else None,
+                make(B, tokens, n, seed=5) if residual else None,
+            )
+        )
+    return Linears(tuple(groups), gelu)
+
+
+CALLS = {
+    "ada_layer_norm": lambda: AdaLayerNorm(make(B, IMAGE, D), make(B, D, seed=1), make(B, D, seed=2)),
+    "joint_attention": lambda: Attention(*(make(B, TEXT + IMAGE, HEADS, E, seed=n) for n in range(3))),
+    "masked attention": lambda: CALLS["joint_attention"]()._replace(key_mask=make(B, TEXT + IMAGE, seed=9) < 0.5),
+    "up": lambda: linear_call(gelu=True),
+    "down": lambda: linear_call(gate=True, residual=True, k=23),
+    "edit": lambda: linear_call(gate=True, residual=True, index=True),
+    "residual": lambda: linear_call(residual=True),
+    "plain": linear_call,
+    "q/k/v": lambda: QKV((stream(TEXT, 10), stream(IMAGE, 20)), 2, E),
+    "q/k/v, no bias": lambda: QKV((stream(TEXT, 10, bias=False), stream(IMAGE, 20, norm=False, rope=False)), 3, E),
+    "q/k/v, one stream": lambda: QKV((stream(IMAGE, 20),), 2, E),
+}
+OPERATION_OF = {
+    AdaLayerNorm: ops.OPERATIONS["ada_layer_norm"],
+    Attention: ops.OPERATIONS["joint_attention"],
+    Linears: LINEARS,
+    QKV: QKV_PROJECTION,
+}
+
+
+def close(got, wanted, limit=1e-5):
+    """float32 sums of some fifty terms of size 1, in another order: 1e-6 seen."""
+    got, wanted = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (got, wanted))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_implementations_agree(name):
+    """Whatever a table may choose gives what plain torch gives, also by the rule that judges every tile."""
+    call = CALLS[name]()
+    operation = OPERATION_OF[type(call)]
+    wanted, listed = operation.run(call, TORCH), operation.implementations(call)
+    assert TORCH in listed and len(set(listed)) == len(listed)
+    assert any(way.kind == "triton" for way in listed)
+    for way in listed:
+        got = operation.run(call, way)
+        close(got, wanted)
+        assert ways.agree(got, wanted)
+
+
+def test_what_is_offered():
+    """A product and a small kernel where the kernel has something to do; one product where q, k and v allow it."""
+    assert CUBLAS in LINEARS.implementations(CALLS["down"]()) and CUBLAS not in LINEARS.implementations(CALLS["up"]())
+    assert PACKED in QKV_PROJECTION.implementations(CALLS["q/k/v"]())
+    assert PACKED in QKV_PROJECTION.implementations(CALLS["q/k/v, no bias"]())
+    apart = QKV((stream(TEXT, 10), stream(IMAGE, 20, packed=False)), 2, E)
+    assert PACKED not in QKV_PROJECTION.implementations(apart)
+
+
+def test_lt_epilogue(monkeypatch):
+    """cuBLASLt's product over prefixes and both streams; torch's GELU there is the tanh form on CUDA only."""
+    plain = torch.addmm
+
+    def product(bias, x, weight, use_gelu):
+        assert use_gelu
+        return torch.nn.functional.gelu(plain(bias, x, weight), approximate="tanh")
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch, "_addmm_activation", product)
+    call = CALLS["up"]()
+    close(LINEARS.run(call, CUBLASLT), LINEARS.run(call, TORCH), 1e-4)
+
+
+def key(call):
+    return OPERATION_OF[type(call)].key(call)
+
+
+def test_keys_say_what_changes_the_time():
+    """Each thing that makes a product faster or slower makes another form; sizes alone make a neighbour."""
+    base = linear_call(gate=True, residual=True, k=24)
+    first, *others = base.groups
+
+    def changed(**fields):
+        return base._replace(groups=(first._replace(**fields), *others))
+
+    forms = [key(base).form]
+    for call in (
+        changed(bias=None),
+        changed(gate=None),
+        changed(gate=None, residual=None),
+        CALLS["edit"](),
+        changed(x=make(B, 2 * IMAGE, D)[:, ::2, :24]),
+        # TMA wants steps of 16 bytes.
+        changed(weight=make(64, D + 1)),
+        base._replace(gelu=True),
+    ):
+        forms.append(key(call).form)
+    assert len(set(forms)) == len(forms), forms
+    narrower = changed(out_features=17, gate=make(B, 17), residual=make(B, IMAGE, 17))
+    assert key(narrower).form == key(base).form and key(narrower).sizes != key(base).sizes
+    # 36 tiles of rows and 40 are two keys, and neighbours.
+    near, far = (key(Attention(*(torch.zeros(1, s, 1, 8, device=DEVICE),) * 3)) for s in (4608, 5120))
+    assert near != far and near.distance(far) < 0.5
+    forms = {key(CALLS[name]()).form for name in ("q/k/v", "q/k/v, no bias", "q/k/v, one stream")}
+    apart = QKV((stream(TEXT, 10), stream(IMAGE, 20, packed=False)), 2, E)
+    assert len({*forms, key(apart).form}) == 4
+    assert key(CALLS["joint_attention"]()).form != key(CALLS["masked attention"]()).form
+
+
+@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
+def test_prepared_calls_follow_their_arguments(monkeypatch, name):
+    """The second call at a shape runs what the first prepared, on tensors of its own."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    operation = OPERATION_OF[type(CALLS[name]())]
+    operation._prepared.clear()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        call = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: torch.randn_like(t) if t.is_floating_point() and t.dim() == 3 else t, CALLS[name]()
+        )
+        close(operation(call), operation.run(call, TORCH))
+
+
+def test_prepared_calls_see_new_weights(monkeypatch):
+    """Weights that were replaced, moved within their parameter, or changed in place: none is computed with the old."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    layer, x = nn.Linear(D, 32).to(DEVICE).requires_grad_(False), make(B, IMAGE, D)
+
+    def check():
+        [got] = ops.linears([ops.Layer(layer, x)])
+        close(got, layer(x))
+
+    check()
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    check()
+    layer.weight.data = torch.randn_like(layer.weight)
+    check()
+    layer.weight.copy_(torch.randn_like(layer.weight))
+    check()
+    layer.weight.data = torch.randn(64, 2 * D, device=DEVICE)[::2, ::2].contiguous()
+    check()
+
+
+FIXED = {Linears: ("weight", "bias"), QKV: ("weights", "biases", "norms"), AdaLayerNorm: (), Attention: ()}
+
+
+@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
+def test_signatures_tell_stale_from_moved(name):
+    """A prepared call stands for weights at their addresses, and for any activations of the same form."""
+    call = CALLS[name]()
+    operation = OPERATION_OF[type(call)]
+    signature = operation.signature(call)
+    groups = getattr(call, "groups", None) or getattr(call, "streams", None) or [call]
+    weights = {id(t) for g in groups for part in FIXED[type(call)] for t in tree_leaves(getattr(g, part))}
+    leaves, spec = tree_flatten(call)
+    seen = 0
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        seen += id(leaf) in weights
+
+        def with_leaf(tensor, place=place):
+            return operation.signature(tree_unflatten([*leaves[:place], tensor, *leaves[place + 1 :]], spec))
+
+        same = with_leaf(leaf.clone()) == signature
+        assert same == (id(leaf) not in weights)
+        strided = torch.empty_strided(leaf.shape, [2 * step for step in leaf.stride()], dtype=leaf.dtype)
+        for other in (leaf[:-1], leaf.view(torch.int16), strided.to(DEVICE), None):
+            assert with_leaf(other) != signature
+        # The same place, seen as something else.
+        assert with_leaf(leaf.as_strided(leaf.shape, [0] * leaf.dim())) != signature
+    assert seen == len(weights)
+
+
+def test_a_shape_is_prepared_once(monkeypatch):
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    prepared, plain = [], LINEARS.prepare
+    monkeypatch.setattr(LINEARS, "prepare", lambda call, way: prepared.append(way) or plain(call, way))
+    LINEARS._prepared.clear()
+    call = CALLS["down"]()
+    for _ in range(3):
+        LINEARS(call)
+    assert len(prepared) == 1
+    LINEARS(CALLS["up"]())
+    assert len(prepared) == 2
+    monkeypatch.setattr("ppcl_rt.ops.operation._MOST_PREPARED", 2)
+    LINEARS(CALLS["plain"]())
+    assert len(LINEARS._prepared) == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiler_sees_one_op(monkeypatch, name):
+    """`opcheck` of the op that torch.compile records; its result is that of the operation."""
+    monkeypatch.setenv("PPCL_BACKEND", "torch")
+    call = CALLS[name]()
+    operation, recorded = OPERATION_OF[type(call)], []
+    module = __import__(type(operation).__module__, fromlist=["_OP"])
+    op = module._OP
+    monkeypatch.setattr(module, "_OP", lambda *arguments: recorded.append(arguments) or op(*arguments))
+    close(operation.opaque(call), operation.run(call, TORCH))
+    torch.library.opcheck(op, recorded[0], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_hooks_adapters_and_backends_are_honoured(monkeypatch):
+    """What a user put between us and the weights, or in place of our attention, is called."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    monkeypatch.setattr(LINEARS, "run", lambda *_: pytest.fail("read past the module"))
+    layer, x = nn.Linear(D, 32).to(DEVICE).requires_grad_(False), make(B, IMAGE, D)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias) + 1
+    close(ops.linears([ops.Layer(layer, x)]), [layer(x)])
+    from diffusers import attention_backend
+
+    operation = ops.OPERATIONS["joint_attention"]
+    monkeypatch.setattr(operation, "run", lambda *_: pytest.fail("another backend was asked for"))
+    q, k, v, _ = CALLS["joint_attention"]()
+    with attention_backend("_native_math"):
+        ops.joint_attention(q, k, v, None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pack(bias):
+    """Names, values and gradients' flags stay; the weights are views of one tensor, which adapters do not notice."""
+    layers = [nn.Linear(6, 8, bias=bias) for _ in range(3)]
+    layers[1].weight.requires_grad_(False)
+    before = [{n: p.detach().clone() for n, p in layer.named_parameters()} for layer in layers]
+    assert side_by_side([layer.weight for layer in layers]) is None
+    pack(*layers)
+    together = side_by_side([layer.weight for layer in layers])
+    assert together is not None and together.shape == (3, 8, 6)
+    address = together.data_ptr()
+    pack(*layers)
+    assert side_by_side([layer.weight for layer in layers]).data_ptr() == address
+    for layer, old in zip(layers, before, strict=True):
+        assert all(torch.equal(p, old[n]) for n, p in layer.named_parameters())
+        assert [n for n, _ in layer.named_parameters()] == list(old)
+    assert [layer.weight.requires_grad for layer in layers] == [True, False, True]
+    # A prefix of rows is a view too, and a changed weight shows in the whole.
+    layers[2].weight.data[0, 0] = 7.0
+    assert together[:, :2][2, 0, 0] == 7.0
+    layers[1].weight = nn.Parameter(torch.zeros(8, 6))
+    assert side_by_side([layer.weight for layer in layers]) is None
+
+
+def test_pack_in_inference_mode():
+    """Parameters stay what they are: ordinary ones can be trained later, those of inference mode are left alone."""
+    ordinary = [nn.Linear(8, 6) for _ in range(3)]
+    with torch.inference_mode():
+        made_inside = [nn.Linear(8, 6) for _ in range(3)]
+        pack(*ordinary)
+        pack(*made_inside)
+    pack(*made_inside)
+    assert side_by_side([layer.weight for layer in ordinary]) is not None
+    assert not any(layer.weight.is_inference() for layer in ordinary)
+    assert side_by_side([layer.weight for layer in made_inside]) is None
+
+
+def test_side_by_side_is_strict():
+    parts = torch.zeros(4, 8, 6)
+    assert side_by_side([parts[0], parts[2]]).shape == (2, 8, 6)
+    assert side_by_side([parts[0], parts[1], parts[3]]) is None
+    assert side_by_side([parts[1], parts[0]]) is None
+    assert side_by_side([parts[0], parts[1][:4]]) is None
+    assert side_by_side([parts[0][:, :3], parts[0][:, 3:]]) is None
+    assert side_by_side([parts[0], None]) is None and side_by_side([None, None]) is None
+
+
+def test_functions_take_operations():
+    """The functions that models call give what modules give, on the operations' path and on the modules' own."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(D, D).to(DEVICE) for _ in range(6)]
+    from diffusers.models.normalization import RMSNorm
+
+    norms = [RMSNorm(E, eps=1e-6).to(DEVICE) for _ in range(4)]
+    streams = [
+        ops.ProjectedStream(make(B, TEXT, D), ops.Projection(*layers[:3], *norms[:2]), angles(TEXT)),
+        ops.ProjectedStream(make(B, IMAGE, D), ops.Projection(*layers[3:], *norms[2:]), angles(IMAGE)),
+    ]
+    wanted = ops.qkv_projection(streams, 2, E)
+    with torch.no_grad():
+        close(ops.qkv_projection(streams, 2, E), [part.detach() for part in wanted])
+    assert all(part.requires_grad for part in wanted)

@@ -1,0 +1,176 @@
+"""Training: the closed forms, the losses, and runs that can be killed."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ARCHITECTURE, TINY
+from torch import nn
+
+import ppcl_rt
+from ppcl_rt import Interval, Plan, Streams
+from ppcl_train import pipeline
+from ppcl_train.config.settings import RunConfig, with_changes
+from ppcl_train.data import states
+from ppcl_train.engine.files import read_tensors
+from ppcl_train.selectors.eq5 import LeastSquares, find_intervals, linear_cka
+from ppcl_train.stages import teacher
+from ppcl_train.stages.measure import used
+from ppcl_train.stages.students import matching_loss
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A complete tiny run."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline.begin(TINY, folder)
+    pipeline.run_stages(TINY, folder)
+    return folder
+
+
+def test_streamed_least_squares_is_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 5, generator=generator) + 3, torch.randn(200, 3, generator=generator)
+    fit = LeastSquares(5, 3)
+    for start in range(0, 200, 33):
+        fit.add(x[start : start + 33], y[start : start + 33])
+    weight, bias = fit.solve(ridge=0.0)
+    expected = torch.linalg.lstsq(torch.cat([x, torch.ones(200, 1)], 1).double(), y.double()).solution.float()
+    assert torch.allclose(weight, expected[:-1].T, atol=1e-5) and torch.allclose(bias, expected[-1], atol=1e-5)
+
+
+def test_cka_ignores_rotation_and_scale_and_is_low_for_noise():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 8, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1, abs=1e-6)
+    # Independent samples: the expected value is about 8 / 500.
+    assert linear_cka(x, torch.randn(500, 8, generator=generator)) < 0.1
+
+
+def test_intervals_end_at_the_first_rise_of_the_difference():
+    # From 0: drops of 0.02, 0.01, 0.05 -> the third is the first rise, so blocks 0..2; from 3 it never rises: 3..5.
+    cka = {(0, 0): 0.99, (0, 1): 0.97, (0, 2): 0.96, (0, 3): 0.91, (0, 4): 0.9, (0, 5): 0.9}
+    cka |= {(3, 3): 0.99, (3, 4): 0.95, (3, 5): 0.93}
+    assert find_intervals(cka, 6) == [Interval(0, 2), Interval(3, 5)]
+
+
+def test_a_last_block_alone_is_no_interval():
+    cka = {(0, 0): 1.0, (0, 1): 0.9, (0, 2): 0.5}
+    assert find_intervals(cka, 3) == [Interval(0, 1)]
+
+
+def test_matching_loss_is_eq_6():
+    generator = torch.Generator().manual_seed(2)
+    mine, theirs = (
+        Streams(torch.randn(2, 3, 4, generator=generator), torch.randn(2, 5, 4, generator=generator)) for _ in range(2)
+    )
+    mask = torch.tensor([[1, 1, 0, 0, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    assert matching_loss(mine, mine, mask, 1.0) == 0
+    by_hand = sum(
+        (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).square().sum(-1).mean()
+        for a, b in ((mine.image, theirs.image), (mine.text[mask], theirs.text[mask]))
+    )
+    assert torch.allclose(matching_loss(mine, theirs, mask, 0.0), by_hand)
+    # Direction alone: a student of any length costs nothing, until magnitude is asked for.
+    longer = Streams(2 * theirs.image, 2 * theirs.text)
+    assert matching_loss(longer, theirs, mask, 0.0) < 1e-10 < matching_loss(longer, theirs, mask, 1.0)
+
+
+def test_a_trace_is_what_the_model_computes():
+    model = teacher.initial(TINY.teacher, 0).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    given = states.inputs(TINY, 3, 5)
+    passed = states.trace(model, given)
+    assert len(passed.states) == 5
+    for block, before, after in zip(model.transformer_blocks, passed.states, passed.states[1:]):
+        again = states.run_block(block, before, passed.context)
+        assert torch.equal(again.image, after.image) and torch.equal(again.text, after.text)
+    assert not model.transformer_blocks[0]._forward_hooks
+
+
+def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
+    model = ppcl_rt.load(finished / "checkpoint")
+    stock = teacher.load(TINY, finished)
+    given = states.inputs(TINY, 3, 5).call
+    wanted = stock(**given)[0]
+    # Rank orders permute sums; 4 blocks of float32.
+    assert torch.allclose(model.float()(**given)[0], wanted, atol=1e-5)
+    catalog = model.catalog
+    assert catalog.compensated and catalog.task["name"] == "scenes"
+    students, runs = used(catalog)
+    assert {s.interval for s in catalog.students} == students
+    assert {run.interval for run in catalog.text_runs} == runs
+    assert all(option.loss > 0 for widths in catalog.blocks for option in widths.image[1:])
+
+
+def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finished):
+    catalog = ppcl_rt.load(finished / "checkpoint").catalog
+    half = catalog.shape.width._replace(image=catalog.shape.width.image // 2)
+    plan = Plan.of(catalog.fingerprint, catalog.shape.depth, ((n, half) for n in range(catalog.shape.depth)))
+    model = ppcl_rt.load(finished / "checkpoint", plan=plan, dtype=torch.float32)
+    plain = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32)
+    given = states.inputs(TINY, 64, 6)
+    dense = plain(**given.call)[0]
+    compensated = (model(**given.call)[0] - dense).square().mean()
+    # The same plan from the full output layers: one channel more is no count of the catalog's, so it has no layer.
+    wider = half._replace(image=half.image + 1)
+    plain.set_plan(Plan.of(catalog.fingerprint, catalog.shape.depth, ((n, wider) for n in range(catalog.shape.depth))))
+    assert compensated < 0.8 * (plain(**given.call)[0] - dense).square().mean()
+
+
+def test_a_draft_that_a_kill_left_broken_is_made_again(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for name in ("sensitivities.json", "checkpoint/run.json"):
+        (folder / name).unlink()
+    (folder / "draft" / "config.json").write_text("{")
+    pipeline.run_stages(TINY, folder)
+    again, before = (read_tensors(f / "checkpoint/diffusion_pytorch_model.safetensors") for f in (folder, finished))
+    assert again.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in again.items())
+
+
+def test_a_teacher_of_another_architecture_is_refused(finished, tmp_path):
+    for changes in ({"teacher.architecture": {**ARCHITECTURE, "num_layers": 5}}, {"students.steps": 9}):
+        config = with_changes(TINY, changes)
+        if "students.steps" in changes:
+            # The same architecture is taken, into a run of another config.
+            pipeline.begin(config, tmp_path / "b", finished / "teacher.safetensors")
+            assert pipeline.is_done(pipeline.STAGES[0], tmp_path / "b")
+        else:
+            with pytest.raises(ValueError, match="other tensors"):
+                pipeline.begin(config, tmp_path / "a", finished / "teacher.safetensors")
+            assert not (tmp_path / "a").exists()
+
+
+def test_a_finished_run_does_nothing_when_run_again(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    pipeline.run_stages(TINY, finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_run_folder_refuses_another_config(finished):
+    with pytest.raises(ValueError, match=r"students\.steps = 8"):
+        pipeline.begin(with_changes(TINY, {"students.steps": 9}), finished)
+
+
+def test_settings_are_checked():
+    for changes in (
+        {"students.stepz": 1},
+        {"nothing.at.all": 1},
+        {"students.steps": -1},
+        {"table.starts": ["second"]},
+        {"select": "eq6"},
+    ):
+        with pytest.raises(ValueError):
+            with_changes(TINY, changes)
+    assert RunConfig.model_validate_json(TINY.model_dump_json()) == TINY
+
+
+def test_divergence_stops_with_the_step_and_keeps_the_last_state(tmp_path):
+    config = with_changes(TINY, {"teacher.adamw_lr": 1e30, "teacher.muon_lr": 1e30, "teacher.warmup": 0})
+    with pytest.raises(ValueError, match="at step"):
+        teacher.train(config, tmp_path)
+    assert not (tmp_path / "teacher.safetensors").exists()

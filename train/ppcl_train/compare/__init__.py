@@ -1,0 +1,1 @@
+"""Comparison with other ways to make a model smaller."""

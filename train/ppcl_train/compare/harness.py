@@ -1,0 +1,316 @@
+"""Quality against ratio for every method, at equal steps and seeds, judged on the same prompts from the same noise.
+
+A comparison is a run folder of entries (method, ratio, seed), each made once: its result is a JSON of its own, and what
+was begun before a kill is gone on with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_train import pipeline
+from ppcl_train.compare.baselines import METHODS, SEEDED, Entry, UnreachableError
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.files import Log, making, replacing, write_json
+from ppcl_train.scenes import scenes
+from ppcl_train.scenes.sampling import judged
+
+RESULTS, PLOT = "results.json", "results.png"
+_TEACHER = "teacher"
+_RESAMPLES = 2000
+_TABLE_WIDTH = 120
+
+
+class Key(NamedTuple):
+    """What names an entry."""
+
+    method: str
+    ratio: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.ratio:g}-{self.seed}"
+
+
+class Result(Frozen):
+    """What an entry came to.
+
+    Attributes:
+        params: parameters that run; ``share`` is these over the teacher's.
+        scores: of each prompt, in [0, 1]; a strict score counts ones.
+        unreachable: why there is no such model; all else is empty then.
+    """
+
+    key: Key
+    params: int = 0
+    share: float = 0.0
+    seconds: float = 0.0
+    scores: tuple[float, ...] = ()
+    unreachable: str = ""
+
+
+class Estimate(Frozen):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+class Quality(Frozen):
+    """Both scores of a method at a ratio."""
+
+    strict: Estimate
+    soft: Estimate
+
+
+class Row(Frozen):
+    """A method at a ratio, over its training seeds.
+
+    Attributes:
+        share: parameters kept, over the teacher's; the mean of the seeds'.
+        strict, soft: of each seed.
+        less: how much more ours scores, on the same prompts; None for ours and where ours is not there.
+    """
+
+    method: str
+    ratio: float
+    share: float
+    quality: Quality
+    strict: tuple[float, ...]
+    soft: tuple[float, ...]
+    seconds: tuple[float, ...]
+    less: Quality | None
+
+
+def compare(
+    run: RunConfig,
+    folder: Path,
+    teacher_path: Path,
+    methods: Sequence[str] = tuple(METHODS),
+    device: str = "cpu",
+) -> list[Row]:
+    """Make and judge all entries that are not there yet; writes ``results.json`` and ``results.png``.
+
+    Args:
+        teacher_path: a ``teacher.safetensors``, or a checkpoint folder that holds the teacher.
+
+    Raises:
+        ValueError: no such method, teacher or device, or the folder was begun with another config or teacher.
+    """
+    if unknown := sorted(set(methods) - set(METHODS)):
+        raise ValueError(f"there is no method {unknown[0]}; there are: {', '.join(METHODS)}")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError):
+        raise ValueError(f"there is no device {device} here") from None
+    captions = _captions(run)
+    pipeline.begin(run, folder, teacher_path)
+    keys = [Key(_TEACHER, 1.0, run.seed)]
+    keys += [
+        Key(method, ratio, run.seed + n)
+        for n in range(run.compare.seeds)
+        for ratio in run.compare.ratios
+        for method in METHODS
+        if method in methods and (n == 0 or method in SEEDED)
+    ]
+    log = Log(folder, "compare")
+    seen: dict[int, dict[int, torch.Tensor]] = {key.seed: {} for key in keys}
+    for number, key in enumerate(keys):
+        if not _file(folder, key).exists():
+            log(entry=str(key), number=number + 1, of=len(keys))
+            result = _make(_entry(run, folder, key, device, seen[key.seed]), key, captions)
+            write_json(_file(folder, key), result.model_dump(mode="json"))
+            log(entry=str(key), **({"soft": float(np.mean(result.scores))} if result.scores else {"not": "reachable"}))
+        shutil.rmtree(folder / "entries" / str(key), ignore_errors=True)
+    files = sorted((folder / "results").glob("*.json"))
+    results = [read_json(Result, path.read_bytes(), f"{path} is no result") for path in files]
+    rows = summarise(results)
+    unreachable = [{**result.key._asdict(), "why": result.unreachable} for result in results if result.unreachable]
+    with making(run, "compare"):
+        content = {"rows": [row.model_dump(mode="json") for row in rows], "unreachable": unreachable}
+        write_json(folder / RESULTS, content)
+    draw(rows, folder / PLOT)
+    return rows
+
+
+def _captions(run: RunConfig) -> list[scenes.Caption]:
+    if run.task != "scenes":
+        raise ValueError(f"comparing takes a task with a judge, which is scenes, not {run.task}")
+    count, kinds = run.compare.prompts, len(scenes.KINDS)
+    if count % kinds:
+        raise ValueError(f"prompts are spread over {kinds} kinds: ask for a multiple, not {count}")
+    return scenes.held_out_captions(count // kinds, run.compare.judge_seed)
+
+
+def _file(folder: Path, key: Key) -> Path:
+    return folder / "results" / f"{key}.json"
+
+
+def _entry(run: RunConfig, folder: Path, key: Key, device: str, seen: dict[int, torch.Tensor]) -> Entry:
+    return Entry(
+        run=run.model_copy(update={"seed": key.seed}),
+        folder=folder / "entries" / str(key),
+        shared=folder / f"seed-{key.seed}",
+        teacher_file=folder / pipeline.STAGES[0].output,
+        ratio=key.ratio,
+        device=device,
+        seen=seen,
+    )
+
+
+def _make(entry: Entry, key: Key, captions: Sequence[scenes.Caption]) -> Result:
+    """Make the model of an entry, or go on making it, and judge it."""
+    started = time.monotonic()
+    try:
+        model = entry.teacher() if key.method == _TEACHER else METHODS[key.method](entry)
+    except UnreachableError as error:
+        return Result(key=key, unreachable=str(error))
+    scores = judged(model.eval(), entry.run.sampler, captions, entry.run.compare.judge_seed)
+    return Result(
+        key=key,
+        params=model.catalog.shape.params(model.plan),
+        share=model.catalog.ratio(model.plan),
+        seconds=round(time.monotonic() - started, 1),
+        scores=tuple(scores.tolist()),
+    )
+
+
+def summarise(results: Sequence[Result]) -> list[Row]:
+    """Average over seeds and prompts, by ratio and method; intervals are percentile bootstrap.
+
+    Training seeds are drawn anew for each method, prompts once for all: differences are of the same prompts.
+    """
+    order = [_TEACHER, *METHODS]
+    reached = sorted(
+        (result for result in results if not result.unreachable),
+        key=lambda r: (-r.key.ratio, order.index(r.key.method), r.key.seed),
+    )
+    if not reached:
+        return []
+    prompts = len(reached[0].scores)
+    drawn = np.random.default_rng(0).integers(prompts, size=(_RESAMPLES, prompts))
+
+    def resampled(scores: np.ndarray, method: str) -> np.ndarray:
+        """Means ``[1 + _RESAMPLES]`` of ``scores [seeds, prompts]``: of all of them, then of each resample."""
+        means = np.stack([seed[drawn].mean(1) for seed in scores])
+        rng = np.random.default_rng((1, order.index(method)))
+        seeds = rng.integers(len(scores), size=(len(scores), _RESAMPLES))
+        return np.concatenate([[scores.mean()], np.take_along_axis(means, seeds, 0).mean(0)])
+
+    samples: dict[tuple[str, float], dict[str, np.ndarray]] = {}
+    groups = {key: list(group) for key, group in itertools.groupby(reached, key=lambda r: (r.key.method, r.key.ratio))}
+    for (method, ratio), group in groups.items():
+        soft = np.array([result.scores for result in group])
+        samples[method, ratio] = {
+            "strict": resampled((soft == 1.0).astype(float), method),
+            "soft": resampled(soft, method),
+        }
+
+    def quality(samples: dict[str, np.ndarray]) -> Quality:
+        bounds = {name: np.quantile(values[1:], (0.025, 0.975)) for name, values in samples.items()}
+        return Quality(
+            **{
+                name: Estimate(mean=float(values[0]), low=float(bounds[name][0]), high=float(bounds[name][1]))
+                for name, values in samples.items()
+            }
+        )
+
+    def less(method: str, ratio: float) -> Quality | None:
+        best = samples.get(("ours", ratio))
+        if best is None or method == "ours":
+            return None
+        return quality({name: best[name] - values for name, values in samples[method, ratio].items()})
+
+    return [
+        Row(
+            method=method,
+            ratio=ratio,
+            share=float(np.mean([result.share for result in group])),
+            quality=quality(samples[method, ratio]),
+            strict=tuple(float(np.mean(np.array(result.scores) == 1.0)) for result in group),
+            soft=tuple(float(np.mean(result.scores)) for result in group),
+            seconds=tuple(result.seconds for result in group),
+            less=less(method, ratio),
+        )
+        for (method, ratio), group in groups.items()
+    ]
+
+
+def show(run: RunConfig, rows: Sequence[Row]) -> None:
+    """Print a table, a section a ratio."""
+    config = run.compare
+    table = Table(
+        "ratio",
+        "method",
+        "parameters kept",
+        "strict (95 %)",
+        "soft (95 %)",
+        "ours is better by, strict",
+        "by, soft",
+        title=f"{config.steps} steps of {config.batch} each, {config.prompts} prompts, seed {config.judge_seed}",
+    )
+    for ratio, group in itertools.groupby(rows, key=lambda row: row.ratio):
+        table.add_section()
+        for row in group:
+            seeds = f" x{len(row.soft)}" if len(row.soft) > 1 else ""
+            less = (row.less.strict, row.less.soft) if row.less else ("", "")
+            quality = (row.quality.strict, row.quality.soft)
+            table.add_row(f"{ratio:g}", row.method + seeds, f"{row.share:.3f}", *map(str, quality), *map(str, less))
+    console = Console()
+    Console(width=max(_TABLE_WIDTH, console.width)).print(table)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw both scores against the parameters that are kept.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing takes matplotlib: pip install ppcl-rt[train]") from None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    shares = [row.share for row in rows if row.method != _TEACHER] or [1.0]
+    for panel, name in zip(panels, Quality.model_fields, strict=True):
+        for number, method in enumerate(METHODS):
+            mine = sorted((row for row in rows if row.method == method), key=lambda row: row.share)
+            estimates = [getattr(row.quality, name) for row in mine]
+            if mine:
+                panel.errorbar(
+                    [row.share for row in mine],
+                    [e.mean for e in estimates],
+                    # A bootstrap quantile may lie on the wrong side of the mean by rounding.
+                    [[max(0, e.mean - e.low) for e in estimates], [max(0, e.high - e.mean) for e in estimates]],
+                    label=method,
+                    color=f"C{number}",
+                    linewidth=2.5 if method == "ours" else 1.2,
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                )
+        for row in rows:
+            if row.method == _TEACHER:
+                panel.axhline(getattr(row.quality, name).mean, color="grey", linestyle="--", label=_TEACHER)
+        panel.set(xlabel="parameters kept / parameters of the teacher", ylabel=f"{name} score", ylim=(0, 1))
+        panel.set_xlim(min(shares) - 0.05, max(shares) + 0.05)
+        panel.grid(alpha=0.3)
+    panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=150)

@@ -1,0 +1,288 @@
+"""Captioned images from a folder, from tar shards of webdataset, or from a dataset of `datasets`; and their sizes.
+
+Every reader yields the same images in the same order whenever it is asked, from any position on. What is wrong with
+one image or caption is found out when that image is opened, and concerns it alone.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ppcl_rt.checkpoint.reader import line
+from ppcl_train.families.base import Picture, Unreadable
+from ppcl_train.scenes import scenes
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+# Width over height of the buckets.
+ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
+
+
+class Captioned(NamedTuple):
+    """A captioned image that has not been opened yet.
+
+    Attributes:
+        name: names it in messages.
+        open: returns picture and caption, or raises `Unreadable`.
+    """
+
+    name: str
+    open: Callable[[], tuple[Picture, str]]
+
+
+class Reader(Protocol):
+    """Where captioned images come from.
+
+    Attributes:
+        settings: what decides the images, as JSON.
+        count: how many there are; None where counting would mean reading all of it.
+    """
+
+    settings: dict[str, Any]
+    count: int | None
+
+    def read(self, start: int) -> Iterator[Captioned]:
+        """Yield images ``start, start + 1, ..``."""
+
+
+def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
+    """Sizes (width, height) near an area in pixels, sides multiples of ``multiple``, between 1:2 and 2:1."""
+
+    def side(length: float) -> int:
+        return max(1, round(length / multiple)) * multiple
+
+    return sorted({(side(math.sqrt(area * aspect)), side(math.sqrt(area / aspect))) for aspect in ASPECTS})
+
+
+def fit(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
+    """Resize an image to the size of the nearest aspect ratio, and crop what stands over, equally on both sides."""
+    aspect = image.width / image.height
+    return ImageOps.fit(
+        image, min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / aspect))), Image.Resampling.LANCZOS
+    )
+
+
+def picture_of(content: bytes) -> Image.Image:
+    """Decode an image file: upright, RGB.
+
+    Raises:
+        Unreadable: it is none, or not whole.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise Unreadable("no image of a known format") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Unreadable(f"cannot be decoded ({line(error)})") from None
+
+
+def caption_of(value: Any) -> str:
+    """A caption; of a list of captions the first.
+
+    Raises:
+        Unreadable: it is missing, empty or no text.
+    """
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise Unreadable("its caption is not UTF-8") from None
+    if not isinstance(value, str) or not value.strip():
+        raise Unreadable("has no caption")
+    return value.strip()
+
+
+class Folder:
+    """Image files, each with a text file of the same name beside it, or all listed in ``metadata.jsonl``.
+
+    ``metadata.jsonl`` has an object a line: ``{"file_name": "a.png", "text": "a red square"}``.
+
+    Raises:
+        ValueError: there are no images, or the metadata cannot be read.
+    """
+
+    def __init__(self, folder: Path, caption_column: str = "text") -> None:
+        self.folder, self.column = folder, caption_column
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+        listing = folder / "metadata.jsonl"
+        self.captions: dict[str, Any] | None = None
+        if listing.exists():
+            self.captions = dict(self._listed(listing))
+            self.names = list(self.captions)
+        else:
+            files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            self.names = sorted(path.relative_to(folder).as_posix() for path in files)
+        if not self.names:
+            raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}) and no metadata.jsonl")
+        self.count: int | None = len(self.names)
+        self.settings = {"images": str(folder.resolve()), "caption_column": caption_column, "count": self.count}
+
+    def _listed(self, path: Path) -> Iterator[tuple[str, Any]]:
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if text.strip():
+                try:
+                    row = json.loads(text)
+                    yield row["file_name"], row.get(self.column)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise ValueError(f'{path}, line {number}: no object with a "file_name" of an image') from None
+
+    def read(self, start: int) -> Iterator[Captioned]:
+        """See `Reader.read`."""
+        for name in self.names[start:]:
+            yield Captioned(name, lambda name=name: self._open(name))  # type: ignore[misc]
+
+    def _open(self, name: str) -> tuple[Picture, str]:
+        path = self.folder / name
+        try:
+            if self.captions is not None:
+                caption = caption_of(self.captions[name])
+            else:
+                caption = caption_of(path.with_suffix(".txt").read_bytes())
+        except OSError:
+            raise Unreadable(f"has no {path.with_suffix('.txt').name} beside it") from None
+        try:
+            return picture_of(path.read_bytes()), caption
+        except OSError as error:
+            raise Unreadable(f"cannot be read ({error.strerror})") from None
+
+
+class Tars:
+    """Tar shards of webdataset: files of one name are one sample, an image and a ``.txt`` or ``.json``.
+
+    The pattern is what webdataset takes (``data-{000..099}.tar``, a URL, ``pipe:`` and a command) or one with ``*``.
+
+    Raises:
+        ValueError: no file matches; while reading, a shard that is missing or not whole.
+    """
+
+    def __init__(self, pattern: str, caption_column: str = "text") -> None:
+        import webdataset
+
+        self.column = caption_column
+        is_glob = any(sign in pattern for sign in "*?[") and "://" not in pattern
+        self.urls = sorted(glob.glob(pattern)) if is_glob else list(webdataset.shardlists.expand_urls(pattern))
+        lost = [url for url in self.urls if ":" not in url and not Path(url).is_file()]
+        if not self.urls or lost:
+            raise ValueError(f"there is no shard {lost[0] if lost else pattern}")
+        self.count: int | None = None
+        self.settings = {"webdataset": self.urls, "caption_column": caption_column}
+
+    def read(self, start: int) -> Iterator[Captioned]:
+        """See `Reader.read`."""
+        import webdataset
+
+        # One by one and in order: no shuffling, no splitting among workers.
+        stages = (webdataset.SimpleShardList(self.urls), webdataset.tarfile_to_samples())
+        samples = iter(webdataset.DataPipeline(*stages))
+        seen = 0
+        while True:
+            try:
+                sample = next(samples, None)
+            except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+                # webdataset adds the shard's name to what went wrong.
+                said = " ".join(part for part in error.args if isinstance(part, str))
+                raise ValueError(f"a shard, behind sample {seen}, cannot be read: {said}") from None
+            if sample is None:
+                return
+            seen += 1
+            if seen > start:
+                yield Captioned(sample["__key__"], lambda sample=sample: self._open(sample))  # type: ignore[misc]
+
+    def _open(self, sample: Mapping[str, Any]) -> tuple[Picture, str]:
+        images = [name for name in sample if f".{name.rpartition('.')[2].lower()}" in SUFFIXES]
+        if not images:
+            raise Unreadable("has no image")
+        caption = sample.get("txt")
+        if caption is None and "json" in sample:
+            try:
+                caption = json.loads(sample["json"])[self.column]
+            except (ValueError, KeyError, TypeError):
+                raise Unreadable(f'its .json has no "{self.column}"') from None
+        return picture_of(sample[images[0]]), caption_of(caption)
+
+
+class Dataset:
+    """A dataset of `datasets`: a hub id, a folder that it reads, or one that ``save_to_disk`` wrote.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such columns.
+    """
+
+    def __init__(
+        self, name: str, split: str = "train", image_column: str = "image", caption_column: str = "text"
+    ) -> None:
+        import datasets
+
+        try:
+            saved = (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists()
+            data: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
+            data = data[split] if isinstance(data, dict) else data
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"the dataset {name}, split {split}, cannot be loaded: {line(error)}") from None
+        if lost := sorted({image_column, caption_column} - set(data.column_names)):
+            raise ValueError(f"{name} has no column {lost[0]}; it has: {', '.join(data.column_names)}")
+        # Not decoded by `datasets`: a broken image would end the reading.
+        self.data = data.cast_column(image_column, datasets.Image(decode=False))
+        self.image, self.caption = image_column, caption_column
+        self.count: int | None = len(self.data)
+        self.settings = {
+            "dataset": name,
+            "split": split,
+            "image_column": image_column,
+            "caption_column": caption_column,
+            "count": self.count,
+        }
+
+    def read(self, start: int) -> Iterator[Captioned]:
+        """See `Reader.read`."""
+        for number in range(start, len(self.data)):
+            yield Captioned(f"row {number}", lambda number=number: self._open(self.data[number]))  # type: ignore[misc]
+
+    def _open(self, row: Mapping[str, Any]) -> tuple[Picture, str]:
+        caption, held = caption_of(row[self.caption]), row[self.image] or {}
+        content = held.get("bytes")
+        try:
+            content = Path(held["path"]).read_bytes() if content is None and held.get("path") else content
+        except OSError as error:
+            raise Unreadable(f"cannot be read ({error.strerror})") from None
+        if not content:
+            raise Unreadable("has no image")
+        return picture_of(content), caption
+
+
+class MadeScenes:
+    """Scenes, made: image ``i`` depends on (seed, i) alone."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self.count: int | None = count
+        self.seed = seed
+        self.settings = {"scenes": count, "seed": seed}
+
+    def read(self, start: int) -> Iterator[Captioned]:
+        """See `Reader.read`."""
+        for number in range(start, self.count or 0):
+            yield Captioned(f"scene {number}", lambda number=number: self._open(number))  # type: ignore[misc]
+
+    def _open(self, number: int) -> tuple[Picture, str]:
+        rng = np.random.default_rng((self.seed, number))
+        caption = scenes.training_caption(rng)
+        return scenes.render(caption, rng), str(caption)
+
+
+def every(reader: Reader, start: int, part: int, parts: int) -> Iterator[Captioned]:
+    """Images ``start, start + 1, ..`` of one part: part ``p`` has images ``p, p + parts, ..`` of the reader."""
+    return islice(reader.read(part + start * parts), 0, None, parts)

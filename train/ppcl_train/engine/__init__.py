@@ -1,0 +1,1 @@
+"""The training loop, processes, and the files of a run."""

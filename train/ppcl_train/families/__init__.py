@@ -1,0 +1,1 @@
+"""What training has to know of a model family, one file each."""

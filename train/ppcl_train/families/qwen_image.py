@@ -1,0 +1,98 @@
+"""Qwen-Image in training: its pipeline's embeddings and latents, and how its transformer is called.
+
+Everything that training knows of Qwen-Image stands here; `QwenImagePipeline` itself embeds prompts and packs latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from ppcl_rt.checkpoint.reader import line
+from ppcl_train.families.base import ImageShape, Picture
+
+
+class QwenImage:
+    """The family ``qwen-image``."""
+
+    predicts: Literal["clean", "velocity"] = "velocity"
+    judged = False
+
+    def arguments(
+        self, x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor, shape: ImageShape
+    ) -> dict[str, Any]:
+        """See `Family.arguments`."""
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": embeddings,
+            "encoder_hidden_states_mask": mask,
+            "timestep": t,
+            "img_shapes": [[shape]] * len(x),
+            "return_dict": False,
+        }
+
+    def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> QwenImageEncoder:
+        """See `Family.open`."""
+        from diffusers import QwenImagePipeline
+
+        # Left out unless it draws: 40 GB that caching has no use for.
+        left_out = {} if draws else {"transformer": None}
+        try:
+            pipe = QwenImagePipeline.from_pretrained(pipeline, torch_dtype=dtype, **left_out)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{pipeline} cannot be opened as a Qwen-Image pipeline: {line(error)}") from None
+        pipe.set_progress_bar_config(disable=True)
+        return QwenImageEncoder(pipe.to(device))
+
+
+class QwenImageEncoder:
+    """An opened `QwenImagePipeline`."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        # The VAE's scale and the transformer's 2x2 patches.
+        self.multiple = 2 * pipe.vae_scale_factor
+        self.area = (pipe.default_sample_size * pipe.vae_scale_factor) ** 2
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> torch.Tensor:
+        """See `Encoder.embed`; longer prompts are cut at 1,024 tokens, as the pipeline does."""
+        # One at a time: there is no padding, whose side and length would show in the last bits.
+        embeddings, _ = self.pipe.encode_prompt([prompt], device=self.pipe.device)
+        return embeddings[0]
+
+    @torch.no_grad()
+    def encode(self, picture: Picture) -> tuple[torch.Tensor, ImageShape]:
+        """See `Encoder.encode`; the mode of the VAE's posterior, so that a picture has one encoding."""
+        assert isinstance(picture, Image.Image), "arrays are for families whose latents are pixels"
+        vae = self.pipe.vae
+        pixels = self.pipe.image_processor.preprocess(picture, height=picture.height, width=picture.width)
+        # The VAE is one of videos: [B, C, frames, H, W].
+        latents = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        latents = (latents - mean) / std
+        _, channels, _, rows, columns = latents.shape
+        return self.pipe._pack_latents(latents, 1, channels, rows, columns)[0], (1, rows // 2, columns // 2)
+
+    def draw(
+        self, prompt: str, size: tuple[int, int], seed: int, steps: int, guidance: float, negative: str
+    ) -> tuple[torch.Tensor, ImageShape]:
+        """See `Encoder.draw`; noise is drawn on the CPU, so that it does not depend on the device."""
+        width, height = size
+        drawn = self.pipe(
+            prompt,
+            negative_prompt=negative if guidance > 1 else None,
+            true_cfg_scale=guidance,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            # Before the VAE: normalised and packed, as `encode` would give them back.
+            output_type="latent",
+        ).images
+        return drawn[0], (1, height // self.multiple, width // self.multiple)

@@ -1,0 +1,81 @@
+"""Flow matching on scenes: ``x_t = (1 - t) x_0 + t noise``, t = 1 is noise; the network predicts ``x_0``.
+
+The velocity is ``v = noise - x_0 = (x_t - x_0) / t``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import nn
+
+from ppcl_rt.planning.plan import Frozen
+from ppcl_train.scenes import scenes
+
+IMAGE_SHAPE = (1, scenes.GRID, scenes.GRID)
+
+
+def arguments(x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """What the transformer is called with, for ``x [N, 16, 48]`` at ``t [N]`` in [0, 1]."""
+    return {
+        "hidden_states": x,
+        "encoder_hidden_states": embeddings,
+        "encoder_hidden_states_mask": mask,
+        "timestep": t,
+        "img_shapes": [IMAGE_SHAPE] * len(x),
+        "return_dict": False,
+    }
+
+
+class Sampler(Frozen):
+    """Euler steps on a shifted grid of t, with classifier-free guidance where ``guidance`` is not 1."""
+
+    steps: PositiveInt = 16
+    shift: PositiveFloat = 1.5
+    guidance: float = Field(1.0, ge=0)
+
+    def times(self) -> list[float]:
+        """The grid, from 1 to 0, both included."""
+        line = np.linspace(1, 0, self.steps + 1)
+        return [float(s) for s in self.shift * line / (1 + (self.shift - 1) * line)]
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, prompts: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
+        """Denoise ``noise [N, 16, 48]`` under N prompts; returns ``x_0``, same shape, clipped to [-1, 1]."""
+        guided = self.guidance != 1.0
+        embeddings, mask = scenes.encode([*prompts, *([""] * len(prompts) if guided else [])])
+        embeddings, mask = embeddings.to(noise), mask.to(noise.device)
+        x, times = noise, self.times()
+        for now, then in pairwise(times):
+            t = torch.full((len(mask),), now, device=x.device)
+            clean = model(**arguments(torch.cat([x, x]) if guided else x, t, embeddings, mask))[0]
+            if guided:
+                wanted, free = clean.chunk(2)
+                clean = free + self.guidance * (wanted - free)
+            x = x + (then - now) * (x - clean) / now
+        return x.clip(-1, 1)
+
+
+def noise_for(count: int, seed: int) -> torch.Tensor:
+    """Noise of samples 0..count-1 under a seed; sample ``i`` gets the same noise whatever ``count`` is."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(scenes.CELLS, scenes.CELL**2 * 3, generator=generator) for _ in range(count)])
+
+
+def judged(
+    model: nn.Module, sampler: Sampler, captions: Sequence[scenes.Caption], seed: int, batch: int = 250
+) -> np.ndarray:
+    """Sample every caption once and return the share of it that came out right, ``[N]``."""
+    like = next(model.parameters())
+    noise = noise_for(len(captions), seed).to(like)
+    shares = []
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
+        clean = sampler.sample(model, [str(caption) for caption in part], noise[start : start + batch])
+        shares.append(scenes.judge(part, scenes.to_images(clean)))
+    return np.concatenate(shares)

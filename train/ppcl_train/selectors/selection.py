@@ -1,0 +1,58 @@
+"""Which intervals get a student, and where each student starts: what the selecting stage leaves for the next."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ppcl_rt import Interval
+from ppcl_rt.planning.catalog import Start
+from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_train.engine.files import read_content, write_json
+
+OUTPUT = "selected.json"
+
+
+class Selected(NamedTuple):
+    """An interval that gets a student, and the block that the student is copied from."""
+
+    interval: Interval
+    start: Start
+
+
+class _Selection(Frozen):
+    selected: tuple[Selected, ...]
+
+
+def write(folder: Path, selected: Sequence[Selected]) -> None:
+    """Write ``selected.json``, in order of the intervals."""
+    write_json(folder / OUTPUT, _Selection(selected=tuple(sorted(selected))).model_dump(mode="json"))
+
+
+def read(folder: Path) -> tuple[Selected, ...]:
+    """Read ``selected.json``."""
+    path = folder / OUTPUT
+    return read_json(_Selection, json.dumps(read_content(path)), f"{path} is no selection").selected
+
+
+def begin(blocks: nn.ModuleList, selected: Selected) -> nn.Module:
+    """Make a student: a copy of a teacher's block, or of the mean of all that it stands for."""
+    interval = selected.interval
+    numbers = {
+        "first": [interval.first],
+        "middle": [(interval.first + interval.last) // 2],
+        "last": [interval.last],
+        "average": list(interval),
+    }[selected.start]
+    student = copy.deepcopy(blocks[numbers[0]])
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(torch.stack([blocks[n].get_parameter(name) for n in numbers]).mean(0))
+    # In float32 whatever the teacher computes in: steps are too small for less.
+    return student.float().requires_grad_(True)
