@@ -28,7 +28,7 @@ from random_models import PLANS, RATIOS, REAL, TINY, Models, Preset, described, 
 
 from ppcl_kernels.tools import machine as runner
 from ppcl_kernels.tools.machine import write_json
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line as line
 from ppcl_rt.families import qwen_block
 from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
