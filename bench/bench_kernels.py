@@ -7,13 +7,13 @@ What is raced is what a block of Qwen-Image asks its operations for: a random bl
 are kept, and each call is a case. Its contestants are all implementations that `ppcl_rt.ops` has for it, and rivals:
 the chain of plain torch compiled, FlexAttention, for products the product alone, for a norm a copy of the same bytes.
 Every result is compared with plain torch's before it is timed and after, tile by tile
-(`ppcl_rt.ops.implementations.agree`). All of a
+(`ppcl_rt.ops.table.agree`). All of a
 case are timed in turn, round by round; before each call a quarter of a gigabyte is read, so that inputs come from
 memory and no line that somebody else wrote is written back meanwhile, and the device waits until python is ahead.
 Milliseconds are medians. FLOPs and bytes are those that cannot be spared: inputs read once, outputs written once.
 
-``choose.json`` holds every time, ``ways.json`` the winners, as `ppcl_rt.ops.implementations` reads them: a copy of it
-in ``ppcl_rt/ops/tables/<device>.json`` is what the package ships. Both are rewritten after each case. The races run in a
+``choose.json`` holds every time, ``ways.json`` the winners, as `ppcl_rt.ops.table` reads them: a copy of it in
+``ppcl_rt/ops/tables/<device>.json`` is what the package ships. Both are rewritten after each case. The races run in a
 process of their own, which a contestant may take down or hang in: it is named, and the next process goes on without it.
 
 Exit status: 0 all was measured, 1 something failed or was not reached, 2 bad usage or no device.
@@ -47,10 +47,10 @@ from torch.utils._pytree import tree_leaves
 from ppcl_kernels.tools.children import Job, Outcome, Say, run_all, terminated_as_exit
 from ppcl_kernels.tools.machine import machine, write_json
 from ppcl_rt.families.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock
-from ppcl_rt.ops import implementations as ways
-from ppcl_rt.ops.implementations import TORCH, Table, agree
+from ppcl_rt.ops import table as ways
 from ppcl_rt.ops.operation import Operation
 from ppcl_rt.ops.qkv_projection import pack
+from ppcl_rt.ops.table import TORCH, Table, agree
 from ppcl_rt.planning.plan import Width
 
 Call = Callable[[], Any]

@@ -32,7 +32,7 @@ from ppcl_rt.checkpoint.reader import line
 from ppcl_rt.families import qwen_block
 from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops import table as ways
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 from ppcl_rt.planning.plan import Plan, Width
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import ppcl_kernels as kernels
 from ppcl_kernels.ada_layer_norm import MAX_WIDTH, Tile, prepare_ada_layer_norm
-from ppcl_rt.ops.implementations import TORCH, Key, Way
 from ppcl_rt.ops.modules import readable
 from ppcl_rt.ops.operation import Operation, define_op, flag, form, name_of
+from ppcl_rt.ops.table import TORCH, Key, Way
 
 
 class AdaLayerNorm(NamedTuple):

@@ -14,9 +14,9 @@ import ppcl_kernels as kernels
 from ppcl_kernels.heads import MAX_HEAD_DIM
 from ppcl_kernels.joint_attention import Tile, prepare_joint_attention
 from ppcl_kernels.launch import Target
-from ppcl_rt.ops.implementations import CUDNN, FLASH, TORCH, Key, Way
 from ppcl_rt.ops.modules import readable
 from ppcl_rt.ops.operation import Operation, define_op, flag, form, name_of
+from ppcl_rt.ops.table import CUDNN, FLASH, TORCH, Key, Way
 
 
 class Attention(NamedTuple):

@@ -18,9 +18,9 @@ from ppcl_kernels.gated_residual import prepare_gated_residual
 from ppcl_kernels.launch import Target
 from ppcl_kernels.linear import prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
-from ppcl_rt.ops.implementations import CUBLAS, CUBLASLT, TORCH, Key, Way
 from ppcl_rt.ops.modules import linear, parameter, readable
 from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of, vectors
+from ppcl_rt.ops.table import CUBLAS, CUBLASLT, TORCH, Key, Way
 
 
 class Linears(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 import ppcl_kernels as kernels
-from ppcl_rt.ops import implementations as ways
-from ppcl_rt.ops.implementations import TORCH, TRITON, Key, Way
+from ppcl_rt.ops import table as ways
+from ppcl_rt.ops.table import TORCH, TRITON, Key, Way
 
 C = TypeVar("C")
 R = TypeVar("R")

@@ -19,9 +19,9 @@ from ppcl_kernels.norm_rope import Tile as NormRopeTile
 from ppcl_kernels.norm_rope import prepare_norm_rope
 from ppcl_kernels.qkv_projection import prepare_qkv_projection, streams_of, tile_candidates
 from ppcl_kernels.rope import rope_tables
-from ppcl_rt.ops.implementations import CUBLAS, PACKED, TORCH, Key, Way
 from ppcl_rt.ops.modules import linear, parameter, readable
 from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of, vectors
+from ppcl_rt.ops.table import CUBLAS, PACKED, TORCH, Key, Way
 
 Joint = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -21,8 +21,8 @@ from ppcl_kernels.launch import TARGETS, Target
 from ppcl_kernels.tools import gpu_run, report
 from ppcl_kernels.tools.children import Job, run_all
 from ppcl_kernels.tools.machine import slug, write_json
-from ppcl_rt.ops import implementations as ways
-from ppcl_rt.ops.implementations import CUDNN, FLASH, TORCH, Key, Way
+from ppcl_rt.ops import table as ways
+from ppcl_rt.ops.table import CUDNN, FLASH, TORCH, Key, Way
 
 ROOT = Path(__file__).parents[2]
 MAIN = {"pixels": 1024, "image": 4096, "text": 512, "batch": 1, "width": 100, "masked": False}

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 
 from ppcl_rt import Width
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops import table as ways
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from ppcl_kernels.matmul import Tile
 from ppcl_rt import ops
 from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
 from ppcl_rt.model.graphs import Graphs
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops import table as ways
 from ppcl_rt.ops.joint_attention import Attention
 from ppcl_rt.ops.linear import Linears
 from ppcl_rt.ops.qkv_projection import QKV

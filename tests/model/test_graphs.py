@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import ppcl_rt
 from ppcl_rt import Interval, Schedule, Step, Width
-from ppcl_rt.model import graphs
-from ppcl_rt.model.graphs import Graphs, Meter, Weights
+from ppcl_rt.model.graphs import Graphs, Meter, Weights, graphs
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 FULL = Width(4, 128, 128, 32)

@@ -7,12 +7,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops import table as ways
 from ppcl_rt.ops.ada_layer_norm import AdaLayerNorm
-from ppcl_rt.ops.implementations import CUBLAS, CUBLASLT, PACKED, TORCH
 from ppcl_rt.ops.joint_attention import Attention
 from ppcl_rt.ops.linear import LINEARS, Linears
 from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION, pack, side_by_side
+from ppcl_rt.ops.table import CUBLAS, CUBLASLT, PACKED, TORCH
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, TEXT, IMAGE, HEADS, E = 2, 5, 33, 3, 8

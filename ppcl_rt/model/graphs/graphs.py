@@ -31,7 +31,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ppcl_rt.ops.implementations import choices
+from ppcl_rt.ops.table import choices
 
 # Graphs of one model. A schedule of eight plans under guidance, whose two prompts differ in length, takes sixteen. They
 # share their intermediate results, so one more costs its inputs, its outputs and its list of launches: a few MB.

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ppcl_kernels as kernels
-from ppcl_rt.ops import implementations as ways
-from ppcl_rt.ops.implementations import CUBLAS, TORCH, TRITON, Key, Table, Way
+from ppcl_rt.ops import table as ways
 from ppcl_rt.ops.linear import LINEARS, Linears
+from ppcl_rt.ops.table import CUBLAS, TORCH, TRITON, Key, Table, Way
 
 SMALL, LARGE = Way("triton", (64, 64)), Way("triton", (128, 128))
 MILLISECONDS = {TORCH: 3.0, CUBLAS: 2.0, SMALL: 1.0, LARGE: 5.0}
