@@ -167,7 +167,7 @@ class PPCLQwenImageTransformerBlock(QwenImageTransformerBlock):
                 downs.append((stream, down))
             else:
                 # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
-                [after[stream]] = ops.linears([down._replace(gate=None, index=None)])
+                [after[stream]] = ops.linears([down._replace(gate=None, token_index=None)])
         if ups:
             hidden = ops.linears(ups, gelu=True)
             made = ops.linears([down._replace(x=x) for (_, down), x in zip(downs, hidden, strict=True)])

@@ -22,8 +22,8 @@ from torch import nn
 from ppcl_rt.checkpoint.reader import Checkpoint, line, locate, write_checkpoint
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.program import Program, ProgramStep, Still
-from ppcl_rt.ops.qkv_projection import pack
-from ppcl_rt.ops.table import backend
+from ppcl_rt.ops.implementation import backend
+from ppcl_rt.ops.packing import pack
 from ppcl_rt.planning.catalog import Catalog, Shape, text_maps
 from ppcl_rt.planning.plan import Interval, Plan, Step, Width
 from ppcl_rt.planning.planner import Planner, check_ratio

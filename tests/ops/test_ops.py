@@ -7,12 +7,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
-from ppcl_rt.ops import table as ways
 from ppcl_rt.ops.ada_layer_norm import AdaLayerNorm
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, PACKED, TORCH
 from ppcl_rt.ops.joint_attention import Attention
 from ppcl_rt.ops.linear import LINEARS, Linears
-from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION, pack, side_by_side
-from ppcl_rt.ops.table import CUBLAS, CUBLASLT, PACKED, TORCH
+from ppcl_rt.ops.packing import pack, side_by_side
+from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, TEXT, IMAGE, HEADS, E = 2, 5, 33, 3, 8
@@ -95,11 +96,11 @@ def test_implementations_agree(name):
     operation = OPERATION_OF[type(call)]
     wanted, listed = operation.run(call, TORCH), operation.implementations(call)
     assert TORCH in listed and len(set(listed)) == len(listed)
-    assert any(way.kind == "triton" for way in listed)
-    for way in listed:
-        got = operation.run(call, way)
+    assert any(each.kind == "triton" for each in listed)
+    for implementation in listed:
+        got = operation.run(call, implementation)
         close(got, wanted)
-        assert ways.agree(got, wanted)
+        assert agree(got, wanted)
 
 
 def test_what_is_offered():
@@ -229,7 +230,7 @@ def test_signatures_tell_stale_from_moved(name):
 def test_a_shape_is_prepared_once(monkeypatch):
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     prepared, plain = [], LINEARS.prepare
-    monkeypatch.setattr(LINEARS, "prepare", lambda call, way: prepared.append(way) or plain(call, way))
+    monkeypatch.setattr(LINEARS, "prepare", lambda call, chosen: prepared.append(chosen) or plain(call, chosen))
     LINEARS._prepared.clear()
     call = CALLS["down"]()
     for _ in range(3):
@@ -251,7 +252,7 @@ def test_compiler_sees_one_op(monkeypatch, name):
     module = __import__(type(operation).__module__, fromlist=["_OP"])
     op = module._OP
     monkeypatch.setattr(module, "_OP", lambda *arguments: recorded.append(arguments) or op(*arguments))
-    close(operation.opaque(call), operation.run(call, TORCH))
+    close(operation.run_custom_op(call), operation.run(call, TORCH))
     torch.library.opcheck(op, recorded[0], test_utils=("test_schema", "test_faketensor"))
 
 

@@ -31,7 +31,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ppcl_rt.ops.table import choices
+from ppcl_rt.ops.table import choices_made
 
 # Graphs of one model. A schedule of eight plans under guidance, whose two prompts differ in length, takes sixteen. They
 # share their intermediate results, so one more costs its inputs, its outputs and its list of launches: a few MB.
@@ -573,13 +573,13 @@ class Graphs:
         return note.settled and not note.failed and (self.mode is True or note.meter.launch_bound())
 
     def _eager(self, note: _Note, call: Callable[[], Any], device: torch.device) -> Any:
-        known = choices()
+        known = choices_made()
         if note.settled and self.mode == "auto":
             backend = self._backend
             result = note.meter.run(call, lambda: backend.idle(device), lambda: backend.mark(device))
         else:
             result = call()
-        note.settled = choices() == known
+        note.settled = choices_made() == known
         if not note.settled:
             self._step_aside("implementations were still being chosen", logging.INFO)
         return result
@@ -607,9 +607,9 @@ class Graphs:
                 leaves = [_own_copy(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in tree[0]]
                 call = functools.partial(walk, **tree_unflatten(leaves, tree[1]))
                 self._backend.warm(device, call)
-                known = choices()
+                known = choices_made()
                 handle = self._backend.capture(device, call)
-            if choices() != known or not weights.current():
+            if choices_made() != known or not weights.current():
                 handle.close()
                 raise RuntimeError("implementations or weights changed while it was captured")
         except Exception as error:
