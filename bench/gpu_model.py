@@ -293,7 +293,7 @@ class Race:
                     if "graphs" in each.name:
                         graphs = each.call.func.graphs  # type: ignore[union-attr]
                         each.row["graphs"] = str(graphs)[:300]
-                        if self.clock.cuda and not graphs.hits:
+                        if self.clock.cuda and not graphs.replays:
                             raise RuntimeError(f"no graph was replayed: {graphs}")
 
     def _round(self, ready: Sequence[Contestant]) -> None:

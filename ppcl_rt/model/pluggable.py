@@ -275,7 +275,7 @@ class Pluggable:
             ValueError: any other mode.
         """
         check_mode(mode)
-        self._graphs.changed()
+        self._graphs.drop_all()
         self._graphs = Graphs(mode)
 
     def _run(self, program: Program, **inputs: Any) -> torch.Tensor:
@@ -285,10 +285,10 @@ class Pluggable:
         output: torch.Tensor = self._graphs.run(
             functools.partial(self._walk, program),
             inputs,
-            of=program,
-            root=self,  # type: ignore[arg-type]
+            program=program,
+            model=self,  # type: ignore[arg-type]
             modules=lambda: self._reads(program),
-            facts=lambda: self._conditions(program),
+            conditions=lambda: self._conditions(program),
             obstacle=self._obstacle,
         )
         return output
@@ -314,7 +314,7 @@ class Pluggable:
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load, as any module; captured graphs go."""
-        self._graphs.changed()
+        self._graphs.drop_all()
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def _home(self, step: Step) -> tuple[nn.ModuleList | nn.ModuleDict, str]:
@@ -343,7 +343,7 @@ class Pluggable:
     def _make_resident(self, plan: Plan) -> None:
         for run in plan.text_runs:
             if run.key not in self.text_runs:
-                self._graphs.changed()
+                self._graphs.drop_all()
                 self.text_runs[run.key] = self._read_text_run(run)
         for step in plan.steps:
             home, key = self._home(step)
@@ -409,7 +409,7 @@ class Pluggable:
                 if path not in unread and isinstance(block.get_submodule(path), Absent):
                     bring(path)
         if fresh:
-            self._graphs.changed()
+            self._graphs.drop_all()
         for name, tensor in fresh.items():
             _assign(block, name, tensor.requires_grad_(like.requires_grad))
         self._lay_side_by_side(block)
@@ -463,7 +463,7 @@ class Pluggable:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast as any module does, then lay side by side again what that took apart; captured graphs go."""
-        self._graphs.changed()
+        self._graphs.drop_all()
         super()._apply(fn, recurse)  # type: ignore[misc]
         for block in (*self.transformer_blocks, *self.students.values()):
             self._lay_side_by_side(block)
@@ -493,7 +493,7 @@ class Pluggable:
                 for plan, program in self._programs.items()
                 if all(id(step.module) in kept for step in program.steps) and {r.key for r in plan.text_runs} <= runs
             }
-            self._graphs.changed()
+            self._graphs.drop_all()
 
     # Files.
 
@@ -657,7 +657,7 @@ class Pluggable:
         plan = self.plan.model_copy(update={"checkpoint": catalog.fingerprint})
         self._source, self._catalog, self._planner = Checkpoint(self._source.folder), catalog, None
         self._programs.clear()
-        self._graphs.changed()
+        self._graphs.drop_all()
         self.set_plan(plan)
 
     @property

@@ -208,7 +208,7 @@ def test_graphs_of_a_model(made, build_inputs):
     def check():
         """Two forwards that settle and capture, three that are replayed, each against an eager one."""
         for seed in range(5):
-            inputs, hits = on_gpu(seed), model.graphs.hits
+            inputs, replays = on_gpu(seed), model.graphs.replays
             kept, model._graphs = model._graphs, Graphs(False)
             wanted = model(**inputs).sample
             model._graphs = kept
@@ -216,7 +216,9 @@ def test_graphs_of_a_model(made, build_inputs):
             torch.cuda.synchronize()
             # The same kernels on the same numbers; only the addresses differ.
             assert torch.equal(got, wanted), (got - wanted).abs().max()
-        assert model.graphs.hits > hits and not model.graphs.why.startswith("capturing failed"), model.graphs
+        assert model.graphs.replays > replays and not model.graphs.eager_reason.startswith("capturing failed"), (
+            model.graphs
+        )
 
     with torch.no_grad():
         for ratio in (1.0, 0.6):
@@ -240,7 +242,7 @@ def test_graphs_of_a_model(made, build_inputs):
             model.set_graphs(True)
             for _ in range(3):
                 model(**on_gpu(0))
-            assert model.graphs.why.startswith("capturing failed") and not model.graphs.captures
+            assert model.graphs.eager_reason.startswith("capturing failed") and not model.graphs.captures
         model.set_graphs(True)
         check()
         # Another stream waits for the last replay, and a copy of the model has graphs of its own.

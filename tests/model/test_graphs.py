@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import ppcl_rt
 from ppcl_rt import Interval, Schedule, Step, Width
-from ppcl_rt.model.graphs import Graphs, Meter, Weights, graphs
+from ppcl_rt.model.graphs import CUDA, Cuda, Graphs, Meter, Weights, graphs
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 FULL = Width(4, 128, 128, 32)
@@ -68,7 +68,7 @@ class Recorder:
     def __init__(self):
         self.made, self.inside, self.busy, self.marks = [], False, False, []
 
-    def takes(self, device):
+    def supports(self, device):
         return device.type == "cpu"
 
     def capturing(self):
@@ -92,7 +92,7 @@ class Recorder:
         self.made.append(Recording(tape.calls, outputs))
         return self.made[-1]
 
-    def turn(self, device):
+    def exclusive_memory(self, device):
         return torch.no_grad()
 
 
@@ -128,14 +128,14 @@ def check(run):
     """Run three times; every result is that of an eager forward. Returns how many of the three were replayed."""
 
     def _check(model, inputs, **more):
-        kept, before = model._graphs, model.graphs.hits
+        kept, before = model._graphs, model.graphs.replays
         # Not on a copy: its weights may be aligned otherwise, and summed in another order.
         model._graphs = Graphs(False)
         wanted = run(model, inputs, **more)
         model._graphs = kept
         for _ in range(3):
             assert torch.equal(run(model, inputs, **more), wanted)
-        return model.graphs.hits - before
+        return model.graphs.replays - before
 
     return _check
 
@@ -155,7 +155,7 @@ def test_the_shipped_checkpoint(check):
                 "img_shapes": [[(1, 4, 4)]] * 2,
             }
             assert check(model, inputs) == 2 + n
-    assert model.graphs.captures == 2 and model.graphs.why == ""
+    assert model.graphs.captures == 2 and model.graphs.eager_reason == ""
 
 
 def test_results_and_inputs_are_copies(model, build_inputs, run):
@@ -169,12 +169,12 @@ def test_results_and_inputs_are_copies(model, build_inputs, run):
         if isinstance(value, torch.Tensor):
             value.zero_()
     b = run(model, second)
-    assert model.graphs.hits == 3 and torch.equal(a, kept) and not torch.equal(a, b)
+    assert model.graphs.replays == 3 and torch.equal(a, kept) and not torch.equal(a, b)
     # Nor does a graph write to what was given to the call that it was captured at.
     assert not first["hidden_states"].any()
     with torch.inference_mode():
         c = model(**second, return_dict=False)[0]
-    assert c.is_inference() and torch.equal(c, b) and model.graphs.hits == 4
+    assert c.is_inference() and torch.equal(c, b) and model.graphs.replays == 4
     assert torch.equal(run(model, second), b)
 
 
@@ -184,7 +184,7 @@ def test_captured_in_inference_mode(model, build_inputs, run):
         for _ in range(2):
             wanted = model(**build_inputs()).sample
     assert model.graphs.captures == 1
-    assert torch.equal(run(model, build_inputs()), wanted) and model.graphs.hits == 2
+    assert torch.equal(run(model, build_inputs()), wanted) and model.graphs.replays == 2
 
 
 def test_return_value(model, build_inputs, run):
@@ -194,7 +194,7 @@ def test_return_value(model, build_inputs, run):
         wanted = run(model, inputs)
     with torch.no_grad():
         assert torch.equal(model(**inputs).sample, wanted)
-    assert model.graphs.captures == 1 and model.graphs.hits == 2
+    assert model.graphs.captures == 1 and model.graphs.replays == 2
 
 
 def _strided(inputs):
@@ -287,8 +287,8 @@ def test_plans_pick_their_graphs(model, build_inputs, run):
         for plan in plans:
             with model.at(plan=plan):
                 assert torch.equal(run(model, inputs), wanted[plan])
-    assert (kept.captures, kept.hits) == (3, 3)
-    assert [each.of.plan for each in kept.captured] == plans
+    assert (kept.captures, kept.replays) == (3, 3)
+    assert [each.program.plan for each in kept.captured] == plans
     for plan in (plans[1], plans[0]):
         model.set_plan(plan)
         assert torch.equal(run(model, inputs), wanted[plan])
@@ -298,7 +298,7 @@ def test_plans_pick_their_graphs(model, build_inputs, run):
     for time in (0.9, 0.9, 0.7, 0.5, 0.3, 0.9):
         now = {**inputs, "timestep": torch.full((3,), time)}
         torch.testing.assert_close(run(model, now), run(eager, now), rtol=0, atol=1e-5)
-    assert (kept.captures, kept.hits) == (3, 11)
+    assert (kept.captures, kept.replays) == (3, 11)
 
 
 class Doubled(nn.Linear):
@@ -411,7 +411,7 @@ def test_a_replay_of_stale_weights_would_show(model, build_inputs, run, monkeypa
     inputs = build_inputs()
     for _ in range(2):
         old = run(model, inputs)
-    monkeypatch.setattr(Weights, "current", lambda self: True)
+    monkeypatch.setattr(Weights, "unchanged", lambda self: True)
     _replace_parameter(model)
     assert torch.equal(run(model, inputs), old)
     monkeypatch.undo()
@@ -487,7 +487,7 @@ def test_steps_aside_for_hooks(model, build_inputs, run, check, caplog, why, add
     caplog.clear()
     undo = add(model)
     try:
-        assert check(model, inputs) == 0 and why in model.graphs.why
+        assert check(model, inputs) == 0 and why in model.graphs.eager_reason
         run(model, inputs)
         told = [record for record in caplog.records if why in record.message]
         assert len(told) == 1 and told[0].levelno == logging.WARNING
@@ -495,7 +495,7 @@ def test_steps_aside_for_hooks(model, build_inputs, run, check, caplog, why, add
         if undo is not None:
             undo.remove()
     if undo is not None:
-        for _ in range(graphs._REST):
+        for _ in range(graphs._FORWARDS_BETWEEN_CHECKS):
             run(model, inputs)
         assert check(model, inputs) > 0
 
@@ -509,7 +509,7 @@ def test_a_forward_that_is_replaced_twice(model, build_inputs, check):
     assert "forward" in layer.__dict__ and check(model, build_inputs()) == 2
     original = layer.forward
     layer.forward = lambda x: original(x) * 2
-    assert check(model, build_inputs()) == 0 and model.graphs.why == "a replaced forward"
+    assert check(model, build_inputs()) == 0 and model.graphs.eager_reason == "a replaced forward"
 
 
 def test_hooks_run_every_time(model, build_inputs, run):
@@ -526,7 +526,7 @@ def test_compiled_layers(model, build_inputs, run):
     run(model, build_inputs())
     model.transformer_blocks[0]._compiled_call_impl = model.transformer_blocks[0]._call_impl
     run(model, build_inputs())
-    assert model.graphs.why == "compiled layers" and not model.graphs.captures
+    assert model.graphs.eager_reason == "compiled layers" and not model.graphs.captures
 
 
 class Mode(TorchFunctionMode):
@@ -552,9 +552,9 @@ def test_steps_aside_for_modes(model, build_inputs, run, why, around):
     with torch.no_grad(), around():
         for _ in range(2):
             model(**inputs)
-    assert model.graphs.why == why and model.graphs.hits == 1
+    assert model.graphs.eager_reason == why and model.graphs.replays == 1
     run(model, inputs)
-    assert model.graphs.hits == 2
+    assert model.graphs.replays == 2
 
 
 def test_gradients_only_where_something_requires_them(model, build_inputs):
@@ -563,14 +563,18 @@ def test_gradients_only_where_something_requires_them(model, build_inputs):
     model.requires_grad_(False)
     for _ in range(2):
         model(**inputs)
-    assert model.graphs.hits == 1
+    assert model.graphs.replays == 1
     inputs["hidden_states"].requires_grad_()
     model(**inputs).sample.sum().backward()
-    assert model.graphs.hits == 1 and model.graphs.why == "gradients" and inputs["hidden_states"].grad is not None
+    assert (
+        model.graphs.replays == 1
+        and model.graphs.eager_reason == "gradients"
+        and inputs["hidden_states"].grad is not None
+    )
     inputs["hidden_states"].requires_grad_(False)
     model.enable_gradient_checkpointing()
     model(**inputs)
-    assert model.graphs.hits == 1 and model.graphs.why == "gradient checkpointing"
+    assert model.graphs.replays == 1 and model.graphs.eager_reason == "gradient checkpointing"
 
 
 def test_steps_aside_for_caches(model, build_inputs, run):
@@ -581,16 +585,16 @@ def test_steps_aside_for_caches(model, build_inputs, run):
     for n in range(3):
         with model.cache_context("cond"):
             run(model, inputs)
-        assert model.graphs.hits == n
+        assert model.graphs.replays == n
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     with model.cache_context("cond"):
         run(model, inputs)
-    assert model.graphs.why == "a cache of diffusers" and model.graphs.hits == 2
+    assert model.graphs.eager_reason == "a cache of diffusers" and model.graphs.replays == 2
     model.disable_cache()
-    for _ in range(graphs._REST + 2):
+    for _ in range(graphs._FORWARDS_BETWEEN_CHECKS + 2):
         with model.cache_context("cond"):
             run(model, inputs)
-    assert model.graphs.hits > 2
+    assert model.graphs.replays > 2
 
 
 def test_steps_aside_elsewhere(model, build_inputs, run, monkeypatch):
@@ -598,19 +602,19 @@ def test_steps_aside_elsewhere(model, build_inputs, run, monkeypatch):
     inputs = build_inputs()
     model.graphs._backend.inside = True
     run(model, inputs)
-    assert model.graphs.why == "inside another capture"
+    assert model.graphs.eager_reason == "inside another capture"
     model.graphs._backend.inside = False
     for _ in range(2):
         run(model, inputs, attention_kwargs={"what": object()})
-    assert model.graphs.why == "an input that is a object" and not model.graphs.captures
+    assert model.graphs.eager_reason == "an input that is a object" and not model.graphs.captures
     monkeypatch.setattr(Weights, "__init__", _elsewhere(Weights.__init__))
     for _ in range(2):
         run(model, inputs)
-    assert model.graphs.why == "weights on another device than the inputs" and not model.graphs.captures
+    assert model.graphs.eager_reason == "weights on another device than the inputs" and not model.graphs.captures
     model._graphs = Graphs(True)
     for _ in range(2):
         run(model, inputs)
-    assert model.graphs.why == "not on a CUDA device"
+    assert model.graphs.eager_reason == "not on a CUDA device"
 
 
 def _elsewhere(init):
@@ -632,7 +636,7 @@ def test_log_in_auto(model, build_inputs, run, caplog):
     caplog.set_level(logging.INFO, "ppcl_rt.model.graphs")
     model.set_graphs("auto")
     run(model, build_inputs())
-    assert not caplog.records and model.graphs.why == "not on a CUDA device"
+    assert not caplog.records and model.graphs.eager_reason == "not on a CUDA device"
     model._graphs = Graphs("auto", backend=Recorder())
     model.register_forward_hook(lambda *_: None)
     for _ in range(2):
@@ -649,7 +653,7 @@ def test_the_least_recently_used_goes(model, build_inputs, check, run):
     run(model, a)
     assert check(model, c) == 2
     assert [each.closed for each in model.graphs._backend.made] == [False, True, False]
-    assert [each.shapes[0][0] for each in model.graphs.captured] == [1, 3]
+    assert [each.input_shapes[0][0] for each in model.graphs.captured] == [1, 3]
     assert check(model, a) == 3 and check(model, b) == 2
     assert [each.closed for each in model.graphs._backend.made] == [False, True, True, False]
 
@@ -671,9 +675,9 @@ def test_a_capture_that_fails(model, build_inputs, check, run, caplog):
         inputs = build_inputs(batch=2)
         for _ in range(5):
             run(model, inputs)
-        assert model.graphs.why == "capturing failed: operation not permitted when stream is capturing"
+        assert model.graphs.eager_reason == "capturing failed: operation not permitted when stream is capturing"
         # Five eagerly, one to warm up, one captured.
-        assert len(tried) == 7 and not model.graphs.hits
+        assert len(tried) == 7 and not model.graphs.replays
         assert len([record for record in caplog.records if "capturing failed" in record.message]) == 1
         assert check(model, build_inputs(batch=3)) == 2
         # Errors of the caller's come through.
@@ -684,18 +688,18 @@ def test_a_capture_that_fails(model, build_inputs, check, run, caplog):
 def test_implementations_are_known_first(model, build_inputs, run, monkeypatch):
     """While a forward still chooses implementations it is not captured; nor is a capture kept that chose one."""
     chosen = iter([1, 2, 3, 3, 3, 3, 4, 4, 4])
-    monkeypatch.setattr(graphs, "choices", lambda: next(chosen))
+    monkeypatch.setattr(graphs, "choices_made", lambda: next(chosen))
     inputs = build_inputs()
     run(model, inputs)  # 1 before, 2 after
-    assert "chosen" in model.graphs.why
+    assert "chosen" in model.graphs.eager_reason
     run(model, inputs)  # 3, 3
     run(model, inputs)  # 3 before the capture, 3 after
-    assert (model.graphs.captures, model.graphs.hits) == (1, 1)
+    assert (model.graphs.captures, model.graphs.replays) == (1, 1)
     other = build_inputs(batch=1)
     chosen = iter([5, 5, 5, 6, 6, 6, 6, 6])
     for _ in range(3):
         run(model, other)
-    assert model.graphs.captures == 1 and "changed while" in model.graphs.why
+    assert model.graphs.captures == 1 and "changed while" in model.graphs.eager_reason
     assert model.graphs._backend.made[-1].closed
 
 
@@ -799,14 +803,14 @@ def test_auto(model, build_inputs, run, device, captured):
             # The first loads kernels and is not measured, the second and the third are.
             assert model.graphs.captures == (captured if n >= 3 else 0)
     assert all(torch.equal(result, results[0]) for result in results)
-    assert model.graphs.hits == 3 * captured
+    assert model.graphs.replays == 3 * captured
 
 
 def test_off(model, build_inputs, run):
     model.set_graphs(False)
     for _ in range(3):
         run(model, build_inputs())
-    assert model.graphs.mode is False and not model.graphs.captured and not model.graphs._notes
+    assert model.graphs.mode is False and not model.graphs.captured and not model.graphs._candidates
 
 
 def test_turning_off_frees(model, build_inputs, check):
@@ -839,7 +843,7 @@ def test_copies_carry_none(model, build_inputs, check):
         other.proj_out.weight.mul_(2)
     assert check(other, build_inputs()) == 2 and check(model, build_inputs()) == 3
     again = pickle.loads(pickle.dumps(Graphs("auto")))
-    assert again.mode == "auto" and again._backend is graphs.CUDA
+    assert again.mode == "auto" and again._backend is CUDA
     assert "captured" in repr(model.graphs) and "1 captured, 5 replayed" in repr(model.graphs)
 
 
@@ -861,7 +865,7 @@ def test_threads(model, build_inputs, run):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and kept.captures == 3 and kept.hits == 15
+    assert not wrong and kept.captures == 3 and kept.replays == 15
 
 
 def test_text_runs(mapped, build_inputs, check):
@@ -938,7 +942,7 @@ def test_workspaces_of_cublas(monkeypatch):
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
-    backend, device = graphs.Cuda(), torch.device("cuda:0")
+    backend, device = Cuda(), torch.device("cuda:0")
     for _ in range(2):
         backend.warm(device, lambda: log.append(current[0]))
         backend.capture(device, lambda: log.append(current[0]))
