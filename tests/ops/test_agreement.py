@@ -9,7 +9,7 @@ from ppcl_rt.ops.agreement import agree
 @pytest.mark.parametrize("fault", ["garbage", "zero", "nan", "scaled"])
 @pytest.mark.parametrize("shape", [(2, 200, 320), (1, 130, 3, 50), (90, 70)])
 def test_agree_judges_every_tile(shape, fault):
-    """One wrong 32 x 32 corner of many tiles is found; roundings of bf16 are not."""
+    """One wrong 32 x 32 corner among many tiles is refused; roundings of bfloat16 are accepted."""
     torch.manual_seed(0)
     wanted = torch.randn(shape)
     assert agree(wanted.bfloat16(), wanted)
@@ -26,14 +26,14 @@ def test_agree_judges_every_tile(shape, fault):
 
 
 def test_agree_minds_quiet_tiles():
-    """Where a few channels are a hundred times the others, as in large transformers, the others are judged too."""
+    """If a few channels are a hundred times the others, as in large transformers, the others are judged too."""
     torch.manual_seed(0)
     wanted = torch.randn(1, 256, 512)
     wanted[..., :3] *= 100
     broken = wanted.clone()
     broken[:, 64:128, 128:192] = 0
     assert agree(wanted.bfloat16(), wanted) and not agree(broken, wanted)
-    # Rounding errors of a tile whose own values cancel out are those of its neighbours.
+    # A tile whose own values cancel out has the rounding errors of its neighbours.
     quiet = wanted.clone()
     quiet[:, 64:128, 128:192] *= 1e-3
     assert agree(quiet + 1e-3 * torch.randn(quiet.shape), quiet)

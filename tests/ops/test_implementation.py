@@ -23,7 +23,7 @@ def test_keys_come_back():
 
 @pytest.mark.parametrize(("asked", "taken"), [(None, TORCH), ("auto", TORCH), ("torch", TORCH), ("triton", TRITON)])
 def test_backend_forces(monkeypatch, asked, taken):
-    """On a CPU, where nothing is measured."""
+    """Which implementation is chosen on a CPU, where nothing is measured."""
     if asked is None:
         monkeypatch.delenv("PPCL_BACKEND", raising=False)
     else:
@@ -31,7 +31,7 @@ def test_backend_forces(monkeypatch, asked, taken):
     monkeypatch.setattr(operation, "table_of", lambda index: pytest.fail("measured"))
     call = Linears((kernels.Linear(torch.zeros(1, 2, 4), torch.zeros(3, 4)),))
     assert LINEARS.choose(call) == taken
-    # What no kernel takes stays plain torch.
+    # float64, which no kernel takes, stays plain torch.
     assert LINEARS.choose(Linears((kernels.Linear(*(t.double() for t in call.groups[0][:2])),))) == TORCH
 
 
@@ -42,7 +42,7 @@ def test_backend_is_checked(monkeypatch):
 
 
 def test_forced_kernels_need_a_device(monkeypatch):
-    """Nobody who asks for kernels gets plain torch without a word."""
+    """A user who forces kernels gets an error where none can run, not plain torch in silence."""
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     monkeypatch.setattr("ppcl_kernels.launch.INTERPRETED", False)
     with pytest.raises(ValueError, match="PPCL_BACKEND is triton, but the model is on cpu: move it to a GPU"):
@@ -50,7 +50,7 @@ def test_forced_kernels_need_a_device(monkeypatch):
 
 
 def test_no_driver_without_a_gpu():
-    """Loading and running a model on a CPU asks triton for no driver."""
+    """Running an operation on a CPU does not make triton look for a driver."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     script = """
