@@ -7,14 +7,15 @@ What is raced is what a block of Qwen-Image asks its operations for: a random bl
 are kept, and each call is a case. Its contestants are all implementations that `ppcl_rt.ops` has for it, and rivals:
 the chain of plain torch compiled, FlexAttention, for products the product alone, for a norm a copy of the same bytes.
 Every result is compared with plain torch's before it is timed and after, tile by tile
-(`ppcl_rt.ops.implementations.agree`). All of a
+(`ppcl_rt.ops.agreement.agree`). All of a
 case are timed in turn, round by round; before each call a quarter of a gigabyte is read, so that inputs come from
 memory and no line that somebody else wrote is written back meanwhile, and the device waits until python is ahead.
 Milliseconds are medians. FLOPs and bytes are those that cannot be spared: inputs read once, outputs written once.
 
-``choose.json`` holds every time, ``ways.json`` the winners, as `ppcl_rt.ops.implementations` reads them: a copy of it
-in ``ppcl_rt/ops/tables/<device>.json`` is what the package ships. Both are rewritten after each case. The races run in a
-process of their own, which a contestant may take down or hang in: it is named, and the next process goes on without it.
+``choose.json`` holds every time, ``implementations.json`` the winners, as `ppcl_rt.ops.table` reads them: a copy of it
+in ``ppcl_rt/ops/tables/<device>.json`` is what the package ships. Both are rewritten after each case. The races run in
+a process of their own, which a contestant may take down or hang in: it is named, and the next process goes on without
+it.
 
 Exit status: 0 all was measured, 1 something failed or was not reached, 2 bad usage or no device.
 """
@@ -47,10 +48,11 @@ from torch.utils._pytree import tree_leaves
 from ppcl_kernels.tools.children import Job, Outcome, Say, run_all, terminated_as_exit
 from ppcl_kernels.tools.machine import machine, write_json
 from ppcl_rt.families.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock
-from ppcl_rt.ops import implementations as ways
-from ppcl_rt.ops.implementations import TORCH, Table, agree
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import TORCH
 from ppcl_rt.ops.operation import Operation
-from ppcl_rt.ops.qkv_projection import pack
+from ppcl_rt.ops.packing import pack
+from ppcl_rt.ops.table import ImplementationTable, table_of
 from ppcl_rt.planning.plan import Width
 
 Call = Callable[[], Any]
@@ -265,7 +267,8 @@ def rivals(case: Case, setting: Setting, preset: Preset) -> dict[str, Callable[[
             made["flex"] = functools.partial(_flex, call)
         return made
     if compiles:
-        made["compiled"] = lambda: functools.partial(_compiled(functools.partial(operation.run, way=TORCH)), call)
+        plain = functools.partial(operation.run, implementation=TORCH)
+        made["compiled"] = lambda: functools.partial(_compiled(plain), call)
     if operation.name == "ada_layer_norm":
         copy = torch.empty_like(call.x)
         made["copy"] = lambda: lambda: copy.copy_(call.x)
@@ -372,11 +375,11 @@ class Races:
         self.done = {row["key"] for row in self.rows}
         self.clock = Clock(preset)
         about = {"device": self.content["device"], "torch": torch.__version__}
-        self.tables = [Table(out / "ways.json", about, lambda call: 0.0)]
+        self.tables = [ImplementationTable(out / "implementations.json", about, lambda call: 0.0)]
         if self.clock.cuda:
             # Where the part after this one looks.
-            known = ways.table_of(torch.cuda.current_device())
-            self.tables = [Table(out / "ways.json", known.about, known.clock), known]
+            known = table_of(torch.cuda.current_device())
+            self.tables = [ImplementationTable(out / "implementations.json", known.about, known.clock), known]
 
     def run(self) -> bool:
         """Race; says whether everything was reached."""
@@ -413,7 +416,7 @@ class Races:
         flops, size = work_of(case, tree_leaves(wanted))
         about: Row = {"op": case.op, "key": key, **setting._asdict(), "dtype": str(self.preset.dtype)}
         about |= {"flops": flops, "bytes": size, "device": self.content["device"]}
-        listed = {str(way): functools.partial(operation.run, call, way) for way in operation.implementations(call)}
+        listed = {str(each): functools.partial(operation.run, call, each) for each in operation.implementations(call)}
         rows: dict[str, Row] = {}
         calls: dict[str, Call] = {}
 
@@ -523,7 +526,7 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"part": "choose", "device": None, "status": None, "command": command}
     write_json(out / "choose.json", content | {"complete": False, "left_out": {}, "results": []})
-    (out / "ways.json").unlink(missing_ok=True)
+    (out / "implementations.json").unlink(missing_ok=True)
     running = out / ".choose.running"
     while True:
         ended: list[Outcome] = []
@@ -555,7 +558,7 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
     for row in failed:
         print(f"failed: {row['op']}, {row['key']}, {row['contestant']}: {row['failed']}")
     winners = sum(row["taken"] for row in content["results"])
-    print(f"{winners} winners in {out / 'ways.json'}", flush=True)
+    print(f"{winners} winners in {out / 'implementations.json'}", flush=True)
     return 0 if content["complete"] and not failed and not content["left_out"] else 1
 
 
@@ -563,7 +566,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     assert __doc__
     parser = argparse.ArgumentParser(prog="python bench/bench_kernels.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of choose.json and ways.json (a temporary one)")
+    parser.add_argument("--out", type=Path, help="folder of choose.json and implementations.json (a temporary one)")
     parser.add_argument("--seconds", type=float, default=500, help="for everything (%(default)s)")
     parser.add_argument("--stall", type=int, default=60, help="seconds that one contestant may take (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")

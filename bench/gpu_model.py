@@ -32,7 +32,8 @@ from ppcl_rt.files import one_line as line
 from ppcl_rt.families import qwen_block
 from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import backend as asked_backend
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 from ppcl_rt.planning.plan import Plan, Width
 
@@ -292,7 +293,7 @@ class Race:
                     if "graphs" in each.name:
                         graphs = each.call.func.graphs  # type: ignore[union-attr]
                         each.row["graphs"] = str(graphs)[:300]
-                        if self.clock.cuda and not graphs.hits:
+                        if self.clock.cuda and not graphs.replays:
                             raise RuntimeError(f"no graph was replayed: {graphs}")
 
     def _round(self, ready: Sequence[Contestant]) -> None:
@@ -323,7 +324,7 @@ class Race:
         assert each.call is not None
         got, wanted = each.call()[0].clone(), self.references[each.plan]
         each.row["difference"] = difference(got, wanted)
-        each.row["agrees"] = bool(torch.isfinite(wanted).all()) and ways.agree(got, wanted)
+        each.row["agrees"] = bool(torch.isfinite(wanted).all()) and agree(got, wanted)
         if not each.row["agrees"]:
             raise RuntimeError(f"{when} its output was off by {each.row['difference']:.3g} of the wanted one's size")
 
@@ -420,7 +421,7 @@ class Sweep:
             **{name: about[name] for name in ("device", "versions", "commit", "dirty", "date")},
             "command": spec["command"],
             "dtype": str(self.preset.dtype).removeprefix("torch."),
-            "backend": ways.backend(),
+            "backend": asked_backend(),
             "dim": self.preset.dim,
             "head_dim": self.preset.head_dim,
             "full": self.preset.full,
@@ -506,7 +507,7 @@ class Sweep:
         chain, full = self._chain(point), self._chain(point._replace(kind="block", width=self.preset.full))
         with backend("torch"):
             wanted = chain()
-        agrees = ways.agree(chain(), wanted)
+        agrees = agree(chain(), wanted)
         full()
         _, host_ms = self.clock.timed(chain)
         _, full_host_ms = self.clock.timed(full)
@@ -515,7 +516,7 @@ class Sweep:
             for _ in range(self.preset.repeats)
         ]
         ms, full_ms = map(statistics.median, zip(*pairs, strict=True))
-        agrees = agrees and ways.agree(chain(), wanted)
+        agrees = agrees and agree(chain(), wanted)
         units = {"outer": 1, "map": len(self.models.maps)}.get(point.kind, self.preset.blocks)
         rows, columns = self.preset.sizes[point.size]
         return CostRow(

@@ -21,14 +21,14 @@ from torch import nn
 
 from ppcl_rt.families.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.ops.qkv_projection import pack
+from ppcl_rt.ops.packing import pack
 from ppcl_rt.planning.catalog import Catalog, Option, Shape, Student, TextRun, Widths, text_maps
 from ppcl_rt.planning.plan import Interval, Plan, Width
 from ppcl_rt.planning.planner import Planner
 
 RATIOS = (0.7, 0.5)
 # Weights are 1 / sqrt(inputs) times these: each half of a block then adds a tenth of the streams' size, so that they
-# stay finite over sixty blocks, and roundings in bf16 make 2 % of the output, where `ways.agree` allows 5 %.
+# stay finite over sixty blocks, and roundings in bf16 make 2 % of the output, where `agree` allows 5 %.
 _MODULATION, _MAP = 0.4, 0.2
 
 Levels = tuple[tuple[int, ...], ...]

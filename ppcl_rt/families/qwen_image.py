@@ -112,14 +112,14 @@ class UpdatedStream(NamedTuple):
         name: image or text.
         x: ``[B, S, D]``.
         attention, mlp: modulations of the block's two halves.
-        index: ``[B, S]``, which of two modulations a token takes (Qwen-Image-Edit), or None.
+        token_index: ``[B, S]``, which of two modulations a token takes (Qwen-Image-Edit), or None.
     """
 
     name: str
     x: torch.Tensor
     attention: Modulation
     mlp: Modulation
-    index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    token_index: torch.Tensor | None = None
 
 
 class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
@@ -149,7 +149,7 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
     def attention_input(self, stream: UpdatedStream) -> torch.Tensor:
         """What q, k and v of a stream are projected from: normalised and modulated, ``[B, S, D]``."""
         norm = getattr(self, f"{_MODULES[stream.name]}_norm1")
-        return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.index)
+        return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
 
     def text_input(self, text: torch.Tensor, temb: torch.Tensor, width: Width) -> torch.Tensor:
         """What this block projects the text's q, k and v from, ``[B, S_text, D]``."""
@@ -186,7 +186,7 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         """
         width, text = width or self.width, encoder_hidden_states
         image_stream = UpdatedStream(
-            "image", hidden_states, *self.modulations("image", temb, width), index=modulate_index
+            "image", hidden_states, *self.modulations("image", temb, width), token_index=modulate_index
         )
         updated = [image_stream]
         if text_input is None:
@@ -235,7 +235,12 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         """``x + gate * out(attended)`` for each stream, in one launch."""
         layers = [
             ops.Layer(
-                self.output(f"attn_{s.name}", width["heads"]), attended[s.name], None, s.attention.gate, s.index, s.x
+                self.output(f"attn_{s.name}", width["heads"]),
+                attended[s.name],
+                None,
+                s.attention.gate,
+                s.token_index,
+                s.x,
             )
             for s in streams
         ]
@@ -249,13 +254,13 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         after, ups, downs = {}, [], {}
         for s in streams:
             module, count = _MODULES[s.name], width[s.name]
-            down = ops.Layer(self.output(f"mlp_{s.name}", count), s.x, None, s.mlp.gate, s.index, residual=s.x)
+            down = ops.Layer(self.output(f"mlp_{s.name}", count), s.x, None, s.mlp.gate, s.token_index, residual=s.x)
             if count == LINEAR_MAP:
                 # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
-                [after[s.name]] = ops.linears([down._replace(gate=None, index=None)])
+                [after[s.name]] = ops.linears([down._replace(gate=None, token_index=None)])
                 continue
             norm, mlp = getattr(self, f"{module}_norm2"), getattr(self, f"{module}_mlp")
-            normed = ops.ada_layer_norm(s.x, norm, s.mlp.scale, s.mlp.shift, s.index)
+            normed = ops.ada_layer_norm(s.x, norm, s.mlp.scale, s.mlp.shift, s.token_index)
             ups.append(ops.Layer(mlp.net[0].proj, normed, count))
             downs[s.name] = down
         if ups:
@@ -431,7 +436,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             mask=mask,
             timestep=timestep,
             rope=tuple(map(as_real, rotations)),
-            modulate_index=modulate_index,
+            modulate_token_index=modulate_index,
             attention_kwargs=attention_kwargs,
             controlnet_block_samples=controlnet_block_samples,
             additional_t_cond=additional_t_cond,
@@ -490,7 +495,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
                     temb=temb,
                     image_rotary_emb=rope,
                     joint_attention_kwargs=attention_kwargs,
-                    modulate_index=modulate_index,
+                    modulate_token_index=modulate_index,
                     width=call.width,
                     # Only where there is one: hooks of others know the call as it is in diffusers.
                     **({} if text_input is None else {"text_input": text_input}),

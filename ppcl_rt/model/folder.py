@@ -79,7 +79,7 @@ class CheckpointFolder(Switching):
             ValueError: any other mode.
         """
         check_mode(mode)
-        self._graphs.changed()
+        self._graphs.drop_all()
         self._graphs = Graphs(mode)
 
     @classmethod
@@ -97,9 +97,7 @@ class CheckpointFolder(Switching):
         if catalog.family != cls.family:
             raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
         if catalog.architecture != architecture:
-            raise ValueError(
-                f"{source.folder}: the catalog describes another architecture than config.json"
-            )
+            raise ValueError(f"{source.folder}: the catalog describes another architecture than config.json")
         model._catalog, model._source = catalog, source
         check_tensors(source, catalog, {kind: model._block_shapes(kind) for kind in architecture.kinds})
         held = {name: source.read(name) for name in outer}
@@ -182,7 +180,7 @@ class CheckpointFolder(Switching):
         with READING:
             self._source, self._catalog, self._planner = Checkpoint(folder), catalog, None
             self._programs.clear()
-            self._graphs.changed()
+            self._graphs.drop_all()
         self.set_plan(plan)
 
     @property

@@ -17,7 +17,7 @@ from torch import nn
 from ppcl_rt.model.folder import CheckpointFolder
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.program import Program
-from ppcl_rt.ops.implementations import backend
+from ppcl_rt.ops.implementation import backend
 
 
 class Pluggable(CheckpointFolder):
@@ -63,10 +63,10 @@ class Pluggable(CheckpointFolder):
         output: torch.Tensor = self._graphs.run(
             functools.partial(self._walk, program),
             inputs,
-            of=program,
-            root=self,
+            program=program,
+            model=self,
             modules=lambda: self._reads(program),
-            facts=lambda: self._conditions(program),
+            conditions=lambda: self._conditions(program),
             obstacle=self._obstacle,
         )
         return output

@@ -13,7 +13,7 @@ from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.model.block import NotLoaded, PluggableBlock
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
-from ppcl_rt.ops.qkv_projection import pack
+from ppcl_rt.ops.packing import pack
 from ppcl_rt.planning.architecture import Architecture
 from ppcl_rt.planning.block_spec import Stream
 from ppcl_rt.planning.catalog import Catalog
@@ -123,7 +123,7 @@ class Residency(nn.Module):
         """
         for run in plan.text_runs:
             if run.key not in self.text_runs:
-                self._graphs.changed()
+                self._graphs.drop_all()
                 self.text_runs[run.key] = self._read_text_run(run)
         for planned in plan.blocks:
             if self._source is not None:
@@ -144,7 +144,7 @@ class Residency(nn.Module):
             )
         ]
         if new:
-            self._graphs.changed()
+            self._graphs.drop_all()
         for missing, tensor in new:
             assign(block, missing, tensor.requires_grad_(like.requires_grad))
         lay_side_by_side(block)
@@ -195,11 +195,11 @@ class Residency(nn.Module):
         runs = {run.key for plan in plans for run in plan.text_runs}
         for key in [key for key in self.text_runs if key not in runs]:
             del self.text_runs[key]
-        self._graphs.changed()
+        self._graphs.drop_all()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast as any module does, then lay side by side again what that took apart; captured graphs go."""
-        self._graphs.changed()
+        self._graphs.drop_all()
         super()._apply(fn, recurse)
         for block in self.resident_blocks():
             lay_side_by_side(block)
@@ -207,7 +207,7 @@ class Residency(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load, as any module; captured graphs go."""
-        self._graphs.changed()
+        self._graphs.drop_all()
         return super().load_state_dict(*args, **kwargs)
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 
 from ppcl_rt import Width
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.agreement import agree
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 
 ROOT = Path(__file__).parents[2]
@@ -307,7 +307,7 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
             monkeypatch.setattr(transformer_qwenimage, "apply_rotary_emb_qwen", random_models.rotate)
             assert torch.allclose(stock(**call)[0], models.stock(plan, real_rope=True)(**call)[0], atol=1e-5)
         dense = models.ours(models.catalog.dense)(**call)[0]
-        assert not ways.agree(models.ours(models.plan("depth 0.5").plan)(**call)[0], dense)
+        assert not agree(models.ours(models.plan("depth 0.5").plan)(**call)[0], dense)
 
 
 def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, tmp_path, monkeypatch):

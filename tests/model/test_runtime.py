@@ -13,7 +13,7 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Checkpoint, Interval, Schedule, Step, Width, ops
-from ppcl_rt.ops.qkv_projection import side_by_side
+from ppcl_rt.ops.packing import side_by_side
 
 FULL = Width(4, 128, 128, 32)
 RATIOS = (0.6, 0.7, 0.75, 0.95, 1.0)
