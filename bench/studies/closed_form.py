@@ -1,6 +1,6 @@
 """Half of the MLP channels of every block, and nothing else changed, with no step of training: what it loses.
 
-    python bench/closed_form.py runs/scenes [--prompts 2000]
+    python bench/studies/closed_form.py runs/scenes [--prompts 2000]
 
 Takes the teacher and the closed forms (``width.safetensors``) of a run folder, from before anything was recovered.
 """

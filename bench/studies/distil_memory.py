@@ -1,6 +1,6 @@
 """Peak memory of distilling 1, 4 and 11 students of one teacher, beside a teacher pass and one student alone.
 
-    python bench/distil_memory.py [--dim 512] [--tokens 1024] [--batch 4] [--device cuda]
+    python bench/studies/distil_memory.py [--dim 512] [--tokens 1024] [--batch 4] [--device cuda]
 
 Activations are bytes of tensors that come into being during a step and are alive together: streams, what backward
 needs, and gradients, but neither weights nor the optimisers' state, which grow with the students whatever one does. On

@@ -1,6 +1,6 @@
 """Plug in subsets of a checkpoint's students, at full width, and see what each loses.
 
-    python bench/subsets.py examples/scenes [--most 64] [--prompts 100] [--json out.json]
+    python bench/studies/subsets.py examples/scenes [--most 64] [--prompts 100] [--json out.json]
 
 All sets of disjoint students where there are no more than ``--most`` of them, else as many drawn at random, seed 0,
 the empty and the largest among them. Velocity error as in `ppcl_train.stages.measure`, scores as in ``ppcl eval``.

@@ -1,6 +1,7 @@
 """Part 3 of ``make gpu``: whole forwards of Qwen-Image's real widths, and what a block costs at every width.
 
-    python bench/bench_gpu_model.py --out bench/results/nvidia-h100 --seconds 500   (--only GROUP ..., --tiny on a CPU)
+    python bench/suites/bench_gpu_model.py --out bench/results/nvidia-h100 --seconds 500
+        (--only GROUP ..., --tiny on a CPU)
 
 Random blocks (``random_models.py``); each group of contestants runs in a process of its own (``gpu_model.py``), which
 is ended, and started again without whoever brought it down. ``model.json`` and ``sweep.json`` (docs/formats.md) are
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 # Only the standard library: what imports torch is the process that may die.
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("gpu_model.py")
 # Seconds that each group may take of 500, in order; what one leaves goes to those behind it.
 GROUPS = {
@@ -288,7 +289,7 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     arguments.out.mkdir(parents=True, exist_ok=True)
     shown = given if given is not None else sys.argv[1:]
-    bench = Bench(arguments, " ".join(["python bench/bench_gpu_model.py", *shown]))
+    bench = Bench(arguments, " ".join(["python bench/suites/bench_gpu_model.py", *shown]))
     # So that a limit from outside ends the processes too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     return bench.run()

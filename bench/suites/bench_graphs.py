@@ -1,6 +1,6 @@
 """What a replayed forward costs the host, without a device: 60 small blocks of Qwen-Image, a graph that does nothing.
 
-    python bench/bench_graphs.py [--json]
+    python bench/suites/bench_graphs.py [--json]
 
 Prints microseconds of the thread's own time (median of 300), or with ``--json`` a list of ``{"operation", "us"}``:
 ``check`` compares modules and weights with those of the capture, ``conditions`` makes the model's part of the key,

@@ -1,6 +1,6 @@
 """What a launch costs the host: microseconds of python for each of the nine launches of a Qwen-Image block.
 
-    python bench/bench_host.py [--json] [--before REV] [--public]
+    python bench/suites/bench_host.py [--json] [--before REV] [--public]
 
 No device is needed: triton binds, specialises and launches on a fake driver (`fake_driver`), whose C functions take
 their arguments and do nothing. Shapes are those of Qwen-Image at 512 x 512: B 1, 1024 image and 64 text tokens, width
@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, IMAGE, TEXT, HEADS, HEAD_DIM, CHANNELS = 1, 1024, 64, 24, 128, 12288
 WIDTH = HEADS * HEAD_DIM
 # Each turn starts a process, which takes the best of its rounds; the report is the median of the turns. Rounds are as

@@ -1,7 +1,7 @@
 """Part 2 of ``make gpu``: which implementation of each operation is fastest, at the shapes that a model asks for.
 
-    python bench/bench_kernels.py --out bench/results/nvidia-h200 --seconds 500
-    python bench/bench_kernels.py --tiny            (on a CPU, in triton's interpreter: those times say nothing)
+    python bench/suites/bench_kernels.py --out bench/results/nvidia-h200 --seconds 500
+    python bench/suites/bench_kernels.py --tiny            (on a CPU, in triton's interpreter: those times say nothing)
 
 What is raced is what a block of Qwen-Image asks its operations for: a random block of the real widths is run, its calls
 are kept, and each call is a case. Its contestants are all implementations that `ppcl_rt.ops` has for it, and rivals:
@@ -13,8 +13,8 @@ memory and no line that somebody else wrote is written back meanwhile, and the d
 Milliseconds are medians. FLOPs and bytes are those that cannot be spared: inputs read once, outputs written once.
 
 ``choose.json`` holds every time, ``ways.json`` the winners, as `ppcl_rt.ops.implementations` reads them: a copy of it
-in ``ppcl_rt/ops/tables/<device>.json`` is what the package ships. Both are rewritten after each case. The races run in a
-process of their own, which a contestant may take down or hang in: it is named, and the next process goes on without it.
+in ``ppcl_rt/ops/tables/<device>.json`` is what the package ships. Both are rewritten after each case. The races run in
+a process of their own, which a contestant may take down or hang in: it is named, and the next process goes on without it.
 
 Exit status: 0 all was measured, 1 something failed or was not reached, 2 bad usage or no device.
 """
@@ -562,13 +562,13 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     assert __doc__
-    parser = argparse.ArgumentParser(prog="python bench/bench_kernels.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python bench/suites/bench_kernels.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of choose.json and ways.json (a temporary one)")
     parser.add_argument("--seconds", type=float, default=500, help="for everything (%(default)s)")
     parser.add_argument("--stall", type=int, default=60, help="seconds that one contestant may take (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")
     options = parser.parse_args(arguments)
-    command = " ".join(["python bench/bench_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = " ".join(["python bench/suites/bench_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
     preset = PRESETS["tiny" if options.tiny else "full"]
     with terminated_as_exit(), tempfile.TemporaryDirectory() as folder:
         return race_all(preset, options.out or Path(folder), options.seconds, options.stall, command)

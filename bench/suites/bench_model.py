@@ -1,6 +1,6 @@
 """Whole forwards of the shipped checkpoint at several ratios, one block of Qwen-Image's size, and switching ratios.
 
-    python -m pytest bench/bench_model.py --benchmark-only          (or: make bench)
+    python -m pytest bench/suites/bench_model.py --benchmark-only          (or: make bench)
 
 Baselines are the stock diffusers classes. Figures of one table come from one run: every ratio is timed in turn with the
 dense model, so a machine that slows down slows both. ``extra_info`` says parameters, FLOPs, bytes
@@ -26,7 +26,7 @@ from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
 from ppcl_rt.planning.plan import Width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CHECKPOINT = Path(__file__).parents[1] / "examples" / "scenes"
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "scenes"
 RATIOS = (1.0, 0.7, 0.5, 0.35)
 BATCH = 64
 PAIRS = 15

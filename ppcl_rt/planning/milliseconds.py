@@ -1,7 +1,7 @@
 """Milliseconds of a transformer's blocks as they were measured on one device, and what they say a plan takes.
 
-``bench/bench_gpu_model.py`` writes the table (``sweep.json``, docs/formats.md). Plain data, no torch: a planner for
-milliseconds adds up `Costs.change` as it adds up parameters.
+``bench/suites/bench_gpu_model.py`` writes the table (``sweep.json``, docs/formats.md). Plain data, no torch: a planner
+for milliseconds adds up `Costs.change` as it adds up parameters.
 """
 
 from __future__ import annotations

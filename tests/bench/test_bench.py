@@ -286,7 +286,7 @@ def test_never_runs(): pass
 def bench():
     """bench_kernels, with the environment as it was for whoever imports the kernels next."""
     with pytest.MonkeyPatch.context() as patch:
-        spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench" / "bench_kernels.py")
+        spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench" / "suites" / "bench_kernels.py")
         module = importlib.util.module_from_spec(spec)
         # Dataclasses look their module up.
         patch.setitem(sys.modules, spec.name, module)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 def modules():
     """The three files of the bench, which find each other as scripts do: by their folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
+        patch.syspath_prepend(ROOT / "bench" / "suites")
         yield {name: importlib.import_module(name) for name in ("bench_gpu_model", "gpu_model", "random_models")}
 
 

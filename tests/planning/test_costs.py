@@ -40,7 +40,7 @@ TABLE = {
     "commit": None,
     "dirty": None,
     "date": "2026-01-01T00:00:00Z",
-    "command": "python bench/bench_gpu_model.py",
+    "command": "python bench/suites/bench_gpu_model.py",
     "dtype": "bfloat16",
     "backend": "auto",
     "dim": 3072,

@@ -3,8 +3,8 @@
     [PYTHON=python3] bash bench/gpu.sh [PART ...]          or: make gpu [PART=1]
 
     1  fit      which kernels are sound here (`ppcl_kernels.tools.fit`); only those are run after it    240 s
-    2  choose   which implementation is the fastest (bench/bench_kernels.py)                            500 s
-    3  model    whole forwards, and a sweep over widths (bench/bench_gpu_model.py)                      500 s
+    2  choose   which implementation is the fastest (bench/suites/bench_kernels.py)                            500 s
+    3  model    whole forwards, and a sweep over widths (bench/suites/bench_gpu_model.py)                      500 s
        tests    the tests that need a GPU; only when named                                              300 s
 
 None named: 1, 2 and 3. Each writes ``bench/results/<device>/<part>.json`` itself, as it goes; how it ended is added to
@@ -51,11 +51,11 @@ def _fit(folder: Path, seconds: float) -> list[str]:
 
 
 def _choose(folder: Path, seconds: float) -> list[str]:
-    return ["bench/bench_kernels.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
+    return ["bench/suites/bench_kernels.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
 
 
 def _model(folder: Path, seconds: float) -> list[str]:
-    return ["bench/bench_gpu_model.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
+    return ["bench/suites/bench_gpu_model.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
 
 
 def _tests(folder: Path, seconds: float) -> list[str]:
