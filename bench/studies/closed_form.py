@@ -1,8 +1,9 @@
-"""Half of the MLP channels of every block, and nothing else changed, with no step of training: what it loses.
+"""What a checkpoint loses when half of the MLP channels of every block go, without any training.
 
     python bench/studies/closed_form.py runs/scenes [--prompts 2000]
 
-Takes the teacher and the closed forms (``width.safetensors``) of a run folder, from before anything was recovered.
+Reads the teacher and the closed forms (``width.safetensors``) of a run folder, as they were before recovery. Nothing
+but the MLP channels changes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ppcl_train.stages.width import legal_counts
 
 
 def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:
-    """Print the velocity error and both scores, beside the teacher's."""
+    """Print the velocity error, and the scores next to those of the teacher."""
     run = pipeline.config_of(run_folder)
     width = {n: t for n, t in read_tensors(run_folder / "width.safetensors").items() if not n.startswith("students.")}
     with tempfile.TemporaryDirectory() as temporary:
