@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from ppcl_kernels.launch import TARGETS, Target
-from ppcl_kernels.tools import gpu_run, report
+from ppcl_kernels.tools import goals, gpu_run, report
 from ppcl_kernels.tools.children import Job, run_all
 from ppcl_kernels.tools.machine import slug, write_json
 from ppcl_rt.ops import implementations as ways
@@ -134,10 +134,10 @@ def test_report_judges_models(tmp_path):
     write(tmp_path, "model", [row], ratios=ratios)
     found = targets(tmp_path)
     for name, value, met in (
-        ("Qwen-Image, 1024 x 1024: speed to diffusers", 1.6, True),
-        ("Qwen-Image, 1024 x 1024: speed to diffusers compiled", 1.01, False),
-        ("Qwen-Image, 512 x 512, graphs: speed to diffusers", None, None),
-        ("Qwen-Image, 512 x 512, graphs: speed to diffusers compiled", 1.2, True),
+        ("whole forward, 1024 x 1024: speed to diffusers", 1.6, True),
+        ("whole forward, 1024 x 1024: speed to diffusers compiled", 1.01, False),
+        ("whole forward, 512 x 512, graphs: speed to diffusers", None, None),
+        ("whole forward, 512 x 512, graphs: speed to diffusers compiled", 1.2, True),
         ("time(r) / time(1), to the ratio that was planned", 1.04, False),
         ("a narrow plan: speed to the physically sliced model, compiled", 0.97, False),
     ):
@@ -348,7 +348,7 @@ def test_every_target_asks_about_a_case_that_is_raced(bench, sm90):
         *("ada_layer_norm", "ada_layer_norm of text", "qkv_projection", "joint_attention"),
         *("out_gate_residual", "up_gelu", "down_gate_residual", "map_residual"),
     }
-    judged = report._kernel_goals(report.races(rows))
+    judged = goals._kernel_goals(goals.races(rows))
     assert all(goal.measured for goal in judged), [goal.name for goal in judged if not goal.measured]
 
 
