@@ -436,7 +436,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             mask=mask,
             timestep=timestep,
             rope=tuple(map(as_real, rotations)),
-            modulate_token_index=modulate_index,
+            modulate_index=modulate_index,
             attention_kwargs=attention_kwargs,
             controlnet_block_samples=controlnet_block_samples,
             additional_t_cond=additional_t_cond,
@@ -495,7 +495,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
                     temb=temb,
                     image_rotary_emb=rope,
                     joint_attention_kwargs=attention_kwargs,
-                    modulate_token_index=modulate_index,
+                    modulate_index=modulate_index,
                     width=call.width,
                     # Only where there is one: hooks of others know the call as it is in diffusers.
                     **({} if text_input is None else {"text_input": text_input}),
