@@ -19,8 +19,8 @@ from torch import nn
 
 from ppcl_rt import Interval, Streams
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_train.config.settings import StudentsConfig
-from ppcl_train.data import states
+from ppcl_train.config.stages import StudentsConfig
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.distributed import World
 from ppcl_train.engine.live_bytes import LiveBytes
 from ppcl_train.selectors import selection
@@ -75,7 +75,7 @@ def main(
         "img_shapes": [(1, side, side)] * batch,
         "return_dict": False,
     }
-    given = states.Inputs(x, t, call).to(place)
+    given = calibration.Inputs(x, t, call).to(place)
     world = World(device=place)
 
     def learner(interval: Interval) -> students.Learner:
@@ -90,15 +90,15 @@ def main(
             eleven[interval].learn(before, after, context, given.mask)
 
         with students.precise(config, world):
-            states.walk_intervals(model, given, intervals, learn)
+            streams.walk_intervals(model, given, intervals, learn)
 
     def forward() -> None:
         with students.precise(config, world):
-            states.walk(model, given, lambda *_: None)
+            streams.walk(model, given, lambda *_: None)
 
     with students.precise(config, world):
-        passed = states.trace(model, given)
-    first = functools.partial(eleven[Interval(0, 1)].learn, passed.states[0], passed.states[2], passed.context)
+        passed = streams.trace(model, given)
+    first = functools.partial(eleven[Interval(0, 1)].learn, passed.streams[0], passed.streams[2], passed.context)
     alone = peak_bytes(lambda: first(given.mask), place)
     teacher = peak_bytes(forward, place)
     all_intervals = list(eleven)
