@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_rt.files import one_line
-from ppcl_rt.planning.plan import Frozen
+from ppcl_rt.planning.frozen import Frozen
 from ppcl_train.config.stages import (
     CompareConfig,
     MeasureConfig,
