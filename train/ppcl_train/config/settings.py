@@ -87,7 +87,7 @@ class RunConfig(Frozen):
             return self
         try:
             with torch.device("meta"):
-                depth = self.family.build(self.teacher.architecture).catalog.shape.depth
+                depth = self.family.build(self.teacher.architecture).catalog.architecture.depth
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"teacher.architecture cannot be built: {one_line(error)}") from None
         if depth < 2:
