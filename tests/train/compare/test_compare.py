@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ppcl_rt import Interval
-from ppcl_train.compare import baselines
+from ppcl_train.compare import whole_blocks as baselines
 from ppcl_train.compare import harness as compare
-from ppcl_train.compare.baselines import METHODS, Entry, Gates, UnreachableError
+from ppcl_train.compare.whole_blocks import METHODS, Entry, Gates, UnreachableError
 from ppcl_train.compare.harness import Key, Result
 from ppcl_train.config.settings import PRESETS, with_changes
 from ppcl_train.data import states

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ppcl_rt.planning.plan import Frozen, read_json
 from ppcl_train import pipeline
-from ppcl_train.compare.baselines import METHODS, SEEDED, Entry, UnreachableError
+from ppcl_train.compare.whole_blocks import METHODS, SEEDED, Entry, UnreachableError
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.files import Log, making, replacing, write_json
 from ppcl_train.scenes import scenes
