@@ -18,9 +18,9 @@ from ppcl_rt import Plan
 from ppcl_rt.cli.task import task_of
 from ppcl_train import pipeline
 from ppcl_train.engine.files import read_tensors
+from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors import selection
 from ppcl_train.stages.draft import open_draft, write_draft
-from ppcl_train.stages.measure import VelocityError
 from ppcl_train.stages.width import legal_counts
 
 

@@ -79,7 +79,7 @@ def main(
     world = World(device=place)
 
     def learner(interval: Interval) -> students.Learner:
-        block = selection.begin(model.transformer_blocks, selection.Selected(interval, "first"))
+        block = selection.new_student(model.transformer_blocks, selection.Selected(interval, "first"))
         return students.Learner(block.float().to(place), config, 1.0, world)
 
     eleven = {interval: learner(interval) for interval in (Interval(n, n + 1) for n in range(DEPTH - 1))}
@@ -89,14 +89,14 @@ def main(
         def learn(interval: Interval, before: Streams, after: Streams, context: dict) -> None:
             eleven[interval].learn(before, after, context, given.mask)
 
-        with students.precise(config, world):
+        with students.student_autocast(config, world):
             states.walk_intervals(model, given, intervals, learn)
 
     def forward() -> None:
-        with students.precise(config, world):
+        with students.student_autocast(config, world):
             states.walk(model, given, lambda *_: None)
 
-    with students.precise(config, world):
+    with students.student_autocast(config, world):
         passed = states.trace(model, given)
     first = functools.partial(eleven[Interval(0, 1)].learn, passed.states[0], passed.states[2], passed.context)
     alone = peak_bytes(lambda: first(given.mask), place)

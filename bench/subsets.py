@@ -3,7 +3,7 @@
     python bench/subsets.py examples/scenes [--most 64] [--prompts 100] [--json out.json]
 
 All sets of disjoint students where there are no more than ``--most`` of them, else as many drawn at random, seed 0,
-the empty and the largest among them. Velocity error as in `ppcl_train.stages.measure`, scores as in ``ppcl eval``.
+the empty and the largest among them. `ppcl_train.losses.velocity_error` defines the error; scores are those of ``ppcl eval``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import ppcl_rt
 from ppcl_rt import Catalog, Interval, Plan, Step
 from ppcl_rt.cli.task import task_of
 from ppcl_train.config.settings import PRESETS
-from ppcl_train.stages.measure import VelocityError
+from ppcl_train.losses.velocity_error import VelocityError
 
 
 def disjoint(intervals: tuple[Interval, ...]) -> Iterator[tuple[Interval, ...]]:

@@ -11,13 +11,16 @@ from torch import nn
 import ppcl_rt
 from ppcl_rt import Interval, Plan, Streams
 from ppcl_train import pipeline
+from ppcl_train.closed_form.cka import linear_cka
+from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import states
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors
-from ppcl_train.selectors.eq5 import LeastSquares, find_intervals, linear_cka
+from ppcl_train.losses.matching import matching_loss
+from ppcl_train.selectors.eq5 import find_intervals
 from ppcl_train.stages import teacher
-from ppcl_train.stages.measure import used
-from ppcl_train.stages.students import matching_loss
+from ppcl_train.stages.pack import used
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_a_trace_is_what_the_model_computes():
 
 def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     model = ppcl_rt.load(finished / "checkpoint")
-    stock = teacher.load(TINY, finished)
+    stock = load_teacher(TINY, finished)
     given = states.inputs(TINY, 3, 5).call
     wanted = stock(**given)[0]
     # Rank orders permute sums; 4 blocks of float32.

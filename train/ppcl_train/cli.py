@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ppcl_train.compare.whole_blocks import METHODS, SEEDED
 from ppcl_train.compare.harness import PLOT, RESULTS, compare, show
+from ppcl_train.compare.methods import METHODS, SEEDED
 from ppcl_train.config.settings import PRESETS, RunConfig, with_changes
 from ppcl_train.data import caching, captioned
 from ppcl_train.data.shards import Limits, Manifest

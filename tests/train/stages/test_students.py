@@ -9,9 +9,11 @@ from torch import nn
 from ppcl_rt import Interval, Streams
 from ppcl_train.config.settings import PRESETS, with_changes
 from ppcl_train.data import states
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.live_bytes import LiveBytes
 from ppcl_train.engine.loop import adamw
+from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students, teacher
 
@@ -38,7 +40,7 @@ def prepare(folder, intervals=INTERVALS, config=TINY):
         nn.init.normal_(parameter, std=0.1)
     write_tensors(folder / "teacher.safetensors", dict(model.named_parameters()), {})
     selection.write(folder, [selection.Selected(interval, "last") for interval in intervals])
-    return teacher.load(config, folder)
+    return load_teacher(config, folder)
 
 
 def distilled(folder, changes):
@@ -52,7 +54,8 @@ def distilled(folder, changes):
 def test_distilling_on_the_way_is_distilling_on_kept_states(tmp_path):
     model, config = prepare(tmp_path), TINY.students
     learners = {
-        selected.interval: selection.begin(model.transformer_blocks, selected) for selected in selection.read(tmp_path)
+        selected.interval: selection.new_student(model.transformer_blocks, selected)
+        for selected in selection.read(tmp_path)
     }
     # One optimiser for all, which steps when all have their gradients.
     optimiser = adamw(torch.optim.AdamW, config, [p for student in learners.values() for p in student.parameters()])
@@ -63,7 +66,7 @@ def test_distilling_on_the_way_is_distilling_on_kept_states(tmp_path):
         passed = states.trace(model, batch)
         for interval, student in learners.items():
             out = states.run_block(student, passed.states[interval.first], passed.context)
-            students.matching_loss(out, passed.states[interval.last + 1], batch.mask, config.magnitude).backward()
+            matching_loss(out, passed.states[interval.last + 1], batch.mask, config.magnitude).backward()
         optimiser.step()
         optimiser.zero_grad()
     students.distil(TINY, tmp_path)
@@ -105,7 +108,7 @@ def test_memory_is_that_of_a_teacher_pass_and_one_student_whatever_their_number(
     batch = states.inputs(config, 16, 5)
 
     def learner(interval):
-        block = selection.begin(model.transformer_blocks, selection.Selected(interval, "first"))
+        block = selection.new_student(model.transformer_blocks, selection.Selected(interval, "first"))
         return students.Learner(block, config.students, 1.0)
 
     def peak(intervals):
@@ -165,7 +168,7 @@ def test_bfloat16_learns_what_float32_learns(tmp_path, monkeypatch):
     gradients = []
     for precise in (TINY.students, config):
         learner = students.Learner(
-            selection.begin(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise, 1.0
+            selection.new_student(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise, 1.0
         )
         monkeypatch.setattr(learner.optimiser, "zero_grad", lambda: None)
         passed = states.trace(model, batch)

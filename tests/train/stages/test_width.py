@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from ppcl_rt import Catalog, Interval, Shape, Student, Width, Widths
+from ppcl_train.closed_form.least_squares import LeastSquares
+from ppcl_train.closed_form.low_rank import factor
+from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.config.settings import PRESETS, with_changes
 from ppcl_train.data import states
-from ppcl_train.selectors.eq5 import LeastSquares
 from ppcl_train.stages import teacher
 from ppcl_train.stages.recover import Plans, random_plan
 from ppcl_train.stages.width import (
-    Watcher,
+    BlockStatistics,
     compress_block,
-    eliminate,
-    factor,
     fit_text_runs,
     legal_counts,
     time_embeddings,
@@ -132,13 +132,13 @@ def rough():
 def test_a_block_in_closed_form(rough):
     """What the closed forms of a block are made from: its own inputs, words alone of the text, and its MLPs' share."""
     block, full = rough.transformer_blocks[1], rough.catalog.shape.width
-    watcher = Watcher(block, rough.layout, rough.catalog.shape.dim)
+    statistics = BlockStatistics(block, rough.layout, rough.catalog.shape.dim)
     batches = [states.inputs(RUN, 64, n) for n in range(3)]
     for batch in batches:
         passed = states.trace(rough, batch)
-        watcher.see(passed.states[1], batch, passed.context)
-    assert watcher.fits["mlp_text"].gram[-1, -1] == sum(int(batch.mask.sum()) for batch in batches)
-    made = compress_block(RUN, watcher, full, time_embeddings(RUN, rough))
+        statistics.add(passed.states[1], batch, passed.context)
+    assert statistics.fits["mlp_text"].gram[-1, -1] == sum(int(batch.mask.sum()) for batch in batches)
+    made = compress_block(RUN, statistics, full, time_embeddings(RUN, rough))
     counts = legal_counts(RUN, full)
     assert counts == {"heads": [2, 1], "image": [128, 96, 64, 48, 32, 16, 0], "text": [128, 96, 64, 48, 32, 16, 0],
                       "modulation": [32, 6, 3]}  # fmt: skip
