@@ -3,7 +3,8 @@
     python bench/subsets.py examples/scenes [--most 64] [--prompts 100] [--json out.json]
 
 All sets of disjoint students where there are no more than ``--most`` of them, else as many drawn at random, seed 0,
-the empty and the largest among them. `ppcl_train.losses.velocity_error` defines the error; scores are those of ``ppcl eval``.
+the empty and the largest among them. Errors are those of `ppcl_train.losses.velocity_error`, scores those of
+``ppcl eval``.
 """
 
 from __future__ import annotations

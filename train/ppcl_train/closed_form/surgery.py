@@ -57,7 +57,7 @@ def eliminate(
 
 
 class _LayerSurgery:
-    """One layer of `eliminate`: its weights ``[out, units * e]`` so far, e inputs a unit, and the inverse covariance."""
+    """One layer of `eliminate`: its weights ``[out, units * e]``, e inputs a unit, and the inverse covariance."""
 
     def __init__(self, layer: Any, gram: torch.Tensor, units: int, ridge: float) -> None:
         self.units = units
