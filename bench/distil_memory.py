@@ -19,10 +19,11 @@ from torch import nn
 
 from ppcl_rt import Interval, Streams
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_train.config.settings import StudentsConfig
-from ppcl_train.data import states
+from ppcl_train.config.stages import StudentsConfig
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.distributed import World
 from ppcl_train.engine.live_bytes import LiveBytes
+from ppcl_train.engine.optimisers import autocast
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students
 
@@ -75,7 +76,7 @@ def main(
         "img_shapes": [(1, side, side)] * batch,
         "return_dict": False,
     }
-    given = states.Inputs(x, t, call).to(place)
+    given = calibration.Inputs(x, t, call).to(place)
     world = World(device=place)
 
     def learner(interval: Interval) -> students.Learner:
@@ -89,16 +90,16 @@ def main(
         def learn(interval: Interval, before: Streams, after: Streams, context: dict) -> None:
             eleven[interval].learn(before, after, context, given.mask)
 
-        with students.student_autocast(config, world):
-            states.walk_intervals(model, given, intervals, learn)
+        with autocast(config.precision, world.device.type, keeps_casts=False):
+            streams.walk_intervals(model, given, intervals, learn)
 
     def forward() -> None:
-        with students.student_autocast(config, world):
-            states.walk(model, given, lambda *_: None)
+        with autocast(config.precision, world.device.type, keeps_casts=False):
+            streams.walk(model, given, lambda *_: None)
 
-    with students.student_autocast(config, world):
-        passed = states.trace(model, given)
-    first = functools.partial(eleven[Interval(0, 1)].learn, passed.states[0], passed.states[2], passed.context)
+    with autocast(config.precision, world.device.type, keeps_casts=False):
+        passed = streams.trace(model, given)
+    first = functools.partial(eleven[Interval(0, 1)].learn, passed.streams[0], passed.streams[2], passed.context)
     alone = peak_bytes(lambda: first(given.mask), place)
     teacher = peak_bytes(forward, place)
     all_intervals = list(eleven)

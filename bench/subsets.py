@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 import ppcl_rt
 from ppcl_rt import Catalog, Interval, Plan, Step
 from ppcl_rt.cli.task import task_of
-from ppcl_train.config.settings import PRESETS
+from ppcl_train.config.presets import PRESETS
 from ppcl_train.losses.velocity_error import VelocityError
 
 

@@ -11,7 +11,8 @@ import typer
 
 from ppcl_train.compare.harness import PLOT, RESULTS, compare, show
 from ppcl_train.compare.methods import METHODS, SEEDED
-from ppcl_train.config.settings import PRESETS, RunConfig, with_changes
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import caching, captioned
 from ppcl_train.data.shards import Limits, Manifest
 from ppcl_train.engine.distributed import join

@@ -13,10 +13,12 @@ from torch import nn
 from ppcl_rt import Interval
 from ppcl_train import cli, pipeline
 from ppcl_train.closed_form.cka import linear_cka
-from ppcl_train.config.settings import PRESETS, with_changes
-from ppcl_train.data import states
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
+from ppcl_train.data import calibration, streams
 from ppcl_train.data.teacher_file import load_teacher
-from ppcl_train.engine.files import Log, read_tensors, write_tensors
+from ppcl_train.engine.files import read_tensors, write_tensors
+from ppcl_train.engine.log import Log
 from ppcl_train.losses.matching import token_rows
 from ppcl_train.selectors import cost_table as table
 from ppcl_train.selectors import eq5 as probes
@@ -61,7 +63,7 @@ def idle(block):
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
-    model = teacher.initial(TINY.teacher, 0)
+    model = teacher.initial(TINY)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -120,11 +122,11 @@ def test_the_reference_selects_exactly_what_eq_5_finds_from_the_first_block(refe
 def test_alignment_is_cka_with_probes_composed_by_hand(reference, model):
     fitted = read_tensors(reference / "probes.safetensors")
     alignment = probes.align(EQ5, model, fitted)
-    given = list(states.batches(EQ5, EQ5.probes.cka_samples, states.PROBES))
+    given = list(calibration.batches(EQ5, EQ5.probes.cka_samples, calibration.PROBES))
     for stream in ("image", "text"):
         tokens = [
             torch.cat(
-                [getattr(token_rows(states.trace(model, batch).states[k], batch.mask), stream) for batch in given]
+                [getattr(token_rows(streams.trace(model, batch).streams[k], batch.mask), stream) for batch in given]
             )
             for k in range(5)
         ]
@@ -155,14 +157,14 @@ def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
 
 
 def test_probes_that_were_killed_while_tuning_end_the_same(reference, tmp_path, teacher_file, monkeypatch):
-    folder, inputs = begun(EQ5, tmp_path / "run", teacher_file), states.inputs
+    folder, inputs = begun(EQ5, tmp_path / "run", teacher_file), calibration.inputs
 
     def killed(run, size, seed):
         if seed >= probes._TUNING + 5:
             raise KeyboardInterrupt
         return inputs(run, size, seed)
 
-    monkeypatch.setattr(states, "inputs", killed)
+    monkeypatch.setattr(calibration, "inputs", killed)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_stages(EQ5, folder, last="select")
     assert not (folder / "probes.safetensors").exists()
@@ -189,8 +191,8 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
 
 
 def loss_of(model):
-    calibration = table.TracedBatches(model, states.batches(TINY, 24, 77))
-    return table.StudentLoss(model, calibration, bands=3), calibration
+    traced = table.TracedBatches(model, calibration.batches(TINY, 24, 77))
+    return table.StudentLoss(model, traced, bands=3), traced
 
 
 def test_a_perfect_student_costs_nothing(model):
@@ -204,7 +206,7 @@ def test_a_perfect_student_costs_nothing(model):
 
 
 def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
-    loss, calibration = loss_of(model)
+    loss, traced = loss_of(model)
     for interval in (Interval(0, 1), Interval(0, 2), Interval(2, 3)):
         student = selection.new_student(model.transformer_blocks, Selected(interval, "average"))
         whole = copy.deepcopy(model)
@@ -212,7 +214,7 @@ def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
         for n in range(interval.first + 1, interval.last + 1):
             idle(whole.transformer_blocks[n])
         error, scale = torch.zeros(3), torch.zeros(3)
-        for given in calibration.inputs:
+        for given in traced.inputs:
             with torch.no_grad():
                 clean, dense = (given.clean(each(**given.call)[0]) for each in (whole, model))
             for band in range(3):
@@ -306,10 +308,10 @@ def test_select_is_short_for_the_setting(tmp_path):
 
 
 def test_a_teacher_in_bfloat16_is_measured_with_students_in_float32(model):
-    loss, calibration = loss_of(model)
+    loss, traced = loss_of(model)
     rough = copy.deepcopy(model).to(torch.bfloat16)
     inputs = []
-    for given in calibration.inputs:
+    for given in traced.inputs:
         call = {
             name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in given.call.items()

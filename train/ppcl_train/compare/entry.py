@@ -13,7 +13,7 @@ from torch import nn
 from ppcl_rt import Shape
 from ppcl_train import pipeline
 from ppcl_train.config.settings import RunConfig, with_changes
-from ppcl_train.data import states
+from ppcl_train.data import calibration
 from ppcl_train.data.teacher_file import load_teacher
 
 
@@ -64,9 +64,9 @@ class Entry:
         model: Any = nn.Module.to(load_teacher(self.run, self.folder), self.device, torch.float32)
         return model
 
-    def inputs(self, seed: int) -> states.Inputs:
+    def inputs(self, seed: int) -> calibration.Inputs:
         """Make a batch to train on."""
-        batch = states.inputs(self.run, self.run.compare.batch, seed)
+        batch = calibration.inputs(self.run, self.run.compare.batch, seed)
         call = {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in batch.call.items()}
         return replace(batch, x=batch.x.to(self.device), t=batch.t.to(self.device), call=call)
 

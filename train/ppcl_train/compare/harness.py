@@ -18,13 +18,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ppcl_rt.files import replacing
 from ppcl_rt.planning.plan import Frozen, read_json
 from ppcl_train import pipeline
 from ppcl_train.compare.entry import Entry, UnreachableError
 from ppcl_train.compare.methods import METHODS, SEEDED
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.engine.files import Log, making, replacing, write_json
-from ppcl_train.scenes import scenes
+from ppcl_train.engine.files import write_json
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.provenance import making
+from ppcl_train.scenes import language
 from ppcl_train.scenes.sampling import judged
 
 RESULTS, PLOT = "results.json", "results.png"
@@ -150,13 +153,13 @@ def compare(
     return rows
 
 
-def _captions(run: RunConfig) -> list[scenes.Caption]:
+def _captions(run: RunConfig) -> list[language.Caption]:
     if run.task != "scenes":
         raise ValueError(f"comparing takes a task with a judge, which is scenes, not {run.task}")
-    count, kinds = run.compare.prompts, len(scenes.KINDS)
+    count, kinds = run.compare.prompts, len(language.KINDS)
     if count % kinds:
         raise ValueError(f"prompts are spread over {kinds} kinds: ask for a multiple, not {count}")
-    return scenes.held_out_captions(count // kinds, run.compare.judge_seed)
+    return language.held_out_captions(count // kinds, run.compare.judge_seed)
 
 
 def _file(folder: Path, key: Key) -> Path:
@@ -175,7 +178,7 @@ def _entry(run: RunConfig, folder: Path, key: Key, device: str, clean: dict[int,
     )
 
 
-def _make(entry: Entry, key: Key, captions: Sequence[scenes.Caption]) -> Result:
+def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Result:
     """Make the model of an entry, or resume making it, and judge the model."""
     started = time.monotonic()
     try:

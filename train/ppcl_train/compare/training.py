@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ppcl_train.compare.entry import Entry
-from ppcl_train.data import states
-from ppcl_train.engine.files import Log, making
+from ppcl_train.data import calibration
+from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.provenance import making
 from ppcl_train.losses.velocity_error import Target
 
 
@@ -57,7 +58,7 @@ def calibration_loss(entry: Entry, model: Any, teacher: Any) -> float:
     """Average `prediction_loss` over calibration batches."""
     count = math.ceil(entry.run.measure.samples / entry.run.compare.batch)
     with torch.no_grad():
-        return sum(prediction_loss(entry, model, teacher, states.MEASURE + n).item() for n in range(count)) / count
+        return sum(prediction_loss(entry, model, teacher, calibration.MEASURE + n).item() for n in range(count)) / count
 
 
 def train_end_to_end(entry: Entry, model: Any, steps: int) -> Any:
@@ -66,7 +67,7 @@ def train_end_to_end(entry: Entry, model: Any, steps: int) -> Any:
     parameters = dict(model.requires_grad_(True).named_parameters())
 
     def step_loss(number: int) -> float:
-        loss = prediction_loss(entry, model, teacher, states.RECOVER + number)
+        loss = prediction_loss(entry, model, teacher, calibration.RECOVER + number)
         loss.backward()
         return loss.item()
 

@@ -16,8 +16,9 @@ from ppcl_train import pipeline
 from ppcl_train.compare.entry import Entry, UnreachableError
 from ppcl_train.compare.training import calibration_loss, prediction_loss, train, train_end_to_end
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
-from ppcl_train.engine.files import Log, read_content, read_tensors, write_json
+from ppcl_train.data import calibration, streams
+from ppcl_train.engine.files import read_content, read_tensors, write_json
+from ppcl_train.engine.log import Log
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.gates import learn_gates
@@ -100,7 +101,7 @@ def learnt_blocks(entry: Entry, model: Any, kept: int) -> list[int]:
     teacher = entry.teacher()
 
     def loss(number: int) -> torch.Tensor:
-        return prediction_loss(entry, model, teacher, states.STUDENTS + number)
+        return prediction_loss(entry, model, teacher, calibration.STUDENTS + number)
 
     def train_gates(
         parameters: Mapping[str, nn.Parameter],
@@ -211,21 +212,21 @@ def sequential(entry: Entry) -> Any:
     replaced = {n for interval in students for n in interval}
 
     def step_loss(number: int) -> float:
-        batch = entry.inputs(states.STUDENTS + number)
-        trace = states.trace(teacher, batch)
-        state, total = trace.states[0], 0.0
-        for n in range(len(trace.states) - 1):
+        batch = entry.inputs(calibration.STUDENTS + number)
+        trace = streams.trace(teacher, batch)
+        state, total = trace.streams[0], 0.0
+        for n in range(len(trace.streams) - 1):
             if n in starting:
                 interval = starting[n]
-                out = states.run_block(students[interval], state, trace.context)
-                loss = matching_loss(out, trace.states[interval.last + 1], batch.mask, magnitude=0.0)
+                out = streams.run_block(students[interval], state, trace.context)
+                loss = matching_loss(out, trace.streams[interval.last + 1], batch.mask, magnitude=0.0)
                 loss.backward()
                 total += loss.item() / len(students)
                 # No gradient flows into the students before: each answers for its own interval.
                 state = ppcl_rt.Streams(out.image.detach(), out.text.detach())
             elif n not in replaced:
                 with torch.no_grad():
-                    state = states.run_block(teacher.transformer_blocks[n], state, trace.context)
+                    state = streams.run_block(teacher.transformer_blocks[n], state, trace.context)
         return total
 
     parameters = {f"{i.key}.{name}": p for i, student in students.items() for name, p in student.named_parameters()}

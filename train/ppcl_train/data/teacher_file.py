@@ -15,9 +15,9 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Checkpoint, locate
-from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.engine.files import Log, read_note, read_tensors, write_tensors
+from ppcl_train.engine.files import read_note, read_tensors, write_tensors
+from ppcl_train.engine.log import Log
 
 TEACHER_FILE = "teacher.safetensors"
 
@@ -39,7 +39,7 @@ def check_teacher(run: RunConfig, file: Path) -> None:
 
 def _shapes(run: RunConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = PPCLQwenImageTransformer2DModel(**run.teacher.architecture)
+        model = run.family.build(run.teacher.architecture)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -73,7 +73,7 @@ def load_teacher(run: RunConfig, folder: Path) -> Any:
         _compare_with_note(source, folder)
         model = ppcl_rt.load(source, dtype=storage)
         return (model if storage == compute else model.to(compute)).requires_grad_(False)
-    model = PPCLQwenImageTransformer2DModel(**run.teacher.architecture)
+    model = run.family.build(run.teacher.architecture)
     tensors = read_tensors(folder / TEACHER_FILE)
     model.load_state_dict({name: tensor.to(storage).to(compute) for name, tensor in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)

@@ -20,8 +20,8 @@ import torch
 
 from ppcl_rt import Plan, Step
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
-from ppcl_train.data.states import Inputs
+from ppcl_train.data import calibration
+from ppcl_train.data.calibration import Inputs
 
 # Losses of choices are recorded as at least this, so that a change that measures as free is still told from the dense
 # plan, whose loss is exactly 0.
@@ -77,7 +77,7 @@ class VelocityError:
     def __init__(self, model: Any, run: RunConfig) -> None:
         self._model = model
         self.edges = band_edges(run.measure.bands)
-        batches = list(states.batches(run, run.measure.samples, states.MEASURE))
+        batches = list(calibration.batches(run, run.measure.samples, calibration.MEASURE))
         with model.at(plan=model.catalog.dense):
             self._targets = [Target.of(batch, model(**batch.call)[0]) for batch in batches]
         self._signal = float(torch.stack([target.signal_by_band(self.edges) for target in self._targets]).sum())

@@ -22,12 +22,13 @@ from ppcl_rt import Catalog, Interval, Plan, Planner, Streams, Student, Widths
 from ppcl_rt.planning.catalog import Start
 from ppcl_rt.planning.plan import Frozen, read_json
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
-from ppcl_train.data.states import Inputs
+from ppcl_train.data import calibration, streams
+from ppcl_train.data.calibration import Inputs
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import Log, read_content, write_json
-from ppcl_train.engine.loop import cosine
+from ppcl_train.engine.files import read_content, write_json
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.optimisers import adamw, cosine, schedule, take_step
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.losses.velocity_error import LEAST_LOSS, Target, band_edges
 from ppcl_train.selectors import selection
@@ -36,7 +37,7 @@ from ppcl_train.selectors.selection import Selected
 OUTPUT = "table.json"
 
 # Seeds of the batches that losses are measured on; the short distillations see others.
-_CALIBRATION = states.PROBES + 1_000_000
+_CALIBRATION = calibration.PROBES + 1_000_000
 
 
 class Candidate(Frozen):
@@ -85,7 +86,7 @@ class Table(Frozen):
 class TracedBatches:
     """Batches, with the teacher's streams between all blocks, held in memory.
 
-    `StateCache` offers the same `context` and `read` from a disk, for streams that do not fit into memory.
+    `StreamCache` offers the same `context` and `read` from a disk, for streams that do not fit into memory.
 
     Attributes:
         inputs: the batches.
@@ -93,7 +94,7 @@ class TracedBatches:
 
     def __init__(self, model: Any, inputs: Iterable[Inputs]) -> None:
         self.inputs: Sequence[Inputs] = list(inputs)
-        self._traces = [states.trace(model, batch) for batch in self.inputs]
+        self._traces = [streams.trace(model, batch) for batch in self.inputs]
 
     def context(self, number: int) -> dict[str, Any]:
         """Return the keyword arguments that every block was called with on a batch."""
@@ -101,17 +102,17 @@ class TracedBatches:
 
     def read(self, number: int, block: int) -> Streams:
         """Return the streams that enter a block on a batch; those after the last block lie under its number + 1."""
-        return self._traces[number].states[block]
+        return self._traces[number].streams[block]
 
     def run(self, student: nn.Module, interval: Interval, number: int) -> Streams:
         """Run a student on the teacher's streams of a batch, in float32 whatever the teacher computes in."""
         before = Streams(*map(torch.Tensor.float, self.read(number, interval.first)))
-        return states.run_block(student, before, states.in_float32(self.context(number)))
+        return streams.run_block(student, before, streams.in_float32(self.context(number)))
 
 
 @torch.no_grad()
-def run_from(model: Any, block: int, streams: Streams, batch: Inputs) -> torch.Tensor:
-    """Compute what the model puts out if ``streams`` enter ``block``; the blocks before it are not run.
+def run_from(model: Any, block: int, entering: Streams, batch: Inputs) -> torch.Tensor:
+    """Compute what the model puts out if ``entering`` enter ``block``; the blocks before it are not run.
 
     Args:
         block: where the streams enter; the depth for after the last block.
@@ -120,15 +121,15 @@ def run_from(model: Any, block: int, streams: Streams, batch: Inputs) -> torch.T
     plan = Plan.of(model.catalog.fingerprint, shape.depth, [(b, shape.width) for b in range(block, shape.depth)])
 
     def enter_block(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        image, text = streams.image.to(kwargs["hidden_states"]), streams.text.to(kwargs["encoder_hidden_states"])
+        image, text = entering.image.to(kwargs["hidden_states"]), entering.text.to(kwargs["encoder_hidden_states"])
         return args, {**kwargs, "hidden_states": image, "encoder_hidden_states": text}
 
-    def enter_head(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        return (streams.image.to(args[0]), *args[1:]), kwargs
+    def enter_after(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        return (entering.image.to(args[0]), *args[1:]), kwargs
 
     # `norm_out` follows the last block in every two-stream transformer of diffusers.
     module, enter = (
-        (model.transformer_blocks[block], enter_block) if block < shape.depth else (model.norm_out, enter_head)
+        (model.transformer_blocks[block], enter_block) if block < shape.depth else (model.norm_out, enter_after)
     )
     hook = module.register_forward_pre_hook(enter, with_kwargs=True)
     try:
@@ -168,33 +169,32 @@ class StudentLoss:
         for number in numbers:
             target = self._targets[number]
             with torch.no_grad():
-                streams = self._traced.run(student, interval, number)
-            output = run_from(self._model, interval.last + 1, streams, target.inputs)
+                out = self._traced.run(student, interval, number)
+            output = run_from(self._model, interval.last + 1, out, target.inputs)
             error += target.error_by_band(output, self.edges)
         parts: list[float] = (error / sum(self._signals[number].sum() for number in numbers)).tolist()
         return parts
 
 
 class _Trial:
-    """A student from one start and its optimiser: trained on the teacher's streams for some steps at a time."""
+    """A student from one start, with its optimiser: trained on the teacher's streams for some steps at a time."""
 
     def __init__(self, run: RunConfig, blocks: Sequence[nn.Module], selected: Selected) -> None:
         self.run, self.selected = run, selected
         self.student = selection.new_student(blocks, selected)
         # No weight decay: in so few steps it would change nothing.
-        self.optimiser = torch.optim.AdamW(self.student.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimiser, config = adamw(self.student.parameters(), lr=run.table.lr), run.table
+        self.schedule = schedule(self.optimiser, lambda step: cosine(step, config.steps, config.warmup))
 
     def train(self, traced: TracedBatches, steps: range) -> None:
-        """Take these steps.
+        """Take these steps, which follow those taken before.
 
         Raises:
             ValueError: the loss is not finite.
         """
-        config, interval = self.run.table, self.selected.interval
+        interval = self.selected.interval
         for step in steps:
             number = step % len(traced.inputs)
-            for group in self.optimiser.param_groups:
-                group["lr"] = config.lr * cosine(step, config.steps, config.warmup)
             out = traced.run(self.student, interval, number)
             target = Streams(*map(torch.Tensor.float, traced.read(number, interval.last + 1)))
             loss = matching_loss(out, target, traced.inputs[number].mask, self.run.magnitude)
@@ -204,8 +204,8 @@ class _Trial:
                     f"{step}: lower table.lr; the candidates before it are kept"
                 )
             loss.backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            take_step([self.optimiser])
+            self.schedule.step()
 
 
 def select(run: RunConfig, folder: Path) -> None:
@@ -222,9 +222,9 @@ def select(run: RunConfig, folder: Path) -> None:
     model = load_teacher(run, folder).to(join().device)
     intervals = candidate_intervals(model.catalog.shape.depth, config.lengths)
     trained_on = TracedBatches(
-        model, (states.inputs(run, config.batch, states.PROBES + n) for n in range(config.batches))
+        model, (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))
     )
-    measured_on = TracedBatches(model, states.batches(run, config.samples, _CALIBRATION))
+    measured_on = TracedBatches(model, calibration.batches(run, config.samples, _CALIBRATION))
     loss = StudentLoss(model, measured_on, config.bands)
     path = folder / OUTPUT
     table = read(folder) if path.exists() else Table(edges=loss.edges, shares=loss.shares)

@@ -15,20 +15,22 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_rt import Interval, Streams
+from ppcl_rt.files import replacing
 from ppcl_train.closed_form.cka import linear_cka
 from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
+from ppcl_train.data import calibration, streams
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import Log, read_tensors, replacing, write_json, write_tensors
+from ppcl_train.engine.files import read_tensors, write_json, write_tensors
+from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.losses.matching import token_rows
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.cka_figure import Curves, draw_curves
 
 # Seeds of the batches that tune the probes and that judge them; least squares sees others.
-_TUNING, _HELD_OUT = states.PROBES + 1_000_000, states.PROBES + 2_000_000
+_TUNING, _HELD_OUT = calibration.PROBES + 1_000_000, calibration.PROBES + 2_000_000
 # The name of both streams' mean. That this mean decides is our reading: eq. 3 is written for one stream.
 _DECIDES = "mean"
 
@@ -112,7 +114,7 @@ def fit_probes(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     """
     shape = model.catalog.shape
     fits = {(b, stream): LeastSquares(shape.dim, shape.dim) for b in range(shape.depth) for stream in Streams._fields}
-    for rows in map(partial(trace_rows, model), states.batches(run, run.probes.samples, states.PROBES)):
+    for rows in map(partial(trace_rows, model), calibration.batches(run, run.probes.samples, calibration.PROBES)):
         for (block, stream), fit in fits.items():
             before, after = getattr(rows[block], stream), getattr(rows[block + 1], stream)
             fit.add(before, after - before)
@@ -123,9 +125,11 @@ def fit_probes(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     return probes
 
 
-def trace_rows(model: Any, batch: states.Inputs) -> list[Streams]:
+def trace_rows(model: Any, batch: calibration.Inputs) -> list[Streams]:
     """List the states ``h_0 .. h_L`` of a batch as rows ``[n, D]`` per stream, in float32 whatever the teacher uses."""
-    return [Streams(*(x.float() for x in token_rows(state, batch.mask))) for state in states.trace(model, batch).states]
+    return [
+        Streams(*(x.float() for x in token_rows(state, batch.mask))) for state in streams.trace(model, batch).streams
+    ]
 
 
 def apply_probe(probes: Mapping[str, torch.Tensor], block: int, stream: str, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +144,7 @@ def tune_probes(run: RunConfig, model: Any, probes: dict[str, torch.Tensor], log
         tensor.requires_grad_(True)
 
     def step_loss(number: int) -> float:
-        rows = trace_rows(model, states.inputs(run, config.batch, _TUNING + number))
+        rows = trace_rows(model, calibration.inputs(run, config.batch, _TUNING + number))
         total = 0.0
         for block, (before, after) in enumerate(pairwise(rows)):
             for stream, x, y in zip(Streams._fields, before, after, strict=True):
@@ -163,7 +167,7 @@ def probe_error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) 
     Returns:
         The mean over all probes.
     """
-    rows = trace_rows(model, states.inputs(run, run.batch, _HELD_OUT))
+    rows = trace_rows(model, calibration.inputs(run, run.batch, _HELD_OUT))
     relative = [
         float((apply_probe(probes, block, stream, x) - y).square().sum() / (y - x).square().sum().clamp(min=1e-30))
         for block, (before, after) in enumerate(pairwise(rows))
@@ -177,7 +181,7 @@ def align(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> dic
     """Compute ``cka(u, k)`` for all ``u <= k`` (eq. 3), of each stream by name and of their ``mean``."""
     config, depth = run.probes, model.catalog.shape.depth
     parts = []
-    for batch in states.batches(run, config.cka_samples, states.PROBES):
+    for batch in calibration.batches(run, config.cka_samples, calibration.PROBES):
         share = max(1, config.cka_tokens * len(batch.x) // config.cka_samples)
         parts.append([Streams(*(thin(x, share) for x in state)) for state in trace_rows(model, batch)])
     rows = [Streams(*map(torch.cat, zip(*states_of_k, strict=True))) for states_of_k in zip(*parts, strict=True)]

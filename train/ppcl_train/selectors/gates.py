@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.optimisers import adamw
 from ppcl_train.selectors.uniform import uniform_intervals
 
 # Blocks of a group, about: a group keeps N of its M blocks, as in TinyFusion's 2:4.
@@ -145,7 +146,7 @@ def learn_gates(run: RunConfig, model: Any, kept: int, loss: Callable[[int], tor
         return value.item()
 
     optimisers = [
-        torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0)
+        adamw(parameters, lr=lr)
         for parameters, lr in ((gates.parameters(), config.gate_lr), (adapters.values(), run.students.lr))
     ]
     train({**dict(gates.named_parameters()), **adapters}, step_loss, optimisers)

@@ -14,7 +14,6 @@ from ppcl_rt import Catalog, Interval, Option, Student, TextRun, Widths
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
-from ppcl_train.families import base as family
 from ppcl_train.selectors import selection
 
 # The loss of a choice that nothing has been measured for yet.
@@ -57,7 +56,7 @@ def write_draft(
         text_runs=tuple(TextRun(interval=i, loss=_UNMEASURED) for i in _intervals(tensors, "text_runs")),
         compensated=bool(counts),
         # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
-        task={"name": run.task, "sampler": run.sampler.model_dump()} if family.of(run.task).judged else None,
+        task={"name": run.task, "sampler": run.sampler.model_dump()} if run.family.judged else None,
     )
     all_tensors = {**teacher.full_state(), **tensors}
     floats = getattr(torch, dtype or run.teacher.dtype)

@@ -9,7 +9,8 @@ from typing import Any
 from ppcl_rt import Catalog, Interval, Option, Plan, Step, Width, Widths
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import load_teacher
-from ppcl_train.engine.files import Log, read_tensors, write_json
+from ppcl_train.engine.files import read_tensors, write_json
+from ppcl_train.engine.log import Log
 from ppcl_train.losses.velocity_error import LEAST_LOSS, VelocityError
 from ppcl_train.stages.draft import open_draft, write_draft
 from ppcl_train.stages.width import legal_counts

@@ -8,7 +8,8 @@ import ppcl_rt
 from ppcl_rt import Catalog, Interval, Planner
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.engine.files import Log, read_content, write_json
+from ppcl_train.engine.files import read_content, write_json
+from ppcl_train.engine.log import Log
 from ppcl_train.stages import measure
 
 # Written last, into the checkpoint: what made it.

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from ppcl_rt import Catalog, Interval, Plan, Planner, Step, Width, Widths
-from ppcl_train.config.settings import RecoverConfig, RunConfig
-from ppcl_train.data import states
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.config.stages import RecoverConfig
+from ppcl_train.data import calibration
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import Log, read_content, read_tensors, write_json, write_tensors
+from ppcl_train.engine.files import read_content, read_tensors, write_json, write_tensors
+from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages.draft import open_draft, write_draft
@@ -60,10 +62,10 @@ def recover(run: RunConfig, folder: Path) -> None:
     model.requires_grad_(False)
     if config.steps:
         parameters = {name: p for name, p in model.named_parameters() if _only_narrower_plans_run(name)}
-        _train(run, config, log, model, teacher, plans, parameters, states.RECOVER, dense=False)
+        _train(run, config, log, model, teacher, plans, parameters, calibration.RECOVER, dense=False)
     if config.kept_steps:
         kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": config.kept_steps})
-        first_seed = states.RECOVER + config.steps * config.accumulate
+        first_seed = calibration.RECOVER + config.steps * config.accumulate
         parameters = dict(model.named_parameters())
         _train(run, kept_config, kept_log, model, teacher, plans, parameters, first_seed, dense=True)
     if world.is_main:
@@ -105,7 +107,7 @@ def _train(
 
     def step_loss(number: int) -> float:
         seed = first_seed + number
-        batch = states.inputs(run, config.batch, seed).part(world.share(config.batch))
+        batch = calibration.inputs(run, config.batch, seed).part(world.share(config.batch))
         with torch.no_grad(), teacher.at(plan=model.catalog.dense):
             target = Target.of(batch, teacher(**batch.call)[0])
         with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed), dense)):

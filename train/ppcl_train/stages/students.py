@@ -13,12 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_rt import Interval, Streams
-from ppcl_train.config.settings import RunConfig, StudentsConfig
-from ppcl_train.data import states
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.config.stages import StudentsConfig
+from ppcl_train.data import calibration, streams
+from ppcl_train.data.stream_cache import StreamCache
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import ALONE, World, join, owners
-from ppcl_train.engine.files import Log, write_tensors
-from ppcl_train.engine.loop import adam, adamw, train_loop
+from ppcl_train.engine.files import write_tensors
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.optimisers import adamw, adamw_class, autocast, take_step
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.selection import Selected
@@ -32,7 +36,7 @@ class Learner:
     Args:
         student: in float32.
         magnitude: see `matching_loss`.
-        kind: class of the optimiser (`loop.adam`).
+        kind: class of the optimiser (`optimisers.adamw_class`).
         world: the processes that share each batch.
     """
 
@@ -45,7 +49,7 @@ class Learner:
         kind: Any = torch.optim.AdamW,
     ) -> None:
         self.student, self._config, self._magnitude, self._world = student, config, magnitude, world
-        self.optimiser = adamw(kind, config, student.parameters())
+        self.optimiser = adamw(student.parameters(), lr=config.lr, weight_decay=config.weight_decay, kind=kind)
 
     def learn(self, before: Streams, after: Streams, context: dict[str, Any], mask: torch.Tensor) -> float:
         """Backpropagate the loss of ``before -> after``; take the optimiser's step unless more batches make a step.
@@ -64,13 +68,14 @@ class Learner:
         config, world = self._config, self._world
         if config.precision == "no":
             # In float32 whatever the teacher computes in.
-            before, context = Streams(*states.in_float32(tuple(before))), states.in_float32(context)
-        with torch.enable_grad(), student_autocast(config, world):
+            before, context = Streams(*streams.in_float32(tuple(before))), streams.in_float32(context)
+        # Casts of weights are not kept: they would pile up with the students.
+        with torch.enable_grad(), autocast(config.precision, world.device.type, keeps_casts=False):
             # The whole block is one checkpoint: of one block this saves what the loss would hold next to it.
             out = (
-                checkpoint(states.run_block, self.student, before, context, use_reentrant=False)
+                checkpoint(streams.run_block, self.student, before, context, use_reentrant=False)
                 if config.checkpointing
-                else states.run_block(self.student, before, context)
+                else streams.run_block(self.student, before, context)
             )
             loss = matching_loss(out, after, mask, self._magnitude, world)
         with torch.autocast(world.device.type, enabled=False):
@@ -81,8 +86,7 @@ class Learner:
             self.average()
             if config.clip:
                 nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            take_step([self.optimiser])
         return mean
 
     def average(self) -> None:
@@ -130,12 +134,15 @@ class TeacherStreams:
     def __init__(self, run: RunConfig, folder: Path, teacher: Any, division: Division) -> None:
         self._run, self._config, self._teacher, self._division = run, run.students, teacher, division
         peers = division.peers
-        self._cache = states.StateCache(folder / "states" / f"{peers.rank}-{peers.size}")
+        self._cache = StreamCache(folder / "states" / f"{peers.rank}-{peers.size}")
         self._cached = self._fill_cache() if self._config.cache_bytes else 0
 
-    def _batch(self, number: int) -> states.Inputs:
+    def _batch(self, number: int) -> calibration.Inputs:
         """Make this process's share of a batch."""
-        peers, batch = self._division.peers, states.inputs(self._run, self._config.batch, states.STUDENTS + number)
+        peers, batch = (
+            self._division.peers,
+            calibration.inputs(self._run, self._config.batch, calibration.STUDENTS + number),
+        )
         return batch.part(peers.share(self._config.batch)).to(self._division.world.device)
 
     def _fill_cache(self) -> int:
@@ -145,7 +152,7 @@ class TeacherStreams:
             ValueError: not one fits.
         """
         config, (world, peers, _) = self._config, self._division
-        with student_autocast(config, world):
+        with autocast(config.precision, world.device.type, keeps_casts=False):
             batches = map(self._batch, range(config.steps * config.accumulate))
             budget = config.cache_bytes // peers.size
             count = self._cache.fill(self._teacher, batches, budget, world, self._division.writes_cache)
@@ -164,8 +171,8 @@ class TeacherStreams:
         if self._cached:
             self._cache.walk_intervals(number, learners, visit, self._division.world.device)
         else:
-            with student_autocast(self._config, self._division.world):
-                states.walk_intervals(self._teacher, batch, learners, visit)
+            with autocast(self._config.precision, self._division.world.device.type, keeps_casts=False):
+                streams.walk_intervals(self._teacher, batch, learners, visit)
         return losses
 
     def delete_cache(self) -> None:
@@ -190,7 +197,7 @@ def distil(run: RunConfig, folder: Path) -> None:
     config, world = run.students, join()
     log, selected, teacher = Log(folder, "students"), selection.read(folder), load_teacher(run, folder)
     division = Division.of(config, world, selected)
-    kind = adam(config, log)
+    kind = adamw_class(config, log)
     learners = {}
     for each in division.own:
         student = selection.new_student(teacher.transformer_blocks, each).to(world.device)
@@ -201,10 +208,10 @@ def distil(run: RunConfig, folder: Path) -> None:
     if config.shard_teacher:
         world.shard(teacher)
     teacher.to(world.device)
-    streams = TeacherStreams(run, folder, teacher, division)
+    teacher_streams = TeacherStreams(run, folder, teacher, division)
 
     def step_loss(number: int) -> dict[str, float]:
-        losses = streams.learn(number, learners)
+        losses = teacher_streams.learn(number, learners)
         return {f"students.{interval.key}": losses[interval] for interval in learners}
 
     def average() -> None:
@@ -232,10 +239,4 @@ def distil(run: RunConfig, folder: Path) -> None:
     # Every process has read its last batch before the cache is deleted.
     world.wait()
     if world.is_main:
-        streams.delete_cache()
-
-
-def student_autocast(config: StudentsConfig, world: World) -> torch.autocast:
-    """Autocast as ``precision`` asks; casts of weights are not kept, since they would pile up with the students."""
-    enabled = config.precision == "bf16"
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        teacher_streams.delete_cache()

@@ -6,40 +6,40 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_train.config.settings import LoopConfig, RunConfig, TeacherConfig
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.config.stages import LoopConfig
 from ppcl_train.data.teacher_file import TEACHER_FILE, note_pretrained
-from ppcl_train.engine.files import Log, write_tensors
-from ppcl_train.engine.loop import cosine, train_loop
-from ppcl_train.scenes import scenes
+from ppcl_train.engine.files import write_tensors
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.optimisers import adamw, cosine
+from ppcl_train.scenes import encoding, judging, language
 from ppcl_train.scenes.sampling import Sampler, arguments, judged
 
 OUTPUT = TEACHER_FILE
 
 
-def initial(config: TeacherConfig, seed: int) -> PPCLQwenImageTransformer2DModel:
+def initial(run: RunConfig) -> Any:
     """Build the network as it is before the first step: modulations and output zero (adaLN-zero)."""
-    torch.manual_seed(seed)
-    model = PPCLQwenImageTransformer2DModel(**config.architecture)
-    zeroed = [modulation[1] for block in model.transformer_blocks for modulation in (block.img_mod, block.txt_mod)]
-    for layer in (*zeroed, model.norm_out.linear, model.proj_out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    torch.manual_seed(run.seed)
+    model = run.family.build(run.teacher.architecture)
+    run.family.initialise(model)
     return model
 
 
-def optimisers(model: nn.Module, config: TeacherConfig) -> list[torch.optim.Optimizer]:
+def optimisers(run: RunConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Build Muon for the matrices inside blocks other than modulations, and AdamW for all other parameters."""
-    named = dict(model.named_parameters())
-    matrices = [n for n, p in named.items() if n.startswith("transformer_blocks.") and p.ndim == 2 and "_mod." not in n]
-    others = [p for name, p in named.items() if name not in matrices]
+    config, parameters = run.teacher, dict(model.named_parameters())
+    matrices = run.family.hidden_matrices(model)
+    others = [parameter for name, parameter in parameters.items() if name not in matrices]
     return [
-        torch.optim.Muon([named[name] for name in sorted(matrices)], lr=config.muon_lr, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon([parameters[name] for name in matrices], lr=config.muon_lr, weight_decay=0.0),
+        adamw(others, lr=config.adamw_lr),
     ]
 
 
@@ -48,7 +48,7 @@ def train(run: RunConfig, folder: Path) -> None:
     if run.teacher.pretrained is not None:
         return note_pretrained(run.teacher.pretrained, folder)
     config, log = run.teacher, Log(folder, "teacher")
-    model = initial(config, run.seed)
+    model = initial(run)
     if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         log(compile="no C++ compiler here: training goes on uncompiled, slower")
     elif config.compile:
@@ -57,7 +57,9 @@ def train(run: RunConfig, folder: Path) -> None:
 
     def step_loss(number: int) -> float:
         phase = config.phase(number)
-        batch = scenes.training_batch(config.batch, (run.seed, number), config.drop_caption, phase.shares, phase.apart)
+        batch = encoding.training_batch(
+            config.batch, (run.seed, number), config.drop_caption, phase.shares, phase.apart
+        )
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + number)
         t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(config.batch, generator=generator))
         noise = torch.randn(batch.latents.shape, generator=generator)
@@ -77,7 +79,7 @@ def train(run: RunConfig, folder: Path) -> None:
         log,
         dict(model.named_parameters()),
         step_loss,
-        optimisers=optimisers(model, config),
+        optimisers=optimisers(run, model),
         rate=lambda step: cosine(step, config.phase(step).horizon, config.warmup),
         after_step=after_step,
     )
@@ -86,8 +88,8 @@ def train(run: RunConfig, folder: Path) -> None:
 
 def judge(run: RunConfig, weights: Mapping[str, torch.Tensor], log: Log, step: int) -> None:
     """Log the judge's score of some weights on a few held-out prompts, without guidance."""
-    model = PPCLQwenImageTransformer2DModel(**run.teacher.architecture)
+    model = run.family.build(run.teacher.architecture)
     model.load_state_dict(weights)
-    captions = scenes.held_out_captions(run.teacher.judge_per_kind, seed=7)
-    score = scenes.Score.of(judged(model.eval(), Sampler(), captions, seed=7))
+    captions = language.held_out_captions(run.teacher.judge_per_kind, seed=7)
+    score = judging.Score.of(judged(model.eval(), Sampler(), captions, seed=7))
     log(judged=step, strict=score.strict, soft=score.soft)

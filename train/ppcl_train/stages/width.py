@@ -27,8 +27,9 @@ from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.closed_form.low_rank import factor
 from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
-from ppcl_train.engine.files import Log, read_tensors, write_tensors
+from ppcl_train.data import calibration, streams
+from ppcl_train.engine.files import read_tensors, write_tensors
+from ppcl_train.engine.log import Log
 from ppcl_train.stages.draft import open_draft, write_draft
 
 OUTPUT = "width.safetensors"
@@ -66,7 +67,7 @@ class BlockStatistics:
         self.maps = {name: LeastSquares(dim, dim) for name, (_, group) in layout.outputs.items() if group in MLPS}
 
     @torch.no_grad()
-    def add(self, state: Streams, batch: states.Inputs, context: dict[str, Any]) -> None:
+    def add(self, state: Streams, batch: calibration.Inputs, context: dict[str, Any]) -> None:
         """Add what the block computes from the teacher's streams; of the text, words alone."""
         mask, weight = batch.mask, batch.weight
 
@@ -81,14 +82,14 @@ class BlockStatistics:
             return lambda _, args: self.fits[name].add(rows(args[0], text), weight=weights(args[0], text))
 
         hooks = [layer.register_forward_pre_hook(add_inputs(name)) for name, layer in self.layers.items()]
-        after = states.run_block(self.block, state, context)
+        after = streams.run_block(self.block, state, context)
         for hook in hooks:
             hook.remove()
         # A block whose MLPs put out zero returns what its MLPs read.
         hooks = [
             self.layers[name].register_forward_hook(lambda _, __, out: torch.zeros_like(out)) for name in self.maps
         ]
-        before = states.run_block(self.block, state, context)
+        before = streams.run_block(self.block, state, context)
         for hook in hooks:
             hook.remove()
         for name, fit in self.maps.items():
@@ -133,10 +134,10 @@ def _portions(items: list[Any], size: int) -> Iterator[list[Any]]:
 def _observe(run: RunConfig, model: Any, portion: list[tuple[str, Any, int]]) -> dict[str, BlockStatistics]:
     """Collect the statistics of some blocks in one pass of the teacher over all calibration inputs."""
     statistics = {prefix: BlockStatistics(block, model.layout, model.catalog.shape.dim) for prefix, block, _ in portion}
-    for batch in states.batches(run, run.width.samples, states.WIDTH):
-        trace = states.trace(model, batch)
+    for batch in calibration.batches(run, run.width.samples, calibration.WIDTH):
+        trace = streams.trace(model, batch)
         for prefix, _, first in portion:
-            statistics[prefix].add(trace.states[first], batch, trace.context)
+            statistics[prefix].add(trace.streams[first], batch, trace.context)
     return statistics
 
 
@@ -150,14 +151,14 @@ def fit_text_runs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     # From what the first block reads to what the later blocks read; from the text after the first to that after others.
     reads = [LeastSquares(dim, ahead * dim) for ahead in reach]
     moves = [LeastSquares(dim, ahead * dim) for ahead in reach]
-    for batch in states.batches(run, run.width.samples, states.WIDTH):
-        trace = states.trace(model, batch)
+    for batch in calibration.batches(run, run.width.samples, calibration.WIDTH):
+        trace = streams.trace(model, batch)
         words = batch.mask
         weight = batch.weight[:, None].expand(words.shape)[words]
-        texts = [state.text[words] for state in trace.states]
+        texts = [state.text[words] for state in trace.streams]
         read = [
             block.text_input(state.text, trace.context["temb"], full)[words]
-            for block, state in zip(blocks, trace.states, strict=False)
+            for block, state in zip(blocks, trace.streams, strict=False)
         ]
         for first, ahead in enumerate(reach):
             later = range(first + 1, first + 1 + ahead)
@@ -190,9 +191,9 @@ def time_embeddings(run: RunConfig, model: Any) -> torch.Tensor:
     """
     embeddings = []
     for t in torch.linspace(0, 1, _TIMESTEPS).split(run.batch):
-        batch = states.inputs(run, len(t), states.WIDTH)
+        batch = calibration.inputs(run, len(t), calibration.WIDTH)
         call = {**batch.call, "timestep": t[: len(batch.x)].to(batch.x)}
-        trace = states.trace(model, states.Inputs(batch.x, t, call))
+        trace = streams.trace(model, calibration.Inputs(batch.x, t, call))
         embeddings.append(nn.functional.silu(trace.context["temb"]))
     return torch.cat(embeddings)
 
