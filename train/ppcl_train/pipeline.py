@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from safetensors import SafetensorError
 
 from ppcl_rt.files import one_line, replacing
-from ppcl_rt.planning.plan import read_json
+from ppcl_rt.planning.frozen import read_json
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import check_teacher, extract_teacher
 from ppcl_train.engine.distributed import join

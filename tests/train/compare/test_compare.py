@@ -110,7 +110,7 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
     assert share > 0.6 - 1 / 4 or name in ("eq5", "sequential")
     # What is counted is what is there: whole blocks that were left out are gone.
     if name not in ("magnitude", "random"):
-        assert model.catalog.shape.params(model.plan) == sum(p.numel() for p in model.parameters())
+        assert model.catalog.architecture.params(model.plan) == sum(p.numel() for p in model.parameters())
     assert torch.isfinite(model(**inputs(TINY, 3, 5).call)[0]).all()
 
 
@@ -227,7 +227,7 @@ def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
     monkeypatch.setattr(width_alone, "train_end_to_end", lambda entry, model, steps: model)
     entry = entry_of("magnitude-order")
     stock, cut = entry.teacher().transformer_blocks[0], METHODS["magnitude"](entry)
-    width = cut.plan.steps[0].width
+    width = cut.plan.blocks[0].width
 
     def size(block):
         return block.img_mlp.net[0].proj.weight.square().sum(1) + block.img_mlp.net[2].weight.square().sum(0)
@@ -235,7 +235,7 @@ def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
     sizes = size(stock) + stock.img_mlp.net[0].proj.bias.square()
     mine = cut.transformer_blocks[0]
     kept = size(mine) + mine.img_mlp.net[0].proj.bias.square()
-    assert torch.allclose(kept[: width.image], sizes.sort(descending=True).values[: width.image])
+    assert torch.allclose(kept[: width["image"]], sizes.sort(descending=True).values[: width["image"]])
     # The order alone changes nothing: at full width it is the teacher.
     cut.set_plan(cut.catalog.dense)
     call = calibration.inputs(TINY, 3, 5).call
@@ -243,14 +243,15 @@ def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
 
 
 def test_widths_fill_the_ratio_and_no_more():
-    shape = random_teacher().catalog.shape
+    architecture = random_teacher().catalog.architecture
+    spec = architecture.spec(0)
     for ratio in (0.95, 0.8, 0.6):
-        width = width_alone.width_within(shape, ratio)
-        params = shape.outer_params + shape.depth * shape.block_params(width)
-        more = shape.depth * shape.block_params(width._replace(image=width.image + 1, text=width.text + 1))
-        assert params <= ratio * shape.dense_params < shape.outer_params + more
+        width = width_alone.width_within(architecture, ratio)
+        params = architecture.outer_params + architecture.depth * spec.params(width)
+        more = architecture.depth * spec.params(width.replace(image=width["image"] + 1, text=width["text"] + 1))
+        assert params <= ratio * architecture.dense_params < architecture.outer_params + more
     with pytest.raises(UnreachableError):
-        width_alone.width_within(shape, 0.2)
+        width_alone.width_within(architecture, 0.2)
 
 
 def test_equal_intervals_cover_all_blocks():

@@ -285,7 +285,7 @@ def test_a_candidate_that_diverges_is_named(tmp_path, teacher_file):
         table.select(config, begun(config, tmp_path / "run", teacher_file))
 
 
-def test_settings_of_the_selection_are_checked():
+def test_settings_of_the_selection_are_checked(model):
     for changes in (
         {"table.lengths": []},
         {"table.lengths": [1, 2]},
@@ -296,7 +296,7 @@ def test_settings_of_the_selection_are_checked():
         with pytest.raises(ValueError):
             with_changes(TINY, changes)
     with pytest.raises(ValueError, match=r"fits into 4 blocks"):
-        table.candidate_intervals(4, [5, 6])
+        table.candidate_intervals(model.catalog.architecture, [5, 6])
     # Eq. 6 of the reference sees direction alone, whatever the preset adds to it.
     assert TINY.magnitude == TINY.students.magnitude == 1 and EQ5.magnitude == 0
 
@@ -318,7 +318,7 @@ def test_a_teacher_in_bfloat16_is_measured_with_students_in_float32(model):
         }
         inputs.append(dataclasses.replace(given, call=call))
     seen = table.TracedBatches(rough, inputs)
-    attempt = table._Trial(TINY, rough.transformer_blocks, Selected(Interval(0, 1), "first"))
+    attempt = table._Trial(TINY, rough.blocks(), Selected(Interval(0, 1), "first"))
     attempt.train(seen, range(2))
     assert all(parameter.dtype == torch.float32 for parameter in attempt.student.parameters())
     student = selection.new_student(model.transformer_blocks, Selected(Interval(0, 1), "first"))

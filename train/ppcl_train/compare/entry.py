@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl_rt import Shape
+from ppcl_rt import Architecture
 from ppcl_train import pipeline
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import calibration
@@ -70,14 +70,15 @@ class Entry:
         call = {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in batch.call.items()}
         return replace(batch, x=batch.x.to(self.device), t=batch.t.to(self.device), call=call)
 
-    def whole_blocks(self, shape: Shape) -> int:
-        """Count the whole blocks that the ratio leaves room for.
+    def whole_blocks(self, architecture: Architecture) -> int:
+        """Count the whole blocks that the ratio leaves room for, by the mean size of a block.
 
         Raises:
             UnreachableError: there is not room for one.
         """
-        budget = (self.ratio + self.run.compare.slack) * shape.dense_params - shape.outer_params
-        count = min(shape.depth, int(budget / shape.block_params(shape.width)))
+        budget = (self.ratio + self.run.compare.slack) * architecture.dense_params - architecture.outer_params
+        block = (architecture.dense_params - architecture.outer_params) / architecture.depth
+        count = min(architecture.depth, int(budget / block))
         if count < 1:
             raise UnreachableError(f"ratio {self.ratio:g} leaves no whole block")
         return count

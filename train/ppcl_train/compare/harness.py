@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppcl_rt.files import replacing
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train import pipeline
 from ppcl_train.compare.entry import Entry, UnreachableError
 from ppcl_train.compare.methods import METHODS, SEEDED
@@ -188,7 +188,7 @@ def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Resul
     scores = judged(model.eval(), entry.run.sampler, captions, entry.run.compare.judge_seed)
     return Result(
         key=key,
-        params=model.catalog.shape.params(model.plan),
+        params=model.catalog.architecture.params(model.plan),
         share=model.catalog.ratio(model.plan),
         seconds=round(time.monotonic() - started, 1),
         scores=tuple(scores.tolist()),

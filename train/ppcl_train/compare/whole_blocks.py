@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ppcl_rt
-from ppcl_rt import Interval, Plan
+from ppcl_rt import Catalog, Interval, Plan
 from ppcl_train import pipeline
 from ppcl_train.compare.entry import Entry, UnreachableError
 from ppcl_train.compare.training import calibration_loss, prediction_loss, train, train_end_to_end
@@ -37,8 +37,8 @@ def _end_steps(entry: Entry) -> int:
 
 def _plan(model: Any, kept: Collection[int]) -> Plan:
     """Make the plan that runs these blocks at full width."""
-    catalog = model.catalog
-    return Plan.of(catalog.fingerprint, catalog.shape.depth, [(block, catalog.shape.width) for block in sorted(kept)])
+    catalog: Catalog = model.catalog
+    return catalog.compose((block, catalog.spec(block).full) for block in sorted(kept))
 
 
 def _keep(model: Any, kept: Collection[int]) -> Any:
@@ -52,9 +52,10 @@ def _put_in(model: Any, students: Mapping[Interval, nn.Module]) -> Any:
     """Put each student where the first block of its interval was, and leave out the other blocks of the interval."""
     left_out: set[int] = set()
     for interval, student in students.items():
-        model.transformer_blocks[interval.first] = student
+        path, number = model.catalog.architecture.place(interval.first)
+        model.get_submodule(path)[number] = student
         left_out |= set(interval) - {interval.first}
-    return _keep(model, [n for n in range(model.catalog.shape.depth) if n not in left_out])
+    return _keep(model, [n for n in range(model.catalog.architecture.depth) if n not in left_out])
 
 
 # Blocks that are left out.
@@ -63,9 +64,9 @@ def _put_in(model: Any, students: Mapping[Interval, nn.Module]) -> Any:
 def drop(entry: Entry) -> Any:
     """Leave out blocks, one after the other, each time the block that is missed least; train nothing."""
     model = entry.teacher()
-    shape = model.catalog.shape
-    dropped = _removal_order(entry)[: shape.depth - entry.whole_blocks(shape)]
-    return _keep(model, [n for n in range(shape.depth) if n not in dropped])
+    architecture = model.catalog.architecture
+    dropped = _removal_order(entry)[: architecture.depth - entry.whole_blocks(architecture)]
+    return _keep(model, [n for n in range(architecture.depth) if n not in dropped])
 
 
 def _removal_order(entry: Entry) -> list[int]:
@@ -78,7 +79,7 @@ def _removal_order(entry: Entry) -> list[int]:
             with model.at(plan=_plan(model, kept)):
                 return calibration_loss(entry, model, teacher)
 
-        write_json(file, {"order": removal_order(model.catalog.shape.depth, loss)})
+        write_json(file, {"order": removal_order(model.catalog.architecture.depth, loss)})
     order: list[int] = read_content(file)["order"]
     return order
 
@@ -91,7 +92,7 @@ def drop_and_train(entry: Entry) -> Any:
 def gates(entry: Entry) -> Any:
     """Learn which blocks to keep (TinyFusion, arXiv 2412.01199), then train these end to end."""
     model = entry.teacher()
-    kept = learnt_blocks(entry, model, entry.whole_blocks(model.catalog.shape))
+    kept = learnt_blocks(entry, model, entry.whole_blocks(model.catalog.architecture))
     Log(entry.folder, "gates")(kept=" ".join(map(str, kept)))
     return train_end_to_end(entry, _keep(model, kept), _end_steps(entry))
 
@@ -130,7 +131,7 @@ def _with_students(model: Any, weights: StudentWeights) -> Any:
     """Put in students, by their weights."""
     students = {}
     for interval, tensors in weights.items():
-        students[interval] = selection.new_student(model.transformer_blocks, Selected(interval, "first"))
+        students[interval] = selection.new_student(model.blocks(), Selected(interval, "first"))
         students[interval].load_state_dict(tensors)
     return _put_in(model, students)
 
@@ -159,10 +160,10 @@ def _student_steps(entry: Entry) -> int:
 def uniform(entry: Entry) -> Any:
     """Give each of equal intervals a student, distilled as those of `eq5`; then train end to end."""
     model = entry.teacher()
-    shape = model.catalog.shape
+    architecture = model.catalog.architecture
     folder = entry.folder / "students"
     run = _begin_as_published(entry, folder, entry.run.compare.distil_steps)
-    intervals = [i for i in uniform_intervals(shape.depth, entry.whole_blocks(shape)) if len(i) > 1]
+    intervals = [i for i in uniform_intervals(architecture.depth, entry.whole_blocks(architecture)) if len(i) > 1]
     selection.write(folder, [Selected(interval, "first") for interval in intervals])
     return train_end_to_end(entry, _with_students(model, _distilled(folder, run)), _end_steps(entry))
 
@@ -183,7 +184,7 @@ def _eq5_students(entry: Entry) -> StudentWeights:
         interval: calibration_loss(entry, _with_students(entry.teacher(), {interval: tensors}), teacher)
         for interval, tensors in weights.items()
     }
-    depth, most = teacher.catalog.shape.depth, entry.whole_blocks(teacher.catalog.shape)
+    depth, most = teacher.catalog.architecture.depth, entry.whole_blocks(teacher.catalog.architecture)
     possible = [
         intervals
         for count in range(len(weights) + 1)
@@ -205,7 +206,7 @@ def sequential(entry: Entry) -> Any:
     """Distil students for the intervals of `eq5` on what the students before them put out; then train end to end."""
     model, teacher = entry.teacher(), entry.teacher()
     students = {
-        interval: selection.new_student(teacher.transformer_blocks, Selected(interval, "first"))
+        interval: selection.new_student(teacher.blocks(), Selected(interval, "first"))
         for interval in sorted(_eq5_students(entry))
     }
     starting = {interval.first: interval for interval in students}
@@ -226,7 +227,7 @@ def sequential(entry: Entry) -> Any:
                 state = ppcl_rt.Streams(out.image.detach(), out.text.detach())
             elif n not in replaced:
                 with torch.no_grad():
-                    state = streams.run_block(teacher.transformer_blocks[n], state, trace.context)
+                    state = streams.run_block(teacher.blocks()[n], state, trace.context)
         return total
 
     parameters = {f"{i.key}.{name}": p for i, student in students.items() for name, p in student.named_parameters()}

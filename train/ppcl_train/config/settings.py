@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_rt.files import one_line
-from ppcl_rt.planning.plan import Frozen
+from ppcl_rt.planning.frozen import Frozen
 from ppcl_train.config.stages import (
     CompareConfig,
     MeasureConfig,
@@ -87,7 +87,7 @@ class RunConfig(Frozen):
             return self
         try:
             with torch.device("meta"):
-                depth = self.family.build(self.teacher.architecture).catalog.shape.depth
+                depth = self.family.build(self.teacher.architecture).catalog.architecture.depth
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"teacher.architecture cannot be built: {one_line(error)}") from None
         if depth < 2:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ppcl_rt.planning.catalog import Start
-from ppcl_rt.planning.plan import Frozen
+from ppcl_rt.planning.frozen import Frozen
+from ppcl_rt.planning.legal import Start
 
 # A share of the units of a group.
 Share = Annotated[float, Field(gt=0, lt=1)]

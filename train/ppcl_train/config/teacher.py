@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from ppcl_rt.planning.plan import Frozen
+from ppcl_rt.planning.frozen import Frozen
 
 
 class Phase(Frozen):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from ppcl_rt.files import one_line, replacing
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train.data.shards import EMPTY, MANIFEST, Limits, Listed, Manifest, Skipped, read_manifest
 from ppcl_train.engine.files import read_note, write_json, write_tensors
 from ppcl_train.families.base import ImageShape, Unreadable

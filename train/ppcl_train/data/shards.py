@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.files import one_line
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train.engine.files import read_tensors
 from ppcl_train.families.base import ImageShape
 

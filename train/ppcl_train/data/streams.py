@@ -48,7 +48,7 @@ def walk(model: Any, given: Inputs, visit: Visit) -> None:
 
     hooks = [
         block.register_forward_hook(after_block(number), with_kwargs=True)
-        for number, block in enumerate(model.transformer_blocks)
+        for number, block in enumerate(model.blocks())
     ]
     try:
         model(**given.call)

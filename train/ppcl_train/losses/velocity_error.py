@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ppcl_rt import Plan, Step
+from ppcl_rt import Plan, PlannedBlock
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration
 from ppcl_train.data.calibration import Inputs
@@ -91,8 +91,8 @@ class VelocityError:
             ]
         return tuple((torch.stack(errors).sum(0) / self._signal).tolist())
 
-    def of_block(self, planned: Step) -> tuple[float, ...]:
+    def of_block(self, planned: PlannedBlock) -> tuple[float, ...]:
         """Measure the dense plan with one block, or one interval, changed; returns what `of` returns."""
         catalog = self._model.catalog
-        others = [(block, catalog.shape.width) for block in range(catalog.shape.depth) if block not in planned.blocks]
-        return self.of(Plan.of(catalog.fingerprint, catalog.shape.depth, others, [planned]))
+        others = [n for n in range(catalog.architecture.depth) if n not in planned.interval]
+        return self.of(catalog.compose([(n, catalog.spec(n).full) for n in others], [planned]))

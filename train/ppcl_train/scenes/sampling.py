@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from ppcl_rt.planning.plan import Frozen
+from ppcl_rt.planning.frozen import Frozen
 from ppcl_train.scenes.encoding import encode, to_images
 from ppcl_train.scenes.judging import judge
 from ppcl_train.scenes.language import CELL, CELLS, GRID, Caption

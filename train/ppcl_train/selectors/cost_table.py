@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl_rt import Catalog, Interval, Plan, Planner, Streams, Student, Widths
-from ppcl_rt.planning.catalog import Start
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt import Architecture, Catalog, Interval, LegalWidths, Planner, Streams, Student
+from ppcl_rt.planning.frozen import Frozen, read_json
+from ppcl_rt.planning.legal import Start
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.calibration import Inputs
@@ -117,8 +117,8 @@ def run_from(model: Any, block: int, entering: Streams, batch: Inputs) -> torch.
     Args:
         block: where the streams enter; the depth for after the last block.
     """
-    shape = model.catalog.shape
-    plan = Plan.of(model.catalog.fingerprint, shape.depth, [(b, shape.width) for b in range(block, shape.depth)])
+    catalog, depth = model.catalog, model.catalog.architecture.depth
+    plan = catalog.compose([(n, catalog.spec(n).full) for n in range(block, depth)])
 
     def enter_block(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         image, text = entering.image.to(kwargs["hidden_states"]), entering.text.to(kwargs["encoder_hidden_states"])
@@ -127,9 +127,8 @@ def run_from(model: Any, block: int, entering: Streams, batch: Inputs) -> torch.
     def enter_after(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> Any:
         return (entering.image.to(args[0]), *args[1:]), kwargs
 
-    # `norm_out` follows the last block in every two-stream transformer of diffusers.
     module, enter = (
-        (model.transformer_blocks[block], enter_block) if block < shape.depth else (model.norm_out, enter_after)
+        (model.blocks()[block], enter_block) if block < depth else (model.get_submodule(model.head), enter_after)
     )
     hook = module.register_forward_pre_hook(enter, with_kwargs=True)
     try:
@@ -152,7 +151,7 @@ class StudentLoss:
 
     def __init__(self, model: Any, traced: TracedBatches, bands: int) -> None:
         self._model, self._traced = model, traced
-        depth = model.catalog.shape.depth
+        depth = model.catalog.architecture.depth
         self.edges = band_edges(bands)
         self._targets = [
             Target.of(batch, run_from(model, depth, traced.read(number, depth), batch))
@@ -220,7 +219,7 @@ def select(run: RunConfig, folder: Path) -> None:
     """
     log, config = Log(folder, "select"), run.table
     model = load_teacher(run, folder).to(join().device)
-    intervals = candidate_intervals(model.catalog.shape.depth, config.lengths)
+    intervals = candidate_intervals(model.catalog.architecture, config.lengths)
     trained_on = TracedBatches(
         model, (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))
     )
@@ -258,13 +257,15 @@ def read(folder: Path) -> Table:
     )
 
 
-def candidate_intervals(depth: int, lengths: Iterable[int]) -> list[Interval]:
-    """List every interval of these lengths, shortest first.
+def candidate_intervals(architecture: Architecture, lengths: Iterable[int]) -> list[Interval]:
+    """List every interval of these lengths that lies in one list of blocks, shortest first.
 
     Raises:
         ValueError: there is none.
     """
-    found = [Interval(first, first + n - 1) for n in sorted(lengths) for first in range(depth - n + 1)]
+    depth = architecture.depth
+    possible = (Interval(first, first + n - 1) for n in sorted(lengths) for first in range(depth - n + 1))
+    found = [interval for interval in possible if architecture.one_kind(interval)]
     if not found:
         raise ValueError(f"no interval of table.lengths = {list(lengths)} fits into {depth} blocks: name shorter ones")
     return found
@@ -285,7 +286,7 @@ def measure_candidate(
         if start == "middle" and len(interval) == 2 and "first" in trials:
             # The middle of two blocks is the first.
             continue
-        trial = _Trial(run, model.transformer_blocks, Selected(interval, start))
+        trial = _Trial(run, model.blocks(), Selected(interval, start))
         trial.train(trained_on, range(config.trial_steps))
         trials[start] = sum(loss.by_band(interval, trial.student, batches=1))
         # Only the best so far is kept, so that at most two students and their optimisers are in memory.
@@ -307,15 +308,19 @@ def choices_by_ratio(
     Returns:
         From the largest ratio to the smallest, each choice that differs from the one before it.
     """
-    full = Widths.only(dense.shape.width)
     students = [
-        Student(interval=each.interval, start=each.start, loss=max(each.loss, LEAST_LOSS), widths=full)
+        Student(
+            interval=each.interval,
+            start=each.start,
+            loss=max(each.loss, LEAST_LOSS),
+            widths=LegalWidths.only(dense.spec(each.interval.first).full),
+        )
         for each in candidates
     ]
     catalog = dense.model_copy(update={"students": tuple(students)})
     choices: list[Choice] = []
     for plan in reversed(Planner(catalog).plans(ratio_step, least_ratio)):
-        intervals = tuple(planned.blocks for planned in plan.steps if planned.student)
+        intervals = tuple(planned.interval for planned in plan.blocks if planned.student)
         if plan != catalog.dense and (not choices or intervals != choices[-1].intervals):
             choices.append(Choice(ratio=catalog.ratio(plan), loss=catalog.loss(plan), intervals=intervals))
     return tuple(choices)

@@ -35,7 +35,7 @@ _TUNING, _HELD_OUT = calibration.PROBES + 1_000_000, calibration.PROBES + 2_000_
 _DECIDES = "mean"
 
 
-def find_intervals(cka: Curves, depth: int) -> list[Interval]:
+def find_intervals(cka: Curves, end: int, start: int = 0) -> list[Interval]:
     """Find the intervals of redundant blocks, both ends included, numbered from 0 (PPCL eq. 4 and 5).
 
     From a start ``u`` the interval ends before the first rise of ``D`` (`difference`):
@@ -44,12 +44,13 @@ def find_intervals(cka: Curves, depth: int) -> list[Interval]:
 
     Args:
         cka: ``(u, k)`` -> alignment of the teacher's state after block ``k`` with the probes ``u..k`` composed.
-        depth: number of blocks.
+        end: number of the block after the last; all blocks lie in one list.
+        start: number of the first block.
     """
-    found, u = [], 0
-    while u < depth - 1:
-        v = depth - 1
-        for k in range(u + 2, depth):
+    found, u = [], start
+    while u < end - 1:
+        v = end - 1
+        for k in range(u + 2, end):
             if difference(cka, u, k) > difference(cka, u, k - 1):
                 v = k - 1
                 break
@@ -75,17 +76,21 @@ def select(run: RunConfig, folder: Path) -> None:
     """
     log, config = Log(folder, "select"), run.probes
     model = load_teacher(run, folder).to(join().device)
-    start, tuned = folder / "probes.start.safetensors", folder / "probes.safetensors"
-    if not start.exists():
-        write_tensors(start, fit_probes(run, model), {"samples": config.samples})
+    fitted, tuned = folder / "probes.start.safetensors", folder / "probes.safetensors"
+    if not fitted.exists():
+        write_tensors(fitted, fit_probes(run, model), {"samples": config.samples})
     if not tuned.exists():
-        probes = {name: tensor.to(join().device) for name, tensor in read_tensors(start).items()}
+        probes = {name: tensor.to(join().device) for name, tensor in read_tensors(fitted).items()}
         error_before = probe_error(run, model, probes)
         tune_probes(run, model, probes, log)
         log(least_squares=error_before, tuned=probe_error(run, model, probes))
         write_tensors(tuned, probes, {"steps": config.steps})
     cka = align(run, model, {name: tensor.to(join().device) for name, tensor in read_tensors(tuned).items()})
-    intervals = find_intervals(cka[_DECIDES], model.catalog.shape.depth)
+    intervals, start = [], 0
+    for blocks in model.catalog.architecture.lists:
+        # No student stands in for blocks of two lists.
+        intervals += find_intervals(cka[_DECIDES], start + blocks.depth, start)
+        start += blocks.depth
     log(intervals=" ".join(map(str, intervals)))
     _write_curves(folder, cka, intervals)
     selection.write(folder, [selection.Selected(interval, "first") for interval in intervals])
@@ -112,8 +117,8 @@ def fit_probes(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     Returns:
         ``probes.{block}.{stream}.weight`` ``[D, D]`` and ``.bias`` ``[D]`` of the residual probe ``x + W x + b``.
     """
-    shape = model.catalog.shape
-    fits = {(b, stream): LeastSquares(shape.dim, shape.dim) for b in range(shape.depth) for stream in Streams._fields}
+    depth, dim = model.catalog.architecture.depth, model.catalog.architecture.dim
+    fits = {(block, stream): LeastSquares(dim, dim) for block in range(depth) for stream in Streams._fields}
     for rows in map(partial(trace_rows, model), calibration.batches(run, run.probes.samples, calibration.PROBES)):
         for (block, stream), fit in fits.items():
             before, after = getattr(rows[block], stream), getattr(rows[block + 1], stream)
@@ -179,7 +184,7 @@ def probe_error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) 
 @torch.no_grad()
 def align(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> dict[str, dict[tuple[int, int], float]]:
     """Compute ``cka(u, k)`` for all ``u <= k`` (eq. 3), of each stream by name and of their ``mean``."""
-    config, depth = run.probes, model.catalog.shape.depth
+    config, depth = run.probes, model.catalog.architecture.depth
     parts = []
     for batch in calibration.batches(run, config.cka_samples, calibration.PROBES):
         share = max(1, config.cka_tokens * len(batch.x) // config.cka_samples)

@@ -132,7 +132,7 @@ def learn_gates(run: RunConfig, model: Any, kept: int, loss: Callable[[int], tor
     Returns:
         The blocks to keep.
     """
-    config, blocks = run.compare, list(model.transformer_blocks)
+    config, blocks = run.compare, model.blocks()
     gates = Gates(len(blocks), kept, max(1, min(len(blocks) // _GROUP, kept)))
     layers, adapters = _adapt(blocks, config.rank, torch.Generator().manual_seed(run.seed))
     first, last = _TEMPERATURES

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Option, Student, TextRun, Widths
+from ppcl_rt import LINEAR_MAP, BlockSpec, Catalog, Interval, LegalCount, LegalWidths, Student, TextRun
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
@@ -20,41 +20,61 @@ from ppcl_train.selectors import selection
 _UNMEASURED = 1.0
 
 
+def legal_counts(run: RunConfig, spec: BlockSpec) -> dict[str, list[int]]:
+    """List the counts of each group of a kind of block, widest first."""
+    config, counts = run.width, {}
+    for name, group in spec.groups.items():
+        if group.is_rank:
+            narrower = {rank for rank in config.ranks if rank < group.count}
+        else:
+            shares = config.heads if name == spec.heads else config.channels
+            narrower = {max(1, round(share * group.count)) for share in shares}
+            narrower |= {LINEAR_MAP} if group.mappable and config.maps else set()
+        counts[name] = sorted({group.count, *narrower}, reverse=True)
+    return counts
+
+
+def _legal_widths(counts: Mapping[str, list[int]]) -> LegalWidths:
+    return LegalWidths(
+        {
+            group: tuple(LegalCount(count, 0.0 if count == legal[0] else _UNMEASURED) for count in legal)
+            for group, legal in counts.items()
+        }
+    )
+
+
 def write_draft(
     run: RunConfig,
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
-    counts: Mapping[str, list[int]] | None = None,
+    narrower: bool = False,
     dtype: str | None = None,
 ) -> Catalog:
     """Write ``draft/``: the teacher and the tensors that the run has made.
 
     Args:
         tensors: of students, text runs and narrower widths, under the names that they have in a checkpoint.
-        counts: legal counts of each group, widest first; None for the full width alone.
+        narrower: whether ``tensors`` hold what narrower widths run (`legal_counts`); otherwise every block runs at full
+            width alone.
         dtype: of the floats in the draft; None for the dtype that the teacher computes in.
     """
     teacher = load_teacher(run, folder)
-    shape = teacher.catalog.shape
-    widths = Widths.only(shape.width)
-    if counts:
-        widths = Widths(
-            **{
-                group: tuple(Option(count, 0.0 if count == legal[0] else _UNMEASURED) for count in legal)
-                for group, legal in counts.items()
-            }
-        )
+    architecture = teacher.catalog.architecture
+    widths = {
+        kind: _legal_widths(legal_counts(run, spec)) if narrower else LegalWidths.only(spec.full)
+        for kind, spec in architecture.kinds.items()
+    }
     starts = dict(selection.read(folder))
     catalog = Catalog(
         family=teacher.family,
-        shape=shape,
-        blocks=(widths,) * shape.depth,
+        architecture=architecture,
+        blocks=tuple(widths[architecture.kind(n)] for n in range(architecture.depth)),
         students=tuple(
-            Student(interval=interval, start=starts[interval], loss=_UNMEASURED, widths=widths)
-            for interval in _intervals(tensors, "students")
+            Student(interval=i, start=starts[i], loss=_UNMEASURED, widths=widths[architecture.kind(i.first)])
+            for i in _intervals(tensors, "students")
         ),
         text_runs=tuple(TextRun(interval=i, loss=_UNMEASURED) for i in _intervals(tensors, "text_runs")),
-        compensated=bool(counts),
+        compensated=narrower,
         # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
         task={"name": run.task, "sampler": run.sampler.model_dump()} if run.family.judged else None,
     )

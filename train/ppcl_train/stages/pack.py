@@ -51,5 +51,5 @@ def pack(run: RunConfig, folder: Path) -> None:
 def used(catalog: Catalog) -> tuple[set[Interval], set[Interval]]:
     """Find the students and the text runs that plans take: the smallest plan, and those at ratios 0.005 apart."""
     plans = Planner(catalog).plans(_SPACING)
-    students = {planned.blocks for plan in plans for planned in plan.steps if planned.student}
+    students = {planned.interval for plan in plans for planned in plan.blocks if planned.student}
     return students, {run for plan in plans for run in plan.text_runs}

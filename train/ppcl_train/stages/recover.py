@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl_rt import Catalog, Interval, Plan, Planner, Step, Width, Widths
+from ppcl_rt import Catalog, Interval, LegalWidths, Plan, PlannedBlock, Planner, Width
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import RecoverConfig
 from ppcl_train.data import calibration
-from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, write_json, write_tensors
 from ppcl_train.engine.log import Log
@@ -26,7 +25,6 @@ from ppcl_train.engine.loop import train_loop
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages.draft import open_draft, write_draft
 from ppcl_train.stages.measure import sensitivities
-from ppcl_train.stages.width import legal_counts
 
 OUTPUT = "recovered.safetensors"
 # The catalog with losses before recovery: what the planner goes by when it chooses the plans that are trained.
@@ -51,7 +49,7 @@ def recover(run: RunConfig, folder: Path) -> None:
             write_tensors(folder / OUTPUT, start, {"steps": 0})
         return
     if world.is_main:
-        write_draft(run, folder, start, legal_counts(run, load_teacher(run, folder).catalog.shape.width))
+        write_draft(run, folder, start, narrower=True)
         if not (folder / COSTS).exists():
             measured = sensitivities(open_draft(run, folder), run, log)
             write_json(folder / COSTS, measured.model_dump(mode="json"))
@@ -78,7 +76,7 @@ def recover(run: RunConfig, folder: Path) -> None:
 def _only_narrower_plans_run(name: str) -> bool:
     """Whether a parameter is of a student, a text run or a narrower width: ratio 1 runs none of these."""
     path = name.split(".")
-    return path[0] in ("students", "text_runs") or "narrow" in path
+    return path[0] in ("students", "text_runs") or "replacements" in path
 
 
 def _train(
@@ -166,13 +164,15 @@ def random_plan(catalog: Catalog, rng: random.Random) -> Plan:
     text runs are drawn.
     """
 
-    def width(widths: Widths) -> Width:
+    def draw_width(widths: LegalWidths) -> Width:
         # Two groups in three stay whole on average, or hardly any plan would be near the teacher.
-        return Width(
-            *(rng.choice(widths.of(g)).count if rng.random() < 1 / 3 else widths.of(g)[0].count for g in Width._fields)
-        )
+        counts = {}
+        for group in widths.groups:
+            legal = widths.of(group)
+            counts[group] = (rng.choice(legal) if rng.random() < 1 / 3 else legal[0]).units
+        return Width(counts)
 
-    depth = catalog.shape.depth
+    depth = catalog.architecture.depth
     target = rng.randint(depth // 3, depth)
     chosen: list[Interval] = []
     for student in rng.sample(catalog.students, len(catalog.students)):
@@ -180,10 +180,10 @@ def random_plan(catalog: Catalog, rng: random.Random) -> Plan:
         free = all(interval.last < other.first or other.last < interval.first for other in chosen)
         if free and depth - sum(len(i) - 1 for i in chosen) > target:
             chosen.append(interval)
-    kept = [(n, width(catalog.blocks[n])) for n in range(depth) if not any(n in interval for interval in chosen)]
+    kept = [(n, draw_width(catalog.blocks[n])) for n in range(depth) if not any(n in interval for interval in chosen)]
     runs: list[Interval] = []
     for run in rng.sample(catalog.text_runs, min(len(catalog.text_runs), rng.randint(0, 3))):
         if not any(n in other for n in run.interval for other in (*chosen, *runs)):
             runs.append(run.interval)
-    students = [Step(blocks=i, width=width(catalog.student(i).widths), student=True) for i in chosen]
-    return Plan.of(catalog.fingerprint, depth, kept, students, runs)
+    students = [PlannedBlock(interval=i, width=draw_width(catalog.student(i).widths), student=True) for i in chosen]
+    return catalog.compose(kept, students, runs)

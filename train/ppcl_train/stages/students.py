@@ -200,7 +200,7 @@ def distil(run: RunConfig, folder: Path) -> None:
     kind = adamw_class(config, log)
     learners = {}
     for each in division.own:
-        student = selection.new_student(teacher.transformer_blocks, each).to(world.device)
+        student = selection.new_student(teacher.blocks(), each).to(world.device)
         learners[each.interval] = Learner(student, config, run.magnitude, division.peers, kind)
     if config.precision == "bf16":
         # Not diffusers' `to`, which warns of modules that it would keep in float32; there are none here.

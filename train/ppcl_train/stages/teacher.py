@@ -52,7 +52,7 @@ def train(run: RunConfig, folder: Path) -> None:
     if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         log(compile="no C++ compiler here: training goes on uncompiled, slower")
     elif config.compile:
-        for block in model.transformer_blocks:
+        for block in model.blocks():
             block.compile()
 
     def step_loss(number: int) -> float:
