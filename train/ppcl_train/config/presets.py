@@ -16,6 +16,9 @@ from ppcl_train.scenes.encoding import EMBEDDING_DIM
 from ppcl_train.scenes.language import CELL
 from ppcl_train.scenes.sampling import Sampler
 
+# The family that caches are made for unless the command names another.
+CACHE_FAMILY = "qwen-image"
+
 PRESETS = {
     "scenes": RunConfig(
         task="scenes",

@@ -36,8 +36,11 @@ class Inputs:
 
     @property
     def mask(self) -> torch.Tensor:
-        """``[N, S_text]``, true on words."""
-        mask: torch.Tensor = self.call["encoder_hidden_states_mask"]
+        """``[N, S_text]``, true on the text tokens that count: on all of them if the transformer takes no mask."""
+        mask: torch.Tensor | None = self.call.get("encoder_hidden_states_mask")
+        if mask is None:
+            text = self.call["encoder_hidden_states"]
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         return mask
 
     @property

@@ -7,6 +7,7 @@ at any moment and started again therefore ends with the same weights, bit for bi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -99,10 +100,10 @@ def train_loop(
             last = done == config.steps
             if done % log_every == 0 or last:
                 means = world.union({name: loss.mean for name, loss in state.losses.items()})
-                mean, named = sum(means.values()) / len(means), {name: value for name, value in means.items() if name}
-                losses_by_name = {"losses": named} if named else {}
-                log(step=done, of=config.steps, loss=mean, **losses_by_name, shown=last or not show.live)
-                track({"loss": mean, "lr": lr, **{f"loss/{name}": value for name, value in named.items()}}, done)
+                report = _report(means)
+                log(step=done, of=config.steps, **report, shown=last or not show.live)
+                curves = {f"loss/{name}": mean for name, mean in report.get("losses", {}).items()}
+                track({"loss": report["loss"], "lr": lr, **curves}, done)
             # Not while a loss is far off: the last good state would be overwritten before the loss counts as diverged.
             saves = last or done % run.save_every == 0
             if saves and (not world.any(any(loss.far_off for loss in state.losses.values())) or last):
@@ -110,6 +111,12 @@ def train_loop(
                     raise fail(f"{wrong} is not finite", step)
                 state.save(file, done, config.steps, world)
     return trained
+
+
+def _report(means: Mapping[str, float]) -> dict[str, Any]:
+    """What the log says of the running means of all losses: their mean, and each by its name if it has one."""
+    named = {name: mean for name, mean in means.items() if name}
+    return {"loss": sum(means.values()) / len(means), **({"losses": named} if named else {})}
 
 
 def _backpropagate(

@@ -1,7 +1,8 @@
 """What training and caching ask of a model family, and the one door to all families: `of`.
 
 Training asks a `Family` how its transformer is built and called, and what the transformer predicts. Making a cache asks
-for the family's pipeline, opened as an `Encoder`. A new family is one more file.
+for the family's pipeline, opened as an `Encoder`. A new family is one more file here, one in the runtime, and an entry
+in `ppcl_rt.families.registry`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+
+from ppcl_rt.families import registry
 
 # (frames, rows, columns) of an image, in tokens.
 ImageShape = tuple[int, int, int]
@@ -77,12 +79,10 @@ class Family(Protocol):
     Attributes:
         predicts: what the transformer's output is, as in `calibration.Inputs`.
         judged: whether the project can sample and judge checkpoints of this family (`ppcl_rt.cli.task`).
-        condition: the argument of a block that its modulations read, ``[N, D]``.
     """
 
     predicts: Literal["clean", "velocity"]
     judged: bool
-    condition: str
 
     def build(self, architecture: Mapping[str, Any]) -> Any:
         """Build the dense model, a pluggable one. Under ``torch.device("meta")``, this checks an architecture.
@@ -96,9 +96,6 @@ class Family(Protocol):
 
     def hidden_matrices(self, model: Any) -> list[str]:
         """Names of the matrices that Muon trains, sorted: those inside blocks, without modulations."""
-
-    def after_blocks(self, model: Any) -> nn.Module:
-        """The module that reads what the last block returns; the image stream is its first argument."""
 
     def arguments(
         self, x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor, shape: ImageShape
@@ -137,12 +134,7 @@ def of(name: str) -> Family:
     """Return the family of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be trained.
     """
-    from ppcl_train.families.qwen_image import QwenImage
-    from ppcl_train.families.scenes import Scenes
-
-    families: dict[str, Family] = {"qwen-image": QwenImage(), "scenes": Scenes()}
-    if name not in families:
-        raise ValueError(f"there is no family {name}; there are: {', '.join(families)}")
-    return families[name]
+    family: Family = registry.training(name)
+    return family

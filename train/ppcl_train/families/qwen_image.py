@@ -20,8 +20,6 @@ from ppcl_train.families.base import ImageShape, Picture, Samples
 class QwenImageTransformer:
     """The part of a `Family` that follows from the transformer alone."""
 
-    condition = "temb"
-
     def build(self, architecture: Mapping[str, Any]) -> Any:
         """See `Family.build`."""
         return PPCLQwenImageTransformer2DModel(**architecture)
@@ -40,11 +38,6 @@ class QwenImageTransformer:
             for name, parameter in model.named_parameters()
             if name.startswith("transformer_blocks.") and parameter.ndim == 2 and "_mod." not in name
         )
-
-    def after_blocks(self, model: Any) -> nn.Module:
-        """See `Family.after_blocks`."""
-        module: nn.Module = model.norm_out
-        return module
 
 
 class QwenImage(QwenImageTransformer):
