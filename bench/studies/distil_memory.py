@@ -24,6 +24,7 @@ from ppcl_train.config.stages import StudentsConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.engine.distributed import World
 from ppcl_train.engine.live_bytes import LiveBytes
+from ppcl_train.engine.optimisers import autocast
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students
 
