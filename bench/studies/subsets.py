@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def main(
     error, rows = VelocityError(model, PRESETS["scenes"]), []
     for chosen in sorted(sets, key=gone.__getitem__):
         plan = plan_of(catalog, chosen)
-        row = {
+        row: dict[str, Any] = {
             "students": list(map(str, chosen)),
             "blocks_gone": gone[chosen],
             "ratio": catalog.ratio(plan),
