@@ -2,18 +2,24 @@
 
 # The first that really runs (a version manager may leave stubs of versions that are not there).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
-# Pinned so that everybody tests the same torch; the package itself takes 2.11 and up.
-TORCH ?= torch==2.13.0
+# Everything is installed in the versions of constraints.txt, so that everybody tests the same. `make TORCH=torch==2.12.0`
+# takes another torch (the package itself takes 2.11 and up): the constraint on torch is then left out.
+CONSTRAINTS := constraints.txt
+TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+# A second venv for `make lowest`, with the lowest diffusers of pyproject.toml.
+LOWEST := .venv-lowest
+LOWEST_DIFFUSERS := diffusers==0.41.0
 
-.PHONY: demo test kill lint bench gpu clean
+.PHONY: demo test lowest kill lint bench gpu clean
 
-$(VENV)/installed: pyproject.toml Makefile
+$(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	sed '$(if $(filter-out torch,$(TORCH)),/^torch==/d;/^triton/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -21,6 +27,18 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The lowest diffusers brings its own versions of what depends on it, so the constraints on these are left out.
+$(LOWEST)/installed: pyproject.toml Makefile $(CONSTRAINTS)
+	$(PYTHON) -m venv $(LOWEST)
+	grep -vE '^(diffusers|huggingface-hub|transformers|tokenizers|httpx|httpcore)' $(CONSTRAINTS) > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable ".[dev]" $(LOWEST_DIFFUSERS)
+	touch $@
+
+# The runtime's tests with the lowest diffusers that pyproject.toml allows.
+lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest tests/laws tests/checkpoint tests/model tests/planning
 
 # Fifty SIGKILLs over a whole tiny training run; `make test` has a dozen.
 kill: $(VENV)/installed
@@ -41,4 +59,4 @@ gpu:
 	$(if $(filter file,$(origin PYTHON)),,PYTHON=$(PYTHON)) bash bench/gpu.sh $(PART)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
