@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
 import ppcl_rt
-from ppcl_rt import Interval, Schedule, Step, Width
-from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt import Interval, PlannedBlock, Schedule, Width
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 
 PROMPT, NEGATIVE = "two red squares", "blur"
 
@@ -115,8 +115,8 @@ def test_save_and_load(tmp_path, kind, request, build_inputs, run, same, max_sha
 def test_saving_keeps_what_was_changed(tmp_path, made, build_inputs, run, same):
     """Weights that were changed in memory are saved where they belong in stock order; the rest as it was."""
     plan = made.plan(
-        Step(blocks=Interval(0, 1), width=Width(2, 50, 31, 32), student=True),
-        Step(blocks=Interval(3, 3), width=Width(3, 9, 5, 32)),
+        PlannedBlock(interval=Interval(0, 1), width=Width(heads=2, image=50, text=31, modulation=32), student=True),
+        PlannedBlock(interval=Interval(3, 3), width=Width(heads=3, image=9, text=5, modulation=32)),
     )
     model = ppcl_rt.load(made.folder, plan=plan)
     with torch.no_grad():
@@ -179,7 +179,8 @@ def test_stock_class_loads_the_teacher(kind, request, build_inputs, run):
     assert type(stock) is QwenImageTransformer2DModel
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert all(
-        name.startswith("students.") or ".order." in name or ".narrow." in name for name in info["unexpected_keys"]
+        name.startswith("students.") or ".order." in name or ".replacements." in name
+        for name in info["unexpected_keys"]
     )
     # The same code on the same weights.
     assert torch.equal(run(stock, build_inputs()), run(made.stock, build_inputs()))
@@ -237,7 +238,7 @@ def test_first_block_cache(made, draw, stock_pictures):
 
 
 def test_layerwise_casting(made, build_inputs, run, same):
-    """Weights stored in bfloat16 and computed in float32 give what bfloat16 weights give, also narrow."""
+    """Weights stored in bfloat16 and computed in float32 give what bfloat16 weights give, also replacements."""
     rng, inputs = np.random.default_rng(2), build_inputs()
     plan = made.random_plan(rng)
     model = ppcl_rt.load(made.folder, plan=plan)

@@ -1,0 +1,54 @@
+"""What a checkpoint loses when half of the MLP channels of every block go, without any training.
+
+    python bench/studies/closed_form.py runs/scenes [--prompts 2000]
+
+Reads the teacher and the closed forms (``width.safetensors``) of a run folder, as they were before recovery. Nothing
+but the MLP channels changes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppcl_rt import Plan
+from ppcl_rt.cli.task import task_of
+from ppcl_train import pipeline
+from ppcl_train.engine.files import read_tensors
+from ppcl_train.selectors import selection
+from ppcl_train.stages.draft import open_draft, write_draft
+from ppcl_train.stages.measure import VelocityError
+from ppcl_train.stages.width import legal_counts
+
+
+def main(run_folder: Path, prompts: Annotated[int, typer.LegalCount(min=5)] = 2000, seed: int = 1) -> None:
+    """Print the velocity error, and the scores next to those of the teacher."""
+    run = pipeline.config_of(run_folder)
+    width = {n: t for n, t in read_tensors(run_folder / "width.safetensors").items() if not n.startswith("students.")}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shutil.copyfile(run_folder / "teacher.safetensors", folder / "teacher.safetensors")
+        selection.write(folder, [])
+        full = write_draft(run, folder, {}).shape.width
+        write_draft(run, folder, width, legal_counts(run, full))
+        model = open_draft(run, folder)
+        catalog = model.catalog
+        half = full.replace(image=full.image // 2, text=full.text // 2)
+        plan = Plan.of(catalog.fingerprint, catalog.shape.depth, [(n, half) for n in range(catalog.shape.depth)])
+        print(f"half of all MLP channels: velocity error {sum(VelocityError(model, run).of(plan)):.6f} relative")
+        for name, chosen in (("teacher", catalog.dense), ("half", plan)):
+            with model.at(plan=chosen):
+                judged = task_of(catalog).judge(model, prompts, seed)
+            scores = "  ".join(
+                f"{k} {judged[k]:.4f} ({judged[f'{k}_ci'][0]:.4f}-{judged[f'{k}_ci'][1]:.4f})"
+                for k in ("strict", "soft")
+            )
+            print(f"{name:>8}: {scores}  ratio {catalog.ratio(chosen):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
