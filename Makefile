@@ -6,8 +6,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# Two cores, two workers, each with one thread. What shares a worker and what starts first: tests/balance.py.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test kill lint bench gpu clean
+.PHONY: demo test quick full kill lint bench gpu clean
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
@@ -19,10 +22,19 @@ $(VENV)/installed: pyproject.toml Makefile
 demo: $(VENV)/installed
 	$(BIN)/ppcl demo examples/scenes --out demo.png
 
+# All laws and behaviours, in five minutes on two cores.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) tests
 
-# Fifty SIGKILLs over a whole tiny training run; `make test` has a dozen.
+# One case of each test function that takes less than two seconds: the loop of a day, a minute on two cores.
+quick: $(VENV)/installed
+	$(PYTEST) --quick tests
+
+# The cases that `make test` leaves out: every tile compiled, many kills, large matrices.
+full: $(VENV)/installed
+	$(PYTEST) -m slow tests
+
+# Fifty SIGKILLs over a whole tiny training run; `make test` has three, `make full` a dozen.
 kill: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills 50
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from balance import pytest_addoption, pytest_collection_modifyitems  # noqa: F401 (hooks of pytest)
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
-from balance import pytest_collection_modifyitems  # noqa: F401
 from PIL import Image
 from torch import nn
 

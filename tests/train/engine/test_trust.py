@@ -407,5 +407,7 @@ def test_kills_leave_the_bytes_of_a_run_that_nothing_disturbed(kills):
     script = Path(__file__).parents[2] / "kill.py"
     # Models too small for two threads, which would only wait for each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, "--kills", str(kills)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, script, "--kills", str(kills)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
