@@ -12,22 +12,6 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 LOWEST_DIFFUSERS := diffusers==0.41.0
 
-.PHONY: demo test lowest kill lint bench gpu clean
-
-$(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
-	$(PYTHON) -m venv $(VENV)
-	sed '$(if $(filter-out torch,$(TORCH)),/^torch==/d;/^triton/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
-	touch $@
-
-demo: $(VENV)/installed
-	$(BIN)/ppcl demo examples/scenes --out demo.png
-
-test: $(VENV)/installed
-	$(BIN)/python -m pytest
-
 # The lowest diffusers brings its own versions of what depends on it, so the constraints on these are left out.
 $(LOWEST)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -m venv $(LOWEST)
@@ -41,6 +25,36 @@ lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest tests/laws tests/checkpoint tests/model tests/planning
 
 # Fifty SIGKILLs over a whole tiny training run; `make test` has a dozen.
+
+$(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
+	$(PYTHON) -m venv $(VENV)
+	sed '$(if $(filter-out torch,$(TORCH)),/^torch==/d;/^triton/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/ppcl demo examples/scenes --out demo.png
+
+# All laws and behaviours, in five minutes on two cores.
+test: $(VENV)/installed
+	$(PYTEST) tests
+
+# One case of each test function that takes less than two seconds: the loop of a day, a minute on two cores.
+quick: $(VENV)/installed
+	$(PYTEST) --quick tests
+
+# The cases that `make test` leaves out: every tile compiled, many kills, large matrices.
+full: $(VENV)/installed
+	$(PYTEST) -m slow tests
+
+# Two cores, two workers, each with one thread. What shares a worker and what starts first: tests/balance.py.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test quick full kill lint bench gpu clean
+# Fifty SIGKILLs over a whole tiny training run; `make test` has three, `make full` a dozen.
 kill: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills 50
 
