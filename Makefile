@@ -11,20 +11,11 @@ BIN := $(VENV)/bin
 # A second venv for `make lowest`, with the lowest diffusers of pyproject.toml.
 LOWEST := .venv-lowest
 LOWEST_DIFFUSERS := diffusers==0.41.0
+# Two cores, two workers, each with one thread. What shares a worker and what starts first: tests/balance.py.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-# The lowest diffusers brings its own versions of what depends on it, so the constraints on these are left out.
-$(LOWEST)/installed: pyproject.toml Makefile $(CONSTRAINTS)
-	$(PYTHON) -m venv $(LOWEST)
-	grep -vE '^(diffusers|huggingface-hub|transformers|tokenizers|httpx|httpcore)' $(CONSTRAINTS) > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt torch
-	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable ".[dev]" $(LOWEST_DIFFUSERS)
-	touch $@
-
-# The runtime's tests with the lowest diffusers that pyproject.toml allows.
-lowest: $(LOWEST)/installed
-	$(LOWEST)/bin/python -m pytest tests/laws tests/checkpoint tests/model tests/planning
-
-# Fifty SIGKILLs over a whole tiny training run; `make test` has a dozen.
+.PHONY: demo test quick full lowest kill lint bench gpu clean
 
 $(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
@@ -49,11 +40,18 @@ quick: $(VENV)/installed
 full: $(VENV)/installed
 	$(PYTEST) -m slow tests
 
-# Two cores, two workers, each with one thread. What shares a worker and what starts first: tests/balance.py.
-WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# The lowest diffusers brings its own versions of what depends on it, so the constraints on these are left out.
+$(LOWEST)/installed: pyproject.toml Makefile $(CONSTRAINTS)
+	$(PYTHON) -m venv $(LOWEST)
+	grep -vE '^(diffusers|huggingface-hub|transformers|tokenizers|httpx|httpcore)' $(CONSTRAINTS) > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable ".[dev]" $(LOWEST_DIFFUSERS)
+	touch $@
 
-.PHONY: demo test quick full kill lint bench gpu clean
+# The runtime's tests with the lowest diffusers that pyproject.toml allows.
+lowest: $(LOWEST)/installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) tests/laws tests/checkpoint tests/model tests/planning
+
 # Fifty SIGKILLs over a whole tiny training run; `make test` has three, `make full` a dozen.
 kill: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills 50
