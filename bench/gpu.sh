@@ -3,7 +3,7 @@
 #
 #     [PYTHON=python3] [RESULTS=bench/results] bash bench/gpu.sh [1|fit] [2|choose] [3|model] [tests]
 #
-# None named: 1, 2 and 3. kernels/ppcl_kernels/tools/gpu_run.py says what they are.
+# Without a part: 1, 2 and 3. kernels/ppcl_kernels/tools/gpu_run.py describes the parts.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/train${PYTHONPATH:+:$PYTHONPATH}"

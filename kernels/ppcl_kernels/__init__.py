@@ -1,8 +1,8 @@
-"""Operations of an MMDiT block over only the heads and channels that are kept.
+"""Operations of an MMDiT block that compute only the heads and channels that a plan keeps.
 
-One operation, one file; each has a Triton kernel, called through a custom op that ``torch.compile`` and CUDA graphs
-take, and a plain-torch ``*_reference``, which is its definition. What operations share (`matmul`, `heads`, `rope`,
-`head_norm`, `modulation`, `tiles`) has files of its own. No diffusers inside.
+One file holds one operation: a plain-torch ``*_reference``, which defines the result, and a Triton kernel behind a
+custom op that works under ``torch.compile`` and in CUDA graphs. Code that operations share is in `matmul`, `heads`,
+`rope`, `head_norm`, `modulation` and `tiles`. Nothing here imports diffusers.
 """
 
 from ppcl_kernels.ada_layer_norm import ada_layer_norm, ada_layer_norm_reference

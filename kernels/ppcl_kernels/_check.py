@@ -1,4 +1,4 @@
-"""What every public function asks of its arguments, in one place, so that all refuse in the same words."""
+"""Checks of arguments that the public functions share, so that all refuse in the same words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether a result would have to carry a gradient: the references do, the kernels do not."""
+    """Return whether the result needs a gradient: the references compute one, the kernels do not."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -18,7 +18,7 @@ def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
     """Refuse tensors that a kernel cannot read together with ``like``.
 
     Raises:
-        ValueError: another device, another dtype, or a last dimension that is not contiguous.
+        ValueError: a tensor has another device, another dtype, or a last dimension that is not contiguous.
     """
     dtype, device = like.dtype, like.device
     if dtype not in DTYPES:
@@ -38,7 +38,7 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Iterable[int]) -> None:
     """Refuse a tensor of another shape.
 
     Raises:
-        ValueError: it has.
+        ValueError: the tensor has another shape.
     """
     shape = tuple(shape)
     if tuple(tensor.shape) != shape:
@@ -46,17 +46,17 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Iterable[int]) -> None:
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Refuse a weight that is no matrix.
+    """Refuse a weight that is not a matrix.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the weight is not a matrix.
     """
     if weight.dim() != 2:
         raise ValueError(f"{name} is {list(weight.shape)}, wanted [outputs, inputs]")
 
 
 def check_index(index: torch.Tensor | None, x: torch.Tensor) -> None:
-    """Refuse an index into modulations that is not one integer (0 or 1) a token of ``x [B, S, D]``.
+    """Refuse an index into modulations that does not hold one integer (0 or 1) for each token of ``x [B, S, D]``.
 
     Raises:
         ValueError: wrong device, dtype, shape or stride.
@@ -71,12 +71,12 @@ def check_index(index: torch.Tensor | None, x: torch.Tensor) -> None:
 
 
 def check_modulation(
-    name: str, modulation: torch.Tensor | None, x: torch.Tensor, width: int, index: torch.Tensor | None
+    name: str, modulation: torch.Tensor | None, x: torch.Tensor, channels: int, index: torch.Tensor | None
 ) -> None:
-    """Refuse a modulation that is not ``[B, width]`` (``[2 B, width]`` with an index) for ``x [B, S, D]``.
+    """Refuse a modulation of ``x [B, S, D]`` that is not ``[B, channels]``, or ``[2 B, channels]`` with an index.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the modulation has another shape.
     """
     if modulation is not None:
-        check_shape(name, modulation, (x.shape[0] * (1 if index is None else 2), width))
+        check_shape(name, modulation, (x.shape[0] * (1 if index is None else 2), channels))

@@ -1,4 +1,4 @@
-"""Operations that torch knows by name, at the least cost of a call."""
+"""Operations that are registered with torch by name, at the lowest cost for each call."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LIBRARY = torch.library.Library("ppcl", "FRAGMENT")
 
 
 class Op:
-    """An operation ``ppcl::name`` without a gradient; call it, or ``torch.ops.ppcl.name``.
+    """An operation ``ppcl::name`` without a gradient; call it, or call ``torch.ops.ppcl.name``.
 
-    Registered by hand: `torch.library.custom_op` puts a python function at the Autograd key too, and so takes 20 us a
-    call where this takes 8.
+    It is registered by hand: `torch.library.custom_op` also puts a python function at the Autograd key, and a call then
+    takes 20 us instead of 8.
     """
 
     def __init__(self, name: str, schema: str, run: Callable) -> None:
@@ -24,14 +24,14 @@ class Op:
         self._overload = getattr(torch.ops.ppcl, name).default
 
     def register_fake(self, fake: Callable) -> None:
-        """Decorate what gives empty results of the right shapes, for tracing."""
+        """Decorate the function that returns empty results of the right shapes, for tracing."""
         torch.library.register_fake(f"ppcl::{self._name}", self._without_gradient(fake), lib=_LIBRARY)
 
     def _without_gradient(self, run: Callable) -> Callable:
         name = self._name
 
         def refuse_gradient(*args: Any) -> Any:
-            # Without a kernel at the Autograd key torch would warn, and go on with a gradient of zero.
+            # Without a kernel at the Autograd key torch would only warn, and use a gradient of zero.
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 raise RuntimeError(f"ppcl::{name} has no autograd formula: call ppcl_kernels.{name}, or use no_grad")
             return run(*args)
@@ -43,5 +43,5 @@ class Op:
 
 
 def define_op(name: str, schema: str) -> Callable[[Callable], Op]:
-    """Decorate the function that runs an operation; what `Op` returns takes its ``register_fake``."""
+    """Decorate the function that runs an operation; the result is an `Op`, which takes a ``register_fake``."""
     return lambda run: Op(name, schema, run)

@@ -1,4 +1,4 @@
-"""Triton where there is one: platforms without (macOS, Windows) still import the references."""
+"""Triton, or None where it is not available (macOS, Windows): the references still import there."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ try:
 except ImportError:
     triton = tl = TensorDescriptor = None
 
-# TRITON_INTERPRET=1 makes kernels run on CPU tensors; triton reads it when a kernel is defined, so do we.
+# TRITON_INTERPRET=1 makes kernels run on CPU tensors. Triton reads it when a kernel is defined, and so does this line.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def jit(**options: Any) -> Callable[[Callable], Any]:
-    """Decorate with ``triton.jit(**options)``; without triton, leave the function alone (nothing can launch it)."""
+    """Decorate with ``triton.jit(**options)``; without triton, return the function as it is (nothing launches it)."""
     return (lambda kernel: kernel) if triton is None else triton.jit(**options)

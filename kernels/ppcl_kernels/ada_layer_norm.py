@@ -1,7 +1,7 @@
 """Adaptive LayerNorm: ``y = norm(x) * (1 + scale) + shift``.
 
-B batch, S tokens, D width. The norm has no affine part; its statistics are float32. Eager reads and writes
-``[B, S, D]`` three times (norm, multiply, add); the kernel moves each input and result once.
+B batch, S tokens, D model dimension. The norm has no affine part; its statistics are float32. Eager reads and writes
+``[B, S, D]`` three times (norm, multiply, add); the kernel reads and writes each element once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ppcl_kernels.modulation import per_token
 from ppcl_kernels.prepared import Bound
 from ppcl_kernels.tiles import cheapest, offered
 
-# A row is held in registers.
+# The largest D: a row is held in registers.
 MAX_WIDTH = 16384
 
 
@@ -30,16 +30,16 @@ def ada_layer_norm_reference(
     index: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Normalise ``x [B, S, D]`` and modulate it; ``scale`` and ``shift`` as in `ppcl_kernels.modulation`."""
+    """Normalise and modulate ``x [B, S, D]``; `ppcl_kernels.modulation` gives the shapes of ``scale`` and ``shift``."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + per_token(scale, index)) + per_token(shift, index)
 
 
 class Tile(NamedTuple):
-    """How tokens are shared out.
+    """How tokens are divided among thread blocks.
 
     Attributes:
-        rows: consecutive tokens of a sample that one block takes, one after the other, with one read of the modulation.
-        warps: per block.
+        rows: consecutive tokens of a sample that one thread block processes in turn, with one read of the modulation.
+        warps: warps of a thread block.
     """
 
     rows: int
@@ -47,25 +47,25 @@ class Tile(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """Blocks that share a multiprocessor: those of 1,024 threads, at up to 64 registers a thread."""
+        """Thread blocks that share a multiprocessor: 1,024 threads together, at up to 64 registers a thread."""
         return max(32 // self.warps, 1)
 
     @property
     def cost(self) -> float:
-        """Time of one block in rows moved, two for each of its own; the modulation, read from L2, as one (a guess)."""
+        """Time of a thread block in rows moved: two for each of its rows, one for the modulation in L2 (a guess)."""
         return 2 * self.rows + 1
 
     @classmethod
-    def candidates(cls, target: Target, dtype: torch.dtype, width: int) -> tuple[Tile, ...]:
-        """Tiles worth measuring on a target for rows of ``width`` elements (`ppcl_kernels.tiles.offered`)."""
-        # 16 elements a thread: two 16-byte accesses of bf16.
-        warps = min(max(_power_of_2(width) // 512, 1), 16)
+    def candidates(cls, target: Target, dtype: torch.dtype, dim: int) -> tuple[Tile, ...]:
+        """Return the tiles worth measuring on a target for rows of ``dim`` elements (`ppcl_kernels.tiles.offered`)."""
+        # 16 elements a thread: two 16-byte accesses in bf16.
+        warps = min(max(_power_of_2(dim) // 512, 1), 16)
         return offered("ada_layer_norm", (cls(1, warps), cls(4, warps), cls(16, warps)), target)
 
     @classmethod
-    def choose(cls, target: Target, dtype: torch.dtype, batch: int, tokens: int, width: int) -> Tile:
+    def choose(cls, target: Target, dtype: torch.dtype, batch: int, tokens: int, dim: int) -> Tile:
         """Pick the tile that is cheapest in waves."""
-        tiles = cls.candidates(target, dtype, width)
+        tiles = cls.candidates(target, dtype, dim)
         return cheapest("ada_layer_norm", tiles, target, lambda tile: batch * -(-tokens // tile.rows))
 
 
@@ -123,8 +123,8 @@ def launch_ada_layer_norm(
     eps: float,
     tile: Tile,
 ) -> Launch:
-    """Describe the launch that writes ``y``, contiguous ``[B, S, D]``."""
-    batch, tokens, width = x.shape
+    """Return the launch that writes ``y``, contiguous ``[B, S, D]``."""
+    batch, tokens, dim = x.shape
     arguments = {
         "x": x,
         "scale": scale,
@@ -133,20 +133,20 @@ def launch_ada_layer_norm(
         "y": y,
         "B": batch,
         "S": tokens,
-        "D": width,
+        "D": dim,
         "stride_x_batch": x.stride(0),
         "stride_x_row": x.stride(1),
         "stride_scale_sample": scale.stride(0),
         "stride_shift_sample": shift.stride(0),
         "eps": eps,
         "ROWS": tile.rows,
-        "BLOCK": _power_of_2(width),
+        "BLOCK": _power_of_2(dim),
     }
     return Launch(_ada_layer_norm_kernel, (batch * -(-tokens // tile.rows),), arguments, tile.warps, 1)
 
 
 def check_ada_layer_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, index: torch.Tensor | None) -> None:
-    """Refuse what the kernel cannot compute.
+    """Refuse arguments that the kernel cannot handle.
 
     Raises:
         ValueError: wrong device, dtype, shape or stride.
@@ -188,13 +188,13 @@ def ada_layer_norm(
     *,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Normalise and modulate in one pass; where a gradient is asked for, the reference computes it.
+    """Normalise and modulate in one pass; where a gradient is needed, the reference computes the result.
 
     Args:
         x: ``[B, S, D]``, rows contiguous.
         scale, shift: ``[B, D]``, or ``[2 B, D]`` with ``index``.
         index: ``[B, S]`` of zeros and ones (`ppcl_kernels.modulation`), or None.
-        eps: under the root.
+        eps: added to the variance.
         tile: None to choose by shape and device.
 
     Returns:
@@ -209,7 +209,7 @@ def ada_layer_norm(
 
 
 class PreparedAdaLayerNorm:
-    """A modulated norm whose shapes and tile are known (`prepare_ada_layer_norm`)."""
+    """A modulated norm whose shapes and tile are fixed (`prepare_ada_layer_norm`)."""
 
     def __init__(self, x: torch.Tensor, eps: float, tile: Tile) -> None:
         self._size, self._eps, self._tile = x.shape, eps, tile
@@ -218,7 +218,7 @@ class PreparedAdaLayerNorm:
     def __call__(
         self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Normalise and modulate other tensors like those of `prepare_ada_layer_norm`."""
+        """Normalise and modulate tensors of the same shapes, strides and dtypes as those given to preparation."""
         y = x.new_empty(self._size)
         if self.launch is not None:
             self.launch(
@@ -237,9 +237,9 @@ def prepare_ada_layer_norm(
     *,
     tile: Tile | None = None,
 ) -> PreparedAdaLayerNorm:
-    """Check what `ada_layer_norm` checks, once for all calls with tensors like these.
+    """Check what `ada_layer_norm` checks, once for all later calls with tensors like these.
 
-    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    `ppcl_kernels.prepared.Bound` lists what the caller must then guarantee. There is no gradient.
     """
     check_ada_layer_norm(x, scale, shift, index)
     tile = Tile.choose(Target.of(x.device), x.dtype, *x.shape) if tile is None else tile

@@ -1,8 +1,8 @@
-"""Which tiles a check on the machine found sound: ``PPCL_ALLOWED`` names the JSON file that says so.
+"""Which tiles passed the check on this machine: ``PPCL_ALLOWED`` names a JSON file with the results.
 
     {"kernels": {"linear": {"128x256x64x8x4x4x1x1": {"ok": false, "why": "hangs"}}}}
 
-A tile that the file does not name is allowed. Without ``PPCL_ALLOWED`` all are.
+A tile that the file does not name is allowed. Without ``PPCL_ALLOWED`` all tiles are allowed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ VARIABLE = "PPCL_ALLOWED"
 
 
 def tile_name(tile: Iterable[int]) -> str:
-    """Spell a tile as files and tables do: its numbers, ``128x64x8x2x1``."""
+    """Return a tile's name in files and tables: its numbers, ``128x64x8x2x1``."""
     return "x".join(map(str, tile))
 
 
 def is_allowed(kernel: str, tile: Iterable[int]) -> bool:
-    """Whether a tile of a kernel (``linear``, ``joint_attention``) may run: false only where the file refuses it.
+    """Return whether a tile of a kernel (``linear``, ``joint_attention``) may run: False only if the file refuses it.
 
     Raises:
-        ValueError: the file is missing, or is not of the form above.
+        ValueError: the file is missing, or does not have the form above.
     """
     path = os.environ.get(VARIABLE)
     if not path:
@@ -38,7 +38,7 @@ def is_allowed(kernel: str, tile: Iterable[int]) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _refused(path: str, changed: int) -> dict[str, frozenset[str]]:
-    """Read the tiles that are not ok, a set for each kernel; ``changed`` makes a file that was rewritten a new one."""
+    """Read the refused tiles of each kernel; ``changed`` is part of the cache key: a rewritten file is read again."""
     try:
         with open(path, encoding="utf-8") as file:
             kernels = json.load(file)["kernels"]

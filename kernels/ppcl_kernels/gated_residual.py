@@ -1,7 +1,7 @@
-"""Gated residual: ``y = x + gate * h``, closing each half of an MMDiT block after a matrix product of cuBLAS.
+"""Gated residual ``y = x + gate * h``: the end of each half of an MMDiT block, after a matrix product by cuBLAS.
 
-B batch, S tokens, D width. Eager writes and reads ``gate * h`` once more. (`ppcl_kernels.linear` does all of it in the
-epilogue of its own product.)
+B batch, S tokens, D model dimension. Eager writes ``gate * h`` to memory and reads it again. (`ppcl_kernels.linear`
+computes the gated residual in the epilogue of its own product.)
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from ppcl_kernels.tiles import cheapest, offered
 def gated_residual_reference(
     x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Add ``gate * h`` to the residual stream ``x [B, S, D]``; ``gate`` as in `ppcl_kernels.modulation`."""
+    """Add ``gate * h`` to ``x [B, S, D]``; `ppcl_kernels.modulation` gives the shape of ``gate``."""
     return x + per_token(gate, index) * h
 
 
 class Tile(NamedTuple):
-    """How the work is shared out: channels of one token that a block takes, and its warps."""
+    """How the work is divided among thread blocks: channels of one token for each, and its warps."""
 
     cols: int
     warps: int
 
     @property
     def resident(self) -> int:
-        """Blocks that share a multiprocessor: those of 1,024 threads, at up to 64 registers a thread."""
+        """Thread blocks that share a multiprocessor: 1,024 threads together, at up to 64 registers a thread."""
         return 32 // self.warps
 
     @property
     def cost(self) -> float:
-        """Time of one block: the channels that it moves."""
+        """Time of one thread block: the channels that it moves."""
         return self.cols
 
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
-        """Tiles worth measuring on a target (`ppcl_kernels.tiles.offered`)."""
-        # 8 elements a thread: one 16-byte access of bf16.
+        """Return the tiles worth measuring on a target (`ppcl_kernels.tiles.offered`)."""
+        # 8 elements a thread: one 16-byte access in bf16.
         return offered("gated_residual", (cls(1024, 4),), target)
 
     @classmethod
-    def choose(cls, target: Target, dtype: torch.dtype, batch: int, tokens: int, width: int) -> Tile:
+    def choose(cls, target: Target, dtype: torch.dtype, batch: int, tokens: int, dim: int) -> Tile:
         """Pick the tile that is cheapest in waves."""
         tiles = cls.candidates(target, dtype)
-        return cheapest("gated_residual", tiles, target, lambda tile: batch * tokens * -(-width // tile.cols))
+        return cheapest("gated_residual", tiles, target, lambda tile: batch * tokens * -(-dim // tile.cols))
 
 
 @jit(do_not_specialize=["B", "S"])
@@ -88,8 +88,8 @@ def _gated_residual_kernel(
 def launch_gated_residual(
     x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None, y: torch.Tensor, tile: Tile
 ) -> Launch:
-    """Describe the launch that writes ``y``, contiguous ``[B, S, D]``."""
-    batch, tokens, width = x.shape
+    """Return the launch that writes ``y``, contiguous ``[B, S, D]``."""
+    batch, tokens, dim = x.shape
     arguments = {
         "x": x,
         "gate": gate,
@@ -98,7 +98,7 @@ def launch_gated_residual(
         "y": y,
         "B": batch,
         "S": tokens,
-        "D": width,
+        "D": dim,
         "stride_x_batch": x.stride(0),
         "stride_x_row": x.stride(1),
         "stride_h_batch": h.stride(0),
@@ -106,11 +106,11 @@ def launch_gated_residual(
         "stride_gate_sample": gate.stride(0),
         "COLS": tile.cols,
     }
-    return Launch(_gated_residual_kernel, (batch * tokens, -(-width // tile.cols)), arguments, tile.warps, 1)
+    return Launch(_gated_residual_kernel, (batch * tokens, -(-dim // tile.cols)), arguments, tile.warps, 1)
 
 
 def check_gated_residual(x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None) -> None:
-    """Refuse what the kernel cannot compute.
+    """Refuse arguments that the kernel cannot handle.
 
     Raises:
         ValueError: wrong device, dtype, shape or stride.
@@ -143,7 +143,7 @@ def _(x, gate, h, index, tile):
 def gated_residual(
     x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None, *, tile: Tile | None = None
 ) -> torch.Tensor:
-    """Add ``gate * h`` to ``x`` in one pass; where a gradient is asked for, the reference computes it.
+    """Add ``gate * h`` to ``x`` in one pass; where a gradient is needed, the reference computes the result.
 
     Args:
         x, h: ``[B, S, D]``, rows contiguous.
@@ -163,7 +163,7 @@ def gated_residual(
 
 
 class PreparedGatedResidual:
-    """A gated residual whose shapes and tile are known (`prepare_gated_residual`)."""
+    """A gated residual whose shapes and tile are fixed (`prepare_gated_residual`)."""
 
     def __init__(self, x: torch.Tensor, tile: Tile) -> None:
         self._size, self._tile = x.shape, tile
@@ -172,7 +172,7 @@ class PreparedGatedResidual:
     def __call__(
         self, x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Add other tensors like those of `prepare_gated_residual`."""
+        """Add tensors of the same shapes, strides and dtypes as those given to preparation."""
         y = x.new_empty(self._size)
         if self.launch is not None:
             self.launch((x, gate, h, index, y), lambda: launch_gated_residual(x, gate, h, index, y, self._tile))
@@ -182,7 +182,10 @@ class PreparedGatedResidual:
 def prepare_gated_residual(
     x: torch.Tensor, gate: torch.Tensor, h: torch.Tensor, index: torch.Tensor | None = None, *, tile: Tile | None = None
 ) -> PreparedGatedResidual:
-    """Check what `gated_residual` checks, once for all calls with tensors like these; as `prepare_ada_layer_norm`."""
+    """Check what `gated_residual` checks, once for all later calls with tensors like these.
+
+    `ppcl_kernels.prepared.Bound` lists what the caller must then guarantee. There is no gradient.
+    """
     check_gated_residual(x, gate, h, index)
     tile = Tile.choose(Target.of(x.device), x.dtype, *x.shape) if tile is None else tile
     return PreparedGatedResidual(x, tile)

@@ -1,6 +1,7 @@
 """RMSNorm of the heads of q and k: ``x / sqrt(mean(x^2) + eps) * g`` over the E channels of a head.
 
-E head dim. Eager reads and writes q and k twice for it; in a kernel that holds a whole head it is one sum a token.
+E head dimension. Eager reads and writes q and k twice for it. In a kernel that holds a whole head, it takes one sum for
+each token.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Norms = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Divide ``x [..., E]`` by the root mean square over E; the variance in float32, as diffusers does it."""
+    """Divide ``x [..., E]`` by its root mean square over E; the variance is float32, as in diffusers."""
     if weight is None:
         return x
     normed = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
@@ -26,7 +27,7 @@ def check_norms(norms: Norms, like: torch.Tensor, head_dim: int) -> None:
     """Refuse norms of q and k that the kernels cannot read.
 
     Raises:
-        ValueError: wrong device, dtype or shape, or one of the two without the other.
+        ValueError: wrong device, dtype or shape, or a norm of q without one of k.
     """
     check_like(like, norm_q=norms[0], norm_k=norms[1])
     if (norms[0] is None) != (norms[1] is None):
@@ -38,5 +39,5 @@ def check_norms(norms: Norms, like: torch.Tensor, head_dim: int) -> None:
 
 @jit()
 def inverse_rms(tile, eps, E: tl.constexpr):
-    """Compute ``1 / sqrt(mean(x^2) + eps)`` for each row of a head's tile, which is zero in columns beyond E."""
+    """Compute ``1 / sqrt(mean(x^2) + eps)`` for each row of a head's tile; columns beyond E must be zero."""
     return tl.rsqrt(tl.sum(tile * tile, axis=1) / E + eps)

@@ -1,7 +1,8 @@
-"""The heads of q, k and v: their joint layout, and what follows their products, as reference and as epilogue.
+"""The heads of q, k and v: the joint layout, and the bias, norm and rotation after their products.
 
-B batch, S tokens, h heads kept, E head dim. `qkv_projection` and `norm_rope` write ``[B, S, h, E]``, tokens in the
-order of the streams; `joint_attention` reads it.
+B batch, S tokens, h heads kept, H heads of the weights, E head dimension. `qkv_projection` and `norm_rope` write
+``[B, S, h, E]``, tokens in the order of the streams; `joint_attention` reads it. What follows the products is here once
+as a reference and once as the epilogue of a kernel.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from ppcl_kernels.head_norm import Norms, inverse_rms, rms_norm_reference
 from ppcl_kernels.matmul import by_parts
 from ppcl_kernels.rope import Rope, apply_rope_reference, rotate
 
-# q (None for a stream without queries), k and v of a stream, ``[B, S, h, E]`` each.
+# q, k and v of a stream, ``[B, S, h, E]`` each; q is None for a stream without queries.
 Raw = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
-# Biases of the products that made them, ``[H E]`` of which the first h E count, or None each.
+# Biases of those three products, ``[H E]`` or None each; the first h E elements are used.
 Biases = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 NO_BIASES: Biases = (None, None, None)
-# One head is one tile.
+# A head has to fit one tile.
 MAX_HEAD_DIM = 128
 
 
 def head_cols(head_dim: int) -> int:
-    """Columns of the tile that holds a head: a power of two, and no less than a tensor core takes."""
+    """Return the columns of the tile that holds a head: a power of two, and at least the 16 that tensor cores need."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def joint_outputs(
     like: torch.Tensor, tokens: Sequence[int], queries: Sequence[bool], heads: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make room for q (of the streams that have queries), k and v, ``[B, S, h, E]`` each."""
+    """Allocate q (for the streams that have queries), k and v, ``[B, S, h, E]`` each."""
     asked = sum(count for count, wanted in zip(tokens, queries, strict=True) if wanted)
     q = like.new_empty(like.shape[0], asked, heads, head_dim)
     k, v = (like.new_empty(like.shape[0], sum(tokens), heads, head_dim) for _ in range(2))
@@ -72,7 +73,7 @@ def norm_rope_reference(
 
 @jit()
 def _finish_columns(acc, arguments, place, first_col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Weight, rotate and write the columns of a head from ``first_col`` on."""
+    """Apply the norm's weight, rotate, and write the columns of a head from ``first_col`` on."""
     _, norm, rope, out, S, out_tokens, out_first, heads, _, E = arguments
     b, row, head, _ = place
     rows = row + tl.arange(0, ROWS)
@@ -80,7 +81,7 @@ def _finish_columns(acc, arguments, place, first_col, ROWS: tl.constexpr, COLS: 
     if norm is not None:
         acc *= tl.load(norm + cols, mask=cols < E, other=0.0).to(tl.float32)[None, :]
     acc = rotate(acc, rope, row, first_col, S, E, ROWS, COLS)
-    # 64-bit to the tile, 32-bit within it.
+    # The offset of the tile is 64-bit, offsets within the tile are 32-bit.
     corner = ((b.to(tl.int64) * out_tokens + out_first + row) * heads + head) * E
     offsets = tl.arange(0, ROWS)[:, None] * (heads * E) + cols[None, :]
     tl.store(out + corner + offsets, acc.to(out.dtype.element_ty), mask=(rows[:, None] < S) & (cols[None, :] < E))
@@ -88,15 +89,15 @@ def _finish_columns(acc, arguments, place, first_col, ROWS: tl.constexpr, COLS: 
 
 @jit()
 def finish_head(acc, arguments, place, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
-    """Add the bias, normalise and rotate one head of some tokens, each where it is given, and write it.
+    """Add the bias, normalise, rotate and write one head of some tokens; parts that are None are left out.
 
-    The epilogue of `ppcl_kernels.matmul.work_off`, where one tile of columns is one head.
+    This is the epilogue of `ppcl_kernels.matmul.work_off` when one tile of columns is one head.
 
     Args:
         acc: ``[ROWS, COLS]``, float32.
         arguments: (bias or None, RMSNorm's weight or None, (cosines or None, sines, stride_rope_row,
-            stride_rope_pair), output, tokens of this stream, tokens a sample of the output, first of this stream among
-            them, heads, eps, E).
+            stride_rope_pair), output, tokens of this stream, tokens of a sample of the output, number of this stream's
+            first token there, heads, eps, E).
         place: (sample, first token, head, first row of the weights).
     """
     bias, norm, _, _, _, _, _, _, eps, E = arguments
@@ -105,8 +106,8 @@ def finish_head(acc, arguments, place, ROWS: tl.constexpr, COLS: tl.constexpr, P
         acc += tl.load(bias + place[3] + cols, mask=cols < E, other=0.0).to(tl.float32)[None, :]
     if norm is not None:
         if COLS != E:
-            # The tile reaches into the next head.
+            # The tile is wider than the head and reaches into the next one.
             acc = tl.where(cols[None, :] < E, acc, 0.0)
-        # Over the whole head, so before the tile is split.
+        # The mean is over the whole head, so it comes before the tile is split.
         acc *= inverse_rms(acc, eps, E)[:, None]
     by_parts(acc, _finish_columns, arguments, place, 0, ROWS, COLS, PARTS)

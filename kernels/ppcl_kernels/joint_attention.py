@@ -1,10 +1,11 @@
-"""Attention over text and image tokens together: ``softmax(q k^T * scale) v``, forward.
+"""Attention over text and image tokens together, forward only: ``softmax(q k^T * scale) v``.
 
-B batch, S queries, T keys, H heads kept, E head dim. Flash attention: a block of queries keeps its running maximum, sum
-and output in registers while tiles of keys pass, so the ``[S, T]`` scores are never written. Keys may be cut off per
-sample (``key_lengths``) or masked in any pattern (``key_mask``): tiles before the first and after the last key that
-counts are skipped, and the longest run of tiles in which every key counts takes the loop without a mask, so that a mask
-costs what its ragged tiles cost.
+B batch, S queries, T keys, H heads kept, E head dimension. This is flash attention: a tile of queries keeps its running
+maximum, sum and output in registers while tiles of keys pass, so the ``[S, T]`` scores are never written to memory.
+
+Keys may be cut off for each sample (``key_lengths``) or masked in any pattern (``key_mask``). Tiles before the first
+unmasked key and after the last one are skipped. The longest run of tiles without a masked key takes a loop that does
+not look at the mask. So a mask costs time only in its ragged tiles, those with masked and unmasked keys.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def joint_attention_reference(
     key_lengths: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attend; q ``[B, S, H, E]``, k and v ``[B, T, H, E]``, the rest as in `joint_attention`."""
+    """Attend; q is ``[B, S, H, E]``, k and v are ``[B, T, H, E]``, the rest is as in `joint_attention`."""
     mask = _joint_mask(k, key_mask, key_lengths)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(
@@ -41,7 +42,7 @@ def joint_attention_reference(
     ).transpose(1, 2)
     if mask is None:
         return y
-    # Not every backend of SDPA gives zeros where no key counts.
+    # Not every backend of SDPA returns zeros where all keys are masked.
     return torch.where(mask.any(dim=1)[:, None, None, None], y, 0.0)
 
 
@@ -55,7 +56,14 @@ def _joint_mask(
 
 
 class Tile(NamedTuple):
-    """How attention is cut up: queries and keys of a tile, warps a block, tiles of keys in flight, blocks resident."""
+    """How attention is divided among thread blocks.
+
+    Attributes:
+        queries, keys: of a tile.
+        warps: warps of a thread block.
+        stages: tiles of keys and values in flight.
+        resident: thread blocks that share a multiprocessor.
+    """
 
     queries: int
     keys: int
@@ -64,22 +72,22 @@ class Tile(NamedTuple):
     resident: int = 1
 
     def shared_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Shared memory of the queries, which stay, and of the keys and values in flight."""
+        """Return the shared memory of the queries, which stay, and of the keys and values in flight."""
         return (self.queries + 2 * self.stages * self.keys) * head_cols(head_dim) * itemsize
 
     @property
     def registers(self) -> int | None:
-        """Registers a thread that let so many blocks be resident, None for no limit."""
+        """Registers for each thread at which ``resident`` thread blocks fit, None for no limit."""
         return register_limit(self.warps, self.resident)
 
     @property
     def cost(self) -> float:
-        """Time of one block over all keys: its queries, over the speed that such tiles are guessed to reach."""
+        """Time of one thread block over all keys: its queries, over the guessed speed of such tiles."""
         return self.queries / _SPEED_GUESSES.get((self.queries, self.keys), 0.4)
 
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype, head_dim: int) -> tuple[Tile, ...]:
-        """Tiles worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
+        """Return the tiles worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
         tiles: tuple[Tile, ...]
         if dtype == torch.float32:
             tiles = (cls(32, 32, 4, 1),)
@@ -100,7 +108,8 @@ class Tile(NamedTuple):
         return cheapest("joint_attention", tiles, target, lambda tile: batch * heads * -(-queries // tile.queries))
 
 
-# Guesses until measured, by queries x keys: share of the fastest tile's speed where all multiprocessors are busy.
+# Guesses until they are measured: speed of a tile of queries x keys, relative to the fastest tile, when all
+# multiprocessors are busy.
 _SPEED_GUESSES = {(128, 128): 1.0, (128, 64): 0.95, (128, 32): 0.9, (64, 64): 0.7}
 
 
@@ -111,12 +120,16 @@ def _later(a, b):
 
 @jit(do_not_specialize=["T"])
 def _key_ranges_kernel(mask, ranges, T, TILES: tl.constexpr, KEYS: tl.constexpr):
-    """Write, per sample, which tiles of keys to visit: first, begin and end of the run without a mask, and last + 1."""
+    """Write which tiles of keys to visit, for each sample.
+
+    Four tile numbers: the first tile with an unmasked key, begin and end of the longest run of tiles without a masked
+    key, and the last tile with an unmasked key + 1.
+    """
     b = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, TILES)
     at = tiles[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
     counts = tl.sum(tl.load(mask + b * T + at, mask=at < T, other=0).to(tl.int32), axis=1)
-    # Of a tile that hangs over the end not every key counts.
+    # A tile that reaches beyond the last key is never full.
     full = counts == KEYS
     last_ragged = tl.associative_scan(tl.where(full, -1, tiles), 0, _later)
     run = tiles - last_ragged
@@ -130,7 +143,7 @@ def _key_ranges_kernel(mask, ranges, T, TILES: tl.constexpr, KEYS: tl.constexpr)
 
 @jit()
 def _load_tile(x, b, head, row, S, strides, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
-    """Load ``x[b, row : row + ROWS, head]``; zeros beyond E, anything finite beyond S."""
+    """Load ``x[b, row : row + ROWS, head]``; zeros beyond E, arbitrary finite values beyond S."""
     if TMA:
         return x.load([b, head, row, 0]).reshape(ROWS, COLS)
     else:
@@ -147,9 +160,10 @@ def _load_tile(x, b, head, row, S, strides, E: tl.constexpr, ROWS: tl.constexpr,
 
 @jit()
 def _online_softmax(qk, v_tile, m_i, l_i, acc, qk_scale):
-    """Take a tile of scores ``qk`` into the running maximum ``m_i`` (base 2), sum ``l_i`` and output ``acc``.
+    """Add a tile of scores ``qk`` to the running maximum ``m_i`` (base 2), sum ``l_i`` and output ``acc``.
 
-    The first tile that a block visits has a key that counts, for all rows alike: ``m_ij`` is finite from then on.
+    The first tile that a thread block visits has an unmasked key, and keys are masked for all rows alike: ``m_ij`` is
+    finite from that tile on.
     """
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
     p = tl.exp2(qk * qk_scale - m_ij[:, None])
@@ -164,7 +178,7 @@ def _online_softmax(qk, v_tile, m_i, l_i, acc, qk_scale):
 _COUNTS = ("H", "S", "T")
 
 
-# Counts of heads and tokens differ from plan to plan and prompt to prompt: none may specialise the kernel.
+# Counts of heads and tokens change with the plan and the prompt, so the kernel must not be specialised on any of them.
 @jit(do_not_specialize=list(_COUNTS))
 def _joint_attention_kernel(
     q,
@@ -194,7 +208,7 @@ def _joint_attention_kernel(
     RAGGED_STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    # Blocks of one head follow each other: its keys and values stay in L2.
+    # The thread blocks of one head follow each other, so its keys and values stay in L2.
     blocks = tl.cdiv(S, QUERIES)
     row = tl.program_id(0) % blocks * QUERIES
     head = tl.program_id(0) // blocks % H
@@ -245,7 +259,7 @@ def _joint_attention_kernel(
         qk = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         qk = tl.where(counted[None, :], qk, float("-inf"))
         m_i, l_i, acc = _online_softmax(qk, v_tile, m_i, l_i, acc, qk_scale)
-    # Rows without any key have sum 0 and output 0.
+    # Rows without an unmasked key have sum 0 and output 0.
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     rows, cols = tl.arange(0, QUERIES), tl.arange(0, COLS)
     corner = ((b.to(tl.int64) * S + row) * H + head) * E
@@ -254,9 +268,9 @@ def _joint_attention_kernel(
 
 
 def launch_key_ranges(key_mask: torch.Tensor, ranges: torch.Tensor, keys: int) -> Launch:
-    """Describe the launch that writes ``ranges [B, 4]`` for tiles of so many keys of ``key_mask [B, T]`` (bytes)."""
+    """Return the launch that writes ``ranges [B, 4]`` of ``key_mask [B, T]`` (bytes), for tiles of ``keys`` keys."""
     batch, length = key_mask.shape
-    # A power of two, which is what a kernel can lay out.
+    # A tensor in a kernel has to have a power of two of elements.
     tiles = 1 << (-(-length // keys) - 1).bit_length()
     arguments = {"mask": key_mask, "ranges": ranges, "T": length, "TILES": tiles, "KEYS": keys}
     return Launch(_key_ranges_kernel, (batch,), arguments, 8, 1)
@@ -274,13 +288,13 @@ def launch_joint_attention(
     tile: Tile,
     target: Target,
 ) -> Launch:
-    """Describe the launch that writes ``y``, contiguous ``[B, S, H, E]``."""
+    """Return the launch that writes ``y``, contiguous ``[B, S, H, E]``."""
     batch, tokens, heads, head_dim = q.shape
     cols = head_cols(head_dim)
     tma = takes_tma(target, q, k, v)
 
     def rows_of(x: torch.Tensor, rows: int) -> Any:
-        # Dimensions of 1 must lead the block, or the compiler takes the tile through registers.
+        # Dimensions of size 1 have to come first, or the compiler moves the tile through registers.
         return operand(x.transpose(1, 2), (1, 1, rows, cols), tma) if tma else x
 
     arguments = {
@@ -299,14 +313,14 @@ def launch_joint_attention(
             for name, t in (("q", q), ("k", k), ("v", v))
             for dim, axis in enumerate(("batch", "row", "head"))
         },
-        # exp2 is the exponential that GPUs have.
+        # GPUs have an instruction for exp2, not for exp.
         "qk_scale": scale * math.log2(math.e),
         "E": head_dim,
         "QUERIES": tile.queries,
         "KEYS": tile.keys,
         "COLS": cols,
-        # Few tiles are ragged. Where operands come from shared memory, not to pipeline them saves registers; elsewhere
-        # it costs some (sm_80 spills).
+        # Few tiles are ragged. Where tensor cores read operands from shared memory, leaving ragged tiles unpipelined
+        # saves registers; elsewhere it needs more of them (sm_80 spills).
         "RAGGED_STAGES": 1 if target.wgmma or target.tcgen05 else tile.stages,
         "TMA": tma,
     }
@@ -374,18 +388,19 @@ def joint_attention(
     *,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Attend over text and image tokens together; where a gradient is asked for, the reference computes it.
+    """Attend over text and image tokens together; where a gradient is needed, the reference computes the result.
 
     Args:
-        q: ``[B, S, H, E]``, E up to 128; of the streams whose output is read.
-        k, v: ``[B, T, H, E]``, of all streams.
-        key_mask: bool ``[B, T]``, true on keys that count, in any pattern; or None.
-        key_lengths: int32 or int64 ``[B]``: the first so many keys count; or None. Not both.
-        scale: of the scores, above 0; ``E ** -0.5`` where None.
+        q: ``[B, S, H, E]``, E up to 128, for the streams whose output is read.
+        k, v: ``[B, T, H, E]``, for all streams.
+        key_mask: bool ``[B, T]``, False on masked keys, in any pattern; or None.
+        key_lengths: int32 or int64 ``[B]``, the number of keys that are not masked, counted from the first; or None.
+            Not together with ``key_mask``.
+        scale: factor of the scores, above 0; None for ``E ** -0.5``.
         tile: None to choose by shape and device.
 
     Returns:
-        ``[B, S, H, E]``, contiguous, in the dtype of ``q``; zeros where no key counts.
+        ``[B, S, H, E]``, contiguous, in the dtype of ``q``; zeros where all keys are masked.
 
     Raises:
         ValueError: wrong device, dtype, shape or stride.
@@ -399,7 +414,7 @@ def joint_attention(
 
 
 class PreparedAttention:
-    """Attention whose shapes and tile are known (`prepare_joint_attention`)."""
+    """Attention whose shapes and tile are fixed (`prepare_joint_attention`)."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, masked: bool, scale: float, tile: Tile) -> None:
         self._size, self._empty, self._keys = q.shape, not q.numel(), k.shape[1]
@@ -410,7 +425,7 @@ class PreparedAttention:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend over other tensors like those of `prepare_joint_attention`."""
+        """Attend over tensors of the same shapes, strides and dtypes as those given to preparation."""
         y = q.new_empty(self._size)
         if self._empty:
             return y
@@ -438,9 +453,9 @@ def prepare_joint_attention(
     *,
     tile: Tile | None = None,
 ) -> PreparedAttention:
-    """Check what `joint_attention` checks, once for all calls with tensors like these.
+    """Check what `joint_attention` checks, once for all later calls with tensors like these.
 
-    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    `ppcl_kernels.prepared.Bound` lists what the caller must then guarantee. There is no gradient.
     """
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     _check(q, k, v, key_mask, None, scale)

@@ -1,4 +1,4 @@
-"""What a kernel is launched on and with: the same description runs it on a device and compiles it without one."""
+"""A kernel with its arguments, as a value that runs on a device or compiles without one, and the device's limits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TRITON_DTYPES = {
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture and those of its limits that tiles depend on.
+    """An architecture and the limits that tiles depend on.
 
     Attributes:
-        arch: ``sm_90`` for compute capability 9.0, ``gfx942`` for an AMD one, ``interpreter`` for no device at all.
-        shared_bytes: shared memory that one block may take.
-        multiprocessors: how many of them; a persistent grid is a multiple of it.
+        arch: such as ``sm_90`` (compute capability 9.0), ``gfx942`` (AMD), or ``interpreter`` (no device).
+        shared_bytes: shared memory that one thread block may use.
+        multiprocessors: their number; the grid of a persistent kernel is a multiple of it.
     """
 
     arch: str
@@ -39,13 +39,13 @@ class Target:
 
     @classmethod
     def of(cls, device: torch.device) -> Target:
-        """Read the target off a device.
+        """Return the target of a device.
 
         Raises:
-            ValueError: kernels cannot run there.
+            ValueError: kernels cannot run on the device.
         """
         if device.type == "cpu" and INTERPRETED:
-            # Few multiprocessors, so that a persistent loop goes round more than once.
+            # Few multiprocessors, so that a persistent loop takes more than one turn.
             return cls("interpreter", 227 * _KIB, 2)
         if device.type != "cuda" or triton is None:
             raise ValueError(
@@ -56,43 +56,43 @@ class Target:
 
     @property
     def amd(self) -> bool:
-        """Whether it is one of AMD's."""
+        """Whether it is an AMD architecture."""
         return self.arch.startswith("gfx")
 
     @property
     def capability(self) -> int:
-        """Compute capability as one number (90 for 9.0); 0 where there is none."""
+        """Compute capability as one number (90 for 9.0), 0 where there is none."""
         return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
 
     @property
     def wgmma(self) -> bool:
-        """Whether Hopper's tensor cores read both operands from shared memory (the interpreter follows Hopper)."""
+        """Whether its tensor cores are Hopper's, which read operands from shared memory; so does the interpreter."""
         return self.capability == 90 or self.arch == "interpreter"
 
     @property
     def tcgen05(self) -> bool:
-        """Whether datacentre Blackwell's do, and accumulate in a memory of their own."""
+        """Whether its tensor cores are datacentre Blackwell's, which also accumulate in a memory of their own."""
         return self.capability in (100, 103)
 
     @property
     def tma(self) -> bool:
-        """Whether tiles are copied by tensor descriptors: where tensor cores read operands from shared memory.
+        """Whether kernels copy tiles by tensor descriptors (TMA): where tensor cores read operands from shared memory.
 
-        sm_120 could, but its tensor cores read registers, and descriptors would need more of them: attention spills,
-        and with triton 3.6 products do too.
+        sm_120 has TMA too, but its tensor cores read operands from registers, and descriptors need more registers:
+        attention spills, and with triton 3.6 matrix products spill too.
         """
         return self.wgmma or self.tcgen05
 
 
 def can_run(x: torch.Tensor) -> bool:
-    """Whether kernels can run on a tensor's device and take its dtype."""
+    """Return whether kernels can run on a tensor's device and take its dtype."""
     able = INTERPRETED if x.device.type == "cpu" else x.device.type == "cuda" and triton is not None
     return able and x.dtype in DTYPES
 
 
 @functools.cache
 def _device_target(index: int) -> Target:
-    # Triton asks the driver: torch does not say everywhere how much shared memory a block may opt in to.
+    # Triton asks the driver. Torch does not report everywhere how much shared memory a thread block may opt in to.
     limits = triton.runtime.driver.active.utils.get_device_properties(index)
     if torch.version.hip:
         arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
@@ -101,8 +101,8 @@ def _device_target(index: int) -> Target:
     return Target(arch, limits["max_shared_mem"], limits["multiprocessor_count"])
 
 
-# What `aot` compiles for, with the limits of the vendors' tables: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090 and
-# MI300X.
+# Targets of `ppcl_kernels.tools.aot`, with the limits in the vendors' tables: A100, RTX 3090, RTX 4090, H100, B200,
+# RTX 5090 and MI300X.
 TARGETS = {
     target.arch: target
     for target in (
@@ -118,7 +118,7 @@ TARGETS = {
 
 
 def register_limit(warps: int, resident: int) -> int | None:
-    """Registers a thread that let so many blocks share a multiprocessor's 65,536, None for no limit."""
+    """Return the registers of a thread at which ``resident`` thread blocks share 65,536; None for no limit."""
     limit = 65536 // (32 * warps * resident) // 8 * 8
     return limit if limit < 255 else None
 
@@ -127,8 +127,8 @@ def register_limit(warps: int, resident: int) -> int | None:
 class Launch:
     """A kernel with its grid and arguments.
 
-    ``registers`` limits what a thread may take, None for no limit. Tensors may be meta tensors, for `compile`: what is
-    compiled without a device is what would run on one.
+    ``registers`` limits the registers of a thread, None for no limit. For `compile` the tensors may be meta tensors:
+    what is compiled without a device is what would run on one.
     """
 
     kernel: Any
@@ -139,18 +139,18 @@ class Launch:
     registers: int | None = None
 
     def run(self) -> Any:
-        """Launch on the device of the tensors, which need not be the current one; returns triton's compiled kernel."""
+        """Launch on the device of the tensors, current or not; returns triton's compiled kernel."""
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return self.kernel[self.grid](**self.arguments, **self._options(amd=torch.version.hip is not None))
 
     def _options(self, amd: bool) -> dict[str, int]:
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        # AMD's compiler takes no limit of registers.
+        # AMD's compiler has no such limit.
         return options if self.registers is None or amd else options | {"maxnreg": self.registers}
 
     def source(self) -> Any:
-        """Say what would be compiled: launches of equal sources share a compiled kernel, also in the cache on disk."""
+        """Return what would be compiled; launches with equal sources share a compiled kernel, on disk too."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, make_backend
 
@@ -162,13 +162,13 @@ class Launch:
             if kind != "constexpr" and not parameter.do_not_specialize and isinstance(value, torch.Tensor | int):
                 about = "D" if _divisible(value) else ""
             kinds.append((kind, about))
-        # Where nothing can be said of a value, versions of triton note that differently; the cache on disk goes by it.
+        # Versions of triton note a value without known properties differently, and the note is part of the cache key.
         backend = make_backend(GPUTarget("cuda", 90, 32))
         _, signature, constants, attributes = self.kernel._pack_args(backend, {}, values, kinds, None)
         return ASTSource(self.kernel, signature, constants, attributes)
 
     def compile(self, target: Target) -> Any:
-        """Compile for a target, with no device; returns triton's compiled kernel."""
+        """Compile for a target, without a device; returns triton's compiled kernel."""
         from triton.backends.compiler import GPUTarget
 
         gpu = GPUTarget("hip", target.arch, 64) if target.amd else GPUTarget("cuda", target.capability, 32)
@@ -176,7 +176,7 @@ class Launch:
 
 
 def _kind(value: Any, unspecialized: bool) -> str:
-    """The type that triton gives an argument: None and 1 become constants, as at run time."""
+    """Return the type that triton gives an argument: None and 1 become constants, as at run time."""
     if value is None or (isinstance(value, int) and value == 1 and not unspecialized):
         return "constexpr"
     if isinstance(value, torch.Tensor):

@@ -1,11 +1,11 @@
-"""Linear layers over a prefix of their channels, and what follows them, in one kernel.
+"""Linear layers over a prefix of their channels, with activation, gate and residual in the same kernel.
 
-``y = x W[:n, :k]^T + b[:n]``, then in this order, where asked for: tanh-GELU, ``* gate``, ``+ residual``.
+``y = x W[:n, :k]^T + b[:n]``, then in this order, if asked for: tanh-GELU, ``* gate``, ``+ residual``.
 
-B batch, S tokens, K inputs, N outputs of the weight; ``k <= K`` and ``n <= N`` are kept. Weights lie in rank order, so
-a narrower layer is a prefix of a wider one. Eager writes and reads ``[B, S, n]`` once more for each thing that follows
-the product. The two streams of a block are two groups of one launch: the short text fills waves that the image leaves
-empty.
+B batch, S tokens, K inputs and N outputs of the weight, of which the first ``k`` and ``n`` are kept. Weights are stored
+in rank order, so a narrower layer is a prefix of a wider one. Eager writes and reads ``[B, S, n]`` again for each
+operation after the product. The layers of both streams of a block run in one launch: the few text tokens fill waves
+that the image tokens leave partly empty.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ppcl_kernels.prepared import Bound, described, suffixes
 
 
 class Linear(NamedTuple):
-    """One group: a linear layer on one stream, and what follows it.
+    """A linear layer on one stream, with the operations that follow it.
 
     Attributes:
         x: ``[B, S, k]``.
         weight: ``[N, K]``.
         bias: ``[N]`` or None.
-        out_features: n, None for all N.
+        out_features: n, None for all N outputs.
         gate: ``[B, n]``, or ``[2 B, n]`` with ``index`` (`ppcl_kernels.modulation`), or None.
         index: ``[B, S]`` of zeros and ones, or None.
         residual: ``[B, S, n]`` or None.
@@ -43,7 +43,8 @@ class Linear(NamedTuple):
     bias: torch.Tensor | None = None
     out_features: int | None = None
     gate: torch.Tensor | None = None
-    index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    # The field hides tuple.index, which nobody calls.
+    index: torch.Tensor | None = None  # type: ignore[assignment]
     residual: torch.Tensor | None = None
 
 
@@ -58,18 +59,18 @@ def linear_reference(
     index: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply ``x [..., k]`` by the first ``k`` columns and first ``out_features`` rows of ``weight [N, K]``.
+    """Multiply ``x [..., k]`` by the first ``k`` columns and the first ``out_features`` rows of ``weight [N, K]``.
 
-    Arguments as in `Linear`; ``gelu`` is the tanh form.
+    The arguments are those of `Linear`; ``gelu`` is the tanh form.
 
     Returns:
         ``[..., out_features]`` (all N rows where ``out_features`` is None).
 
     Raises:
-        ValueError: ``x`` or ``out_features`` is wider than the weight.
+        ValueError: ``x`` or ``out_features`` asks for more than the weight holds.
     """
     n, k = _widths(x, weight, out_features)
-    # Slices are views: what is left out is neither read nor multiplied.
+    # Slices are views: the other rows and columns are neither read nor multiplied.
     y = F.linear(x, weight[:n, :k], None if bias is None else bias[:n])
     if gelu:
         y = F.gelu(y, approximate="tanh")
@@ -90,7 +91,7 @@ def _widths(x: torch.Tensor, weight: torch.Tensor, out_features: int | None) -> 
 
 @jit()
 def _finish_columns(acc, arguments, place, first_col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Turn some columns of a tile of products into the result, and write them."""
+    """Turn some columns of a tile of products into columns of the result, and write them."""
     bias, gate, index, residual, y, S, N, B, stride_gate_sample, GELU = arguments
     b, row, _, _ = place
     rows = row + tl.arange(0, ROWS)
@@ -110,7 +111,7 @@ def _finish_columns(acc, arguments, place, first_col, ROWS: tl.constexpr, COLS: 
             sample = (b + tl.where(second, B, 0)).to(tl.int64)
             scale = tl.load(gate + sample[:, None] * stride_gate_sample + cols[None, :], mask=inside, other=0.0)
             acc *= scale.to(tl.float32)
-    # 64-bit to the tile, 32-bit within it: half the registers.
+    # The offset of the tile is 64-bit. Offsets within the tile are 32-bit, which takes half the registers.
     corner = (b.to(tl.int64) * S + row) * N + first_col
     offsets = tl.arange(0, ROWS)[:, None] * N + tl.arange(0, COLS)[None, :]
     if residual is not None:
@@ -124,7 +125,7 @@ def _finish(acc, arguments, place, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS
     by_parts(acc, _finish_columns, arguments, place, place[3], ROWS, COLS, PARTS)
 
 
-# Token counts change from prompt to prompt, and B = 1 would compile anew: neither may specialise the kernel.
+# The token counts change with the prompt, and B = 1 would compile a second kernel: do not specialise on either.
 # fmt: off
 @jit(do_not_specialize=["B", "S0", "S1"])
 def _linear_kernel(
@@ -153,7 +154,7 @@ def _linear_kernel(
 
 
 # fmt: off
-_GROUP_ARGUMENTS = (
+_LAYER_ARGUMENTS = (
     "x", "w", "bias", "gate", "index", "residual", "y",
     "S", "N", "K", "stride_x_batch", "stride_x_row", "stride_w_row", "stride_gate_sample",
 )
@@ -161,34 +162,34 @@ _GROUP_ARGUMENTS = (
 
 
 def launch_linear(
-    groups: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile, target: Target
+    layers: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile, target: Target
 ) -> Launch:
-    """Describe the launch that writes ``outputs`` (contiguous ``[B, S, n]``) of one or two groups."""
-    tma = takes_tma(target, *(g.x for g in groups), *(g.weight for g in groups))
-    batch, tiles, arguments = groups[0].x.shape[0], 0, dict[str, Any]()
+    """Return the launch that writes ``outputs`` (contiguous ``[B, S, n]``) of one or two layers."""
+    tma = takes_tma(target, *(layer.x for layer in layers), *(layer.weight for layer in layers))
+    batch, tiles, arguments = layers[0].x.shape[0], 0, dict[str, Any]()
     for number in range(2):
         values: Sequence[Any] = (None,) * 7 + (0,) * 7
-        if number < len(groups):
-            g, y = groups[number], outputs[number]
-            tokens, n, k = y.shape[1], y.shape[2], g.x.shape[2]
+        if number < len(layers):
+            layer, y = layers[number], outputs[number]
+            tokens, n, k = y.shape[1], y.shape[2], layer.x.shape[2]
             tiles += batch * -(-tokens // tile.rows) * -(-n // tile.cols)
             values = (
-                operand(g.x, (1, tile.rows, tile.depth), tma),
-                operand(g.weight[:n, :k], (tile.cols, tile.depth), tma),
-                g.bias,
-                g.gate,
-                g.index,
-                g.residual,
+                operand(layer.x, (1, tile.rows, tile.depth), tma),
+                operand(layer.weight[:n, :k], (tile.cols, tile.depth), tma),
+                layer.bias,
+                layer.gate,
+                layer.index,
+                layer.residual,
                 y,
                 tokens,
                 n,
                 k,
-                g.x.stride(0),
-                g.x.stride(1),
-                g.weight.stride(0),
-                0 if g.gate is None else g.gate.stride(0),
+                layer.x.stride(0),
+                layer.x.stride(1),
+                layer.weight.stride(0),
+                0 if layer.gate is None else layer.gate.stride(0),
             )
-        arguments.update({f"{name}{number}": value for name, value in zip(_GROUP_ARGUMENTS, values, strict=True)})
+        arguments.update({f"{name}{number}": value for name, value in zip(_LAYER_ARGUMENTS, values, strict=True)})
     arguments |= {
         "B": batch,
         "ROWS": tile.rows,
@@ -204,53 +205,55 @@ def launch_linear(
 
 
 def describe_linear(
-    groups: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile | None = None
+    layers: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile | None = None
 ) -> Launch | None:
-    """Describe the launch for groups that were checked, at the tile that suits; None where none has tokens."""
-    work = [(g, y) for g, y in zip(groups, outputs, strict=True) if y.numel()]
+    """Return the launch of layers that were checked, by default at the cheapest tile; None if no layer has tokens."""
+    work = [(layer, y) for layer, y in zip(layers, outputs, strict=True) if y.numel()]
     if not work:
         return None
     target = Target.of(work[0][1].device)
     if tile is None:
         tokens, cols = [y.shape[1] for _, y in work], max(y.shape[2] for _, y in work)
         tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols)
-    return launch_linear([g for g, _ in work], [y for _, y in work], gelu, tile, target)
+    return launch_linear([layer for layer, _ in work], [y for _, y in work], gelu, tile, target)
 
 
-def run_linear(groups: Sequence[Linear], gelu: bool, tile: Tile | None = None) -> list[torch.Tensor]:
-    """Launch for one or two groups that were checked; streams without tokens launch nothing."""
-    outputs = [g.x.new_empty(*g.x.shape[:2], _widths(g.x, g.weight, g.out_features)[0]) for g in groups]
-    launch = describe_linear(groups, outputs, gelu, tile)
+def run_linear(layers: Sequence[Linear], gelu: bool, tile: Tile | None = None) -> list[torch.Tensor]:
+    """Launch one or two layers that were checked; a stream without tokens launches nothing."""
+    outputs = [
+        layer.x.new_empty(*layer.x.shape[:2], _widths(layer.x, layer.weight, layer.out_features)[0]) for layer in layers
+    ]
+    launch = describe_linear(layers, outputs, gelu, tile)
     if launch is not None:
         launch.run()
     return outputs
 
 
-def check_linear(groups: Sequence[Linear]) -> None:
-    """Refuse groups that the kernel cannot compute.
+def check_linear(layers: Sequence[Linear]) -> None:
+    """Refuse layers that the kernel cannot compute.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, or a width beyond the weight.
+        ValueError: wrong device, dtype, shape or stride, or more inputs or outputs than the weight holds.
     """
-    first = groups[0].x
-    for g in groups:
-        if g.x.dim() != 3 or g.x.shape[0] != first.shape[0]:
-            raise ValueError(f"x is {list(g.x.shape)}, wanted [B, S, k] with the same B in every group")
-        n, _ = _widths(g.x, g.weight, g.out_features)
-        check_like(first, x=g.x, weight=g.weight, bias=g.bias, gate=g.gate, residual=g.residual)
-        if g.bias is not None:
-            check_shape("bias", g.bias, g.weight.shape[:1])
-        check_modulation("gate", g.gate, g.x, n, g.index)
-        check_index(g.index, g.x)
-        if g.residual is not None:
-            check_shape("residual", g.residual, (*g.x.shape[:2], n))
-            if not g.residual.is_contiguous():
-                raise ValueError(f"residual has strides {g.residual.stride()}, wanted contiguous: .contiguous()")
+    first = layers[0].x
+    for layer in layers:
+        if layer.x.dim() != 3 or layer.x.shape[0] != first.shape[0]:
+            raise ValueError(f"x is {list(layer.x.shape)}, wanted [B, S, k] with the same B in every layer")
+        n, _ = _widths(layer.x, layer.weight, layer.out_features)
+        check_like(first, x=layer.x, weight=layer.weight, bias=layer.bias, gate=layer.gate, residual=layer.residual)
+        if layer.bias is not None:
+            check_shape("bias", layer.bias, layer.weight.shape[:1])
+        check_modulation("gate", layer.gate, layer.x, n, layer.index)
+        check_index(layer.index, layer.x)
+        if layer.residual is not None:
+            check_shape("residual", layer.residual, (*layer.x.shape[:2], n))
+            if not layer.residual.is_contiguous():
+                raise ValueError(f"residual has strides {layer.residual.stride()}, wanted contiguous: .contiguous()")
 
 
-def _check_count(groups: Sequence[Linear]) -> None:
-    if len(groups) not in (1, 2):
-        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
+def _check_count(layers: Sequence[Linear]) -> None:
+    if len(layers) not in (1, 2):
+        raise ValueError(f"one launch takes one or two layers (one for each stream of a block), got {len(layers)}")
 
 
 @define_op(
@@ -259,38 +262,42 @@ def _check_count(groups: Sequence[Linear]) -> None:
     "Tensor?[] residual, bool gelu, int[]? tile) -> Tensor[]",
 )
 def _linear_op(x, weight, bias, out_features, gate, index, residual, gelu, tile):
-    groups = [Linear(*group) for group in zip(x, weight, bias, out_features, gate, index, residual, strict=True)]
-    check_linear(groups)
-    return run_linear(groups, gelu, None if tile is None else Tile(*tile))
+    layers = [Linear(*parts) for parts in zip(x, weight, bias, out_features, gate, index, residual, strict=True)]
+    check_linear(layers)
+    return run_linear(layers, gelu, None if tile is None else Tile(*tile))
 
 
 @_linear_op.register_fake
 def _(x, weight, bias, out_features, gate, index, residual, gelu, tile):
-    check_linear([Linear(*group) for group in zip(x, weight, bias, out_features, gate, index, residual, strict=True)])
+    check_linear([Linear(*parts) for parts in zip(x, weight, bias, out_features, gate, index, residual, strict=True)])
     return [part.new_empty(*part.shape[:2], n) for part, n in zip(x, out_features, strict=True)]
 
 
-def grouped_linear(groups: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> list[torch.Tensor]:
-    """Apply one or two linear layers, and what follows each, in one launch.
+def grouped_linear(layers: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> list[torch.Tensor]:
+    """Apply one or two linear layers, with the operations that follow each, in one launch.
 
-    Where a gradient is asked for, the reference computes it.
+    Where a gradient is needed, the reference computes the result.
 
     Args:
-        groups: what to apply to what; `Linear` gives the shapes.
-        gelu: tanh-GELU after the bias, in all groups.
+        layers: what to apply to which input; `Linear` gives the shapes.
+        gelu: apply tanh-GELU after the bias, in all layers.
         tile: None to choose by shape and device.
 
     Returns:
-        ``[B, S, n]`` a group, contiguous, in the dtype of ``x``.
+        ``[B, S, n]`` for each layer, contiguous, in the dtype of ``x``.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, a width beyond the weight, or not one or two groups.
+        ValueError: wrong device, dtype, shape or stride, more inputs or outputs than the weight holds, or not one or
+            two layers.
     """
-    _check_count(groups)
-    if any(wants_gradient(g.x, g.weight, g.bias, g.gate, g.residual) for g in groups):
-        return [linear_reference(*g[:4], gelu=gelu, gate=g.gate, index=g.index, residual=g.residual) for g in groups]
-    x, weight, bias, out_features, gate, index, residual = map(list, zip(*groups, strict=True))
-    out_features = [_widths(g.x, g.weight, g.out_features)[0] for g in groups]
+    _check_count(layers)
+    if any(wants_gradient(layer.x, layer.weight, layer.bias, layer.gate, layer.residual) for layer in layers):
+        return [
+            linear_reference(*layer[:4], gelu=gelu, gate=layer.gate, index=layer.index, residual=layer.residual)
+            for layer in layers
+        ]
+    x, weight, bias, out_features, gate, index, residual = map(list, zip(*layers, strict=True))
+    out_features = [_widths(layer.x, layer.weight, layer.out_features)[0] for layer in layers]
     return _linear_op(x, weight, bias, out_features, gate, index, residual, gelu, tile)
 
 
@@ -306,37 +313,37 @@ def linear(
     residual: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Apply one linear layer to ``x [B, S, k]``; arguments and errors as in `Linear` and `grouped_linear`."""
+    """Apply one linear layer to ``x [B, S, k]``; arguments and errors are those of `Linear` and `grouped_linear`."""
     return grouped_linear([Linear(x, weight, bias, out_features, gate, index, residual)], gelu=gelu, tile=tile)[0]
 
 
 class PreparedLinear:
-    """One or two linear layers whose weights, shapes and tile are known (`prepare_linear`)."""
+    """One or two linear layers whose weights, shapes and tile are fixed (`prepare_linear`)."""
 
-    def __init__(self, groups: Sequence[Linear], gelu: bool, tile: Tile | None) -> None:
-        self._sizes = [(*g.x.shape[:2], _widths(g.x, g.weight, g.out_features)[0]) for g in groups]
+    def __init__(self, layers: Sequence[Linear], gelu: bool, tile: Tile | None) -> None:
+        self._sizes = [(*layer.x.shape[:2], _widths(layer.x, layer.weight, layer.out_features)[0]) for layer in layers]
         self._gelu, self._tile = gelu, tile
-        numbers = suffixes([g.x for g in groups])
+        numbers = suffixes([layer.x for layer in layers])
         moving = [(f"{name}{n}",) if n else () for n in numbers for name in ("x", "gate", "index", "residual", "y")]
         self.launch = Bound(moving) if any(numbers) else None
 
-    def __call__(self, groups: Sequence[Linear]) -> list[torch.Tensor]:
-        """Apply the layers to other tensors like those of `prepare_linear`."""
+    def __call__(self, layers: Sequence[Linear]) -> list[torch.Tensor]:
+        """Apply the layers to tensors of the same shapes, strides and dtypes as those given to preparation."""
         outputs, tensors = [], []
-        for g, size in zip(groups, self._sizes):
-            y = g.x.new_empty(size)
+        for layer, size in zip(layers, self._sizes):
+            y = layer.x.new_empty(size)
             outputs.append(y)
-            tensors += [g.x, g.gate, g.index, g.residual, y]
+            tensors += [layer.x, layer.gate, layer.index, layer.residual, y]
         if self.launch is not None:
-            self.launch(tuple(tensors), lambda: described(describe_linear(groups, outputs, self._gelu, self._tile)))
+            self.launch(tuple(tensors), lambda: described(describe_linear(layers, outputs, self._gelu, self._tile)))
         return outputs
 
 
-def prepare_linear(groups: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> PreparedLinear:
-    """Check what `grouped_linear` checks, once for all calls with weights at the same place and tensors like these.
+def prepare_linear(layers: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> PreparedLinear:
+    """Check what `grouped_linear` checks, once for all later calls with the same weights and tensors like these.
 
-    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    `ppcl_kernels.prepared.Bound` lists what the caller must then guarantee. There is no gradient.
     """
-    _check_count(groups)
-    check_linear(groups)
-    return PreparedLinear(groups, gelu, tile)
+    _check_count(layers)
+    check_linear(layers)
+    return PreparedLinear(layers, gelu, tile)

@@ -1,8 +1,8 @@
-"""The matrix product that `linear` and `qkv_projection` share: tiles, operands, the persistent loop, and its epilogue.
+"""The matrix product that `linear` and `qkv_projection` share: tiles, operands, persistent loop, and epilogue.
 
-B batch, S tokens, K inputs, N outputs. Operands are ``x [B, S, K]`` and ``weight [N, K]``; a tile of the result is
-``rows`` tokens of one sample by ``cols`` outputs, so what modulates a sample is one vector a tile. What follows the
-product is a jit function that `work_off` is given.
+B batch, S tokens, K inputs, N outputs. The operands are ``x [B, S, K]`` and ``weight [N, K]``. A tile of the result is
+``rows`` tokens of one sample by ``cols`` outputs, so a tile needs one vector of each modulation. The operations after
+the product are a jit function that `work_off` is given.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from ppcl_kernels.tiles import cheapest, offered
 
 
 class Tile(NamedTuple):
-    """How a matrix product is cut up.
+    """How a matrix product is divided among thread blocks.
 
     Attributes:
-        rows, cols, depth: of the tile that one step of the loop multiplies.
-        warps, stages: per block, and tiles in flight.
-        parts: pieces that the epilogue finishes one after the other; a residual next to a whole wide tile would spill.
-        resident: blocks per multiprocessor of the persistent grid; two hide each other's epilogue.
-        flat: 1 to make one loop of those over tiles and depth, so that a tile's first copies start before the epilogue
-            of the one before it.
+        rows, cols, depth: of the product that one iteration of the loop computes.
+        warps: warps of a thread block.
+        stages: operand tiles in flight.
+        parts: pieces of columns that the epilogue finishes one after the other: a whole wide tile and its residual
+            would spill.
+        resident: thread blocks on each multiprocessor; with two, one multiplies during the epilogue of the other.
+        flat: 1 to merge the loops over tiles and depth into one, so that the first copies of a tile start before the
+            epilogue of the previous tile.
     """
 
     rows: int
@@ -39,25 +41,25 @@ class Tile(NamedTuple):
     flat: int = 0
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Shared memory of the operand tiles in flight."""
+        """Return the shared memory of the operand tiles in flight."""
         return self.stages * (self.rows + self.cols) * self.depth * itemsize
 
     @property
     def registers(self) -> int | None:
-        """Registers a thread that let so many blocks be resident, None for no limit."""
+        """Registers for each thread at which ``resident`` thread blocks fit, None for no limit."""
         return register_limit(self.warps, self.resident)
 
     @property
     def cost(self) -> float:
-        """Time of one tile: its area, over the speed that tiles of its area are guessed to reach."""
+        """Time of one tile: its area, over the guessed speed of tiles of that area."""
         return self.rows * self.cols / _SPEED_GUESSES.get(self.rows * self.cols, 0.4)
 
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
-        """Tiles of `linear` that are worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
+        """Return the tiles of `linear` worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
         tiles: Sequence[Tile]
         if dtype == torch.float32:
-            # Exact products: no tensor cores, many registers.
+            # Exact float32 products use no tensor cores and many registers.
             tiles = (cls(64, 64, 32, 4, 2), cls(32, 32, 32, 4, 2))
         elif target.amd:
             tiles = (cls(128, 128, 64, 8, 2), cls(64, 64, 64, 4, 2, resident=2))
@@ -67,7 +69,7 @@ class Tile(NamedTuple):
 
     @classmethod
     def choose(cls, target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, cols: int) -> Tile:
-        """Pick the tile of `linear` that is cheapest in waves, for streams of so many tokens and ``cols`` outputs."""
+        """Pick the tile of `linear` that is cheapest in waves, given the tokens of each stream and the outputs."""
 
         def blocks(tile: Tile) -> int:
             return batch * sum(-(-s // tile.rows) for s in tokens) * -(-cols // tile.cols)
@@ -75,11 +77,12 @@ class Tile(NamedTuple):
         return cheapest("linear", cls.candidates(target, dtype), target, blocks)
 
 
-# Guesses until measured, by rows x columns: share of the fastest tile's speed where all multiprocessors are busy. A
-# tile of 32 x 32 reads twice the bytes a product that one of 64 x 64 does, and starts four times as often.
+# Guesses until they are measured: speed of a tile of rows x columns, relative to the fastest tile, when all
+# multiprocessors are busy. A 32 x 32 tile reads twice the bytes per product of a 64 x 64 tile, and starts four times as
+# often.
 _SPEED_GUESSES = {128 * 256: 1.0, 128 * 128: 0.93, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 32: 0.2}
 
-# Hopper and Blackwell: operands by TMA.
+# Hopper and datacentre Blackwell copy operands by TMA.
 _TILES_WGMMA = (
     Tile(128, 256, 64, 8, 4, parts=4, flat=1),
     Tile(128, 256, 64, 8, 3, parts=4),
@@ -95,14 +98,14 @@ _TILES_MMA = (
 
 
 def operand(tensor: torch.Tensor, block: Sequence[int], tma: bool) -> Any:
-    """Hand a tensor to a kernel: as a descriptor of blocks where TMA copies them, as it is elsewhere."""
+    """Return a tensor as a kernel's argument: a descriptor of blocks if TMA copies it, otherwise the tensor itself."""
     if not tma:
         return tensor
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 def takes_tma(target: Target, *tensors: torch.Tensor) -> bool:
-    """Whether TMA can copy tiles of all these: starts and strides of 16 bytes, and no dimension that was expanded."""
+    """Return whether TMA can copy tiles of these tensors: starts and strides of 16 bytes, and no expanded dimension."""
     return target.tma and all(
         tensor.data_ptr() % 16 == 0
         and tensor.stride(-1) == 1
@@ -113,7 +116,7 @@ def takes_tma(target: Target, *tensors: torch.Tensor) -> bool:
 
 @jit()
 def locate_tile(tile, rows, cols, BAND: tl.constexpr):
-    """Row and column of a tile, a band of rows at a time: the weights of a band stay in L2."""
+    """Return row and column of a tile. Tiles go band of rows by band of rows, so the weights of a band stay in L2."""
     band = tile // (BAND * cols)
     height = tl.minimum(rows - band * BAND, BAND)
     inside = tile % (BAND * cols)
@@ -122,13 +125,13 @@ def locate_tile(tile, rows, cols, BAND: tl.constexpr):
 
 @jit()
 def load_rows(x, b, row, k, S, K, strides, ROWS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
-    """Load ``x[b, row : row + ROWS, k : k + DEPTH]``; zeros beyond K, anything finite beyond S."""
+    """Load ``x[b, row : row + ROWS, k : k + DEPTH]``; zeros beyond K, arbitrary finite values beyond S."""
     if TMA:
         return x.load([b, row, k]).reshape(ROWS, DEPTH)
     else:
         stride_x_batch, stride_x_row = strides
         start = x + b.to(tl.int64) * stride_x_batch + row.to(tl.int64) * stride_x_row
-        # Rows beyond the end repeat the last one: no mask, and nothing that is stored reads them.
+        # Rows beyond the end repeat the last row: this needs no mask, and no stored result depends on them.
         rows = tl.minimum(tl.arange(0, ROWS), S - 1 - row)
         cols = k + tl.arange(0, DEPTH)
         return tl.load(start + rows[:, None] * stride_x_row + cols[None, :], mask=cols[None, :] < K, other=0.0)
@@ -136,7 +139,7 @@ def load_rows(x, b, row, k, S, K, strides, ROWS: tl.constexpr, DEPTH: tl.constex
 
 @jit()
 def load_weight(w, col, k, N, K, stride_w_row, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
-    """Load ``w[col : col + COLS, k : k + DEPTH]``, likewise."""
+    """Load ``w[col : col + COLS, k : k + DEPTH]``; zeros beyond K, arbitrary finite values beyond N."""
     if TMA:
         return w.load([col, k])
     else:
@@ -150,10 +153,10 @@ def load_weight(w, col, k, N, K, stride_w_row, COLS: tl.constexpr, DEPTH: tl.con
 def product_tile(
     x, w, at, sizes, strides, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr
 ):
-    """Compute ``x[b, row :, :K] @ w[col :, :K]^T`` of one tile, in float32.
+    """Compute one tile of ``x[b, row :, :K] @ w[col :, :K]^T`` in float32.
 
-    ``at`` is (b, row, col), ``sizes`` (S, N, K), ``strides`` those of x (batch, row) and of w (row); TMA does not read
-    them.
+    ``at`` is (b, row, col), ``sizes`` is (S, N, K), ``strides`` is (those of x for batch and row, that of w for rows).
+    With TMA the strides are not read.
     """
     b, row, col = at
     S, N, K = sizes
@@ -162,19 +165,19 @@ def product_tile(
     for k in range(0, K, DEPTH):
         x_tile = load_rows(x, b, row, k, S, K, x_strides, ROWS, DEPTH, TMA)
         w_tile = load_weight(w, col, k, N, K, stride_w_row, COLS, DEPTH, TMA)
-        # [ROWS, DEPTH] x [DEPTH, COLS]. "ieee" matters for float32 alone: no TF32 unasked.
+        # [ROWS, DEPTH] x [DEPTH, COLS]. "ieee" matters only for float32: TF32 has to be asked for.
         acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
     return acc
 
 
 @jit()
 def by_parts(acc, finish, arguments, place, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
-    """Split a tile of the result into PARTS pieces of columns, and finish one after the other.
+    """Split a tile of the result into PARTS pieces of columns, and finish them one after the other.
 
     Args:
         acc: ``[ROWS, COLS]``, float32.
-        finish: jit function of (piece, arguments, place, its first column, ROWS, its columns).
-        first_col: of the tile.
+        finish: jit function of (piece, arguments, place, first column of the piece, ROWS, columns of the piece).
+        first_col: first column of the tile.
         PARTS: a power of two.
     """
     if PARTS == 1:
@@ -205,19 +208,22 @@ def work_off(
     FLAT: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Compute and finish a program's tiles of one product; return where the program goes on in the next one.
+    """Compute and finish the tiles of one product that belong to this thread block.
 
     Args:
-        start: the program's first tile.
-        x, w: operands (`operand`).
-        sizes, strides: as `product_tile` takes them.
+        start: number of the thread block's first tile.
+        x, w: the operands (`operand`).
+        sizes, strides: as in `product_tile`.
         B: samples.
-        col_tiles: tiles of columns.
-        chosen: which of them the weight holds at each place, int32, or None for the first ones.
+        col_tiles: number of tiles of columns.
+        chosen: which tile of the weight is at each tile of columns, int32; None for the first ones in order.
         epilogue: jit function of (acc, arguments, place, ROWS, COLS, PARTS), where place is (sample, first token, tile
-            of columns, first row of the weight); triton makes a constant of it.
-        arguments: the epilogue's own, a tuple.
+            of columns, first row of the weight). To triton it is a constant.
+        arguments: a tuple of arguments for the epilogue.
         WIDTH: rows of the weight from one tile of columns to the next.
+
+    Returns:
+        The number of the thread block's first tile in the next product.
     """
     row_tiles = tl.cdiv(sizes[0], ROWS)
     total = B * row_tiles * col_tiles
@@ -230,6 +236,6 @@ def work_off(
             col = tl.load(chosen + col_tile) * WIDTH
         acc = product_tile(x, w, (b, row, col), sizes, strides, ROWS, COLS, DEPTH, TMA)
         epilogue(acc, arguments, (b, row, col_tile, col), ROWS, COLS, PARTS)
-    # Tiles start, start + programs, ... below the total are done.
+    # The tiles start, start + programs, ... below the total are done.
     programs = tl.num_programs(0)
     return start + tl.cdiv(tl.maximum(total - start, 0), programs) * programs - total

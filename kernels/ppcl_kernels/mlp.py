@@ -1,7 +1,8 @@
-"""MLP over the first ``c`` hidden channels: ``y = gelu_tanh(x U[:c]^T + u[:c]) V[:, :c]^T + v``, and what follows it.
+"""MLP over the first ``c`` hidden channels: ``y = gelu_tanh(x U[:c]^T + u[:c]) V[:, :c]^T + v``, gate and residual.
 
-B batch, S tokens, D width, C hidden channels of the weights, ``c <= C`` kept. Two launches of `linear`, each for both
-streams: a 128-row tile of the hidden layer is 3 MB, so up and down in one kernel does not fit.
+B batch, S tokens, D model dimension, C hidden channels of the weights, of which the first ``c`` are kept. An MLP takes
+two launches of `linear`, each for both streams. Both products do not fit into one kernel: 128 rows of the hidden layer
+are 3 MB.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from ppcl_kernels.matmul import Tile
 
 
 class Mlp(NamedTuple):
-    """One group: the MLP of one stream, and what follows it.
+    """The MLP of one stream, with the operations that follow it.
 
     Attributes:
         x: ``[B, S, D]``.
         up, up_bias: ``[C, D]`` in rank order, ``[C]`` or None.
         down, down_bias: ``[D, C]``, ``[D]`` or None.
-        channels: c, None for all C.
-        gate, index, residual: as in `ppcl_kernels.linear.Linear`, after the down-projection.
+        channels: c, None for all C channels.
+        gate, index, residual: as in `ppcl_kernels.linear.Linear`, applied after the down-projection.
     """
 
     x: torch.Tensor
@@ -35,7 +36,8 @@ class Mlp(NamedTuple):
     down_bias: torch.Tensor | None
     channels: int | None = None
     gate: torch.Tensor | None = None
-    index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    # The field hides tuple.index, which nobody calls.
+    index: torch.Tensor | None = None  # type: ignore[assignment]
     residual: torch.Tensor | None = None
 
 
@@ -51,19 +53,20 @@ def mlp_reference(
     index: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply the MLP to ``x [..., D]``; arguments as in `Mlp`."""
+    """Apply the MLP to ``x [..., D]``; the arguments are those of `Mlp`."""
     hidden = linear_reference(x, up, up_bias, channels, gelu=True)
     return linear_reference(hidden, down, down_bias, gate=gate, index=index, residual=residual)
 
 
-def _downs(groups: Sequence[Mlp], hidden: Sequence[torch.Tensor]) -> list[Linear]:
+def _downs(mlps: Sequence[Mlp], hidden: Sequence[torch.Tensor]) -> list[Linear]:
     return [
-        Linear(h, g.down, g.down_bias, None, g.gate, g.index, g.residual) for g, h in zip(groups, hidden, strict=True)
+        Linear(h, each.down, each.down_bias, None, each.gate, each.index, each.residual)
+        for each, h in zip(mlps, hidden, strict=True)
     ]
 
 
-def _ups(groups: Sequence[Mlp]) -> list[Linear]:
-    return [Linear(g.x, g.up, g.up_bias, g.channels) for g in groups]
+def _ups(mlps: Sequence[Mlp]) -> list[Linear]:
+    return [Linear(each.x, each.up, each.up_bias, each.channels) for each in mlps]
 
 
 @define_op(
@@ -72,45 +75,45 @@ def _ups(groups: Sequence[Mlp]) -> list[Linear]:
     "Tensor?[] gate, Tensor?[] index, Tensor?[] residual, int[]? up_tile, int[]? down_tile) -> Tensor[]",
 )
 def _mlp_op(x, up, up_bias, down, down_bias, channels, gate, index, residual, up_tile, down_tile):
-    groups = [Mlp(*g) for g in zip(x, up, up_bias, down, down_bias, channels, gate, index, residual, strict=True)]
-    check_linear(_ups(groups))
-    hidden = run_linear(_ups(groups), True, None if up_tile is None else Tile(*up_tile))
-    check_linear(_downs(groups, hidden))
-    return run_linear(_downs(groups, hidden), False, None if down_tile is None else Tile(*down_tile))
+    mlps = [Mlp(*each) for each in zip(x, up, up_bias, down, down_bias, channels, gate, index, residual, strict=True)]
+    check_linear(_ups(mlps))
+    hidden = run_linear(_ups(mlps), True, None if up_tile is None else Tile(*up_tile))
+    check_linear(_downs(mlps, hidden))
+    return run_linear(_downs(mlps, hidden), False, None if down_tile is None else Tile(*down_tile))
 
 
 @_mlp_op.register_fake
 def _(x, up, up_bias, down, down_bias, channels, gate, index, residual, up_tile, down_tile):
-    groups = [Mlp(*g) for g in zip(x, up, up_bias, down, down_bias, channels, gate, index, residual, strict=True)]
-    check_linear(_ups(groups))
-    check_linear(_downs(groups, [g.x.new_empty(*g.x.shape[:2], g.channels) for g in groups]))
+    mlps = [Mlp(*each) for each in zip(x, up, up_bias, down, down_bias, channels, gate, index, residual, strict=True)]
+    check_linear(_ups(mlps))
+    check_linear(_downs(mlps, [each.x.new_empty(*each.x.shape[:2], each.channels) for each in mlps]))
     return [part.new_empty(*part.shape[:2], weight.shape[0]) for part, weight in zip(x, down, strict=True)]
 
 
 def grouped_mlp(
-    groups: Sequence[Mlp], *, up_tile: Tile | None = None, down_tile: Tile | None = None
+    mlps: Sequence[Mlp], *, up_tile: Tile | None = None, down_tile: Tile | None = None
 ) -> list[torch.Tensor]:
-    """Apply the MLPs of one or two streams over the channels that each keeps.
+    """Apply the MLPs of one or two streams, each over the channels that it keeps.
 
-    Where a gradient is asked for, the reference computes it.
+    Where a gradient is needed, the reference computes the result.
 
     Args:
-        groups: what to apply to what; `Mlp` gives the shapes.
+        mlps: what to apply to which input; `Mlp` gives the shapes.
         up_tile, down_tile: None to choose by shape and device.
 
     Returns:
-        ``[B, S, D]`` a group, contiguous, in the dtype of ``x``.
+        ``[B, S, D]`` for each MLP, contiguous, in the dtype of ``x``.
 
     Raises:
         ValueError: wrong device, dtype, shape or stride, more channels than the weights hold, or not one or
-            two groups.
+            two MLPs.
     """
-    if len(groups) not in (1, 2):
-        raise ValueError(f"one launch takes one or two groups (the streams of a block), got {len(groups)}")
-    if any(wants_gradient(g.x, *g[1:5], g.gate, g.residual) for g in groups):
-        return [mlp_reference(*g[:6], gate=g.gate, index=g.index, residual=g.residual) for g in groups]
-    x, up, up_bias, down, down_bias, channels, gate, index, residual = map(list, zip(*groups, strict=True))
-    channels = [g.up.shape[0] if g.channels is None else g.channels for g in groups]
+    if len(mlps) not in (1, 2):
+        raise ValueError(f"one launch takes one or two MLPs (one for each stream of a block), got {len(mlps)}")
+    if any(wants_gradient(each.x, *each[1:5], each.gate, each.residual) for each in mlps):
+        return [mlp_reference(*each[:6], gate=each.gate, index=each.index, residual=each.residual) for each in mlps]
+    x, up, up_bias, down, down_bias, channels, gate, index, residual = map(list, zip(*mlps, strict=True))
+    channels = [each.up.shape[0] if each.channels is None else each.channels for each in mlps]
     return _mlp_op(x, up, up_bias, down, down_bias, channels, gate, index, residual, up_tile, down_tile)
 
 
@@ -126,5 +129,5 @@ def mlp(
     index: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply the MLP of one stream to ``x [B, S, D]``; arguments and errors as in `Mlp` and `grouped_mlp`."""
+    """Apply the MLP of one stream to ``x [B, S, D]``; arguments and errors are those of `Mlp` and `grouped_mlp`."""
     return grouped_mlp([Mlp(x, up, up_bias, down, down_bias, channels, gate, index, residual)])[0]

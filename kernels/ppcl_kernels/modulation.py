@@ -1,7 +1,8 @@
-"""Modulation vectors: one a sample, or a choice of two a token (Qwen-Image-Edit's ``zero_cond_t``).
+"""Modulation vectors: one for each sample, or one of two for each token.
 
-B batch, S tokens, D width. A modulation is ``[B, D]``; with an ``index [B, S]`` of zeros and ones it is ``[2 B, D]``,
-and token ``s`` of sample ``b`` takes row ``b + B * index[b, s]``.
+B batch, S tokens, D model dimension. A modulation is ``[B, D]``. With an ``index [B, S]`` of zeros and ones it is
+``[2 B, D]``, and token ``s`` of sample ``b`` takes row ``b + B * index[b, s]``. Image-editing models use the second
+form: tokens of the reference image are modulated as at timestep 0 (``zero_cond_t`` in diffusers).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 
 def per_token(modulation: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-    """Spread ``modulation`` over tokens: ``[B, 1, D]``, or ``[B, S, D]`` with an ``index [B, S]``."""
+    """Return ``modulation`` for each token: ``[B, 1, D]``, or ``[B, S, D]`` with an ``index [B, S]``."""
     if index is None:
         return modulation.unsqueeze(1)
     first, second = modulation.chunk(2)

@@ -1,7 +1,7 @@
-"""The epilogue of `qkv_projection` alone: bias, RMSNorm and RoPE of q and k, the joint layout, after cuBLAS's products.
+"""The epilogue of `qkv_projection` alone, after products by cuBLAS: bias, RMSNorm and RoPE of q and k, joint layout.
 
-B batch, S tokens, h heads kept, E head dim. One read and one write; eager takes six of each for q and k, and a copy to
-join the streams.
+B batch, S tokens, h heads kept, H heads of the weights, E head dimension. The kernel reads and writes each element
+once. Eager reads and writes q and k six times, and then copies everything to join the streams.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ _COUNTS = ("S", "q_first", "kv_first", "q_tokens", "kv_tokens", "heads")
 
 
 class Tile(NamedTuple):
-    """How tokens are shared out: tokens of one head that a block takes, and its warps."""
+    """How tokens are divided among thread blocks: tokens of one head for each, and its warps."""
 
     rows: int
     warps: int
 
     @property
     def resident(self) -> int:
-        """Blocks that share a multiprocessor: those of 1,024 threads, at up to 64 registers a thread."""
+        """Thread blocks that share a multiprocessor: 1,024 threads together, at up to 64 registers a thread."""
         return 32 // self.warps
 
     @property
     def cost(self) -> float:
-        """Time of one block: the tokens that it moves."""
+        """Time of one thread block: the tokens that it moves."""
         return self.rows
 
     @classmethod
     def candidates(cls, target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
-        """Tiles worth measuring on a target (`ppcl_kernels.tiles.offered`)."""
-        # 16 elements of a head of 128 a thread: registers leave room for blocks that hide the memory's latency.
+        """Return the tiles worth measuring on a target (`ppcl_kernels.tiles.offered`)."""
+        # At E = 128 a thread holds 16 elements: few enough registers for resident thread blocks that hide latency.
         return offered("norm_rope", (cls(16, 4),), target)
 
     @classmethod
@@ -105,7 +105,7 @@ def launch_norm_rope(
     tile: Tile,
     biases: Biases = NO_BIASES,
 ) -> Launch:
-    """Describe the launch for one stream, whose tokens start at ``q_first`` and ``kv_first`` of the joint ones."""
+    """Return the launch of one stream; its tokens start at ``q_first`` of joint q, at ``kv_first`` of joint k and v."""
     batch, tokens, heads, head_dim = raw[1].shape
     cos, sin = rope_tables(rope, head_dim)
     arguments: dict[str, Any] = {
@@ -198,13 +198,15 @@ def _(q, k, v, norms, tables, biases, eps):
 
 def _check_counts(raw, norms, ropes, biases) -> None:
     if not len(raw) == len(norms) == len(ropes):
-        raise ValueError(f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give as many")
+        raise ValueError(
+            f"got {len(raw)} streams, {len(norms)} pairs of norms, {len(ropes)} rotations: give one for each stream"
+        )
     if biases is not None and len(biases) != len(raw):
-        raise ValueError(f"got {len(raw)} streams, biases of {len(biases)}: give as many, or none")
+        raise ValueError(f"got {len(raw)} streams, biases of {len(biases)}: give those of each stream, or none")
 
 
 def _flat(raw, norms, ropes, biases) -> tuple[list, list, list, list, list, list]:
-    """Lay streams out as an op's schema, which knows lists alone, wants them."""
+    """Turn streams into the flat lists of an op's schema."""
     q, k, v = (list(part) for part in zip(*raw, strict=True))
     tables = [table for rope in ropes for table in rope_tables(rope, k[0].shape[-1])]
     biases = [NO_BIASES] * len(raw) if biases is None else biases
@@ -218,22 +220,23 @@ def norm_rope(
     eps: float = 1e-6,
     biases: Sequence[Biases] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Add biases, normalise and rotate q and k of each stream, and join the streams, one launch a stream.
+    """Add biases, normalise and rotate q and k of each stream, and join the streams; one launch for each stream.
 
-    Where a gradient is asked for, the reference computes it.
+    Where a gradient is needed, the reference computes the result.
 
     Args:
-        raw: q (None for a stream without queries), k and v of each stream, ``[B, S, h, E]``, contiguous.
-        norms: RMSNorm weights of q and k a stream, ``[E]``, both or neither.
-        ropes: a stream's rotation (`ppcl_kernels.rope.Rope`), or None.
+        raw: q, k and v of each stream, ``[B, S, h, E]``, contiguous; q is None for a stream without queries.
+        norms: RMSNorm weights of q and k for each stream, ``[E]``, both or neither.
+        ropes: rotation of each stream (`ppcl_kernels.rope.Rope`), or None.
         eps: of the norms.
-        biases: what the products left out, of q, k and v of each stream: ``[H * E]``, the first h * E count, or None.
+        biases: biases that the products left out, of q, k and v of each stream: ``[H * E]``, of which the first h * E
+            elements are used, or None.
 
     Returns:
-        q, k, v as `ppcl_kernels.qkv_projection` gives them.
+        q, k, v in the layout of `ppcl_kernels.qkv_projection`.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, or not as many norms and rotations as streams.
+        ValueError: wrong device, dtype, shape or stride, or not one pair of norms and one rotation for each stream.
     """
     _check_counts(raw, norms, ropes, biases)
     if wants_gradient(*(t for part in (*raw, *norms, *(biases or ())) for t in part)):
@@ -242,7 +245,7 @@ def norm_rope(
 
 
 class PreparedNormRope:
-    """Norm and rotation of one stream or more whose shapes and norms are known (`prepare_norm_rope`)."""
+    """Norm and rotation of one stream or more whose shapes and norms are fixed (`prepare_norm_rope`)."""
 
     def __init__(self, raw: Sequence[Raw], ropes: Sequence[Rope | None], eps: float) -> None:
         self._tokens, self._queries = [k.shape[1] for _, k, _ in raw], [q is not None for q, _, _ in raw]
@@ -260,7 +263,7 @@ class PreparedNormRope:
         ropes: Sequence[Rope | None],
         biases: Sequence[Biases] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalise and rotate other tensors like those of `prepare_norm_rope`."""
+        """Normalise and rotate tensors of the same shapes, strides and dtypes as those given to preparation."""
         outputs = joint_outputs(raw[0][1], self._tokens, self._queries, *self._heads)
         firsts, biases = [0, 0], [NO_BIASES] * len(raw) if biases is None else biases
         for launch, parts, norm, rope, bias in zip(self.launches, raw, norms, ropes, biases, strict=True):
@@ -285,12 +288,12 @@ def prepare_norm_rope(
     eps: float = 1e-6,
     biases: Sequence[Biases] | None = None,
 ) -> PreparedNormRope:
-    """Check what `norm_rope` checks, once for all calls with norms and biases at the same place and tensors like these.
+    """Check what `norm_rope` checks, once for all later calls with the same norms and biases and tensors like these.
 
-    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    `ppcl_kernels.prepared.Bound` lists what the caller must then guarantee. There is no gradient.
     """
     _check_counts(raw, norms, ropes, biases)
     _check(*_flat(raw, norms, ropes, biases))
-    # Refuses a device that kernels cannot run on.
+    # Raises on a device where kernels cannot run.
     Target.of(raw[0][1].device)
     return PreparedNormRope(raw, ropes, eps)

@@ -1,12 +1,13 @@
-"""Launches that repeat: what a model calls a thousand times is checked, described and looked up once.
+"""Prepared launches: what a model calls a thousand times is checked, described and looked up once.
 
-Triton's own way to a kernel binds names, specialises on every argument, looks the kernel up, and makes the descriptor
-(CUtensorMap) of every operand anew: 20-80 us of python. A `Bound` launch goes that way the first time; from then on it
-calls the C function below triton's launcher with addresses, and makes only those descriptors anew whose tensor moved.
+Triton's JIT binds names, specialises on every argument, looks the kernel up, and makes a new descriptor (CUtensorMap)
+of every operand: 20-80 us of python for each launch. The first call of a `Bound` launch goes through the JIT. Later
+calls pass addresses to the C function that triton's launcher calls, and make new descriptors only of tensors that
+move.
 
-Which arguments that C function takes differs between versions of triton. None is written down here: the launcher's own
-python is run once with a recorder in the C function's place, what the recorder got is compared with what was given, and
-is what later calls repeat. Where anything is not as expected, every launch goes through triton.
+The arguments of that C function differ between versions of triton, so they are not written down here. Instead, the
+launcher's own python runs once with a recorder in place of the C function. What the recorder received is compared with
+what was passed, and later calls repeat it. If anything is not as expected, every launch goes through triton's JIT.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ from ppcl_kernels.launch import Launch
 
 
 class Bound:
-    """A launch that is called again with other tensors; any number of threads may.
+    """A launch that is called again with other tensors, from any number of threads.
 
-    The caller sees to it that tensors keep shape, strides, dtype and device, and that what does not move stays where it
-    is. A tensor that is no longer on 16 bytes, one where there was none, hooks around launches, and whatever else
-    cannot be had without triton, go through triton: slower, right. No tensor is kept alive.
+    The caller guarantees that tensors keep their shapes, strides, dtypes and devices, and that tensors which are not
+    *moving* keep their addresses. A launch goes through triton's JIT, slower but with the same result, when a tensor no
+    longer starts at a multiple of 16 bytes, when a tensor is given where there was none, when hooks around launches are
+    installed, and whenever else the JIT is needed. No tensor is kept alive.
 
     Args:
-        moving: for each tensor that moves, the names of the kernel's arguments that lie in its memory: itself, a view
-            of it, or a descriptor of either. Arguments that are None are passed over. No other argument ever changes.
+        moving: for each tensor that may move, the names of the kernel's arguments that are in its memory: the tensor, a
+            view of it, or a descriptor of either. Arguments that are None are skipped. All other arguments never
+            change.
 
     Attributes:
-        detour: why launches go through triton; empty where they do not.
+        detour: why launches go through triton's JIT; empty if they do not.
     """
 
     def __init__(self, moving: Sequence[tuple[str, ...]]) -> None:
@@ -44,10 +47,7 @@ class Bound:
         self.detour = "it has not been launched yet"
 
     def __call__(self, tensors: tuple[torch.Tensor | None, ...], describe: Callable[[], Launch]) -> None:
-        """Launch with these tensors.
-
-        ``describe`` gives the launch, for triton: called the first time, and on a detour.
-        """
+        """Launch with these tensors; ``describe`` returns the launch, and is called only when the JIT is used."""
         if self._repeat is None or not self._repeat(tensors):
             self._through_triton(tensors, describe())
 
@@ -62,20 +62,22 @@ class Bound:
 
 
 class _UnlikeTriton(Exception):
-    """Triton's launcher is not as this file knows it."""
+    """Triton's launcher differs from what this file expects."""
 
 
 def _repetition(
     compiled: Any, launch: Launch, tensors: tuple[torch.Tensor | None, ...], moving: tuple[tuple[str, ...], ...]
 ) -> Callable[[tuple[torch.Tensor | None, ...]], bool]:
-    """Return what launches the compiled kernel with the addresses of other tensors, or says False and does not.
+    """Return a function that launches the compiled kernel with the addresses of other tensors.
+
+    The function returns True, or False if it did not launch and the JIT has to.
 
     Raises:
-        _UnlikeTriton: nothing can.
+        _UnlikeTriton: the launcher cannot be called directly.
     """
     values = [launch.arguments[name] for name in launch.kernel.arg_names]
     raw, before, after, nested, given, makers = _record(compiled, launch.grid, values)
-    # Where each argument begins among those that the C function takes.
+    # Position of each argument among the arguments of the C function.
     slots = _slots(launch.kernel.arg_names, values, given)
     template = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in given]
     pointers, descriptors = [], []
@@ -86,7 +88,7 @@ def _repetition(
             if value is None:
                 continue
             tensor = tensors[number]
-            assert tensor is not None, f"{name} was given, and no tensor that it lies in"
+            assert tensor is not None, f"{name} was given, but not the tensor whose memory it is in"
             address = (value.base if isinstance(value, TensorDescriptor) else value).data_ptr()
             offset = address - tensor.data_ptr()
             if isinstance(value, TensorDescriptor):
@@ -94,9 +96,10 @@ def _repetition(
                 _expect(arguments[0] == address, "a descriptor is not made of its address first")
                 descriptors.append((number, offset, slot, make, arguments[1:]))
             else:
-                # What is compiled for an address on 16 bytes takes no other; what is compiled for any takes any.
+                # A kernel compiled for an address at a multiple of 16 bytes takes no other address; a kernel compiled
+                # for any address takes any.
                 pointers.append((number, offset, slot, 15 if address % 16 == 0 else 0))
-            # Written at each launch: an address that was left from here would be a silent error.
+            # Every launch writes this slot. An old address left here would be a silent error.
             template[slot] = None
     device = next(tensor.device for tensor in tensors if tensor is not None)
     driver, runtime = triton.runtime.driver.active, triton.knobs.runtime
@@ -104,7 +107,8 @@ def _repetition(
     index = device.index if device.type == "cuda" else current_device()
     kernel_hooks = launch.kernel.pre_run_hooks
 
-    def repeat(tensors: tuple[Any, ...]) -> bool:
+    # The default argument holds the compiled kernel: triton unloads a kernel that nothing refers to.
+    def repeat(tensors: tuple[Any, ...], _held: Any = compiled) -> bool:
         if kernel_hooks or _is_hooked(runtime.launch_enter_hook) or _is_hooked(runtime.launch_exit_hook):
             return False
         for number in absent:
@@ -130,20 +134,18 @@ def _repetition(
             raw(*before, current_stream(index), *after, *arguments)
         return True
 
-    # Triton unloads a kernel that nobody holds.
-    repeat.compiled = compiled  # type: ignore[attr-defined]
     return repeat
 
 
 class _Recorded(NamedTuple):
-    """A call of the C function below a launcher.
+    """A recorded call of a launcher's C function.
 
     Attributes:
-        raw: the function.
-        before, after: what it takes before the stream, and between the stream and the kernel's arguments.
+        raw: the C function.
+        before, after: its arguments before the CUDA stream, and between the stream and the kernel's arguments.
         nested: whether it takes the kernel's arguments as one sequence.
-        given: those arguments, descriptors expanded.
-        makers: what made each descriptor, a function and its arguments, by the id of the result.
+        given: the kernel's arguments, with descriptors expanded.
+        makers: function and arguments that made each descriptor, by the id of the descriptor.
     """
 
     raw: Callable
@@ -155,7 +157,7 @@ class _Recorded(NamedTuple):
 
 
 def _record(compiled: Any, grid: tuple[int, ...], values: list[Any]) -> _Recorded:
-    """Run the launcher of a compiled kernel with a recorder in place of its C function: nothing is launched."""
+    """Run the launcher of a compiled kernel with a recorder in place of its C function, which launches nothing."""
     launcher = compiled.run
     _expect(compiled.metadata.target.backend == "cuda", "the backend is not CUDA")
     _expect(not launcher.global_scratch_size and not launcher.profile_scratch_size, "the kernel wants scratch memory")
@@ -166,14 +168,14 @@ def _record(compiled: Any, grid: tuple[int, ...], values: list[Any]) -> _Recorde
     raw = launcher.launch
     record: Callable = lambda *taken: calls.append(taken)  # noqa: E731
     if isinstance(raw, FunctionType) and "launcher" in raw.__code__.co_freevars:
-        # A kernel with descriptors: python that expands them stands before the C function.
-        expand, raw = raw, _meant(raw, "launcher")
+        # For a kernel with descriptors, python code that expands them wraps the C function.
+        expand, raw = raw, _variable(raw, "launcher")
         utils = triton.runtime.driver.active.utils
         fills = {name: _recording(getattr(utils, name), makers) for name in dir(utils) if name.startswith("fill_tma_")}
         driver = SimpleNamespace(active=SimpleNamespace(utils=SimpleNamespace(**fills)))
         namesake = SimpleNamespace(runtime=SimpleNamespace(driver=driver))
-        make = _meaning(_meant(expand, "make_tensordesc_arg"), triton=namesake)
-        record = _meaning(expand, launcher=record, make_tensordesc_arg=make)
+        make = _with_variables(_variable(expand, "make_tensordesc_arg"), triton=namesake)
+        record = _with_variables(expand, launcher=record, make_tensordesc_arg=make)
     stand_in = object.__new__(type(launcher))
     stand_in.__dict__.update(launcher.__dict__, launch=record)
     stream = _Stream()
@@ -181,7 +183,7 @@ def _record(compiled: Any, grid: tuple[int, ...], values: list[Any]) -> _Recorde
     _expect(len(calls) == 1, "the launcher does not launch once")
     taken = calls[0]
     places = [n for n, value in enumerate(taken) if value is stream]
-    _expect(len(places) == 1, "the launcher passes no stream on")
+    _expect(len(places) == 1, "the launcher does not pass the stream on")
     at = places[0]
     count = sum(map(_width, values))
     nested = isinstance(taken[-1], list | tuple)
@@ -190,16 +192,16 @@ def _record(compiled: Any, grid: tuple[int, ...], values: list[Any]) -> _Recorde
 
 
 def _slots(names: Sequence[str], values: list[Any], given: Sequence[Any]) -> dict[str, int]:
-    """Find each argument among those that the C function takes."""
+    """Return the position of each argument among the arguments of the C function."""
     slots, at = {}, 0
     for name, value in zip(names, values, strict=True):
         slots[name] = at
-        # A descriptor is followed by what it describes.
+        # A descriptor is followed by its shape and strides.
         follow = [*value.shape, *value.strides] if isinstance(value, TensorDescriptor) else []
         passed = given[at + 1 : at + 1 + len(follow)] if follow else given[at : at + 1]
-        _expect(all(map(operator.is_, passed, follow or [value])), f"the launcher passes something else for {name}")
+        _expect(all(map(operator.is_, passed, follow or [value])), f"the launcher passes another value for {name}")
         at += _width(value)
-    _expect(at == len(given), "the launcher passes more on than it was given")
+    _expect(at == len(given), "the launcher passes more arguments than it was given")
     return slots
 
 
@@ -208,7 +210,7 @@ def _width(value: Any) -> int:
 
 
 class _Stream(int):
-    """The stream of a recorded call, to be found again among what the C function takes."""
+    """The CUDA stream of a recorded call, which is looked for among the arguments of the C function."""
 
 
 def _recording(make: Callable, makers: dict[int, tuple[Callable, tuple]]) -> Callable:
@@ -220,21 +222,21 @@ def _recording(make: Callable, makers: dict[int, tuple[Callable, tuple]]) -> Cal
     return call
 
 
-def _meant(function: FunctionType, name: str) -> Any:
-    """Look up what a function means by a name."""
+def _variable(function: FunctionType, name: str) -> Any:
+    """Return the value of a free or global variable of a function."""
     free = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
     return free[name].cell_contents if name in free else function.__globals__[name]
 
 
-def _meaning(function: FunctionType, **names: Any) -> FunctionType:
-    """Copy a function that means something else by some names."""
+def _with_variables(function: FunctionType, **names: Any) -> FunctionType:
+    """Copy a function, with other values for some of its free or global variables."""
     free = zip(function.__code__.co_freevars, function.__closure__ or ())
     cells = tuple(CellType(names[name]) if name in names else cell for name, cell in free)
     return FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, None, cells)
 
 
 def _is_hooked(hook: Any) -> bool:
-    # A chain of no hooks is what triton starts with.
+    # Triton starts with an empty chain of hooks.
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
@@ -244,12 +246,12 @@ def _expect(truth: bool, otherwise: str) -> None:
 
 
 def suffixes(tensors: Sequence[torch.Tensor]) -> list[str]:
-    """Number the groups of a launch as its arguments do; one without elements is left out of it, and gets none."""
+    """Return the suffix that each stream's arguments have in a launch; empty for a stream that has no elements."""
     numbers = itertools.count()
     return [str(next(numbers)) if tensor.numel() else "" for tensor in tensors]
 
 
 def described(launch: Launch | None) -> Launch:
-    """Return the description of a launch that is there."""
-    assert launch is not None, "without tokens nothing is bound"
+    """Return a launch that has to exist."""
+    assert launch is not None, "a launch without tokens is never bound"
     return launch

@@ -1,10 +1,10 @@
 """Queries, keys and values of both streams, for the heads that are kept, in the joint layout that attention reads.
 
-Per stream and head: ``x W^T + b``, then for q and k ``rms_norm(.) * g`` and a rotation of interleaved pairs (RoPE).
+For each stream and head: ``x W^T + b``, then for q and k ``rms_norm(.) * g`` and RoPE of interleaved pairs.
 
-B batch, S tokens, D width, H heads of the weights, h heads kept, E head dim. Eager makes three products a stream, reads
-and writes q and k twice more for norm and rotation, and copies all three again to join the streams; here one launch of
-both streams does it in the epilogue of the product, where one head is one tile.
+B batch, S tokens, D model dimension, H heads of the weights, h heads kept, E head dimension. Eager computes three
+products for each stream, reads and writes q and k twice more for norm and rotation, and copies q, k and v to join the
+streams. Here one launch for both streams does all of it in the epilogue of the product, where one head is one tile.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ppcl_kernels.tiles import cheapest, offered
 
 
 class Stream(NamedTuple):
-    """What makes q, k and v of one stream.
+    """Input, weights and rotation of one stream.
 
     Attributes:
         x: ``[B, S, D]``.
         weights: of q, k and v, ``[H * E, D]`` each.
-        biases: of the same three, ``[H * E]`` or None.
+        biases: of q, k and v, ``[H * E]`` each, or None.
         norms: RMSNorm weights of q and k, ``[E]``, or None for no norm.
         rope: the rotation in any form of `ppcl_kernels.rope.Rope`, or None.
-        queries: False for a stream whose output nobody reads: its keys and values alone.
+        queries: False for a stream whose output is not read: only its keys and values are computed.
     """
 
     x: torch.Tensor
@@ -50,24 +50,24 @@ class Stream(NamedTuple):
 def qkv_projection_reference(
     streams: Sequence[Stream], heads: int | torch.Tensor, head_dim: int, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Project the streams to joint q, k, v ``[B, S, h, E]``, tokens in the order of the streams.
+    """Project the streams to joint q, k, v ``[B, S, h, E]``, with tokens in the order of the streams.
 
     Args:
-        streams: text first, as attention wants it; `Stream` gives the shapes.
-        heads: how many, the first in rank order; or which, integers ``[h]``.
+        streams: text first, as in attention; `Stream` gives the shapes.
+        heads: the number of heads, the first in rank order; or a tensor of head numbers ``[h]``.
         head_dim: E.
         eps: of the norms.
     """
     raw = []
     for stream in streams:
-        width = stream.x.shape[-1]
+        dim = stream.x.shape[-1]
         parts: list[Any] = []
         for weight, bias in zip(stream.weights, stream.biases, strict=True):
             if not parts and not stream.queries:
                 parts.append(None)
                 continue
-            # Slices are views: what is left out is neither read nor multiplied.
-            rows = weight[:, :width].unflatten(0, (-1, head_dim))
+            # Slices are views: the other heads are neither read nor multiplied.
+            rows = weight[:, :dim].unflatten(0, (-1, head_dim))
             biases = None if bias is None else bias.unflatten(0, (-1, head_dim))
             if isinstance(heads, torch.Tensor):
                 rows, biases = rows[heads], None if biases is None else biases[heads]
@@ -87,8 +87,8 @@ _COUNTS = (
 )
 
 
-# Counts of tokens and heads differ from prompt to prompt and plan to plan: none may specialise the kernel. Each of q, k
-# and v has a loop of its own: one loop could not choose among descriptors, and a branch in it costs 100 registers.
+# Counts of tokens and heads change with the prompt and the plan, so the kernel must not be specialised on any of them.
+# q, k and v have separate loops: one loop cannot choose among descriptors, and a branch in it costs 100 registers.
 # fmt: off
 @jit(do_not_specialize=list(_COUNTS))
 def _qkv_projection_kernel(
@@ -141,7 +141,7 @@ def _qkv_projection_kernel(
         )
 
 
-_GROUP_ARGUMENTS = (
+_STREAM_ARGUMENTS = (
     "x", "w_q", "w_k", "w_v", "bias_q", "bias_k", "bias_v", "norm_q", "norm_k", "cos", "sin",
     "S", "q_first", "kv_first", "N",
     "stride_x_batch", "stride_x_row", "stride_w_row", "stride_rope_row", "stride_rope_pair",
@@ -150,7 +150,7 @@ _GROUP_ARGUMENTS = (
 
 
 def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int) -> tuple[Tile, ...]:
-    """Tiles worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
+    """Return the tiles worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
     cols = head_cols(head_dim)
     parts = 4 if cols >= 64 else 1
     tiles: tuple[Tile, ...]
@@ -170,12 +170,36 @@ def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int) -> tuple[
 def choose_tile(
     target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, heads: int, head_dim: int
 ) -> Tile:
-    """Pick the tile that is cheapest in waves, for streams of so many tokens that all have queries."""
+    """Pick the tile that is cheapest in waves, given the tokens of each stream; all streams have queries."""
 
     def blocks(tile: Tile) -> int:
         return 3 * heads * batch * sum(-(-s // tile.rows) for s in tokens)
 
     return cheapest("qkv_projection", tile_candidates(target, dtype, head_dim), target, blocks)
+
+
+def _stream_values(
+    stream: Stream, q_first: int, kv_first: int, head_dim: int, tile: Tile, tma: bool
+) -> tuple[Any, ...]:
+    """Return the values of `_STREAM_ARGUMENTS` for a stream; its tokens start at ``q_first`` and ``kv_first``."""
+    x, weights = stream.x, stream.weights
+    cos, sin = rope_tables(stream.rope, head_dim)
+    return (
+        operand(x, (1, tile.rows, tile.depth), tma),
+        *(operand(w[:, : x.shape[2]], (tile.cols, tile.depth), tma) for w in weights),
+        *stream.biases,
+        *stream.norms,
+        cos,
+        sin,
+        x.shape[1],
+        q_first,
+        kv_first,
+        weights[0].shape[0],
+        x.stride(0),
+        x.stride(1),
+        weights[0].stride(0),
+        *((0, 0) if cos is None else cos.stride()),
+    )
 
 
 def launch_qkv_projection(
@@ -188,45 +212,29 @@ def launch_qkv_projection(
     tile: Tile,
     target: Target,
 ) -> Launch:
-    """Describe the launch that writes joint q, k, v (contiguous ``[B, S, h, E]``) of one or two streams."""
+    """Return the launch that writes joint q, k, v (contiguous ``[B, S, h, E]``) of one or two streams."""
     q, k, v = outputs
     tma = takes_tma(target, *(s.x for s in streams), *(w for s in streams for w in s.weights))
-    batch, width = streams[0].x.shape[0], streams[0].x.shape[2]
+    batch, dim = streams[0].x.shape[0], streams[0].x.shape[2]
     arguments: dict[str, Any] = {}
     tiles = q_first = kv_first = 0
     for number in range(2):
         values: Sequence[Any] = (None,) * 11 + (0,) * 9
         if number < len(streams):
             s, tokens = streams[number], streams[number].x.shape[1]
-            cos, sin = rope_tables(s.rope, head_dim)
-            values = (
-                operand(s.x, (1, tile.rows, tile.depth), tma),
-                *(operand(w[:, :width], (tile.cols, tile.depth), tma) for w in s.weights),
-                *s.biases,
-                *s.norms,
-                cos,
-                sin,
-                tokens,
-                q_first,
-                kv_first,
-                s.weights[0].shape[0],
-                s.x.stride(0),
-                s.x.stride(1),
-                s.weights[0].stride(0),
-                *((0, 0) if cos is None else cos.stride()),
-            )
+            values = _stream_values(s, q_first, kv_first, head_dim, tile, tma)
             tiles += batch * -(-tokens // tile.rows) * heads * (3 if s.queries else 2)
             q_first += tokens if s.queries else 0
             kv_first += tokens
         arguments[f"QUERIES{number}"] = number < len(streams) and streams[number].queries
-        arguments |= {f"{name}{number}": value for name, value in zip(_GROUP_ARGUMENTS, values, strict=True)}
+        arguments |= {f"{name}{number}": value for name, value in zip(_STREAM_ARGUMENTS, values, strict=True)}
     arguments |= {
         "q": q,
         "k": k,
         "v": v,
         "chosen": chosen,
         "B": batch,
-        "D": width,
+        "D": dim,
         "heads": heads,
         "q_tokens": q.shape[1],
         "kv_tokens": k.shape[1],
@@ -251,7 +259,7 @@ def describe_qkv_projection(
     eps: float,
     tile: Sequence[int] | None = None,
 ) -> Launch | None:
-    """Describe the launch for streams that were checked, at the tile that suits; None where none has tokens."""
+    """Return the launch of streams that were checked, by default at the cheapest tile; None if no stream has tokens."""
     like, work = streams[0].x, [s for s in streams if s.x.numel()]
     target = Target.of(like.device)
     if not work:
@@ -301,7 +309,7 @@ def _check_count(streams: Sequence[Stream]) -> None:
 
 
 def streams_of(x, weights, biases, norms, tables, queries) -> list[Stream]:
-    """Undo what an op's schema, which knows lists alone, does to streams."""
+    """Make streams of the flat lists of an op's schema."""
     return [
         Stream(
             part,
@@ -344,13 +352,13 @@ def qkv_projection(
     *,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Project one or two streams to joint q, k, v in one launch; tokens in the order of the streams.
+    """Project one or two streams to joint q, k, v in one launch, with tokens in the order of the streams.
 
-    Where a gradient is asked for, the reference computes it.
+    Where a gradient is needed, the reference computes the result.
 
     Args:
-        streams: text first, as attention wants it; `Stream` gives the shapes.
-        heads: how many, the first in rank order; or which, int32 ``[h]`` on the device.
+        streams: text first, as in attention; `Stream` gives the shapes.
+        heads: the number of heads, the first in rank order; or head numbers, int32 ``[h]`` on the device.
         head_dim: E, even, up to 128.
         eps: of the norms.
         tile: None to choose by shape and device.
@@ -361,7 +369,7 @@ def qkv_projection(
 
     Raises:
         ValueError: wrong device, dtype, shape or stride, more heads than the weights hold, or not one or two streams.
-            (A list of heads is not read back to be checked.)
+            Head numbers are not checked, since that would wait for the device.
     """
     _check_count(streams)
     flat = [t for s in streams for t in (s.x, *s.weights, *s.biases, *s.norms)]
@@ -384,7 +392,7 @@ def qkv_projection(
 
 
 class PreparedQkvProjection:
-    """A projection of one or two streams whose weights, shapes and tile are known (`prepare_qkv_projection`)."""
+    """A projection of one or two streams whose weights, shapes and tile are fixed (`prepare_qkv_projection`)."""
 
     def __init__(
         self,
@@ -407,10 +415,10 @@ class PreparedQkvProjection:
     def __call__(
         self, streams: Sequence[Stream], heads: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Project other tensors like those of `prepare_qkv_projection`."""
+        """Project tensors of the same shapes, strides and dtypes as those given to preparation."""
         x, chosen = streams[0].x, heads if isinstance(heads, torch.Tensor) else None
         k = x.new_empty(self._all)
-        # Half the time of `new_empty`.
+        # `empty_like` takes half the time of `new_empty`.
         outputs = torch.empty_like(k) if self._asked == self._all else x.new_empty(self._asked), k, torch.empty_like(k)
         if self.launch is not None:
             tensors = [*outputs, chosen]
@@ -434,9 +442,9 @@ def prepare_qkv_projection(
     *,
     tile: Tile | None = None,
 ) -> PreparedQkvProjection:
-    """Check what `qkv_projection` checks, once for all calls with weights at the same place and tensors like these.
+    """Check what `qkv_projection` checks, once for all later calls with the same weights and tensors like these.
 
-    `ppcl_kernels.prepared.Bound` says what the caller sees to from then on. No gradient.
+    `ppcl_kernels.prepared.Bound` lists what the caller must then guarantee. There is no gradient.
     """
     _check_count(streams)
     chosen = heads if isinstance(heads, torch.Tensor) else None

@@ -1,8 +1,9 @@
-"""Rotary position embedding: pairs of neighbouring channels of a head, rotated by an angle for each token.
+"""Rotary position embedding (RoPE) of interleaved pairs: neighbouring channels of a head, rotated by a token's angle.
 
 ``(x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)``.
 
-S tokens, H heads, E head dim. Eager reads and writes q and k once for it, and once more to make the pairs complex.
+B batch, S tokens, H heads, E head dimension. Eager reads and writes q and k once for it, and once more to make the
+pairs complex.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import torch
 from ppcl_kernels._check import check_shape
 from ppcl_kernels._triton import jit, tl
 
-# Cosines and sines in float32: ``[S, E / 2, 2]`` (Qwen-Image's complex table seen as real), or a pair of tables,
-# ``[S, E / 2]`` each, or ``[S, E]`` with every value twice, as FLUX has them.
+# Cosines and sines in float32, in one of three forms: one table ``[S, E / 2, 2]`` (a complex table viewed as real); two
+# tables of ``[S, E / 2]``; or two tables of ``[S, E]`` that hold every value twice in a row.
 Rope = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 def rope_tables(rope: Rope | None, head_dim: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """See any form of ``rope`` (`Rope`) as cosines and sines of pairs, ``[S, E / 2]``, without a copy.
+    """View any form of ``rope`` (`Rope`) as cosines and sines of pairs, ``[S, E / 2]`` each, without a copy.
 
     Raises:
-        ValueError: two tables of another width.
+        ValueError: the two tables do not have E / 2 or E columns.
     """
     if rope is None:
         return None, None
@@ -37,7 +38,7 @@ def rope_tables(rope: Rope | None, head_dim: int) -> tuple[torch.Tensor | None, 
 def apply_rope_reference(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotate interleaved pairs of ``x [B, S, H, E]`` by ``rope`` (`Rope`), in float32.
 
-    Real arithmetic on purpose: the complex form does not compile.
+    The arithmetic is real, since torch.compile does not compile the complex form.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope_tables(rope, x.shape[-1])
@@ -50,7 +51,7 @@ def check_rope(rope: Rope | None, tokens: int, head_dim: int, device: torch.devi
     """Refuse a rotation that the kernels cannot read.
 
     Raises:
-        ValueError: wrong device, dtype or shape, or cosines and sines of different strides.
+        ValueError: wrong device, dtype or shape, or cosines and sines with different strides.
     """
     cos, sin = rope_tables(rope, head_dim)
     if cos is None or sin is None:
@@ -60,14 +61,16 @@ def check_rope(rope: Rope | None, tokens: int, head_dim: int, device: torch.devi
         if table.device != device or table.dtype != torch.float32:
             raise ValueError(f"rope is {table.dtype} on {table.device}, wanted float32 on {device}")
     if cos.stride() != sin.stride():
-        raise ValueError(f"rope's cosines have strides {cos.stride()}, its sines {sin.stride()}: make them alike")
+        raise ValueError(
+            f"rope's cosines have strides {cos.stride()}, its sines {sin.stride()}: give both the same strides"
+        )
 
 
 @jit()
 def rotate(tile, rope, row, col, S, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Rotate a tile of a head, ``[ROWS, COLS]`` from token ``row`` and channel ``col`` on, in float32.
 
-    ``rope`` is (cosines, sines, stride_rope_row, stride_rope_pair); without cosines the tile stays as it is.
+    ``rope`` is (cosines, sines, stride_rope_row, stride_rope_pair); without cosines the tile is returned as it is.
     """
     cos, sin, stride_rope_row, stride_rope_pair = rope
     if cos is not None:
@@ -83,11 +86,11 @@ def rotate(tile, rope, row, col, S, E: tl.constexpr, ROWS: tl.constexpr, COLS: t
 
 
 def rope_arguments(rope: Rope | None, suffix: str = "") -> list[tuple[str, ...]]:
-    """Name the arguments of a launch that lie in each of the two tensors of `rope_tensors`."""
+    """Return the names of the launch arguments that are views of each of the two tensors of `rope_tensors`."""
     names = (f"cos{suffix}", f"sin{suffix}")
     return [names[:1], names[1:]] if isinstance(rope, tuple) else [names, ()]
 
 
 def rope_tensors(rope: Rope | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the tensors that a rotation is made of as two, the second (or both) None where there are fewer."""
+    """Return the tensors of a rotation as a pair; None stands for those that its form does not have."""
     return rope if isinstance(rope, tuple) else (rope, None)

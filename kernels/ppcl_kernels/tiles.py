@@ -1,9 +1,11 @@
-"""Which tiles a kernel is offered on a target, and which of them it takes: one protocol and one rule for all kernels.
+"""Which tiles are offered on a target, and which of them is taken: one protocol and one rule for all kernels.
 
-Offered is what fits the shared memory, for all blocks that are resident on a multiprocessor, and is not refused by
-`ppcl_kernels.allowed`; none of it spills (`ppcl_kernels.tools.aot` checks). Taken is the cheapest in waves: the blocks
-of a launch run ``multiprocessors * resident`` at a time, and a last wave with one block in it costs as much as a full one.
-What a wave costs is a guess until measured, and is called so where it is written.
+A tile is offered if the thread blocks that are resident on a multiprocessor fit its shared memory, and if
+`ppcl_kernels.allowed` does not refuse the tile. Offered tiles do not spill registers (`ppcl_kernels.tools.aot` checks).
+
+Of the offered tiles the cheapest in waves is taken. Thread blocks run ``multiprocessors * resident`` at a time, which
+is one wave, and a last wave with a single thread block costs as much as a full one. The cost of a wave is a guess until
+it is measured; such guesses are marked where they are written.
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ from ppcl_kernels.launch import Target
 
 
 class Tiling(Protocol):
-    """What the rule asks of a tile; every kernel's tile is a tuple of integers with these."""
+    """A tile as the rule sees it; the tile of every kernel is a tuple of integers with these members."""
 
     def __iter__(self) -> Iterator[int]:
-        """Its numbers, of which its name is made."""
+        """Iterate over its numbers, which make up its name."""
 
     @property
     def resident(self) -> int:
-        """Blocks that share a multiprocessor."""
+        """Thread blocks that share a multiprocessor."""
 
     @property
     def cost(self) -> float:
-        """Time of a block that has a multiprocessor to itself, in any unit that the tiles of a kernel share."""
+        """Time of a thread block that has a multiprocessor to itself, in a unit common to the tiles of a kernel."""
 
 
 AnyTile = TypeVar("AnyTile", bound=Tiling)
@@ -36,12 +38,12 @@ AnyTile = TypeVar("AnyTile", bound=Tiling)
 def offered(
     kernel: str, tiles: Iterable[AnyTile], target: Target, shared_bytes: Callable[[AnyTile], int] | None = None
 ) -> tuple[AnyTile, ...]:
-    """Keep the tiles that fit on a target, in their order.
+    """Return the tiles that fit a target and are not refused, in their order.
 
     Args:
-        kernel: its name, as `ppcl_kernels.tools.aot` and ``PPCL_ALLOWED`` spell it.
+        kernel: its name in `ppcl_kernels.tools.aot` and in the file of ``PPCL_ALLOWED``.
         tiles: best guess first.
-        shared_bytes: shared memory of a block, None for next to nothing.
+        shared_bytes: shared memory of a thread block with a tile, None if it is negligible.
     """
     return tuple(
         tile
@@ -52,20 +54,20 @@ def offered(
 
 
 def waves(blocks: int, target: Target, resident: int = 1) -> int:
-    """Rounds that so many blocks take, ``resident`` of them at a time on every multiprocessor."""
+    """Return the waves that ``blocks`` thread blocks take with ``resident`` on each multiprocessor."""
     return -(-blocks // (target.multiprocessors * resident))
 
 
 def cheapest(kernel: str, tiles: Iterable[AnyTile], target: Target, blocks: Callable[[AnyTile], int]) -> AnyTile:
-    """Choose by the one rule: waves, times ``resident * cost``, which is what a wave costs; the first of equals.
+    """Return the tile with the least waves times ``resident * cost``, the cost of a wave; the first among equals.
 
     Args:
         kernel: its name.
-        tiles: what `offered` left.
-        blocks: how many a launch has with a tile.
+        tiles: those that `offered` returned.
+        blocks: number of thread blocks of a launch with a tile.
 
     Raises:
-        ValueError: no tile was left.
+        ValueError: there is no tile.
     """
     tiles = tuple(tiles)
     if not tiles:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from ppcl_kernels.launch import TARGETS, Target
-from ppcl_kernels.tools import gpu_run, report
+from ppcl_kernels.tools import goals, gpu_run, report
 from ppcl_kernels.tools.children import Job, run_all
 from ppcl_kernels.tools.machine import slug, write_json
 from ppcl_rt.ops.agreement import agree
@@ -135,10 +135,10 @@ def test_report_judges_models(tmp_path):
     write(tmp_path, "model", [row], ratios=ratios)
     found = targets(tmp_path)
     for name, value, met in (
-        ("Qwen-Image, 1024 x 1024: speed to diffusers", 1.6, True),
-        ("Qwen-Image, 1024 x 1024: speed to diffusers compiled", 1.01, False),
-        ("Qwen-Image, 512 x 512, graphs: speed to diffusers", None, None),
-        ("Qwen-Image, 512 x 512, graphs: speed to diffusers compiled", 1.2, True),
+        ("whole forward, 1024 x 1024: speed to diffusers", 1.6, True),
+        ("whole forward, 1024 x 1024: speed to diffusers compiled", 1.01, False),
+        ("whole forward, 512 x 512, graphs: speed to diffusers", None, None),
+        ("whole forward, 512 x 512, graphs: speed to diffusers compiled", 1.2, True),
         ("time(r) / time(1), to the ratio that was planned", 1.04, False),
         ("a narrow plan: speed to the physically sliced model, compiled", 0.97, False),
     ):
@@ -285,14 +285,14 @@ def test_never_runs(): pass
 
 @pytest.fixture(scope="module")
 def bench():
-    """bench_kernels, with the environment as it was for whoever imports the kernels next."""
+    """bench_kernels and the modules that it is made of, which find each other as scripts do: by their folder."""
     with pytest.MonkeyPatch.context() as patch:
-        spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench" / "bench_kernels.py")
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up.
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
+        patch.syspath_prepend(ROOT / "bench" / "suites")
+        names = (
+            "bench_kernels",
+            *(f"kernel_races.{name}" for name in ("presets", "cases", "rivals", "timing", "race")),
+        )
+        yield SimpleNamespace(**{name.split(".")[-1]: importlib.import_module(name) for name in names})
 
 
 @pytest.fixture(autouse=True)
@@ -309,8 +309,8 @@ def sm90(monkeypatch):
 
 
 def test_shapes_that_matter_come_first(bench):
-    preset = bench.PRESETS["full"]
-    made = bench.settings(preset)
+    preset = bench.presets.PRESETS["full"]
+    made = bench.presets.settings(preset)
     assert len(made) == len(set(made)) > 24
     batches = [setting.batch for setting in made if setting.text == 512]
     assert batches == sorted(batches) and set(batches) == {1, 2}
@@ -320,27 +320,27 @@ def test_shapes_that_matter_come_first(bench):
     for image in preset.images.values():
         assert [s.width for s in made if s[1:4] == (image, 512, 1) and s.width and not s.masked] == [100, 50, 75, 25]
     assert {s.width for s in made if s.masked} == {100, 50}
-    for preset in bench.PRESETS.values():
+    for preset in bench.presets.PRESETS.values():
         assert all(preset.heads * width % 100 == preset.hidden * width % 100 == 0 for width in preset.widths)
 
 
 def test_every_target_asks_about_a_case_that_is_raced(bench, sm90):
     """The calls of a block on meta tensors, with their real keys; each key is raced once."""
-    preset = dataclasses.replace(bench.PRESETS["full"], device="meta")
-    block, rows, keys, compiled = bench.Block(preset), [], set(), 0
-    for setting in bench.settings(preset):
+    preset = dataclasses.replace(bench.presets.PRESETS["full"], device="meta")
+    block, rows, keys, compiled = bench.cases.Block(preset), [], set(), 0
+    for setting in bench.presets.settings(preset):
         for case in block.cases(setting):
             key = str(case.operation.key(case.call))
             assert Key.parse(key) == case.operation.key(case.call)
             if key in keys:
                 continue
             keys.add(key)
-            others = bench.rivals(case, setting, preset)
+            others = bench.rivals.rivals(case, setting, preset)
             compiled += len({"compiled", "flex"} & set(others))
             implementations = {*map(str, case.operation.implementations(case.call)), "cudnn", "flash"}
             times = dict.fromkeys((*implementations, *others), 1.0)
             rows += [row | {"key": key} for row in rows_of(case.op, times, "torch", **setting._asdict())]
-            flops, size = bench.work_of(case, [torch.empty(4, device="meta")])
+            flops, size = bench.cases.work_of(case, [torch.empty(4, device="meta")])
             assert size > 0 and (flops > 0) == (case.operation.name != "ada_layer_norm")
     # A compile takes up to 10 s of the 500.
     assert 8 <= compiled <= 20 and 100 < len(keys) < 180
@@ -349,34 +349,37 @@ def test_every_target_asks_about_a_case_that_is_raced(bench, sm90):
         *("ada_layer_norm", "ada_layer_norm of text", "qkv_projection", "joint_attention"),
         *("out_gate_residual", "up_gelu", "down_gate_residual", "map_residual"),
     }
-    judged = report._kernel_goals(report.races(rows))
+    judged = goals._kernel_goals(goals.races(rows))
     assert all(goal.measured for goal in judged), [goal.name for goal in judged if not goal.measured]
 
 
 def test_work_counts_what_cannot_be_spared(bench):
-    preset = bench.PRESETS["tiny"]
-    cases = {case.op: case for case in bench.Block(preset).cases(bench.Setting(96, 9, 3, 1, 50))}
+    preset = bench.presets.PRESETS["tiny"]
+    cases = {case.op: case for case in bench.cases.Block(preset).cases(bench.presets.Setting(96, 9, 3, 1, 50))}
     # 12 tokens by 16 x 32, of 64 channels; their weights and biases once, in float32.
-    flops, size = bench.work_of(cases["up_gelu"], [torch.empty(12, 32)])
+    flops, size = bench.cases.work_of(cases["up_gelu"], [torch.empty(12, 32)])
     assert flops == 2 * 12 * 16 * 32
     assert size == 4 * (12 * 16 + 2 * 16 * 32 + 2 * 64 + 12 * 32)
     # One of two heads of 8 channels.
-    flops, size = bench.work_of(cases["joint_attention"], [torch.empty(12, 8)])
+    flops, size = bench.cases.work_of(cases["joint_attention"], [torch.empty(12, 8)])
     assert flops == 4 * 12 * 12 * 8 and size == 4 * 4 * 12 * 8
-    assert bench.work_of(cases["qkv_projection"], [])[0] == 2 * 12 * 16 * 3 * 8
-    assert bench.work_of(cases["ada_layer_norm"], [torch.empty(9, 16)]) == (0, 4 * (2 * 9 * 16 + 2 * 16))
+    assert bench.cases.work_of(cases["qkv_projection"], [])[0] == 2 * 12 * 16 * 3 * 8
+    assert bench.cases.work_of(cases["ada_layer_norm"], [torch.empty(9, 16)]) == (0, 4 * (2 * 9 * 16 + 2 * 16))
 
 
 def test_contestants_are_timed_in_turn(bench):
     order = []
-    clock = bench.Clock(bench.PRESETS["tiny"])
+    clock = bench.timing.RaceClock(bench.presets.PRESETS["tiny"])
     ms = clock.paired_ms({name: functools.partial(order.append, name) for name in "ab"}, 3)
     assert order == list("ababab") and ms.keys() == {"a", "b"} and min(ms.values()) >= 0
 
 
 def test_stock_chain_compiles_as_one_graph(bench):
     """A rival with a break in it would be no rival."""
-    cases = {case.op: case for case in bench.Block(bench.PRESETS["tiny"]).cases(bench.Setting(96, 9, 3, 1, 50))}
+    cases = {
+        case.op: case
+        for case in bench.cases.Block(bench.presets.PRESETS["tiny"]).cases(bench.presets.Setting(96, 9, 3, 1, 50))
+    }
     for case in (cases["qkv_projection"], cases["down_gate_residual"]):
         plain = functools.partial(case.operation.run, implementation=TORCH)
         chain = torch.compile(plain, backend="eager", fullgraph=True)
@@ -419,11 +422,11 @@ class Faulty:
 def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd):
     """Garbage before and after timing, a death, a hang, an exception: all others are timed, and the winner kept."""
     faulty = Faulty()
-    cases = [bench.Case("first", faulty, 0), bench.Case("second", faulty, 1)]
-    monkeypatch.setattr(bench, "Block", lambda preset: mock.Mock(cases=lambda setting: iter(cases)))
-    monkeypatch.setattr(bench, "settings", lambda preset: [bench.Setting(96, 9, 3, 1, 100)])
-    monkeypatch.setattr(bench, "work_of", lambda case, results: (10**6, 10**6))
-    assert bench.race_all(bench.PRESETS["tiny"], tmp_path, 60, 1, "a command") == 1
+    cases = [bench.cases.Case("first", faulty, 0), bench.cases.Case("second", faulty, 1)]
+    monkeypatch.setattr(bench.race, "Block", lambda preset: mock.Mock(cases=lambda setting: iter(cases)))
+    monkeypatch.setattr(bench.race, "settings", lambda preset: [bench.presets.Setting(96, 9, 3, 1, 100)])
+    monkeypatch.setattr(bench.race, "work_of", lambda case, results: (10**6, 10**6))
+    assert bench.bench_kernels.race_all(bench.presets.PRESETS["tiny"], tmp_path, 60, 1, "a command") == 1
     content = json.loads((tmp_path / "choose.json").read_text())
     second = {row["contestant"]: row for row in content["results"] if row["op"] == "second"}
     assert {name: row.get("failed") for name, row in second.items()} == {
@@ -449,7 +452,7 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
 
 def test_races_stop_when_time_is_over(bench, tmp_path, monkeypatch):
     """What was raced until then is there, and the exit status says that it is not all."""
-    monkeypatch.setattr(bench, "Block", lambda preset: time.sleep(60))
-    assert bench.race_all(bench.PRESETS["tiny"], tmp_path, 0.5, 30, "a command") == 1
+    monkeypatch.setattr(bench.race, "Block", lambda preset: time.sleep(60))
+    assert bench.bench_kernels.race_all(bench.presets.PRESETS["tiny"], tmp_path, 0.5, 30, "a command") == 1
     content = json.loads((tmp_path / "choose.json").read_text())
     assert not content["complete"] and content["results"] == [] and content["left_out"] == {}

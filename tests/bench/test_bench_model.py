@@ -1,13 +1,16 @@
 """Part 3 of the GPU run, tiny and on a CPU: what fails is named, all else is written, plans are what they say."""
 
+import functools
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,22 +25,24 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def modules():
-    """The three files of the bench, which find each other as scripts do: by their folder."""
+    """The modules of the bench, which find each other as scripts do: by their folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        yield {name: importlib.import_module(name) for name in ("bench_gpu_model", "gpu_model", "random_models")}
+        patch.syspath_prepend(ROOT / "bench" / "suites")
+        names = ("plans", "presets", "models", "contestants", "race", "real_rope", "report", "worker")
+        found = {name: importlib.import_module(f"model_races.{name}") for name in names}
+        yield SimpleNamespace(bench_gpu_model=importlib.import_module("bench_gpu_model"), **found)
 
 
 @pytest.fixture
 def bench(modules, monkeypatch):
-    yield modules["bench_gpu_model"]
+    yield modules.bench_gpu_model
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
 def models(modules):
     with torch.no_grad():
-        return modules["random_models"].Models(modules["random_models"].TINY)
+        return modules.models.Models(modules.presets.TINY)
 
 
 class Forked:
@@ -85,7 +90,7 @@ def forked(bench, modules, monkeypatch, tmp_path):
     """Run the bench with processes that are forked from this one."""
 
     def start(self):
-        child = Forked(modules["gpu_model"].main)
+        child = Forked(modules.worker.main)
         self.children.append(child)
         return child
 
@@ -142,7 +147,10 @@ def test_everything_is_measured_but_what_fails_and_is_killed(forked, tmp_path):
     assert {row.kind for row in table.rows} == {"block", "still", "map", "outer"} and all(r.agrees for r in table.rows)
     for image_tokens in (24, 12):
         costs = table.at(image_tokens, 7)
-        assert costs.counts("image") == [0, 16, 128, 256] and costs.ms(Width(4, 256, 256, 64)) > 0
+        assert (
+            costs.counts("image") == [0, 16, 128, 256]
+            and costs.ms(Width(heads=4, image=256, text=256, modulation=64)) > 0
+        )
     assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.full == (4, 256, 256, 64)
 
 
@@ -276,13 +284,12 @@ def test_ratios_compare_within_a_group_alone(bench):
 
 def test_plans_are_within_their_ratio(modules):
     """At the real widths, for which nothing has to be built."""
-    random_models = modules["random_models"]
-    preset = random_models.REAL
-    catalog = random_models.catalog_of(preset, 40_000_000)
+    preset = modules.presets.REAL
+    catalog = modules.plans.catalog_of(preset, 40_000_000)
     shape = catalog.shape
     dense = shape.flops(catalog.dense, 4096, 512)
-    for name in random_models.PLANS:
-        kind, ratio, plan = random_models.plan_of(name, preset, catalog)
+    for name in modules.plans.PLANS:
+        kind, ratio, plan = modules.plans.plan_of(name, preset, catalog)
         assert catalog.check(plan) == plan and catalog.ratio(plan) <= ratio
         assert 0.85 * ratio <= shape.flops(plan, 4096, 512) / dense <= ratio, name
         assert len(plan.skipped) == (60 - len(plan.steps) if kind == "depth" else 0)
@@ -291,8 +298,7 @@ def test_plans_are_within_their_ratio(modules):
 
 def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypatch):
     """Both are checked against each other wherever a plan is timed; here, that neither computes what it leaves out."""
-    random_models = modules["random_models"]
-    call = random_models.inputs(models.preset, 512, models.preset.text)
+    call = modules.presets.inputs(models.preset, 512, models.preset.text)
     with torch.no_grad():
         for name in ("width 0.7", "depth 0.5"):
             plan = models.plan(name).plan
@@ -304,14 +310,13 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
             shared = width.modulation * (models.preset.dim + 1) if width.modulation < models.preset.dim else 0
             assert sum(params.values()) == len(kinds) * (models.catalog.shape.block_params(width) + shared)
             assert torch.allclose(stock(**call)[0], models.ours(plan)(**call)[0], atol=1e-5)
-            monkeypatch.setattr(transformer_qwenimage, "apply_rotary_emb_qwen", random_models.rotate)
+            monkeypatch.setattr(transformer_qwenimage, "apply_rotary_emb_qwen", modules.real_rope.rotate)
             assert torch.allclose(stock(**call)[0], models.stock(plan, real_rope=True)(**call)[0], atol=1e-5)
         dense = models.ours(models.catalog.dense)(**call)[0]
         assert not agree(models.ours(models.plan("depth 0.5").plan)(**call)[0], dense)
 
 
 def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, tmp_path, monkeypatch):
-    gpu_model = modules["gpu_model"]
     spec = {"group": "short-512", "inject": {}, "leave_out": {}}
     calls = []
 
@@ -324,15 +329,17 @@ def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, 
                 out[:, -1] *= -1.0 if calls.count(number) > number else 1.0
                 return (out,)
 
-            return lambda: gpu_model.functools.partial(run, **call)
+            return lambda: functools.partial(run, **call)
 
         right = of.ours(of.catalog.dense)
-        return [gpu_model.Contestant(name, "dense 1", wrong_from(n)) for name, n in (("wrong", 0), ("later", 8))]
+        return [
+            modules.contestants.Contestant(name, "dense 1", wrong_from(n)) for name, n in (("wrong", 0), ("later", 8))
+        ]
 
-    monkeypatch.setattr(gpu_model, "contestants", contest)
+    monkeypatch.setattr(modules.race, "contestants", contest)
     with torch.no_grad():
-        race = gpu_model.Race(spec, models, gpu_model.Report(tmp_path / "state.json"))
-        race.run(gpu_model.time.monotonic() + 60)
+        race = modules.race.Race(spec, models, modules.report.Report(tmp_path / "state.json"))
+        race.run(time.monotonic() + 60)
     found = failures(json.loads((tmp_path / "state.json").read_text()))
     assert found["wrong, dense 1"].startswith("RuntimeError: before it was timed its output was off by")
     assert found["later, dense 1"].startswith("RuntimeError: after it was timed its output was off by")

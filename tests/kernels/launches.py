@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "suites"))
 import fake_driver
 import triton
 from triton.knobs import HookChain

@@ -47,7 +47,7 @@ def test_finds_fault(tile, arch, problem):
     """Exit status 1 and the reason, for a tile that should never be chosen."""
     script = f"""
 import sys
-from ppcl_kernels import aot
+from ppcl_kernels.tools import aot
 from ppcl_kernels.matmul import Tile
 Tile.candidates = classmethod(lambda cls, target, dtype: (Tile({tile}),))
 from concurrent.futures import ThreadPoolExecutor
@@ -102,7 +102,7 @@ def test_compiles_what_would_run():
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from ppcl_kernels import aot
+from ppcl_kernels.tools import aot
 from ppcl_kernels.gated_residual import Tile, launch_gated_residual
 from ppcl_kernels.launch import TARGETS
 
@@ -126,7 +126,7 @@ launches = []
 for aot.BATCH, aot.IMAGE, aot.TEXT, aot.HEADS, aot.HEAD_DIM, aot.HIDDEN in (
     (2, 4096, 512, 24, 128, 12288), (1, 1, 7, 3, 18, 50), (1, 64, 16, 1, 16, 1),
 ):
-    aot.WIDTH = aot.HEADS * aot.HEAD_DIM
+    aot.DIM = aot.HEADS * aot.HEAD_DIM
     launches += [case.launch() for arch in ("sm_90", "sm_80") for case in aot.cases(TARGETS[arch])]
 x, h, y = (torch.empty(2 * 3 * 24 + 4)[start:][: 2 * 3 * 24].view(2, 3, 24) for start in (0, 2, 4))
 for index in (None, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(7, dtype=torch.int32)[1:].view(2, 3)):

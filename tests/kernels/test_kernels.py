@@ -873,7 +873,7 @@ ERRORS = {
     "residual dim": (lambda: pk.gated_residual(t(5, 16), t(*M), t(5, 16)), r"wanted \[B, S, D\]"),
     "linear dtype": (lambda: pk.linear(t(*X, **LONG), t(*W, **LONG)), "float64"),
     "linear mixed": (lambda: pk.linear(t(*X), t(*W, **HALF)), "weight is torch.float16"),
-    "linear mixed groups": (
+    "linear mixed layers": (
         lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W)), pk.Linear(t(*X, **HALF), t(*W, **HALF))]),
         "x is torch.float16",
     ),
@@ -889,12 +889,12 @@ ERRORS = {
     "linear index": (lambda: pk.linear(t(*X), t(*W), gate=t(4, 9), index=token_index(5, 2)), "index is"),
     "linear residual": (lambda: pk.linear(t(*X), t(*W), residual=t(2, 5, 8)), "residual is"),
     "linear residual strides": (lambda: pk.linear(t(*X), t(*W), residual=t(2, 6, 9)[:, 1:]), "residual has strides"),
-    "linear three groups": (lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W))] * 3), "one or two groups"),
+    "linear three layers": (lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W))] * 3), "one or two layers"),
     "mlp channels": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9), None, 10), "wanted 10 outputs"),
     "mlp down": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 8), None), "the weight holds 16 of 8"),
     "mlp bias": (lambda: pk.mlp(t(*X), t(*W), t(16), t(16, 9), None), "bias is"),
     "mlp mixed": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9, **HALF), None), "weight is torch.float16"),
-    "mlp three groups": (lambda: pk.grouped_mlp([pk.Mlp(t(*X), t(*W), None, t(16, 9), None)] * 3), "one or two"),
+    "mlp three": (lambda: pk.grouped_mlp([pk.Mlp(t(*X), t(*W), None, t(16, 9), None)] * 3), "one or two MLPs"),
     "qkv dtype": (lambda: qkv(x=t(*X, **LONG)), "float64"),
     "qkv mixed": (lambda: qkv(x=t(*X, **HALF)), "wanted torch.float16"),
     "qkv strides": (lambda: qkv(x=turned(*X)), "x has stride"),

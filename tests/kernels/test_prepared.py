@@ -229,7 +229,7 @@ def test_refuses_what_public_refuses():
 
 def test_bench_host(monkeypatch, capsys):
     """Before and after by turns, the median of each, and their ratio (`launches.bench` measures for real)."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench" / "suites"))
     bench_host = importlib.import_module("bench_host")
     usual = [{"up": 80.0, "block": 90.0}, {"up": 10.0, "block": 11.0}]
     figures = iter([*usual, *usual, {"up": 70.0, "block": 80.0}, {"up": 7.0, "block": 8.0}])

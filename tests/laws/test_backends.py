@@ -97,7 +97,7 @@ def test_scenes(both, same, ratio):
 
 @pytest.mark.parametrize("mask", ["none", "random", "rows", "prefix"])
 def test_random_plans(made, build_inputs, both, same, mask):
-    """Widths that no tile divides, students, compensated layers, any mask of the text."""
+    """LegalWidths that no tile divides, students, compensated layers, any mask of the text."""
     model = load(made.folder)
     model.set_plan(made.random_plan(np.random.default_rng(len(mask))))
     same(*both(model, build_inputs(mask=mask)), 2e-5)

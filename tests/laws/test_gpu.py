@@ -11,7 +11,7 @@ import ppcl_rt
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.matmul import Tile
 from ppcl_rt import ops
-from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.ops import table as tables
 from ppcl_rt.ops.agreement import agree
@@ -35,7 +35,7 @@ MORE = {
     "joint_attention": {"cudnn"},
     "linear": set(),
 }
-NARROW = Width(5, CHANNELS // 2, CHANNELS // 4, DIM)
+NARROW = Width(heads=5, image=CHANNELS // 2, text=CHANNELS // 4, modulation=DIM)
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ppcl_rt
-from ppcl_rt import Interval, Schedule, Step, Width
+from ppcl_rt import Interval, PlannedBlock, Schedule, Width
 from ppcl_rt.model.graphs import CUDA, Cuda, Graphs, Meter, Weights, graphs
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
-FULL = Width(4, 128, 128, 32)
+FULL = Width(heads=4, image=128, text=128, modulation=32)
 
 
 class Tape(TorchDispatchMode):
@@ -113,13 +113,13 @@ def model(loaded):
 
 def fewer_heads(model):
     """The dense plan with fewer heads."""
-    steps = [step.model_copy(update={"width": step.width._replace(heads=2)}) for step in model.catalog.dense.steps]
+    steps = [step.model_copy(update={"width": step.width.replace(heads=2)}) for step in model.catalog.dense.steps]
     return model.catalog.dense.model_copy(update={"steps": tuple(steps)})
 
 
 def student(model):
     """The plan of the student."""
-    step = Step(blocks=Interval(0, 1), width=Width(3, 50, 64, 32), student=True)
+    step = PlannedBlock(interval=Interval(0, 1), width=Width(heads=3, image=50, text=64, modulation=32), student=True)
     return ppcl_rt.Plan(checkpoint=model.catalog.fingerprint, depth=2, steps=(step,))
 
 

@@ -1,1 +1,1 @@
-"""What looks at the kernels from outside: checks and benches on a GPU, and their reports. No diffusers, no pydantic."""
+"""Tools for kernels: compiles without a GPU, checks on a GPU, and reports of benches. No diffusers, no pydantic."""

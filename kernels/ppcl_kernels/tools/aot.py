@@ -1,13 +1,14 @@
-"""Compile every kernel for every architecture, with no GPU, and look at what came out.
+"""Compile every kernel for every architecture, without a GPU, and report registers, spills and instructions.
 
     python -m ppcl_kernels.tools.aot [--arch sm_90] [--kernel linear] [--json]
 
-Shapes are those of Qwen-Image and FLUX at 1024^2 (width 3072, 24 heads of 128, MLP 12288, 4096 image and 512 text
-tokens, batch 2), bf16; tiles are all that a chooser can return there. What a run-time launch would compile is compiled:
-the launches are built by the functions that run them, on meta tensors. Compiled kernels are kept in triton's cache.
+The shapes are those of a 20B two-stream model at 1024 x 1024 (model dimension 3072, 24 heads of 128, MLP 12288, 4096
+image and 512 text tokens, batch 2), in bf16. The tiles are all that can be chosen there. Launches are built on meta
+tensors by the same functions that run them, so what is compiled is what a model would compile. Compiled kernels stay
+in triton's cache.
 
-Exit status 1 when a kernel does not compile, spills, exceeds its architecture's shared memory, or (sm_90) is a matrix
-kernel without wgmma; 2 on bad arguments.
+Exit status: 1 when a kernel does not compile, spills, needs more shared memory than its architecture has, or is a
+matrix kernel without tensor-core instructions (on sm_90: without wgmma); 2 on bad arguments.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from ppcl_kernels.qkv_projection import Stream, launch_qkv_projection, tile_cand
 
 BATCH, IMAGE, TEXT = 2, 4096, 512
 HEADS, HEAD_DIM, HIDDEN = 24, 128, 12288
-WIDTH = HEADS * HEAD_DIM
+DIM = HEADS * HEAD_DIM
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -54,13 +55,13 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _modulation() -> torch.Tensor:
-    """One of the six that a modulation layer gives at once."""
-    return _meta(BATCH, 6 * WIDTH)[:, :WIDTH]
+    """Make one of the six modulations that a modulation layer returns as one tensor."""
+    return _meta(BATCH, 6 * DIM)[:, :DIM]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one shape with one tile; ``launch`` builds it, ``matrix`` says that it multiplies matrices."""
+    """One kernel at one shape with one tile; ``matrix``: it multiplies matrices; ``launch`` builds its launch."""
 
     kernel: str
     shape: str
@@ -71,7 +72,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a case. ``mma`` names its tensor-core instructions, ``problem`` what is wrong."""
+    """What the compiler made of a case; ``mma`` names its tensor-core instructions, ``problem`` what is wrong."""
 
     kernel: str
     arch: str
@@ -85,7 +86,7 @@ class Compiled:
 
 
 def _linear(target: Target, tile: Tile, what: str) -> Launch:
-    n, k = (HIDDEN, WIDTH) if what == "up" else (WIDTH, WIDTH if what == "stand-in" else HIDDEN)
+    n, k = (HIDDEN, DIM) if what == "up" else (DIM, DIM if what == "map" else HIDDEN)
     groups, outputs = [], []
     for tokens in (IMAGE, TEXT):
         y = _meta(BATCH, tokens, n)
@@ -98,10 +99,10 @@ def _linear(target: Target, tile: Tile, what: str) -> Launch:
 
 
 def _qkv(target: Target, tile: Tile, queries: bool, norms: bool, rope: bool, chosen: bool) -> Launch:
-    weights, biases = (_meta(WIDTH, WIDTH),) * 3, (_meta(WIDTH),) * 3
+    weights, biases = (_meta(DIM, DIM),) * 3, (_meta(DIM),) * 3
     streams = [
         Stream(
-            _meta(BATCH, tokens, WIDTH),
+            _meta(BATCH, tokens, DIM),
             weights,
             biases,
             (_meta(HEAD_DIM),) * 2 if norms else (None, None),
@@ -124,12 +125,12 @@ def _attention(target: Target, tile: AttentionTile, mask: str) -> Launch:
 
 
 def _norm(tile: NormTile, indexed: bool) -> Launch:
-    x, scale = _meta(BATCH, IMAGE, WIDTH), _modulation()
+    x, scale = _meta(BATCH, IMAGE, DIM), _modulation()
     return launch_ada_layer_norm(x, scale, scale, _index(indexed), x, 1e-6, tile)
 
 
 def _residual(tile: ResidualTile, indexed: bool) -> Launch:
-    x = _meta(BATCH, IMAGE, WIDTH)
+    x = _meta(BATCH, IMAGE, DIM)
     return launch_gated_residual(x, _modulation(), x, _index(indexed), x, tile)
 
 
@@ -140,21 +141,21 @@ def _index(indexed: bool) -> torch.Tensor | None:
 def _norm_rope(tile: NormRopeTile, queries: bool, biased: bool) -> Launch:
     raw = _meta(BATCH, IMAGE, HEADS, HEAD_DIM)
     rope = _meta(IMAGE, HEAD_DIM // 2, 2, dtype=torch.float32)
-    norms, biases = (_meta(HEAD_DIM),) * 2, ((_meta(WIDTH) if biased else None),) * 3
+    norms, biases = (_meta(HEAD_DIM),) * 2, ((_meta(DIM) if biased else None),) * 3
     parts = (raw if queries else None, raw, raw)
     return launch_norm_rope(parts, norms, rope, (raw, raw, raw), 0, 0, 1e-6, tile, biases)
 
 
 def cases(target: Target) -> Iterator[Case]:
-    """All kernels at the production shapes, with every tile that can be chosen there on ``target``."""
+    """Yield all kernels at the production shapes, with every tile that can be chosen there on ``target``."""
     tokens = f"B {BATCH}, S {TEXT}+{IMAGE}"
     tile: Any
     for tile in Tile.candidates(target, torch.bfloat16):
         for what, shape in (
-            ("up", f"{WIDTH} to {HIDDEN}, GELU"),
-            ("down", f"{HIDDEN} to {WIDTH}, gate, residual"),
-            ("edit", f"{HIDDEN} to {WIDTH}, gate by token, residual"),
-            ("stand-in", f"{WIDTH} to {WIDTH}, residual"),
+            ("up", f"{DIM} to {HIDDEN}, GELU"),
+            ("down", f"{HIDDEN} to {DIM}, gate, residual"),
+            ("edit", f"{HIDDEN} to {DIM}, gate by token, residual"),
+            ("map", f"{DIM} to {DIM}, residual"),
         ):
             yield Case("linear", f"{tokens}, {shape}", tile_name(tile), True, partial(_linear, target, tile, what))
     for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
@@ -175,8 +176,8 @@ def cases(target: Target) -> Iterator[Case]:
         launch = partial(launch_key_ranges, key_mask, ranges, keys)
         yield Case("key_ranges", f"B {BATCH}, S {TEXT + IMAGE}", str(keys), False, launch)
     for indexed in (False, True):
-        shape = f"B {BATCH}, S {IMAGE}, D {WIDTH}" + (", by token" if indexed else "")
-        for tile in NormTile.candidates(target, torch.bfloat16, WIDTH):
+        shape = f"B {BATCH}, S {IMAGE}, D {DIM}" + (", by token" if indexed else "")
+        for tile in NormTile.candidates(target, torch.bfloat16, DIM):
             yield Case("ada_layer_norm", shape, tile_name(tile), False, partial(_norm, tile, indexed))
         for tile in ResidualTile.candidates(target, torch.bfloat16):
             yield Case("gated_residual", shape, tile_name(tile), False, partial(_residual, tile, indexed))
@@ -186,7 +187,7 @@ def cases(target: Target) -> Iterator[Case]:
             yield Case("norm_rope", shape, tile_name(tile), False, partial(_norm_rope, tile, queries, biased))
 
 
-# Whole words, so HMMA is not found in HGMMA; the first of them that a kernel has counts.
+# The first kind that a kernel has counts. Whole words, so that HMMA is not found in HGMMA.
 _INSTRUCTIONS = {"wgmma": r"\bHGMMA\b", "tcgen05": r"\bUTC\w*MMA\b", "mma": r"\bHMMA\b", "mfma": r"\bv_mfma"}
 
 
@@ -197,10 +198,10 @@ def _figure(pattern: str, text: str) -> int:
 
 
 def inspect(binary: Any) -> tuple[int, int, str]:
-    """Read (registers a thread, bytes spilled, kind of tensor-core instruction) off a compiled kernel."""
+    """Return (registers of a thread, bytes spilled, kind of tensor-core instruction) of a compiled kernel."""
     if "amdgcn" in binary.asm:
         listing = binary.asm["amdgcn"]
-        # Scratch memory; scalar registers that are kept in vector registers cost none.
+        # Scratch memory counts as spilled; scalar registers that are kept in vector registers do not.
         registers, spilled = (_figure(rf"\.{name}", listing) for name in ("vgpr_count", "private_segment_fixed_size"))
     else:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -217,13 +218,14 @@ def inspect(binary: Any) -> tuple[int, int, str]:
 
 
 def compile_case(arch: str, number: int) -> Compiled:
-    """Compile the ``number``-th case of ``arch``; what goes wrong is in ``problem``."""
+    """Compile the ``number``-th case of ``arch``; the result's ``problem`` says what is wrong."""
     target = TARGETS[arch]
     case = list(cases(target))[number]
     about = {"kernel": case.kernel, "arch": arch, "shape": case.shape, "tile": case.tile}
     try:
         binary = case.launch().compile(target)
-    except Exception as error:  # whatever the compiler throws is a result here
+    # Whatever the compiler raises is a result here.
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return Compiled(**about, registers=0, spilled_bytes=0, shared_bytes=0, mma="none", problem=reason[:200])
     registers, spilled, mma = inspect(binary)

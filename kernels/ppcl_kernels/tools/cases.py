@@ -1,7 +1,7 @@
-"""What a fit run checks: every kernel, with every tile that can be chosen here, in the forms that models run it in.
+"""What a fit run checks: every kernel, with every tile that can be chosen here, in the forms that models use.
 
-S tokens (image, text), D model width, H heads of E channels, C hidden channels of an MLP. A form is what is computed at
-which shape; those of a kernel and tile run in one process.
+S tokens (image, text), D model dimension, H heads of E channels, C hidden channels of an MLP. A *form* is one variant
+of a kernel's computation at one shape. All forms of one kernel and tile run in one process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ppcl_kernels.qkv_projection import (
 
 
 class Shape(NamedTuple):
-    """How large the inputs are; the odd counts of tokens are divided by no tile."""
+    """Sizes of inputs; no tile divides the odd counts of tokens."""
 
     heads: int
     head_dim: int
@@ -47,14 +47,15 @@ class Shape(NamedTuple):
     odd_text: int
 
     @property
-    def width(self) -> int:
-        """D."""
+    def dim(self) -> int:
+        """The model dimension D."""
         return self.heads * self.head_dim
 
 
-# Qwen-Image and FLUX at 1024 x 1024.
+# A 20B two-stream model at 1024 x 1024.
 FULL = Shape(heads=24, head_dim=128, hidden=12288, image=4096, text=512, odd_image=1021, odd_text=37)
-# For compute-sanitizer, which slows a kernel down a hundred times: a few tiles, none of them whole in every direction.
+# For compute-sanitizer, under which a kernel takes a hundred times as long: few tiles, with partial ones in every
+# dimension.
 SMALL = Shape(heads=4, head_dim=128, hidden=768, image=300, text=70, odd_image=129, odd_text=1)
 # For triton's interpreter.
 TINY = Shape(heads=4, head_dim=8, hidden=72, image=11, text=2, odd_image=5, odd_text=1)
@@ -62,7 +63,7 @@ TINY = Shape(heads=4, head_dim=8, hidden=72, image=11, text=2, odd_image=5, odd_
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: cases are a function of it."""
+    """Device, dtype and shape that cases are made for."""
 
     device: torch.device
     dtype: torch.dtype
@@ -70,7 +71,13 @@ class Setting:
 
 
 class Prepared(NamedTuple):
-    """A prepared launch (`ppcl_kernels.prepared`), and what calls it with a work's inputs, or with copies of them."""
+    """A prepared launch (`ppcl_kernels.prepared`).
+
+    Attributes:
+        launch: the prepared launch.
+        call: calls it with the inputs that it was prepared with.
+        elsewhere: calls it with copies of those inputs.
+    """
 
     launch: Any
     call: Callable[[], Sequence[torch.Tensor]]
@@ -82,10 +89,11 @@ class Work:
     """A form with its inputs.
 
     Attributes:
-        call: runs the kernel; results are made by ``new_empty``, which is how they are poisoned.
-        exact: gives the same in float64 (a rotation in float32, whose roundings are 2^16 times as fine as bf16's).
-        roundings, terms: of its `ppcl_kernels.tools.judge.Limit`.
-        prepare: prepares it for calls that repeat, None where nobody does.
+        call: runs the kernel. It has to allocate results by ``new_empty`` or ``empty_like``, which a check poisons.
+        exact: computes the same in float64; rotations use float32 tables, whose roundings are 2^16 times finer than
+            those of bf16.
+        roundings, terms: those of its `ppcl_kernels.tools.judge.Limit`.
+        prepare: prepares the launch for repeated calls; None if no model does that.
     """
 
     call: Callable[[], Sequence[torch.Tensor]]
@@ -97,7 +105,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One form of one kernel with one tile; ``make`` makes the inputs."""
+    """One form of one kernel with one tile; ``make`` makes its inputs."""
 
     kernel: str
     tile: tuple[int, ...]
@@ -106,7 +114,7 @@ class Case:
 
 
 def all_cases(setting: Setting) -> list[Case]:
-    """List the cases of all kernels."""
+    """Return the cases of all kernels."""
     return [
         *_linear_cases(setting),
         *_qkv_cases(setting),
@@ -118,41 +126,41 @@ def all_cases(setting: Setting) -> list[Case]:
 
 
 class _Maker:
-    """Makes tensors of a setting."""
+    """Makes tensors for a setting."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.shape = setting.shape
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        """Normal values."""
+        """Draw normal values."""
         return torch.randn(shape, dtype=self.setting.dtype, device=self.setting.device) * scale
 
     def weight(self, outputs: int, inputs: int, kept: int | None = None) -> torch.Tensor:
-        """A weight that keeps products of its first ``kept`` inputs at size 1."""
+        """Draw a weight; products of its first ``kept`` inputs have values of size 1."""
         return self.normal(outputs, inputs, scale=(kept or inputs) ** -0.5)
 
     def modulation(self, rows: int) -> torch.Tensor:
-        """One of the six that a modulation layer gives at once: a view, as in a model."""
-        return self.normal(rows, 6 * self.shape.width).chunk(6, dim=1)[2]
+        """Draw one of six modulations that are one tensor: a view, as in a model."""
+        return self.normal(rows, 6 * self.shape.dim).chunk(6, dim=1)[2]
 
     def index(self, batch: int, tokens: int) -> torch.Tensor:
-        """Zeros and ones."""
+        """Draw zeros and ones."""
         return torch.randint(0, 2, (batch, tokens), device=self.setting.device)
 
     def rope(self, tokens: int) -> torch.Tensor:
-        """Cosines and sines of angles all around, ``[S, E / 2, 2]`` in float32."""
+        """Make cosines and sines of angles between 0 and 2 pi, ``[S, E / 2, 2]`` in float32."""
         angles = torch.rand(tokens, self.shape.head_dim // 2, device=self.setting.device) * 6.28
         return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def _double(values: Any) -> Any:
-    """The same in float64, of whatever floating-point type it was."""
+    """Return floating-point tensors as float64, everything else as it is."""
     return tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, values)
 
 
 def _elsewhere(values: Any) -> Any:
-    """Copies of tensors, of the same strides, at another place."""
+    """Copy tensors to other addresses, with the same strides."""
     return tree_map_only(
         torch.Tensor,
         lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t),
@@ -161,13 +169,13 @@ def _elsewhere(values: Any) -> Any:
 
 
 def _prepared(launch: Any, *arguments: Any, moved: Any = None) -> Prepared:
-    """Call a prepared launch with arguments, and with ``moved``, or copies of all of them, in their place."""
+    """Return calls of a prepared launch with its arguments, and with ``moved`` (by default copies) in their place."""
 
     def results(given: Sequence[Any]) -> Sequence[torch.Tensor]:
         made = launch(*given)
         return [made] if isinstance(made, torch.Tensor) else made
 
-    # Copies are kept: their memory is not given to results.
+    # The copies stay alive, so that results do not get their memory.
     copies = _elsewhere(arguments) if moved is None else moved
     return Prepared(launch, lambda: results(arguments), lambda: results(copies))
 
@@ -179,7 +187,7 @@ def _form(what: str, batch: int, *tokens: int) -> str:
 def _linear_cases(setting: Setting) -> Iterator[Case]:
     shape = setting.shape
     whole, odd = (shape.image, shape.text), (shape.odd_image, shape.odd_text)
-    # What follows the product, samples, tokens, channels kept (0 for a layer that has none).
+    # What follows the product, samples, tokens, channels that are kept (0 for a layer without channels).
     forms = (
         ("up gelu", 1, whole, shape.hidden),
         ("down gate residual", 1, whole, shape.hidden),
@@ -198,16 +206,16 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
     groups = []
     for count in tokens:
         if gelu:
-            x, weight = make.normal(batch, count, shape.width), make.weight(shape.hidden, shape.width)
+            x, weight = make.normal(batch, count, shape.dim), make.weight(shape.hidden, shape.dim)
             groups.append(Linear(x, weight, make.normal(shape.hidden), channels))
             continue
-        inputs = channels or shape.width
-        x, residual = make.normal(batch, count, inputs), make.normal(batch, count, shape.width)
-        # Of all channels: those kept are a prefix of its columns.
-        weight = make.weight(shape.width, shape.hidden if channels else shape.width, inputs)
+        inputs = channels or shape.dim
+        x, residual = make.normal(batch, count, inputs), make.normal(batch, count, shape.dim)
+        # The weight holds all channels; those that are kept are a prefix of its columns.
+        weight = make.weight(shape.dim, shape.hidden if channels else shape.dim, inputs)
         index = make.index(batch, count) if "index" in what else None
         gate = make.modulation(batch if index is None else 2 * batch) if "gate" in what else None
-        groups.append(Linear(x, weight, make.normal(shape.width), None, gate, index, residual))
+        groups.append(Linear(x, weight, make.normal(shape.dim), None, gate, index, residual))
 
     def exact() -> Iterator[torch.Tensor]:
         for g in groups:
@@ -215,7 +223,7 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
             yield linear_reference(*wide[:4], gelu=gelu, gate=wide.gate, index=wide.index, residual=wide.residual)
 
     def prepare() -> Prepared:
-        # Weights stay where they are.
+        # Weights do not move.
         moved = [Linear(_elsewhere(g.x), *g[1:4], *_elsewhere(tuple(g[4:]))) for g in groups]
         return _prepared(prepare_linear(groups, gelu=gelu, tile=tile), groups, moved=(moved,))
 
@@ -223,7 +231,7 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
 
 
 def _three(make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For q, k and v."""
+    """Make one each for q, k and v."""
     return make(), make(), make()
 
 
@@ -231,9 +239,9 @@ def _streams(setting: Setting, batch: int, tokens: Sequence[int], queries: Seque
     make, shape = _Maker(setting), setting.shape
     return [
         Stream(
-            make.normal(batch, count, shape.width),
-            _three(lambda: make.weight(shape.width, shape.width)),
-            _three(lambda: make.normal(shape.width)),
+            make.normal(batch, count, shape.dim),
+            _three(lambda: make.weight(shape.dim, shape.dim)),
+            _three(lambda: make.normal(shape.dim)),
             (1 + make.normal(shape.head_dim, scale=0.1), 1 + make.normal(shape.head_dim, scale=0.1)),
             make.rope(count),
             asked,
@@ -245,7 +253,7 @@ def _streams(setting: Setting, batch: int, tokens: Sequence[int], queries: Seque
 def _qkv_cases(setting: Setting) -> Iterator[Case]:
     shape = setting.shape
     whole, odd = (shape.text, shape.image), (shape.odd_text, shape.odd_image)
-    # Whether the text has queries, how many heads, whether they are a list.
+    # Name, samples, tokens, whether the text has queries, how many heads, whether they are given by number.
     forms = (
         ("all heads", 1, whole, True, shape.heads, False),
         ("half the heads", 2, odd, True, shape.heads // 2, False),
@@ -275,7 +283,7 @@ def _qkv(
         return _prepared(launch, streams, chosen, moved=(moved, _elsewhere(chosen)))
 
     call = partial(qkv_projection, streams, chosen, head_dim, tile=tile)
-    return Work(call, exact, 1, setting.shape.width, prepare)
+    return Work(call, exact, 1, setting.shape.dim, prepare)
 
 
 def _norm_rope_cases(setting: Setting) -> Iterator[Case]:
@@ -307,11 +315,11 @@ def _norm_rope(
         raw.append((q if queries else None, k, v))
         norms.append((1 + make.normal(head_dim, scale=0.1), 1 + make.normal(head_dim, scale=0.1)))
         ropes.append(make.rope(count))
-        # Of all heads, of which the first count.
-        biases.append(_three(partial(make.normal, setting.shape.width)) if biased else NO_BIASES)
+        # The biases are those of all heads; the first ones are used.
+        biases.append(_three(partial(make.normal, setting.shape.dim)) if biased else NO_BIASES)
 
     def call() -> Sequence[torch.Tensor]:
-        # The public function takes no tile.
+        # The public function has no argument for the tile.
         outputs = joint_outputs(raw[0][1], tokens, asked, heads, head_dim)
         q_first = kv_first = 0
         for part, norm, rope, bias, count in zip(raw, norms, ropes, biases, tokens, strict=True):
@@ -362,7 +370,7 @@ def _attention(setting: Setting, tile: AttentionTile, what: str, batch: int, tok
         if lengths is not None:
             counted = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
         y = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-        # Head by head: all scores at once would be 4 GB.
+        # Head by head, since all scores at once would take 4 GB.
         for b in range(batch):
             for h in range(heads):
                 scores = q[b, :, h].double() @ k[b, :, h].double().T * q.shape[3] ** -0.5
@@ -375,13 +383,13 @@ def _attention(setting: Setting, tile: AttentionTile, what: str, batch: int, tok
     def prepare() -> Prepared:
         return _prepared(prepare_joint_attention(q, k, v, mask, tile=tile), q, k, v, mask)
 
-    # Weights are rounded before they meet the values. Nobody prepares lengths.
+    # Two roundings: the attention weights are rounded before the product with the values. No model prepares lengths.
     call, terms = partial(joint_attention, q, k, v, mask, lengths, tile=tile), k.shape[1] + q.shape[3]
     return Work(lambda: [call()], exact, 2, terms, prepare if lengths is None else None)
 
 
 def _mask(setting: Setting, batch: int, text: int, image: int) -> torch.Tensor:
-    """Keys that count: six in ten of the text, in no order, and all of the image; of the last sample the last alone."""
+    """Make a key mask: a random 60 % of the text and all of the image; in the last sample only the last key."""
     mask = torch.ones(batch, text + image, dtype=torch.bool, device=setting.device)
     mask[:, :text] = torch.rand(batch, text, device=setting.device) < 0.6
     mask[-1] = False
@@ -413,20 +421,22 @@ def _key_ranges(setting: Setting, keys: int, tokens: Sequence[int]) -> Work:
 
 
 def _ranges(counted: list[bool], keys: int) -> list[int]:
-    """First tile with a key that counts; begin and end of the last longest run of full tiles; last tile with one, + 1.
+    """Compute what the key-range kernel computes.
 
-    The kernel lays out a power of two of tiles; where there is none to name it names the tile after them.
+    Four tile numbers: the first tile with an unmasked key, begin and end of the last of the longest runs of full tiles,
+    and the last tile with an unmasked key + 1. The kernel pads the tiles to a power of two, and returns that number
+    where there is no such tile.
     """
     starts = range(0, len(counted), keys)
-    laid_out = 1 << (len(starts) - 1).bit_length()
+    padded = 1 << (len(starts) - 1).bit_length()
     some = [number for number, at in enumerate(starts) if any(counted[at : at + keys])]
-    begin = end = laid_out
+    begin = end = padded
     run = 0
     for number, at in enumerate(starts):
         run = run + 1 if at + keys <= len(counted) and all(counted[at : at + keys]) else 0
         if run and run >= end - begin:
             begin, end = number + 1 - run, number + 1
-    return [some[0], begin, end, some[-1] + 1] if some else [laid_out, begin, end, 0]
+    return [some[0], begin, end, some[-1] + 1] if some else [padded, begin, end, 0]
 
 
 def _norm_cases(setting: Setting) -> Iterator[Case]:
@@ -438,7 +448,7 @@ def _norm_cases(setting: Setting) -> Iterator[Case]:
     target = Target.of(setting.device)
     for what, batch, tokens, indexed in forms:
         form = _form(what, batch, tokens)
-        for tile in NormTile.candidates(target, setting.dtype, shape.width):
+        for tile in NormTile.candidates(target, setting.dtype, shape.dim):
             yield Case("ada_layer_norm", tuple(tile), form, partial(_norm, setting, tile, batch, tokens, indexed))
         for gate_tile in ResidualTile.candidates(target, setting.dtype):
             make = partial(_gated, setting, gate_tile, batch, tokens, indexed)
@@ -446,21 +456,21 @@ def _norm_cases(setting: Setting) -> Iterator[Case]:
 
 
 def _norm(setting: Setting, tile: NormTile, batch: int, tokens: int, indexed: bool) -> Work:
-    make, width = _Maker(setting), setting.shape.width
-    x, index = make.normal(batch, tokens, width), make.index(batch, tokens) if indexed else None
+    make, dim = _Maker(setting), setting.shape.dim
+    x, index = make.normal(batch, tokens, dim), make.index(batch, tokens) if indexed else None
     scale, shift = (make.modulation(batch * (2 if indexed else 1)) for _ in range(2))
     return Work(
         lambda: [ada_layer_norm(x, scale, shift, index, tile=tile)],
         lambda: [ada_layer_norm_reference(*_double((x, scale, shift, index)))],
         1,
-        width,
+        dim,
         lambda: _prepared(prepare_ada_layer_norm(x, scale, shift, index, tile=tile), x, scale, shift, index),
     )
 
 
 def _gated(setting: Setting, tile: ResidualTile, batch: int, tokens: int, indexed: bool) -> Work:
-    make, width = _Maker(setting), setting.shape.width
-    x, h = make.normal(batch, tokens, width), make.normal(batch, tokens, width)
+    make, dim = _Maker(setting), setting.shape.dim
+    x, h = make.normal(batch, tokens, dim), make.normal(batch, tokens, dim)
     gate, index = make.modulation(batch * (2 if indexed else 1)), make.index(batch, tokens) if indexed else None
     return Work(
         lambda: [gated_residual(x, gate, h, index, tile=tile)],

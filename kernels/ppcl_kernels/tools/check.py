@@ -1,4 +1,4 @@
-"""One case, checked: against float64, for what it writes around its results, again and again, prepared, captured."""
+"""Check one case: against float64, for writes outside its results, for repeatability, prepared, and in a graph."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from ppcl_kernels.tools.cases import Case, Prepared
 from ppcl_kernels.tools.children import Say
 from ppcl_kernels.tools.judge import Limit, judge
 
-# Elements around each result: 128 bytes of bf16, so that alignment stays what it is in a model.
+# Elements before and after each result: 128 bytes in bf16, so that results are aligned as in a model.
 _MARGIN = 64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def poison(dtype: torch.dtype) -> float:
-    """The value that nobody computes by accident."""
+    """Return a value that no kernel computes by accident."""
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[list[torch.Tensor]]:
-    """Let ``new_empty`` and ``empty_like`` give poison amid poison; the list holds all of it, margins included."""
+    """Fill what ``new_empty`` and ``empty_like`` return with poison, and put poison around it.
+
+    Yields:
+        All buffers, margins included.
+    """
     original, buffers = torch.Tensor.new_empty, list[torch.Tensor]()
 
     def amid(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
@@ -57,19 +61,19 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal bit by bit."""
+    """Return whether two tensors are equal bit by bit."""
     return torch.equal(_bits(a), _bits(b))
 
 
 def check(case: Case, device: torch.device, repeats: int, say: Say) -> None:
-    """Check one case; ``say`` is told each stage before it begins, and at the end what was found.
+    """Check one case; ``say`` receives the name of each stage before it begins, and the result at the end.
 
-    What is said at the end has ``ok``, and ``why`` where it is false.
+    The result has ``ok``, and ``why`` where ``ok`` is False.
 
     Args:
-        case: which.
-        device: of its tensors; on a GPU the call is captured and replayed too.
-        repeats: runs that have to give the same bits.
+        case: the case.
+        device: of its tensors; on a GPU the call is also captured in a graph and replayed.
+        repeats: runs that have to return the same bits.
         say: see `ppcl_kernels.tools.children`.
     """
     started = time.monotonic()
@@ -89,7 +93,7 @@ def check(case: Case, device: torch.device, repeats: int, say: Say) -> None:
 
 
 def _check(case: Case, device: torch.device, repeats: int, stage: Any, row: dict[str, Any]) -> str:
-    """Fill ``row`` in; returns what is wrong, empty where nothing is."""
+    """Fill ``row`` in; returns what is wrong, empty if nothing is."""
     stage("its inputs")
     torch.manual_seed(zlib.crc32(f"{case.kernel} {case.form}".encode()))
     work = case.make()
@@ -98,7 +102,7 @@ def _check(case: Case, device: torch.device, repeats: int, stage: Any, row: dict
         first = list(work.call())
     stage("float64")
     if not buffers:
-        return "no result came from new_empty or empty_like: none was poisoned"
+        return "no result was allocated by new_empty or empty_like: none was poisoned"
     if not _margins_left_alone(buffers):
         return "writes beyond its results"
     limit = Limit(first[0].dtype, work.roundings, work.terms)
@@ -134,8 +138,8 @@ def _check(case: Case, device: torch.device, repeats: int, stage: Any, row: dict
 
 
 def _repeated(prepared: Prepared, first: Sequence[torch.Tensor], detours: list[str], interpreted: bool) -> str:
-    """Check prepared launches; ``detours`` is told why they go through triton, which makes them slower, not wrong."""
-    # The first goes through triton, and is looked at; the others repeat it.
+    """Check prepared launches; ``detours`` receives why some go through triton's JIT, which is slower but not wrong."""
+    # The first call goes through triton's JIT and is recorded; the other calls repeat it.
     calls = {"first": prepared.call, "second": prepared.call, "moved": prepared.elsewhere, "last": prepared.call}
     for name in ("moved",) if interpreted else calls:
         with poisoned() as buffers:

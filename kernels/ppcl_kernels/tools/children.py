@@ -1,7 +1,7 @@
-"""Run things that may hang or die, each in a forked process of its own, and keep what each said until then.
+"""Run jobs that may hang or die, each in a forked process of its own, and keep what each reported until then.
 
-A fork costs milliseconds where a new interpreter takes seconds to import torch; the parent must not have asked CUDA for
-anything (CUDA does not survive a fork). A child leads a process group, which is killed whole, and dies with its parent.
+A fork takes milliseconds, while a new interpreter takes seconds to import torch. The parent must not have used CUDA,
+which does not survive a fork. A child leads a process group, which is killed as a whole, and dies with its parent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Say = Callable[[dict[str, Any]], None]
 NOT_REACHED = "not reached before the time was over"
 
 _PR_SET_PDEATHSIG = 1
-# What a killed process may take to leave the device before the next one starts in its place.
+# Seconds that a killed process may take to leave the device before the next process starts in its place.
 _GRACE = 10.0
 _POLL = 0.02
 _LOG_LINES = 20
@@ -36,12 +36,12 @@ class Job:
     """What one process does.
 
     Attributes:
-        name: for whoever reads the outcome.
-        seconds: after which the process is killed.
-        work: runs in the child, and is given a function that keeps a dictionary for the parent.
-        command: in its place, the program that the child becomes; given a file to append dictionaries to, as JSON
-            lines.
-        prints: whether what it prints is shown; else the end of it is kept.
+        name: identifies the job to readers of its outcome.
+        seconds: time limit, after which the process is killed.
+        work: function that runs in the child. Its argument is a function that keeps a dictionary for the parent.
+        command: instead of ``work``, the program that the child becomes. Its argument is a file to which the program
+            appends dictionaries, as JSON lines.
+        prints: True to show what the process prints; otherwise the last lines are kept in the outcome.
     """
 
     name: Any
@@ -56,12 +56,12 @@ class Outcome:
     """How a process ended.
 
     Attributes:
-        job: what it was to do.
-        said: the dictionaries that it kept, also where it was killed.
-        status: exit status, negative for a signal as in `subprocess`; None where it was never started.
-        seconds: that it ran.
+        job: what it had to do.
+        said: the dictionaries that it kept, also if it was killed.
+        status: exit status, negative for a signal as in `subprocess`; None if it was never started.
+        seconds: how long it ran.
         late: whether it was killed for taking too long.
-        log: the end of what it printed.
+        log: the last lines that it printed.
     """
 
     job: Job
@@ -73,7 +73,7 @@ class Outcome:
 
     @property
     def how(self) -> str:
-        """Say in words how it ended: empty for exit status 0."""
+        """How it ended, in words; empty for exit status 0."""
         if self.late:
             return f"no result after {self.seconds:.0f} s: killed"
         if self.status is None:
@@ -97,18 +97,18 @@ class _Child:
     killed: float | None = None
 
     def kill(self) -> None:
-        """Kill its process group; a second call changes nothing."""
+        """Kill its process group; a second call does nothing."""
         self.killed = self.killed or time.monotonic()
         for kill in (os.killpg, os.kill):
             try:
                 kill(self.pid, signal.SIGKILL)
                 return
             except ProcessLookupError:
-                # The group, where the child has not founded it yet.
+                # The child may not have made its group yet.
                 continue
 
     def reaped(self) -> bool:
-        """Whether it is gone, or has been dying for so long that nobody waits for it any more."""
+        """Return whether the process has ended, or was killed so long ago that it is not waited for any longer."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:
             self.outcome.status = os.waitstatus_to_exitcode(status)
@@ -117,7 +117,7 @@ class _Child:
         else:
             return False
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            # What it left running.
+            # Ends the processes that it left running.
             os.killpg(self.pid, signal.SIGKILL)
         self.outcome.seconds = time.monotonic() - self.started
         self.outcome.said = _read(self.lines)
@@ -127,12 +127,13 @@ class _Child:
 
 
 def run_all(jobs: Sequence[Job], at_once: int, deadline: float, done: Callable[[Outcome], None]) -> None:
-    """Run jobs in their order, so many at once, and hand each outcome to ``done`` as soon as there is one.
+    """Run jobs in their order, and pass each outcome to ``done`` as soon as its process has ended.
 
     Args:
         jobs: what to run.
-        at_once: processes at a time.
-        deadline: of `time.monotonic`: then all that run are killed, and the others are outcomes without a status.
+        at_once: how many processes run at a time.
+        deadline: a value of `time.monotonic`. Then running jobs are killed, and the outcomes of the others have no
+            status.
         done: called in this process.
     """
     waiting, running = list(jobs), list[_Child]()
@@ -167,7 +168,7 @@ def _start(job: Job, deadline: float, folder: Path) -> _Child:
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
-        # Libraries keep idle threads, and python 3.12 warns of a fork among threads: none holds a lock here.
+        # Python 3.12 warns of a fork in a process with threads. Libraries keep idle ones, which hold no lock here.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -177,7 +178,7 @@ def _start(job: Job, deadline: float, folder: Path) -> _Child:
 
 
 def _be_child(job: Job, parent: int, lines: Path, log: Path) -> None:
-    """Do the work and leave; never returns."""
+    """Do the job and exit; never returns."""
     status = 1
     try:
         os.setpgid(0, 0)
@@ -185,7 +186,7 @@ def _be_child(job: Job, parent: int, lines: Path, log: Path) -> None:
             signal.signal(number, signal.SIG_DFL)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            # The parent may have died before that.
+            # The parent may have died before that call.
             if os.getppid() != parent:
                 os._exit(1)
         if not job.prints:
@@ -215,20 +216,20 @@ def _be_child(job: Job, parent: int, lines: Path, log: Path) -> None:
 
 
 def _read(lines: Path) -> list[dict[str, Any]]:
-    """The lines that were written whole."""
+    """Read the lines that were completely written."""
     said = []
     for line in lines.read_text(errors="replace").splitlines():
         try:
             said.append(json.loads(line))
         except ValueError:
-            # Cut off as the process was killed.
+            # The process was killed while it wrote this line.
             continue
     return said
 
 
 @contextlib.contextmanager
 def terminated_as_exit() -> Iterator[None]:
-    """Let SIGTERM (of `timeout`) unwind the stack, so that children are ended and what was found is written."""
+    """Make SIGTERM (as `timeout` sends it) raise SystemExit, so that children are ended and results are written."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

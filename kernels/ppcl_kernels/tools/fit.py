@@ -1,17 +1,21 @@
-"""Which kernels are fit to run on this machine: every one checked alone, before anything else runs them.
+"""Check which kernels and tiles are fit to run on this machine, before anything else runs them.
 
     python -m ppcl_kernels.tools.fit --out bench/results/nvidia-h200 --seconds 240
 
-A fault on a device is sticky, and a kernel that hangs takes all the time that there is. So each kernel and tile is a
-process of its own, four at a time, 25 s each. In this order: what is installed and what can be imported; all kernels
-compiled for this device, on all cores; then for each kernel and tile full-size inputs in bf16 against float64 (every
-64 x 64 tile of every result, results poisoned first, nothing written around them), 200 runs equal bit by bit, a
-captured graph replayed; and compute-sanitizer on small shapes, where there is one, in what time is left.
+A fault on a CUDA device makes its process useless, and a kernel that hangs takes all the time that is left. So each
+kernel and tile is checked in a process of its own, four at a time, with 25 s each. The stages are:
 
-``fit.json`` holds what was found, and ``allowed.json`` which tiles may run (`ppcl_kernels.allowed`); both are rewritten
-after each process, so whoever ends this leaves what there is. A tile that was not reached may not run.
+1. *look*: what is installed, and what can be imported.
+2. *compile*: all kernels, for this device, on all cores.
+3. *check*: each kernel and tile on full-size inputs in bf16. Every 64 x 64 tile of every result is compared with
+   float64. Results are poisoned first, and nothing around them may be written. 200 runs have to be equal bit by bit,
+   and so have prepared launches and two replays of a captured graph.
+4. *sanitize*: compute-sanitizer on small shapes, if it is installed, in the time that is left.
 
-Without a GPU the same runs in triton's interpreter on tiny shapes (TRITON_INTERPRET=1), in float32.
+``fit.json`` holds what was found, ``allowed.json`` which tiles may run (`ppcl_kernels.allowed`). Both are rewritten
+after each process, so a run that is ended leaves its results. A tile that was not reached may not run.
+
+Without a GPU the same stages run in triton's interpreter (TRITON_INTERPRET=1), on tiny shapes and in float32.
 
 Exit status: 0 all are fit, 1 something was left out, 2 bad usage or no device.
 """
@@ -43,9 +47,9 @@ from ppcl_kernels.tools.children import NOT_REACHED, Job, Outcome, Say, run_all,
 from ppcl_kernels.tools.machine import machine, write_json
 
 ALL_CASES = "ppcl_kernels.tools.cases:all_cases"
-# What the parts after this one import: missing here, they are reported.
+# Modules that later parts import; missing ones are reported.
 LATER = ("diffusers", "pydantic", "ppcl_rt", "pytest", "pytest_benchmark", "safetensors", "scipy", "rich", "typer")
-# Shares of the whole time: until then everything is compiled, and so much has to be left for compute-sanitizer.
+# The compile stage ends at this share of the whole time; compute-sanitizer starts only if this many seconds are left.
 _COMPILE_SHARE, _SANITIZER_SECONDS = 0.35, 15.0
 _LOOK_SECONDS, _COMPILE_SECONDS = 60.0, 60.0
 
@@ -54,7 +58,7 @@ Cases = Callable[[Setting], Sequence[Case]]
 
 
 class _Findings:
-    """What was found so far, on disk after each call of `save`."""
+    """What was found so far; `save` writes it to disk."""
 
     def __init__(self, out: Path, command: str) -> None:
         self.out = out
@@ -72,11 +76,11 @@ class _Findings:
         self.started = time.monotonic()
 
     def expect(self, units: Sequence[Unit]) -> None:
-        """Say which kernels and tiles there are: until they are checked none may run."""
+        """Set which kernels and tiles there are; none may run until it was checked."""
         self.units = {unit: {"ok": False, "why": NOT_REACHED} for unit in units}
 
     def judge(self, unit: Unit, why: str) -> None:
-        """Say that a kernel and tile is fit, or why it is not; the first reason stays."""
+        """Record that a kernel and tile is fit, or why it is not; the first reason stays."""
         before = self.units[unit]
         if not before["ok"] and before["why"] != NOT_REACHED:
             return
@@ -104,7 +108,7 @@ def _setting(device: str, shape: Shape) -> Setting:
 
 
 def _look(cases: Cases, device: str, say: Say) -> None:
-    """In a child: what there is. Asks the driver, imports what later parts need, and lists the kernels and tiles."""
+    """Report the device, the versions, and the kernels and tiles; runs in a child, since it uses CUDA."""
     say({"imports": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)}})
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +126,7 @@ def _look(cases: Cases, device: str, say: Say) -> None:
 
 
 def _import(names: Sequence[str], say: Say) -> None:
-    """In a child: whether modules can be imported, and their versions."""
+    """Report which modules can be imported, and their versions; runs in a child."""
     for name in names:
         try:
             say({name: str(getattr(importlib.import_module(name), "__version__", "there"))})
@@ -131,7 +135,7 @@ def _import(names: Sequence[str], say: Say) -> None:
 
 
 def _compile(target: Target, number: int, say: Say) -> None:
-    """In a child: compile one of `aot`'s cases into triton's cache, where those who run it find it."""
+    """Compile one case of `aot` into triton's cache, where later processes find it; runs in a child."""
     case = list(aot.cases(target))[number]
     started = time.monotonic()
     try:
@@ -144,13 +148,13 @@ def _compile(target: Target, number: int, say: Say) -> None:
     try:
         about["registers"], about["spilled_bytes"], about["mma"] = aot.inspect(binary)
     except Exception as error:
-        # No disassembler: what it would say is nice to know.
+        # Without a disassembler these figures are missing, which does no harm.
         about["inspect"] = str(error)[:200]
     say(about)
 
 
 def _check_unit(cases: Cases, setting: Setting, unit: Unit, repeats: int, say: Say) -> None:
-    """In a child: all forms of one kernel and tile, up to one that raised: a fault on a device is sticky."""
+    """Check all forms of one kernel and tile until one raises, which may have lost the device; runs in a child."""
     torch.set_num_threads(1)
     raised = False
 
@@ -166,9 +170,9 @@ def _check_unit(cases: Cases, setting: Setting, unit: Unit, repeats: int, say: S
 
 
 def _run_small(cases: Cases, device: str, kernel: str, tiles: Sequence[str], lines: Path) -> int:
-    """As a program of its own, under compute-sanitizer: small shapes of a kernel, once each."""
+    """Run small shapes of a kernel once each; a program of its own, under compute-sanitizer."""
     setting = _setting(device, SMALL)
-    # Where the tool cannot work with the device it shows here, and is laid to no kernel.
+    # If the tool cannot work with the device, it fails here, before any kernel could be blamed.
     torch.ones(1, device=setting.device).sum().item()
     with torch.no_grad(), lines.open("a") as file:
         for case in cases(setting):
@@ -191,7 +195,7 @@ def _listed(name: str) -> Cases:
 
 
 def _in_turn(units: Sequence[Unit]) -> list[Unit]:
-    """First the best guess of each kernel, then its next tile: time may run out."""
+    """Order units by tile, the best guess of every kernel first, since the time may run out."""
     place: Counter[str] = Counter()
     order: list[tuple[int, int, Unit]] = []
     for unit in units:
@@ -201,7 +205,7 @@ def _in_turn(units: Sequence[Unit]) -> list[Unit]:
 
 
 class _Fit:
-    """A run; its stages in the order of its methods."""
+    """A run; its methods are the stages, in their order."""
 
     def __init__(self, options: argparse.Namespace, cases: Cases, command: str) -> None:
         self.options, self.cases = options, cases
@@ -211,7 +215,7 @@ class _Fit:
         self.forms: dict[Unit, int] = {}
 
     def look(self) -> str:
-        """Say what is here and list what there is to check; returns why nothing can be, empty where it can."""
+        """Record what is installed and what there is to check; returns why nothing can be checked, empty if it can."""
         findings, problem = self.findings, ""
 
         def done(outcome: Outcome) -> None:
@@ -220,7 +224,7 @@ class _Fit:
             for row in outcome.said:
                 said |= row
             if outcome.job.name == "imports":
-                # The one that it died in.
+                # The process died in the first of these imports.
                 missing = {name: f"missing: {outcome.how}" for name in LATER if name not in said}
                 findings.content["imports"] |= {**said, **missing}
             else:
@@ -254,7 +258,7 @@ class _Fit:
         return problem
 
     def compile(self) -> None:
-        """Compile everything on all cores; what does not compile is not run."""
+        """Compile everything on all cores; what does not compile is not checked."""
         numbers = {number: (case.kernel, case.tile, case.shape) for number, case in enumerate(aot.cases(self.target))}
         order = {unit: place for place, unit in enumerate(self.findings.units)}
         numbers = dict(sorted(numbers.items(), key=lambda item: order.get(item[1][:2], len(order))))
@@ -262,7 +266,7 @@ class _Fit:
         def done(outcome: Outcome) -> None:
             kernel, tile, shape = numbers[outcome.job.name]
             row: dict[str, Any] = {"kernel": kernel, "tile": tile, "shape": shape}
-            # A compile that was cut off or not begun is no verdict: whoever runs the kernel compiles it.
+            # A compile that was cut off or not begun decides nothing: the check of the kernel compiles it.
             unknown = outcome.late or outcome.status is None
             row |= outcome.said[-1] if outcome.said else {"why": "" if unknown else outcome.how, "cut": outcome.how}
             self.findings.content["compiled"].append(row)
@@ -279,7 +283,7 @@ class _Fit:
         print(f"{took:4.0f} s  compiled {len(rows) - failed} of {len(rows)} kernels, {failed} failed", flush=True)
 
     def check(self) -> None:
-        """Check what compiled, a process each."""
+        """Check each kernel and tile that compiled, in a process of its own."""
         setting = _setting(self.kind, FULL)
 
         def done(outcome: Outcome) -> None:
@@ -301,7 +305,7 @@ class _Fit:
         run_all(jobs, self.options.at_once, self.deadline, done)
 
     def _why(self, outcome: Outcome, rows: Sequence[dict[str, Any]]) -> str:
-        """What is wrong with a kernel and tile, empty where nothing is."""
+        """Return what is wrong with a kernel and tile, empty if nothing is."""
         for row in rows:
             if not row["ok"]:
                 return f"{row['form']}: {row['why']}"
@@ -324,7 +328,7 @@ class _Fit:
         return f"{took:4.0f} s  {' '.join(unit)}: {', '.join(filter(None, (row['form'], found)))}"
 
     def sanitize(self) -> None:
-        """Run compute-sanitizer on small shapes of what is fit so far, a process a kernel, in what time is left."""
+        """Run compute-sanitizer on small shapes of what is fit so far, one process for each kernel."""
         tool = self.options.sanitizer
         if tool is None or self.deadline - time.monotonic() < _SANITIZER_SECONDS:
             why = "there is no compute-sanitizer" if tool is None else "no time left"
@@ -336,7 +340,7 @@ class _Fit:
                 fit.setdefault(kernel, []).append(tile)
 
         def command(kernel: str, lines: Path) -> list[str]:
-            # Freed memory is given back at once, so that what lies beyond a tensor is nobody's.
+            # Freed memory is returned at once, so that no other tensor's memory follows a tensor.
             os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
             program = [sys.executable, "-m", "ppcl_kernels.tools.fit", "--cases", self.options.cases]
             small = [
@@ -349,7 +353,7 @@ class _Fit:
                 "--device",
                 self.kind,
             ]
-            # Libraries ask the driver for what it lacks and go on: only what a kernel does is an error.
+            # Libraries ask the driver for features that it lacks, and continue: only errors of kernels count.
             memcheck = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99"]
             return [*memcheck, *program, *small, "--out", str(lines.parent)]
 
@@ -360,8 +364,8 @@ class _Fit:
             if outcome.status == 0 and "finished" in last:
                 row = {"kernel": kernel, "ok": True, "tiles": fit[kernel]}
             elif outcome.status == 99 and "tile" in last:
-                # The first error of a kernel ends the context, so the tile that ran last is the one. Whatever else
-                # ends the process says more of the tool and the machine: all of this was run without it before.
+                # The first error of a kernel ends the CUDA context, so the tile that ran last has it. Any other end of
+                # the process is the tool's or the machine's: all this ran without the tool before.
                 said = [line.lstrip("= ") for line in outcome.log if line.startswith("========= ")]
                 wrong = [line for line in said if any(word in line for word in ("Invalid", "Misaligned", "Error"))]
                 row |= {"ok": False, "why": f"compute-sanitizer: {(wrong or said or [outcome.how])[0]}"}
@@ -387,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--sanitizer", default=shutil.which("compute-sanitizer"), help="its path (%(default)s)")
     parser.add_argument("--cases", default=ALL_CASES, help="module:function that lists them (%(default)s)")
-    # How compute-sanitizer runs small shapes.
+    # Options of the program that runs under compute-sanitizer.
     for name in ("--sanitized", "--tiles"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
@@ -402,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = _listed(options.cases)
     except ValueError as error:
         parser.error(str(error))
-    # Everything is checked, whatever an earlier run left out.
+    # Check everything, also what an earlier run left out.
     os.environ.pop(VARIABLE, None)
     if options.sanitized:
         return _run_small(cases, options.device, options.sanitized, options.tiles.split(","), options.lines)

@@ -1,14 +1,15 @@
-"""What a machine with a GPU is asked, in parts of a few minutes, each of which leaves what it has whatever happens.
+"""Run checks and benches on a machine with a GPU, in parts of a few minutes.
 
     [PYTHON=python3] bash bench/gpu.sh [PART ...]          or: make gpu [PART=1]
 
-    1  fit      which kernels are sound here (`ppcl_kernels.tools.fit`); only those are run after it    240 s
-    2  choose   which implementation is the fastest (bench/bench_kernels.py)                            500 s
-    3  model    whole forwards, and a sweep over widths (bench/bench_gpu_model.py)                      500 s
-       tests    the tests that need a GPU; only when named                                              300 s
+    1  fit      check which kernels are fit to run here (`ppcl_kernels.tools.fit`)                    240 s
+    2  choose   which implementation is the fastest (bench/suites/bench_kernels.py)                   500 s
+    3  model    whole forwards, and a sweep over widths (bench/suites/bench_gpu_model.py)             500 s
+       tests    the tests that need a GPU; only when named                                            300 s
 
-None named: 1, 2 and 3. Each writes ``bench/results/<device>/<part>.json`` itself, as it goes; how it ended is added to
-that file. ``RESULTS`` names another folder than bench/results.
+Without a part: 1, 2 and 3. After part 1 only kernels that passed it are run. Each part writes its own
+``bench/results/<device>/<part>.json`` while it runs, so it leaves its results however it ends. How it ended is added to
+the file. ``RESULTS`` names another folder than bench/results.
 
 Exit status: 0 all parts passed, 1 one did not, 2 bad usage or no CUDA device.
 """
@@ -32,14 +33,14 @@ from ppcl_kernels.allowed import VARIABLE
 from ppcl_kernels.tools.children import terminated_as_exit
 from ppcl_kernels.tools.machine import slug, write_json
 
-# What a part may take, after it was asked to end, to write its last.
+# Seconds that a part has to write its last results after it was asked to end.
 GRACE = 10.0
-# A part that is told its time plans to end so long before it.
+# A part is told this many seconds less than it has, so that it ends by itself.
 _SPARE = 8.0
 
 
 class Part(NamedTuple):
-    """A part: its number as people type it, its time, and what it runs, given the folder to write to."""
+    """A part: its number on the command line, its seconds, and its command, given a folder and seconds."""
 
     number: str
     seconds: float
@@ -51,16 +52,16 @@ def _fit(folder: Path, seconds: float) -> list[str]:
 
 
 def _choose(folder: Path, seconds: float) -> list[str]:
-    return ["bench/bench_kernels.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
+    return ["bench/suites/bench_kernels.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
 
 
 def _model(folder: Path, seconds: float) -> list[str]:
-    return ["bench/bench_gpu_model.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
+    return ["bench/suites/bench_gpu_model.py", "--out", str(folder), "--seconds", f"{seconds:g}"]
 
 
 def _tests(folder: Path, seconds: float) -> list[str]:
-    # What is marked gpu, and the tests of kernels and of models on them, which run natively there. Hundreds of small
-    # kernels to compile: on all cores, where pytest-xdist is there.
+    # Tests marked gpu, and the tests of kernels and of models that use them, which run natively on a GPU. They compile
+    # hundreds of small kernels: on all cores if pytest-xdist is installed.
     workers = ["-n", "12"] if importlib.util.find_spec("xdist") else []
     which = "gpu or test_kernels or test_backends"
     return ["-m", "pytest", "-p", "ppcl_kernels.tools.pytest_log", *workers, "tests", "-k", which]
@@ -72,7 +73,7 @@ PARTS = {
     "model": Part("3", 500, _model),
     "tests": Part("tests", 300, _tests),
 }
-# In a process of its own: this one must survive a driver that does not.
+# Runs in a process of its own: this process has to survive a fault of the driver.
 _ASK = (
     "import json, torch; from ppcl_kernels.tools.machine import machine; "
     "assert torch.cuda.is_available(); print(json.dumps(machine()))"
@@ -80,7 +81,7 @@ _ASK = (
 
 
 def about_device() -> dict[str, Any] | None:
-    """Say what runs here, None where python sees no CUDA device."""
+    """Return device and versions (`ppcl_kernels.tools.machine`), None if python sees no CUDA device."""
     try:
         done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=120)
         return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -89,16 +90,16 @@ def about_device() -> dict[str, Any] | None:
 
 
 def run_part(name: str, folder: Path, about: dict[str, Any]) -> int:
-    """Run a part, end it when its time is over, and add to its file how it ended; returns its exit status."""
+    """Run a part within its time limit, and add to its file how it ended; returns its exit status."""
     part, path, allowed = PARTS[name], folder / f"{name}.json", folder / "allowed.json"
     command = [sys.executable, *part.command(folder.resolve(), part.seconds - _SPARE)]
-    # Measurements of another day are not this run's.
+    # Results of an earlier run would be taken for those of this one.
     for stale in (path, allowed) if name == "fit" else (path,):
         stale.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PPCL_TESTS_JSON": str(path.resolve())}
-    # Kernels run natively here.
+    # Kernels have to run natively.
     environment.pop("TRITON_INTERPRET", None)
-    # The tables that a model makes are results too.
+    # The tables of implementations that a model makes are results too.
     environment.setdefault("PPCL_CACHE", str(folder.resolve() / "cache"))
     if name != "fit" and allowed.exists():
         environment[VARIABLE] = str(allowed.resolve())
@@ -115,8 +116,8 @@ def run_part(name: str, folder: Path, about: dict[str, Any]) -> int:
 
 
 def _limited(command: Sequence[str], environment: dict[str, str], seconds: float) -> int:
-    """Run a command, at most so long; 124 where it was ended, as `timeout` has it."""
-    # A group of its own, which is ended whole.
+    """Run a command within a time limit; returns its exit status, or 124 (as `timeout` does) if it was ended."""
+    # A session of its own, which is ended as a whole.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return process.wait(seconds)

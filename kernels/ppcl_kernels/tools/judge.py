@@ -1,6 +1,7 @@
-"""Whether a result is right: every 64 x 64 tile of it against float64, by a limit that is derived.
+"""Compare a result with float64, in every tile of 64 x 64, within a derived limit.
 
-One wrong tile of 1,728 moves the error over a whole result by a fortieth of its own: so every tile has to pass alone.
+In a result of 1,728 tiles, the error of a single wrong tile is a fortieth as large over the whole result as over the
+tile. So every tile has to pass alone.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ import torch
 import torch.nn.functional as F
 
 SIDE = 64
-# Half the distance of neighbouring numbers from 1 on: what one rounding moves a value by at most, relative to it.
+# The most that one rounding changes a value, relative to the value: half the distance between neighbours above 1.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# How many times a tile's RMS the values are that a rounding on the way can come from.
+# Intermediate values, which are rounded too, are taken to be up to this many times the RMS of a tile.
 _SPREAD = 4.0
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How far a result may be off, relative to its values.
+    """The largest error of a result, relative to its values.
 
     Attributes:
         dtype: of the result.
-        roundings: to ``dtype`` on the way to a value, that of the result among them. One moves a value by ``ROUNDING``
-            at most, 0.4 of that in the RMS.
-        terms: of the longest sum in float32. Each addition rounds the sum so far, by 2^-24 of it at most; were all
-            of one sign, they would add up to ``terms * 2^-24``.
+        roundings: number of roundings to ``dtype`` on the way to a value, including that of the result. One rounding
+            changes a value by at most ``ROUNDING``, and by 0.4 of that in the RMS.
+        terms: of the longest sum in float32. Each addition rounds the sum so far by at most 2^-24 of it. If all these
+            roundings had the same sign, they would add up to ``terms * 2^-24``.
     """
 
     dtype: torch.dtype
@@ -36,8 +37,8 @@ class Limit:
 
     @property
     def value(self) -> float:
-        """The RMS error of a tile is under this times its RMS; no error over this times (its value + 4 RMS)."""
-        # Integers have to be equal.
+        """The limit: of a tile's RMS error to its RMS, and of each error to (the value + 4 RMS of the tile)."""
+        # For integers the limit is 0.
         return self.roundings * ROUNDING.get(self.dtype, 0.0) + self.terms * 2.0**-24
 
     def __str__(self) -> str:
@@ -46,7 +47,7 @@ class Limit:
 
 
 def _tiles(x: torch.Tensor) -> torch.Tensor:
-    """Cut ``[R, C]`` into ``[r, 64, c, 64]``, with zeros beyond its edges."""
+    """Cut ``[R, C]`` into tiles ``[r, 64, c, 64]``, with zeros beyond the edges."""
     rows, cols = x.shape
     x = F.pad(x, (0, -cols % SIDE, 0, -rows % SIDE))
     return x.unflatten(1, (-1, SIDE)).unflatten(0, (-1, SIDE))
@@ -55,12 +56,13 @@ def _tiles(x: torch.Tensor) -> torch.Tensor:
 def judge(got: torch.Tensor, exact: torch.Tensor, limit: Limit) -> dict[str, Any]:
     """Compare a result with its values in float64, tile by tile.
 
-    A tile is 64 tokens of one sample by 64 of what else there is: of ``[B, S, ...]``, or of one sample ``[S, C]``.
-    The scale of a tile is its RMS, or that of the whole result where this is larger.
+    A tile is 64 tokens of one sample by 64 elements of the other dimensions, of a result ``[B, S, ...]`` or, for one
+    sample, ``[S, C]``. The scale of a tile is its RMS, or the RMS of the whole result if that is larger.
 
     Returns:
-        ``tiles``, ``wrong`` (how many are), ``error_rms`` (of the worst tile, to its scale), ``error_max`` (the
-        largest of an element, to (its value + 4 scales)), ``limit``, and ``where`` the worst tile begins.
+        ``tiles``: number of tiles; ``wrong``: number of wrong ones; ``error_rms``: RMS error of the worst tile over its
+        scale; ``error_max``: largest error of an element over (its value + 4 scales); ``limit``; ``where``: the place
+        of the worst tile.
     """
     if got.shape != exact.shape:
         return {"tiles": 0, "wrong": 1, "where": f"shape {list(got.shape)}, wanted {list(exact.shape)}"}
@@ -68,7 +70,7 @@ def judge(got: torch.Tensor, exact: torch.Tensor, limit: Limit) -> dict[str, Any
     overall = exact.double().square().mean().sqrt()
     tiles = wrong = 0
     worst, largest, where = -1.0, 0.0, ""
-    # Sample by sample: in float64 a result is four times as large.
+    # Sample by sample, since float64 takes four times the memory.
     for sample, (part, wanted) in enumerate(zip(got, exact, strict=True)):
         wanted = wanted.double()
         off = (part.double() - wanted).abs().nan_to_num(nan=float("inf"))

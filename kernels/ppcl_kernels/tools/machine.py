@@ -1,4 +1,4 @@
-"""What runs here (device, driver, versions, commit), and where its results go."""
+"""Device, driver, versions and commit of a run, and how its results are written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ppcl_kernels._triton import triton
 
 
 def slug(device: str) -> str:
-    """Turn a device's name into that of its folder: NVIDIA H200 -> nvidia-h200."""
+    """Return the folder name of a device: NVIDIA H200 -> nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write next to ``path``, then rename: neither a reader nor a process that is killed meets half a file."""
+    """Write a JSON file as a whole: a reader never sees, and a killed process never leaves, half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -29,7 +29,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Say what runs here; asks the CUDA driver, so not in a process that is to fork."""
+    """Return device, driver, versions, commit and date; it uses CUDA, so the process must not fork afterwards."""
     cuda = torch.cuda.is_available()
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     changes = _said("git", "status", "--porcelain")
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
 
 
 def _said(*command: str) -> str | None:
-    """What a program prints, None where it is missing or fails."""
+    """Return what a program prints, None if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Plugin of pytest that keeps outcomes as they come: ``PPCL_TESTS_JSON`` names the file.
+"""A pytest plugin that writes outcomes of tests to a file while tests run; ``PPCL_TESTS_JSON`` names the file.
 
 PPCL_TESTS_JSON=tests.json python -m pytest -p ppcl_kernels.tools.pytest_log
 """
@@ -16,7 +16,7 @@ _rows: dict[str, dict[str, Any]] = {}
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Keep what became of a test; with pytest-xdist the process that started the others is told of all."""
+    """Write the outcome of a test; with pytest-xdist only the main process, which receives all reports, writes."""
     path = os.environ.get("PPCL_TESTS_JSON")
     if not path or os.environ.get("PYTEST_XDIST_WORKER"):
         return

@@ -1,7 +1,7 @@
-"""A driver with no device: triton binds, specialises, expands descriptors and calls its launcher; C functions record.
+"""A driver without a device, on which triton runs all its python; C functions only record what they receive.
 
-Everything in python is triton's own, `CudaLauncher` included; nothing is compiled. Tensors lie in the CPU's memory.
-Works with the launchers of triton 3.6 (one C function a signature) and 3.9 (one for all).
+Triton binds, specialises, expands descriptors and calls its own `CudaLauncher`; nothing is compiled. Tensors lie in the
+CPU's memory. Works with the launchers of triton 3.6 (one C function for each signature) and 3.9 (one for all).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 
 class Utils:
-    """Stands for the C functions of a driver; ``launch`` gets what would be launched, ``fill`` makes descriptors."""
+    """Takes the place of a driver's C functions: ``launch`` receives each launch, ``fill`` makes descriptors."""
 
     def __init__(self, launch: Callable[..., None], fill: Callable[..., Any]) -> None:
         self.launch = launch
@@ -37,7 +37,7 @@ class Utils:
 
 
 class FakeDriver:
-    """Stands for triton's driver of CUDA; ``device`` and ``stream`` are current."""
+    """Takes the place of triton's CUDA driver; ``device`` and ``stream`` are the current ones."""
 
     def __init__(self, launch: Callable[..., None], fill: Callable[..., Any]) -> None:
         self.utils, self.launcher_cls = Utils(launch, fill), nvidia.CudaLauncher
@@ -57,7 +57,7 @@ class FakeDriver:
 
 
 class FakeKernel(CompiledKernel):
-    """A kernel that triton takes for compiled: its signature is real, its code is missing."""
+    """A kernel that triton takes for a compiled one: the signature is real, the code is missing."""
 
     def __init__(self, source: Any, options: Any, driver: FakeDriver) -> None:
         kinds = [kind for kind in source.signature.values() if str(kind).startswith("tensordesc")]
@@ -81,16 +81,18 @@ class FakeKernel(CompiledKernel):
 
 
 def _about(kind: str) -> dict[str, Any]:
-    """What the compiler says of a descriptor such as ``tensordesc<bf16[128, 64]>``."""
-    block = [int(n) for n in re.search(r"\[([\d, ]+)\]", kind)[1].split(",")]  # type: ignore[index]
+    """Return the compiler's metadata of a descriptor such as ``tensordesc<bf16[128, 64]>``."""
+    found = re.search(r"\[([\d, ]+)\]", kind)
+    assert found, f"{kind} has no block"
+    block = [int(n) for n in found[1].split(",")]
     return {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": block, "fp4_padded": False}
 
 
 def install(launch: Callable[..., None], fill: Callable[..., Any]) -> FakeDriver:
-    """Make triton run on no device from now on: ``launch`` gets launches, ``fill`` gives descriptors."""
+    """Make triton run without a device from now on: ``launch`` receives launches, ``fill`` makes descriptors."""
     driver = FakeDriver(launch, fill)
     triton.runtime.driver.set_active(driver)
-    # 3.9 marks arguments with objects of its C module, 3.6 compiles a C module for each signature.
+    # Triton 3.9 marks arguments with objects of its C module; triton 3.6 compiles a C module for each signature.
     nvidia.PyKernelArg = lambda nested_tuple, type: (nested_tuple, type)
     nvidia.library_dirs = list
     nvidia.compile_module_from_src = lambda **_: SimpleNamespace(launch=launch)

@@ -1,10 +1,10 @@
-"""What a replayed forward costs the host, without a device: 60 small blocks of Qwen-Image, a graph that does nothing.
+"""What a replayed forward costs the host: 60 small Qwen-Image blocks, and a graph that does nothing, without a device.
 
-    python bench/bench_graphs.py [--json]
+    python bench/suites/bench_graphs.py [--json]
 
-Prints microseconds of the thread's own time (median of 300), or with ``--json`` a list of ``{"operation", "us"}``:
-``check`` compares modules and weights with those of the capture, ``conditions`` makes the model's part of the key,
-``forward`` is a whole call of the model that is replayed, the other two within it.
+Prints microseconds of the thread's own CPU time (median of 300), or with ``--json`` a list of ``{"operation", "us"}``.
+``check`` compares modules and weights with those of the capture. ``conditions`` makes the model's part of the key of a
+graph. ``forward`` is a whole replayed call of the model, and includes the other two.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CONFIG = {
 
 
 class Nothing:
-    """Stands in for CUDA: captures by running, replays by doing nothing."""
+    """Takes the place of CUDA: captures by running the call, replays by doing nothing."""
 
     outputs = None
 

@@ -1,15 +1,15 @@
 """What a launch costs the host: microseconds of python for each of the nine launches of a Qwen-Image block.
 
-    python bench/bench_host.py [--json] [--before REV] [--public]
+    python bench/suites/bench_host.py [--json] [--before REV] [--public]
 
 No device is needed: triton binds, specialises and launches on a fake driver (`fake_driver`), whose C functions take
-their arguments and do nothing. Shapes are those of Qwen-Image at 512 x 512: B 1, 1024 image and 64 text tokens, width
-3072, 24 heads of 128, 12288 channels, bf16; none of it is computed. Measured is what a model calls for a launch whose
-shapes were met before: the check that it still holds, outputs, and the launch. ``--before`` measures the public
-functions of another revision in the same run, by turns.
+their arguments and do nothing. The shapes are those of Qwen-Image at 512 x 512: batch 1, 1024 image and 64 text tokens,
+3072 channels a token, 24 heads of 128, 12288 MLP channels, bf16. Nothing is computed. What is measured is what a model
+calls for a launch whose shapes it has met before: the check that the prepared launch still fits, the allocation of the
+outputs, and the launch. ``--before`` also measures the public functions of another revision, in turn in the same run.
 
-Prints a table, or with ``--json`` a list of objects: ``operation`` (``block`` is one walk over the nine), ``us``, and
-with ``--before`` also ``before_us`` and ``ratio``.
+Prints a table, or with ``--json`` a list of objects: ``operation`` (``block`` is all nine, one after the other),
+``us``, and with ``--before`` also ``before_us`` and ``ratio``.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, IMAGE, TEXT, HEADS, HEAD_DIM, CHANNELS = 1, 1024, 64, 24, 128, 12288
 WIDTH = HEADS * HEAD_DIM
-# Each turn starts a process, which takes the best of its rounds; the report is the median of the turns. Rounds are as
-# long for cheap calls as for costly ones, and shorter than a slice of time, so that a busy machine is fair to both.
+# Each turn starts a process, which takes the best of its rounds; the result is the median of the turns. All rounds last
+# equally long, for cheap and for costly calls, and less than a time slice of the scheduler, so that a busy machine
+# treats all calls alike.
 ROUNDS, ROUND_SECONDS = 60, 1.5e-3
 Calls = dict[str, Callable[[], Any]]
 
 
 def block() -> Any:
-    """Tensors and modules of a block, on pages that nobody touches."""
+    """Make the tensors and modules of a block; their memory is never touched, so it is never paged in."""
     import torch
     from torch import nn
 
@@ -74,7 +75,7 @@ def block() -> Any:
 
 
 def public_calls(b: Any) -> Calls:
-    """The public functions, as the models of older revisions called them."""
+    """Return calls of the public functions, as the models of older revisions made them."""
     import ppcl_kernels as pk
 
     def linear(x: list, layers: list, gelu: bool = False, gate: list | None = None) -> Any:
@@ -110,7 +111,7 @@ def public_calls(b: Any) -> Calls:
 
 
 def model_calls(b: Any) -> Calls:
-    """What a model calls: operations on modules, whose launches were prepared at the first call."""
+    """Return the calls that a model makes: operations on modules, whose launches are prepared at the first call."""
     from diffusers.models.normalization import RMSNorm
     from torch import nn
 
@@ -126,7 +127,7 @@ def model_calls(b: Any) -> Calls:
         projections.append(ops.Projection(*layers, *norms))
 
     def linears(xs: list, layers: list, gelu: bool = False, gates: list | None = None) -> Any:
-        # Image first, as the block calls them.
+        # The image first, as the block passes them.
         more = [(g, None, x) for g, x in zip(gates, b.x, strict=True)] if gates else [(None, None, None)] * 2
         given = [ops.Layer(m, x, m.out_features, *rest) for m, x, rest in zip(layers, xs, more, strict=True)]
         return ops.linears(given[::-1], gelu=gelu)
@@ -163,7 +164,7 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 
 def work(public: bool) -> dict[str, float]:
-    """Measure in this process: one figure an operation."""
+    """Measure in this process; returns microseconds by operation."""
     import fake_driver
     import torch
 
@@ -173,7 +174,7 @@ def work(public: bool) -> dict[str, float]:
     made: deque[tuple] = deque(maxlen=4)
     fake_driver.install(lambda *taken: made.append(taken), lambda *about: object())
     launch.Target.of = classmethod(lambda cls, device: launch.TARGETS["sm_90"])
-    # Models ask before they launch; on a GPU the answer is yes.
+    # Models ask whether kernels can run before they launch one; on a GPU the answer is yes.
     ppcl_kernels.can_run = lambda x: True
     os.environ["PPCL_BACKEND"] = "triton"
     tensors = block()
@@ -185,7 +186,7 @@ def work(public: bool) -> dict[str, float]:
             made.clear()
         walk = list(calls.values())
         timed = calls | {"block": lambda: [call() for call in walk]}
-        # What is prepared takes no detour through triton.
+        # A prepared launch must not go through triton's JIT.
         detour = mock.patch.object(launch.Launch, "run", side_effect=AssertionError("a prepared launch was described"))
         with nullcontext() if public else detour:
             return {name: microseconds(call) for name, call in timed.items()}
@@ -193,7 +194,7 @@ def work(public: bool) -> dict[str, float]:
 
 @contextmanager
 def checked_out(revision: str) -> Iterator[Path]:
-    """A work tree of a revision, for as long as it is needed."""
+    """Check out a revision in a work tree of its own inside the ``with``."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "before"
         git = ["git", "-C", str(ROOT), "worktree"]
@@ -205,7 +206,7 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 
 def measured(root: Path, public: bool) -> dict[str, float]:
-    """Measure the checkout at ``root`` in a process of its own."""
+    """Measure the checkout at ``root`` in a new process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(root), str(root / "kernels"), *filter(None, [environment.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

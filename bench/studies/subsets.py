@@ -1,15 +1,15 @@
-"""Plug in subsets of a checkpoint's students, at full width, and see what each loses.
+"""What each set of a checkpoint's students loses, at full width.
 
-    python bench/subsets.py examples/scenes [--most 64] [--prompts 100] [--json out.json]
+    python bench/studies/subsets.py examples/scenes [--most 64] [--prompts 100] [--json out.json]
 
-All sets of disjoint students where there are no more than ``--most`` of them, else as many drawn at random, seed 0,
-the empty and the largest among them. Velocity error as in `ppcl_train.stages.measure`, scores as in ``ppcl eval``.
+Evaluates all sets of disjoint students if there are at most ``--most`` of them. Otherwise it evaluates the empty set,
+the largest set, and sets drawn at random with seed 0, ``--most`` together. The velocity error is that of
+`ppcl_train.stages.measure`, the scores are those of ``ppcl eval``.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +21,15 @@ import typer
 from scipy.stats import spearmanr
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Plan, Step
+from ppcl_kernels.tools.machine import write_json
+from ppcl_rt import Catalog, Interval, Plan, PlannedBlock
 from ppcl_rt.cli.task import task_of
 from ppcl_train.config.settings import PRESETS
 from ppcl_train.stages.measure import VelocityError
 
 
 def disjoint(intervals: tuple[Interval, ...]) -> Iterator[tuple[Interval, ...]]:
-    """Every set of intervals of which no two share a block."""
+    """Yield every set of intervals of which no two share a block."""
     for size in range(len(intervals) + 1):
         for chosen in itertools.combinations(intervals, size):
             blocks = [block for interval in chosen for block in interval]
@@ -37,24 +38,27 @@ def disjoint(intervals: tuple[Interval, ...]) -> Iterator[tuple[Interval, ...]]:
 
 
 def plan_of(catalog: Catalog, chosen: tuple[Interval, ...]) -> Plan:
-    """The plan that plugs in these students and leaves all else whole."""
+    """Make the plan that runs these students and all other blocks at full width."""
     width, depth = catalog.shape.width, catalog.shape.depth
     kept = [(n, width) for n in range(depth) if not any(n in interval for interval in chosen)]
     return Plan.of(
-        catalog.fingerprint, depth, kept, [Step(blocks=interval, width=width, student=True) for interval in chosen]
+        catalog.fingerprint,
+        depth,
+        kept,
+        [PlannedBlock(interval=interval, width=width, student=True) for interval in chosen],
     )
 
 
 def main(
     checkpoint: str,
-    most: Annotated[int, typer.Option(min=2)] = 64,
+    most: Annotated[int, typer.LegalCount(min=2)] = 64,
     prompts: Annotated[
-        int, typer.Option(min=0, help="unseen prompts to judge on; 0 for the velocity error alone")
+        int, typer.LegalCount(min=0, help="unseen prompts to judge on; 0 for the velocity error alone")
     ] = 100,
     seed: int = 1,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    json_file: Annotated[Path | None, typer.LegalCount("--json")] = None,
 ) -> None:
-    """Evaluate subsets, and print losses by how many blocks are gone."""
+    """Evaluate sets of students, and print their losses by the number of blocks that are gone."""
     model = ppcl_rt.load(checkpoint, dtype=torch.float32, resident="all").requires_grad_(False)
     catalog, task = model.catalog, task_of(model.catalog)
     sets = list(disjoint(tuple(student.interval for student in catalog.students)))
@@ -90,7 +94,7 @@ def main(
     for what in ("blocks_gone", "predicted"):
         print(f"rank correlation of velocity error with {what}: {spearmanr([r[what] for r in rows], losses)[0]:.3f}")
     if json_file is not None:
-        json_file.write_text(json.dumps({"seed": seed, "prompts": prompts, "rows": rows}, indent=1) + "\n")
+        write_json(json_file, {"seed": seed, "prompts": prompts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Whole forwards of the shipped checkpoint at several ratios, one block of Qwen-Image's size, and switching ratios.
+"""Times of the shipped checkpoint at several ratios, of one block of Qwen-Image's size, and of switching ratios.
 
-    python -m pytest bench/bench_model.py --benchmark-only          (or: make bench)
+    python -m pytest bench/suites/bench_model.py --benchmark-only          (or: make bench)
 
-Baselines are the stock diffusers classes. Figures of one table come from one run: every ratio is timed in turn with the
-dense model, so a machine that slows down slows both. ``extra_info`` says parameters, FLOPs, bytes
-held, and the time as a ratio to the dense forward beside it.
+The baselines are the stock diffusers classes. Every ratio is timed in turn with the dense model, so a machine that
+slows down slows both. ``extra_info`` holds parameters, FLOPs, bytes in memory, and the time relative to the dense
+forwards of the same run.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from diffusers.utils import logging as diffusers_logging
 
 import ppcl_rt
 from ppcl_rt.cli.task import task_of
-from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 from ppcl_rt.planning.plan import Width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CHECKPOINT = Path(__file__).parents[1] / "examples" / "scenes"
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "scenes"
 RATIOS = (1.0, 0.7, 0.5, 0.35)
 BATCH = 64
 PAIRS = 15
@@ -74,20 +74,20 @@ def seconds(model, call) -> float:
 
 
 def paired(model, other, call) -> float:
-    """Median ratio of a forward's time to that of another model right beside it."""
+    """Return the median of a forward's time over the time of another model's forward right after it."""
     return statistics.median(seconds(model, call) / seconds(other, call) for _ in range(PAIRS))
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_forward(benchmark, dense, ratio):
-    """One forward at a ratio: plain torch operations, weights of that plan alone resident."""
+    """One forward at a ratio, with only the weights of that plan resident."""
     model = ppcl_rt.load(CHECKPOINT, ratio, dtype=torch.float32, device=DEVICE)
     task = task_of(model.catalog)
     call = on_device(task.example(BATCH))
     with torch.no_grad():
-        # Check, then time: the same plan out of a model that holds everything gives the same.
+        # Check, then time: a model that holds everything gives the same output at this plan.
         with dense.at(ratio=ratio):
-            # Either may run other kernels at other shapes: float32 sums in another order.
+            # The two models may run different kernels, which sum float32 in another order.
             assert torch.allclose(dense(**call)[0], model(**call)[0], atol=5e-5)
         benchmark.pedantic(lambda: seconds(model, call), rounds=PAIRS, warmup_rounds=2)
         benchmark.extra_info.update(about(model, task))
@@ -103,8 +103,8 @@ def test_forward(benchmark, dense, ratio):
 
 
 def test_stock_forward(benchmark, dense):
-    """The baseline: diffusers' own class, same weights."""
-    # It names a thousand tensors that it does not know.
+    """The baseline: diffusers' own class with the same weights."""
+    # Else it warns of a thousand tensors that it does not know.
     diffusers_logging.set_verbosity_error()
     stock = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT, torch_dtype=torch.float32).eval().to(DEVICE)
     task = task_of(dense.catalog)
@@ -119,7 +119,7 @@ def test_stock_forward(benchmark, dense):
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A block, and the tokens that it runs on."""
+    """Size of a block, and counts of its tokens."""
 
     heads: int
     head_dim: int
@@ -133,7 +133,7 @@ SIZE = Size(24, 128, 4096, 512, torch.bfloat16) if DEVICE == "cuda" else Size(4,
 
 @pytest.fixture(scope="module")
 def blocks():
-    """The stock block, ours with its weights, and their arguments."""
+    """The stock block, our block with the same weights, and the arguments of both."""
     torch.manual_seed(0)
     dim = SIZE.heads * SIZE.head_dim
     stock = QwenImageTransformerBlock(dim, SIZE.heads, SIZE.head_dim).to(DEVICE, SIZE.dtype).eval()
@@ -155,7 +155,7 @@ def blocks():
 
 
 def captured(call):
-    """A call as a CUDA graph; arguments of the replay are ignored."""
+    """Capture a call as a CUDA graph; returns its replay, which ignores arguments."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -170,9 +170,9 @@ def captured(call):
     "contestant", ["ours auto", "ours auto graph", "ours triton", "ours torch", "stock graph", "stock compiled"]
 )
 def test_block(benchmark, blocks, monkeypatch, contestant, width):
-    """One block, as a ratio to the stock block in eager mode beside it; widths are per cent of heads and channels.
+    """One block, relative to the eager stock block of the same run; ``width`` is per cent of heads and channels.
 
-    Eager blocks may wait for python where they are short; a CUDA graph does not.
+    A short eager block may be limited by python; a CUDA graph is not.
     """
     stock, ours, call = blocks
     whose, how, *graph = contestant.split()
@@ -191,7 +191,7 @@ def test_block(benchmark, blocks, monkeypatch, contestant, width):
     with torch.no_grad():
         wanted, got = stock(**call), model(**call)
         for a, b in zip(got, wanted, strict=True):
-            # bf16 rounds to 2^-9, some ten times on the way, in either.
+            # bf16 rounds by up to 2^-9, about ten times on the way to the output of either block.
             limit = 1e-5 if SIZE.dtype == torch.float32 else 10 * 2**-9
             assert (a - b).float().square().mean().sqrt() < limit * b.float().square().mean().sqrt()
         run = functools.partial(model, **options)
@@ -213,7 +213,7 @@ def test_block(benchmark, blocks, monkeypatch, contestant, width):
 
 
 def test_switch(benchmark):
-    """`set_ratio` between two ratios that were visited before."""
+    """`set_ratio` between two ratios that were set before."""
     model = ppcl_rt.load(CHECKPOINT, 1.0, resident="all")
     for ratio in (0.5, 0.7):
         model.set_ratio(ratio)
@@ -230,6 +230,6 @@ def test_switch(benchmark):
 
 
 def test_plan(benchmark, dense):
-    """The exact planner, at a ratio that it was not asked for before."""
+    """The exact planner, at ratios that it was not asked for before."""
     ratios = iter(0.5 + n / 1e5 for n in range(1, 10_000))
     benchmark.pedantic(lambda: ppcl_rt.Planner(dense.catalog).plan(next(ratios)), rounds=5)

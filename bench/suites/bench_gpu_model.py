@@ -1,11 +1,14 @@
-"""Part 3 of ``make gpu``: whole forwards of Qwen-Image's real widths, and what a block costs at every width.
+"""Part 3 of ``make gpu``: whole forwards at Qwen-Image's real sizes, and what a block costs at every width.
 
-    python bench/bench_gpu_model.py --out bench/results/nvidia-h100 --seconds 500   (--only GROUP ..., --tiny on a CPU)
+    python bench/suites/bench_gpu_model.py --out bench/results/nvidia-h100 --seconds 500
+        (--only GROUP ..., --tiny on a CPU)
 
-Random blocks (``random_models.py``); each group of contestants runs in a process of its own (``gpu_model.py``), which
-is ended, and started again without whoever brought it down. ``model.json`` and ``sweep.json`` (docs/formats.md) are
-written as results come in, beside and renamed. Run it after parts 1 and 2, which leave compiled kernels and a table of
-implementations: without them, ours spends its time on making both.
+The models have random blocks (`model_races.models`). Each group of contestants runs in a process of its own
+(`model_races.worker`). A contestant that hangs or ends that process is left out, and a new process continues without
+it. ``model.json`` and ``sweep.json`` (docs/formats.md) are rewritten as results come in.
+
+Run it after parts 1 and 2: they leave compiled kernels and a table of implementations. Without them our models spend
+the time on compiling and on choosing.
 
 Exit status: 0 when all was measured, 1 when something failed or was not reached, 2 for wrong arguments and without a
 CUDA device.
@@ -25,10 +28,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Only the standard library: what imports torch is the process that may die.
-ROOT = Path(__file__).resolve().parents[1]
-WORKER = Path(__file__).with_name("gpu_model.py")
-# Seconds that each group may take of 500, in order; what one leaves goes to those behind it.
+from model_races import FAULT
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = Path(__file__).resolve().parent
+WORKER = SUITES / "model_races" / "worker.py"
+# Seconds that each group may take of 500, in this order; the groups after it share what a group leaves.
 GROUPS = {
     "dense-1024": 110,
     "dense-512": 95,
@@ -38,29 +43,29 @@ GROUPS = {
     "short-1024": 25,
     "short-512": 25,
 }
-FAULT = 3
-# For the last figures and for ending processes.
+# Seconds kept for writing the last figures and ending processes.
 _RESERVE = 4.0
-# A group that has less does not start again.
+# With fewer seconds left, a group does not start again.
 _LEAST = 5.0
 
 Row = dict[str, Any]
 
 
 def write(path: Path, content: Any) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    """Write a file as a whole (`ppcl_kernels.tools.machine.write_json`)."""
+    # Imported at the first use: importing torch takes seconds, in which the first process already works.
+    from ppcl_kernels.tools.machine import write_json
+
+    write_json(path, content)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a process has written so far, nothing where it has not begun to."""
+    """Read what a process has written so far; empty if it has written nothing."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 class Bench:
-    """Runs groups, and keeps ``model.json`` and ``sweep.json`` up to date."""
+    """Runs the groups, and keeps ``model.json`` and ``sweep.json`` up to date."""
 
     def __init__(self, arguments: argparse.Namespace, command: str) -> None:
         self.arguments, self.out = arguments, arguments.out
@@ -71,8 +76,9 @@ class Bench:
         self.spare = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
-        """Start a process that imports and then waits: so the next group need not wait for its imports."""
-        paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "train"), os.environ.get("PYTHONPATH", "")]
+        """Start a process that imports and then waits, so that the next group does not wait for imports."""
+        folders = (SUITES, ROOT, ROOT / "kernels", ROOT / "train")
+        paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         child = subprocess.Popen(
             [sys.executable, str(WORKER)],
@@ -80,7 +86,7 @@ class Bench:
             text=True,
             cwd=ROOT,
             env=environment,
-            # Compilers start processes of their own: they end together.
+            # Compilers start processes of their own: the whole session is ended.
             start_new_session=True,
         )
         self.children.append(child)
@@ -126,7 +132,7 @@ class Bench:
         return 0 if content["complete"] else 1
 
     def _group(self, name: str, end_at: float) -> str:
-        """Run a group, again without those that brought it down; says how it ended."""
+        """Run a group, again without each contestant that ended its process; returns how it ended."""
         failed = self.groups[name]["failed"]
         file = self._file(name)
         while True:
@@ -138,7 +144,7 @@ class Bench:
                 "group": name,
                 "file": str(file),
                 "tiny": self.arguments.tiny,
-                # It ends by itself before it is ended.
+                # The process ends by itself before it is killed.
                 "seconds": 0.85 * limit,
                 "limit": limit,
                 "leave_out": failed,
@@ -147,7 +153,7 @@ class Bench:
             }
             file.with_suffix(".running").write_text("")
             assert child.stdin is not None
-            # It may have died at an import.
+            # The process may have died at an import.
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(json.dumps(spec) + "\n")
                 child.stdin.close()
@@ -164,7 +170,7 @@ class Bench:
             print(f"{name}: {why}; once more without {list(failed)[-1:] or 'it'}", file=sys.stderr, flush=True)
 
     def _watch(self, child: subprocess.Popen[str], file: Path, end_at: float, stall: float) -> str | None:
-        """Wait for a process, writing what it finds out; says why it ended, None if well."""
+        """Wait for a process, and write what it measures; returns why it ended, None if all went well."""
         seen, begin = 0, time.monotonic()
         moved = begin
         while True:
@@ -184,7 +190,7 @@ class Bench:
             time.sleep(0.05)
 
     def _write(self) -> None:
-        """Merge what all processes have found out so far."""
+        """Merge and write what all processes have measured so far."""
         parts = {name: read(self._file(name)) for name in self.groups}
         about: dict[str, Any] = next((part["machine"] for part in parts.values() if "machine" in part), {})
         rows = [self._row(name, row) for name, part in parts.items() for row in part.get("results", [])]
@@ -222,11 +228,11 @@ class Bench:
 
 
 def ratios(rows: Iterable[Row], predicted: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """What issue and docs ask for, each ratio out of one process that timed both in turn.
+    """Compute the ratios that the targets ask for; both times of a ratio come from one process that took turns.
 
     Args:
         rows: of ``model.json``.
-        predicted: size -> plan -> milliseconds that the table of costs says.
+        predicted: size -> plan -> milliseconds by the table of costs.
     """
     timed = {
         (row["group"], row["contestant"], f"{row['plan']} {row['ratio']:g}"): row
@@ -251,7 +257,7 @@ def ratios(rows: Iterable[Row], predicted: dict[str, dict[str, float]]) -> list[
             if plan != "dense 1":
                 wanted = ">= 0.98" if rival == "compiled" else None
             elif group.startswith("dense") and small == graphs:
-                # At 512 x 512 the targets are set with graphs, at 1024 x 1024 without.
+                # The targets at 512 x 512 are for CUDA graphs, those at 1024 x 1024 are not.
                 wanted = {"eager": ">= 1.5", "compiled": ">= 1.05"}.get(rival)
             add(f"speed to {rival}", wanted, other["ms"] / row["ms"], row)
         dense = timed.get((group, contestant, "dense 1"))
@@ -267,7 +273,7 @@ def ratios(rows: Iterable[Row], predicted: dict[str, dict[str, float]]) -> list[
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """End a process and what it started."""
+    """Kill a process and all processes that it started."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -275,7 +281,7 @@ def end(child: subprocess.Popen[str]) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Parse arguments and run."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of model.json and sweep.json")
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything")
@@ -288,8 +294,8 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     arguments.out.mkdir(parents=True, exist_ok=True)
     shown = given if given is not None else sys.argv[1:]
-    bench = Bench(arguments, " ".join(["python bench/bench_gpu_model.py", *shown]))
-    # So that a limit from outside ends the processes too.
+    bench = Bench(arguments, " ".join(["python bench/suites/bench_gpu_model.py", *shown]))
+    # A time limit from outside then ends the processes too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     return bench.run()
 

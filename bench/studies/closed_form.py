@@ -1,8 +1,9 @@
-"""Half of the MLP channels of every block, and nothing else changed, with no step of training: what it loses.
+"""What a checkpoint loses when half of the MLP channels of every block go, without any training.
 
-    python bench/closed_form.py runs/scenes [--prompts 2000]
+    python bench/studies/closed_form.py runs/scenes [--prompts 2000]
 
-Takes the teacher and the closed forms (``width.safetensors``) of a run folder, from before anything was recovered.
+Reads the teacher and the closed forms (``width.safetensors``) of a run folder, as they were before recovery. Nothing
+but the MLP channels changes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ppcl_train.stages.measure import VelocityError
 from ppcl_train.stages.width import legal_counts
 
 
-def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:
-    """Print the velocity error and both scores, beside the teacher's."""
+def main(run_folder: Path, prompts: Annotated[int, typer.LegalCount(min=5)] = 2000, seed: int = 1) -> None:
+    """Print the velocity error, and the scores next to those of the teacher."""
     run = pipeline.config_of(run_folder)
     width = {n: t for n, t in read_tensors(run_folder / "width.safetensors").items() if not n.startswith("students.")}
     with tempfile.TemporaryDirectory() as temporary:
@@ -36,7 +37,7 @@ def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, 
         write_draft(run, folder, width, legal_counts(run, full))
         model = open_draft(run, folder)
         catalog = model.catalog
-        half = full._replace(image=full.image // 2, text=full.text // 2)
+        half = full.replace(image=full.image // 2, text=full.text // 2)
         plan = Plan.of(catalog.fingerprint, catalog.shape.depth, [(n, half) for n in range(catalog.shape.depth)])
         print(f"half of all MLP channels: velocity error {sum(VelocityError(model, run).of(plan)):.6f} relative")
         for name, chosen in (("teacher", catalog.dense), ("half", plan)):

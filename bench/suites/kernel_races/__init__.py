@@ -1,0 +1,1 @@
+"""Races of the implementations of every operation, at the shapes that a block asks for (`bench_kernels`)."""
