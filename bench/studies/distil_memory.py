@@ -20,8 +20,8 @@ from torch import nn
 
 from ppcl_rt import Interval, Streams
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_train.config.settings import StudentsConfig
-from ppcl_train.data import states
+from ppcl_train.config.stages import StudentsConfig
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.distributed import World
 from ppcl_train.engine.live_bytes import LiveBytes
 from ppcl_train.selectors import selection
@@ -70,7 +70,7 @@ class Distilling:
             "img_shapes": [(1, side, side)] * batch,
             "return_dict": False,
         }
-        self.given = states.Inputs(x, t, call).to(place)
+        self.given = calibration.Inputs(x, t, call).to(place)
         intervals = [Interval(n, n + 1) for n in range(DEPTH - 1)]
         self.learners = {interval: self._learner(interval) for interval in intervals}
         nn.Module.to(self.model, place, torch.bfloat16 if config.precision == "bf16" else torch.float32)
@@ -86,19 +86,19 @@ class Distilling:
             self.learners[interval].learn(before, after, context, self.given.mask)
 
         with students.precise(self.config, self.world):
-            states.walk_intervals(self.model, self.given, intervals, learn)
+            streams.walk_intervals(self.model, self.given, intervals, learn)
 
     def teacher_pass(self) -> None:
         """Run the teacher alone."""
         with students.precise(self.config, self.world):
-            states.walk(self.model, self.given, lambda *_: None)
+            streams.walk(self.model, self.given, lambda *_: None)
 
     def first_student(self) -> Callable[[], object]:
         """Return one step of the first student, on states of the teacher that are already there."""
         with students.precise(self.config, self.world):
-            passed = states.trace(self.model, self.given)
+            passed = streams.trace(self.model, self.given)
         learn = self.learners[Interval(0, 1)].learn
-        return functools.partial(learn, passed.states[0], passed.states[2], passed.context, self.given.mask)
+        return functools.partial(learn, passed.streams[0], passed.streams[2], passed.context, self.given.mask)
 
 
 def main(

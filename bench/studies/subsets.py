@@ -24,7 +24,7 @@ import ppcl_rt
 from ppcl_kernels.tools.machine import write_json
 from ppcl_rt import Catalog, Interval, Plan, PlannedBlock
 from ppcl_rt.cli.task import task_of
-from ppcl_train.config.settings import PRESETS
+from ppcl_train.config.presets import PRESETS
 from ppcl_train.stages.measure import VelocityError
 
 

@@ -39,9 +39,11 @@ _KIND = "two-stream"
 _MODULES = {"image": "img", "text": "txt"}
 
 
-def block_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
-    """What a block is made of, with streams of width ``dim`` and MLPs of four times that."""
-    channels = 4 * dim
+def block_spec(
+    dim: int, heads: int, head_dim: int, image_channels: int | None = None, text_channels: int | None = None
+) -> BlockSpec:
+    """What a block is made of; streams have width ``dim``, and MLPs ``4 * dim`` channels unless told otherwise."""
+    channels = {"image": image_channels or 4 * dim, "text": text_channels or 4 * dim}
 
     def projection(path: str, stream: Literal["image", "text"]) -> Part:
         segments = (Segment("heads", 0, head_dim),)
@@ -67,8 +69,10 @@ def block_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
     for stream in streams:
         mlp, segments = f"{_MODULES[stream]}_mlp", (Segment(stream, 0, 1),)
         where: dict[str, Any] = {"segments": segments, "stream": stream, "updates": stream}
-        parts.append(Part(path=f"{mlp}.net.0.proj", rows=channels, columns=dim, axis=0, **where))
-        parts.append(Part(name=f"mlp_{stream}", path=f"{mlp}.net.2", rows=dim, columns=channels, axis=1, **where))
+        parts.append(Part(path=f"{mlp}.net.0.proj", rows=channels[stream], columns=dim, axis=0, **where))
+        parts.append(
+            Part(name=f"mlp_{stream}", path=f"{mlp}.net.2", rows=dim, columns=channels[stream], axis=1, **where)
+        )
     for stream in streams:
         parts.append(
             Part(
@@ -86,8 +90,8 @@ def block_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
         head_dim=head_dim,
         groups={
             "heads": Group(count=heads),
-            "image": Group(count=channels, mappable=True, updates="image"),
-            "text": Group(count=channels, mappable=True, updates="text"),
+            "image": Group(count=channels["image"], mappable=True, updates="image"),
+            "text": Group(count=channels["text"], mappable=True, updates="text"),
             "modulation": Group(count=dim, is_rank=True),
         },
         parts=tuple(parts),

@@ -12,7 +12,7 @@ import ppcl_rt
 from ppcl_rt import Interval, Plan, Streams
 from ppcl_train import pipeline
 from ppcl_train.config.settings import RunConfig, with_changes
-from ppcl_train.data import states
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.files import read_tensors
 from ppcl_train.selectors.eq5 import LeastSquares, find_intervals, linear_cka
 from ppcl_train.stages import teacher
@@ -82,11 +82,11 @@ def test_a_trace_is_what_the_model_computes():
     model = teacher.initial(TINY.teacher, 0).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
-    given = states.inputs(TINY, 3, 5)
-    passed = states.trace(model, given)
-    assert len(passed.states) == 5
-    for block, before, after in zip(model.transformer_blocks, passed.states, passed.states[1:]):
-        again = states.run_block(block, before, passed.context)
+    given = calibration.inputs(TINY, 3, 5)
+    passed = streams.trace(model, given)
+    assert len(passed.streams) == 5
+    for block, before, after in zip(model.transformer_blocks, passed.streams, passed.streams[1:]):
+        again = streams.run_block(block, before, passed.context)
         assert torch.equal(again.image, after.image) and torch.equal(again.text, after.text)
     assert not model.transformer_blocks[0]._forward_hooks
 
@@ -94,7 +94,7 @@ def test_a_trace_is_what_the_model_computes():
 def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     model = ppcl_rt.load(finished / "checkpoint")
     stock = teacher.load(TINY, finished)
-    given = states.inputs(TINY, 3, 5).call
+    given = calibration.inputs(TINY, 3, 5).call
     wanted = stock(**given)[0]
     # Rank orders permute sums; 4 blocks of float32.
     assert torch.allclose(model.float()(**given)[0], wanted, atol=1e-5)
@@ -112,7 +112,7 @@ def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finish
     plan = Plan.of(catalog.fingerprint, catalog.shape.depth, ((n, half) for n in range(catalog.shape.depth)))
     model = ppcl_rt.load(finished / "checkpoint", plan=plan, dtype=torch.float32)
     plain = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32)
-    given = states.inputs(TINY, 64, 6)
+    given = calibration.inputs(TINY, 64, 6)
     dense = plain(**given.call)[0]
     compensated = (model(**given.call)[0] - dense).square().mean()
     # The same plan from the full output layers: one channel more is no count of the catalog's, so it has no layer.

@@ -1,4 +1,4 @@
-"""The stages of a run in order, each done once: a stage whose output is there is not run again."""
+"""The stages of a run, in order. A stage whose output file is there is done, and is not run again."""
 
 from __future__ import annotations
 
@@ -12,21 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 
-from ppcl_rt.files import one_line as line
+from ppcl_rt.files import one_line, replacing
 from ppcl_rt.planning.frozen import read_json
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import (
-    Log,
-    in_use,
-    locked,
-    making,
-    read_log,
-    read_note,
-    replacing,
-    state_files,
-    write_json,
-)
+from ppcl_train.engine.files import read_note, state_files, write_json
+from ppcl_train.engine.lock import in_use, locked
+from ppcl_train.engine.log import Log, read_log
+from ppcl_train.engine.provenance import making
 from ppcl_train.selectors import cost_table as table
 from ppcl_train.selectors import eq5 as probes
 from ppcl_train.selectors import selection
@@ -34,12 +27,18 @@ from ppcl_train.stages import measure, recover, students, teacher, width
 
 
 class Stage(NamedTuple):
-    """A stage: what it is called, what it writes last, and what runs it."""
+    """A stage.
+
+    Attributes:
+        name: of the stage, in commands and in the log.
+        output: the file that it writes last, in the run folder.
+        run: runs it, or goes on with it.
+        parallel: whether all processes run it; the other stages run in the process of rank 0 alone.
+    """
 
     name: str
     output: str
     run: Callable[[RunConfig, Path], None]
-    # Whether all processes run it; rank 0 alone runs the others.
     parallel: bool = False
 
 
@@ -68,8 +67,10 @@ def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> 
     """Make a run folder, or check that it belongs to this config.
 
     Args:
-        teacher_file: a trained teacher to start from, in place of the first stage; or a checkpoint folder, whose
-            teacher is taken out.
+        config: of the run.
+        folder: of the run.
+        teacher_file: a trained teacher to start from, instead of the first stage; or a checkpoint folder that holds the
+            teacher.
 
     Raises:
         ValueError: the folder was begun with another config, the teacher is of another architecture, or another
@@ -88,20 +89,20 @@ def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> 
             raise ValueError(f"{folder} has another teacher already: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        # Again, now that nobody else can begin it.
+        # Checked again, now that no other process can begin it.
         _check(config, folder)
         if not (folder / CONFIG).exists():
             write_json(folder / CONFIG, config.model_dump(mode="json"))
         if teacher_file is not None and not trained.exists():
-            with replacing(trained) as beside:
-                shutil.copyfile(teacher_file, beside)
+            with replacing(trained) as temporary:
+                shutil.copyfile(teacher_file, temporary)
 
 
 def config_of(folder: Path) -> RunConfig:
-    """The config that a run folder was begun with.
+    """Read the config that a run folder was begun with.
 
     Raises:
-        ValueError: it is no run folder, or the config is cut or altered.
+        ValueError: the folder is no run folder, or its config is cut or altered.
     """
     stored = folder / CONFIG
     if not stored.exists():
@@ -110,15 +111,15 @@ def config_of(folder: Path) -> RunConfig:
 
 
 def is_done(stage: Stage, folder: Path) -> bool:
-    """Whether a stage's output is there."""
+    """Whether the output of a stage is there."""
     return (folder / stage.output).exists()
 
 
 def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None:
-    """Run what is not done yet, up to and including the stage ``last``; every process of a world calls this.
+    """Run the stages that are not done, up to and including the stage ``last``; every process of a world calls this.
 
     Raises:
-        ValueError: another process writes the folder, or a stage cannot go on; what had been written is kept.
+        ValueError: another process writes the folder, or a stage cannot go on; all files that are complete are kept.
     """
     world = join()
     with locked(folder):
@@ -130,10 +131,10 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
                         stage.run(config, folder)
                     except (OSError, SafetensorError) as error:
                         raise ValueError(
-                            f"{stage.name} stopped: {line(error)}; what was done before is kept"
+                            f"{stage.name} stopped: {one_line(error)}; what was done before is kept"
                         ) from error
             world.wait()
-            # Only now: a kill in between would otherwise lose the stage.
+            # Deleted only after the output is there: a kill in between would otherwise lose the stage.
             for state in state_files(folder, stage.name) if world.is_main else []:
                 state.unlink()
             if stage.name == last:
@@ -141,12 +142,13 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
 
 
 class Progress(NamedTuple):
-    """Where a stage is.
+    """How far a stage is.
 
     Attributes:
         stage: its name.
-        state: ``running`` while a process works on it, ``begun`` where one was stopped.
-        step: steps that are saved, ``of`` so many; both 0 for a stage that has none.
+        state: ``running`` while a process works on it, ``begun`` if a process was stopped in it.
+        step: the steps that are saved; 0 for a stage without steps.
+        of: the steps in all; 0 for a stage without steps.
         output: the file that it writes last.
     """
 
@@ -158,7 +160,7 @@ class Progress(NamedTuple):
 
 
 def progress(folder: Path) -> list[Progress]:
-    """Say where every stage of a run folder is, at any time, whether a process is at work in it or not."""
+    """Return how far every stage of a run folder is, at any time: also while a process writes the folder."""
     begun = {event.get("stage") for event in read_log(folder) if event.get("begun")}
     busy, found = in_use(folder), []
     for stage in STAGES:
@@ -167,7 +169,7 @@ def progress(folder: Path) -> list[Progress]:
             found.append(Progress(stage.name, "done", step, of, stage.output))
             continue
         for state in state_files(folder, stage.name):
-            # A stage that ends now takes its state with it.
+            # A stage that ends at this moment deletes its state.
             with contextlib.suppress(ValueError):
                 note = read_note(state)
                 step, of = step + note["step"], of + note["of"]
@@ -187,7 +189,7 @@ def _check(config: RunConfig, folder: Path) -> None:
 
 
 def _difference(before: Any, now: Any, path: str = "") -> str:
-    """The first setting that differs, as ``name = value``; ``""`` where none does."""
+    """Return the first setting that differs, as ``name = value``, or ``""``."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             if found := _difference(before.get(key), now.get(key), f"{path}.{key}" if path else key):

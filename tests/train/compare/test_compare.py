@@ -12,8 +12,9 @@ from ppcl_train.compare import baselines
 from ppcl_train.compare import harness as compare
 from ppcl_train.compare.baselines import METHODS, Entry, Gates, UnreachableError
 from ppcl_train.compare.harness import Key, Result
-from ppcl_train.config.settings import PRESETS, with_changes
-from ppcl_train.data import states
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.stages import teacher
 
@@ -85,15 +86,15 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
         # The reference's probes and students are shared: they are counted by themselves, below.
         baselines._reference(entry)
     asked = []
-    inputs = states.inputs
+    inputs = calibration.inputs
 
     def counted(run, size, seed):
         # Calibration batches take no gradient.
-        if seed // states.STUDENTS in (1, 2, 3) and states.STUDENTS <= seed < states.WIDTH:
+        if seed // calibration.STUDENTS in (1, 2, 3) and calibration.STUDENTS <= seed < calibration.WIDTH:
             asked.append(size)
         return inputs(run, size, seed)
 
-    monkeypatch.setattr(states, "inputs", counted)
+    monkeypatch.setattr(calibration, "inputs", counted)
     model = METHODS[name](entry)
     taken = {"drop": TINY.compare.steps, "eq5": TINY.compare.distil_steps, "sequential": TINY.probes.steps}
     steps = TINY.compare.steps - taken.get(name, 0)
@@ -110,7 +111,7 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
 
 def test_the_reference_distils_for_the_stated_steps(entry_of, monkeypatch, tmp_path, teacher_file):
     asked = []
-    inputs = states.inputs
+    inputs = calibration.inputs
 
     def counted(run, size, seed):
         asked.append((seed, size))
@@ -118,10 +119,10 @@ def test_the_reference_distils_for_the_stated_steps(entry_of, monkeypatch, tmp_p
 
     entry = Entry(TINY, tmp_path / "a", tmp_path / "shared", teacher_file, 0.9)
     with monkeypatch.context() as patch:
-        patch.setattr(states, "inputs", counted)
+        patch.setattr(calibration, "inputs", counted)
         first = baselines._reference(entry)
     # Batches of exactly the size that is trained with; calibration takes larger ones.
-    trained = [seed for seed, size in asked if size == TINY.compare.batch and seed < states.WIDTH]
+    trained = [seed for seed, size in asked if size == TINY.compare.batch and seed < calibration.WIDTH]
     assert len(trained) == TINY.compare.distil_steps and len(set(trained)) == len(trained)
     monkeypatch.setattr(baselines.students, "distil", None)
     # Once a seed, as the paper has it.
@@ -160,13 +161,13 @@ def test_sequential_students_read_the_students_before_them(entry_of, monkeypatch
     monkeypatch.setattr(baselines, "_reference", lambda entry: {i: stock.state_dict() for i in intervals})
     monkeypatch.setattr(baselines, "_tuned", lambda entry, model, steps: model)
     calls = []
-    run_block = states.run_block
+    run_block = streams.run_block
 
     def recorded(block, state, context):
         calls.append((state, run_block(block, state, context)))
         return calls[-1][1]
 
-    monkeypatch.setattr(states, "run_block", recorded)
+    monkeypatch.setattr(streams, "run_block", recorded)
     model = METHODS["sequential"](entry)
     # A student, the block between that is kept, a student: each reads what came out before.
     assert len(calls) == 3
@@ -206,12 +207,12 @@ def test_gates_draw_as_many_as_are_kept_and_pass_gradients():
 
 
 def test_gates_change_streams_by_their_share():
-    blocks, given = random_teacher(), states.inputs(TINY, 3, 5)
-    passed = states.trace(blocks, given)
+    blocks, given = random_teacher(), calibration.inputs(TINY, 3, 5)
+    passed = streams.trace(blocks, given)
     block = blocks.transformer_blocks[1]
     with torch.no_grad(), baselines.gated([block], torch.tensor([0.25])):
-        out = states.run_block(block, passed.states[1], passed.context)
-    for mixed, before, after in zip(out, passed.states[1], passed.states[2]):
+        out = streams.run_block(block, passed.streams[1], passed.context)
+    for mixed, before, after in zip(out, passed.streams[1], passed.streams[2]):
         assert torch.allclose(mixed, 0.75 * before + 0.25 * after, atol=1e-5)
     assert not block._forward_hooks
 
@@ -231,7 +232,7 @@ def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
     assert torch.allclose(kept[: width.image], sizes.sort(descending=True).values[: width.image])
     # The order alone changes nothing: at full width it is the teacher.
     cut.set_plan(cut.catalog.dense)
-    call = states.inputs(TINY, 3, 5).call
+    call = calibration.inputs(TINY, 3, 5).call
     assert torch.allclose(cut(**call)[0], entry.teacher()(**call)[0], atol=1e-4)
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from ppcl_rt import Interval
 from ppcl_train import pipeline
-from ppcl_train.config.settings import PRESETS, with_changes
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
 from ppcl_train.engine.distributed import ALONE, World, owners
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.selectors import selection
@@ -49,27 +50,29 @@ def prepare(folder):
 WORKER = """
 import json, os, sys, torch
 from pathlib import Path
-from ppcl_train import distributed, states, students
+from ppcl_train.data import calibration
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine import distributed
+from ppcl_train.stages import students
 
 class Killed(BaseException): pass
 
 torch.set_num_threads(1)
-world, inputs = distributed.join(), states.inputs
+world, inputs = distributed.join(), calibration.inputs
 for name, config, killed_at in json.loads(sys.argv[1]):
     def given(run, size, seed):
-        if seed == states.STUDENTS + killed_at:
+        if seed == calibration.STUDENTS + killed_at:
             raise Killed
         return inputs(run, size, seed)
     folder = Path(name)
     if killed_at is not None:
-        states.inputs = given
+        calibration.inputs = given
         try:
             students.distil(RunConfig.model_validate(config), folder)
         except Killed:
             world.wait()
             assert not (folder / "students.safetensors").exists()
-        states.inputs = inputs
+        calibration.inputs = inputs
     students.distil(RunConfig.model_validate(config), folder)
     world.wait()
 # What is tested is over. As the interpreter is taken down gloo's threads abort now and then (2 of 7 runs seen).

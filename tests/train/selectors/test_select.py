@@ -12,8 +12,9 @@ from torch import nn
 
 from ppcl_rt import Interval
 from ppcl_train import cli, pipeline
-from ppcl_train.config.settings import PRESETS, with_changes
-from ppcl_train.data import states
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.selectors import cost_table as table
 from ppcl_train.selectors import eq5 as probes
@@ -117,11 +118,11 @@ def test_the_reference_selects_exactly_what_eq_5_finds_from_the_first_block(refe
 def test_alignment_is_cka_with_probes_composed_by_hand(reference, model):
     fitted = read_tensors(reference / "probes.safetensors")
     alignment = probes.align(EQ5, model, fitted)
-    given = list(states.batches(EQ5, EQ5.probes.cka_samples, states.PROBES))
+    given = list(calibration.batches(EQ5, EQ5.probes.cka_samples, calibration.PROBES))
     for stream in ("image", "text"):
         tokens = [
             torch.cat(
-                [getattr(probes.rows(states.trace(model, batch).states[k], batch.mask), stream) for batch in given]
+                [getattr(probes.rows(streams.trace(model, batch).streams[k], batch.mask), stream) for batch in given]
             )
             for k in range(5)
         ]
@@ -152,14 +153,14 @@ def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
 
 
 def test_probes_that_were_killed_while_tuning_end_the_same(reference, tmp_path, teacher_file, monkeypatch):
-    folder, inputs = begun(EQ5, tmp_path / "run", teacher_file), states.inputs
+    folder, inputs = begun(EQ5, tmp_path / "run", teacher_file), calibration.inputs
 
     def killed(run, size, seed):
         if seed >= probes._TUNING + 5:
             raise KeyboardInterrupt
         return inputs(run, size, seed)
 
-    monkeypatch.setattr(states, "inputs", killed)
+    monkeypatch.setattr(calibration, "inputs", killed)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_stages(EQ5, folder, last="select")
     assert not (folder / "probes.safetensors").exists()
@@ -186,8 +187,8 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
 
 
 def costs_of(model):
-    calibration = table.Calibration.traced(model, states.batches(TINY, 24, 77))
-    return table.Costs(model, calibration, bands=3), calibration
+    held = table.Calibration.traced(model, calibration.batches(TINY, 24, 77))
+    return table.Costs(model, held, bands=3), held
 
 
 def test_a_perfect_student_costs_nothing(model):

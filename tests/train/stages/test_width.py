@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ppcl_rt import Catalog, Interval, LegalWidths, Shape, Student, Width
-from ppcl_train.config.settings import PRESETS, with_changes
-from ppcl_train.data import states
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
+from ppcl_train.data import calibration, streams
 from ppcl_train.selectors.eq5 import LeastSquares
 from ppcl_train.stages import teacher
 from ppcl_train.stages.recover import Plans, random_plan
@@ -133,10 +134,10 @@ def test_a_block_in_closed_form(rough):
     """What the closed forms of a block are made from: its own inputs, words alone of the text, and its MLPs' share."""
     block, full = rough.transformer_blocks[1], rough.catalog.shape.width
     watcher = Watcher(block, rough.layout, rough.catalog.shape.dim)
-    batches = [states.inputs(RUN, 64, n) for n in range(3)]
+    batches = [calibration.inputs(RUN, 64, n) for n in range(3)]
     for batch in batches:
-        passed = states.trace(rough, batch)
-        watcher.see(passed.states[1], batch, passed.context)
+        passed = streams.trace(rough, batch)
+        watcher.see(passed.streams[1], batch, passed.context)
     assert watcher.fits["mlp_text"].gram[-1, -1] == sum(int(batch.mask.sum()) for batch in batches)
     made = compress_block(RUN, watcher, full, time_embeddings(RUN, rough))
     counts = legal_counts(RUN, full)
@@ -144,12 +145,12 @@ def test_a_block_in_closed_form(rough):
                       "modulation": [32, 6, 3]}  # fmt: skip
     assert made["narrow.modulation_down.weight"].shape == (6, 32)
     # The map predicts what the MLP adds better than nothing does, and better than its mean does.
-    batch = states.inputs(RUN, 64, 9)
-    passed = states.trace(rough, batch)
+    batch = calibration.inputs(RUN, 64, 9)
+    passed = streams.trace(rough, batch)
     handle = block.img_mlp.net[2].register_forward_hook(lambda _, __, out: torch.zeros_like(out))
-    g = states.run_block(block, passed.states[1], passed.context).image
+    g = streams.run_block(block, passed.streams[1], passed.context).image
     handle.remove()
-    added = passed.states[2].image - g
+    added = passed.streams[2].image - g
     mapped = F.linear(g, made["narrow.mlp_image_0.weight"], made["narrow.mlp_image_0.bias"])
     error = (mapped - added).square().mean()
     assert error < 0.8 * (added - added.mean((0, 1))).square().mean()
@@ -165,9 +166,9 @@ def test_text_runs_are_regressions_on_the_teachers_own_streams(rough):
         *("text_runs.0-2.z_1", "text_runs.0-2.z_2"),
     }
     reads, texts = ([[] for _ in range(4)] for _ in range(2))
-    for batch in states.batches(run, 192, states.WIDTH):
-        passed = states.trace(rough, batch)
-        for n, state in enumerate(passed.states):
+    for batch in calibration.batches(run, 192, calibration.WIDTH):
+        passed = streams.trace(rough, batch)
+        for n, state in enumerate(passed.streams):
             texts[n].append(state.text[batch.mask])
             if n < 3:
                 seen = rough.transformer_blocks[n].text_input(

@@ -26,9 +26,11 @@ import ppcl_rt
 from ppcl_rt import Interval, Plan, Shape, Width
 from ppcl_train import pipeline
 from ppcl_train.config.settings import RunConfig, with_changes
-from ppcl_train.data import states
-from ppcl_train.engine.files import Log, making, read_content, read_tensors, write_json
+from ppcl_train.data import calibration, streams
+from ppcl_train.engine.files import read_content, read_tensors, write_json
+from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.provenance import making
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students, teacher
 
@@ -80,9 +82,9 @@ class Entry:
         model: Any = nn.Module.to(teacher.load(self.run, self.folder), self.device, torch.float32)
         return model
 
-    def inputs(self, seed: int) -> states.Inputs:
+    def inputs(self, seed: int) -> calibration.Inputs:
         """A batch to train on."""
-        batch = states.inputs(self.run, self.run.compare.batch, seed)
+        batch = calibration.inputs(self.run, self.run.compare.batch, seed)
         call = {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in batch.call.items()}
         return replace(batch, x=batch.x.to(self.device), t=batch.t.to(self.device), call=call)
 
@@ -137,7 +139,7 @@ def measured_loss(entry: Entry, model: Any, stock: Any) -> float:
     """The same over calibration batches."""
     count = math.ceil(entry.run.measure.samples / entry.run.compare.batch)
     with torch.no_grad():
-        return sum(velocity_loss(entry, model, stock, states.MEASURE + n).item() for n in range(count)) / count
+        return sum(velocity_loss(entry, model, stock, calibration.MEASURE + n).item() for n in range(count)) / count
 
 
 def _tuned(entry: Entry, model: Any, steps: int) -> Any:
@@ -146,7 +148,7 @@ def _tuned(entry: Entry, model: Any, steps: int) -> Any:
     named = dict(model.requires_grad_(True).named_parameters())
 
     def step_loss(step: int) -> float:
-        loss = velocity_loss(entry, model, stock, states.RECOVER + step)
+        loss = velocity_loss(entry, model, stock, calibration.RECOVER + step)
         loss.backward()
         return loss.item()
 
@@ -315,14 +317,14 @@ def sequential(entry: Entry) -> Any:
     skipped = {n for interval in blocks for n in interval}
 
     def step_loss(step: int) -> float:
-        batch = entry.inputs(states.STUDENTS + step)
-        passed = states.trace(stock, batch)
-        state, total = passed.states[0], 0.0
-        for n in range(len(passed.states) - 1):
+        batch = entry.inputs(calibration.STUDENTS + step)
+        passed = streams.trace(stock, batch)
+        state, total = passed.streams[0], 0.0
+        for n in range(len(passed.streams) - 1):
             if n in walk:
                 interval = walk[n]
-                out = states.run_block(blocks[interval], state, passed.context)
-                wanted = passed.states[interval.last + 1]
+                out = streams.run_block(blocks[interval], state, passed.context)
+                wanted = passed.streams[interval.last + 1]
                 loss = students.matching_loss(out, wanted, batch.mask, magnitude=0.0)
                 loss.backward()
                 total += loss.item() / len(blocks)
@@ -330,7 +332,7 @@ def sequential(entry: Entry) -> Any:
                 state = ppcl_rt.Streams(out.image.detach(), out.text.detach())
             elif n not in skipped:
                 with torch.no_grad():
-                    state = states.run_block(stock.transformer_blocks[n], state, passed.context)
+                    state = streams.run_block(stock.transformer_blocks[n], state, passed.context)
         return total
 
     named = {f"{i.key}.{name}": p for i, block in blocks.items() for name, p in block.named_parameters()}
@@ -433,7 +435,7 @@ def learn_gates(entry: Entry, model: Any, kept: int) -> list[int]:
         temperature = first + (last - first) * step / config.distil_steps
         mask = gates.draw(temperature, torch.Generator().manual_seed(entry.run.seed * 1_000_003 + step))
         with gated(list(model.transformer_blocks), mask):
-            loss = velocity_loss(entry, model, stock, states.STUDENTS + step)
+            loss = velocity_loss(entry, model, stock, calibration.STUDENTS + step)
             loss.backward()
         return loss.item()
 

@@ -18,12 +18,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ppcl_rt.files import replacing
 from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train import pipeline
 from ppcl_train.compare.baselines import METHODS, SEEDED, Entry, UnreachableError
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.engine.files import Log, making, replacing, write_json
-from ppcl_train.scenes import scenes
+from ppcl_train.engine.files import write_json
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.provenance import making
+from ppcl_train.scenes import language
 from ppcl_train.scenes.sampling import judged
 
 RESULTS, PLOT = "results.json", "results.png"
@@ -148,13 +151,13 @@ def compare(
     return rows
 
 
-def _captions(run: RunConfig) -> list[scenes.Caption]:
+def _captions(run: RunConfig) -> list[language.Caption]:
     if run.task != "scenes":
         raise ValueError(f"comparing takes a task with a judge, which is scenes, not {run.task}")
-    count, kinds = run.compare.prompts, len(scenes.KINDS)
+    count, kinds = run.compare.prompts, len(language.KINDS)
     if count % kinds:
         raise ValueError(f"prompts are spread over {kinds} kinds: ask for a multiple, not {count}")
-    return scenes.held_out_captions(count // kinds, run.compare.judge_seed)
+    return language.held_out_captions(count // kinds, run.compare.judge_seed)
 
 
 def _file(folder: Path, key: Key) -> Path:
@@ -173,7 +176,7 @@ def _entry(run: RunConfig, folder: Path, key: Key, device: str, seen: dict[int, 
     )
 
 
-def _make(entry: Entry, key: Key, captions: Sequence[scenes.Caption]) -> Result:
+def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Result:
     """Make the model of an entry, or go on making it, and judge it."""
     started = time.monotonic()
     try:

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from ppcl_rt import Catalog, Interval, Plan, Planner, Streams, Student, Widths
-from ppcl_rt.planning.legal import Start
 from ppcl_rt.planning.frozen import Frozen, read_json
+from ppcl_rt.planning.legal import Start
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
-from ppcl_train.data.states import Inputs
+from ppcl_train.data import calibration, streams
+from ppcl_train.data.calibration import Inputs
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import Log, read_content, write_json
-from ppcl_train.engine.loop import cosine
+from ppcl_train.engine.files import read_content, write_json
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.optimisers import cosine
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.selection import Selected
 from ppcl_train.stages.students import matching_loss
@@ -32,7 +33,7 @@ from ppcl_train.stages.teacher import load
 OUTPUT = "table.json"
 
 # Seeds of what the costs are measured on, beside those that the short distillations see.
-_CALIBRATION = states.PROBES + 1_000_000
+_CALIBRATION = calibration.PROBES + 1_000_000
 # Losses are planned as at least this: a student that measures as free is still a choice.
 _LEAST = 1e-9
 
@@ -94,7 +95,7 @@ class InMemory:
     """Batches traced once; see `Held`."""
 
     def __init__(self, model: Any, inputs: Iterable[Inputs]) -> None:
-        self._traces = [states.trace(model, given) for given in inputs]
+        self._traces = [streams.trace(model, given) for given in inputs]
 
     def context(self, batch: int) -> dict[str, Any]:
         """Keyword arguments that every block is called with."""
@@ -102,7 +103,7 @@ class InMemory:
 
     def read(self, batch: int, block: int) -> Streams:
         """What comes into a block; what comes out of the last under its number + 1."""
-        return self._traces[batch].states[block]
+        return self._traces[batch].streams[block]
 
 
 class Calibration(NamedTuple):
@@ -120,7 +121,7 @@ class Calibration(NamedTuple):
     def run(self, student: nn.Module, interval: Interval, batch: int) -> Streams:
         """What a student makes of the teacher's streams, in float32 whatever the teacher computes in."""
         before = Streams(*map(torch.Tensor.float, self.held.read(batch, interval.first)))
-        return states.run_block(student, before, states.in_float32(self.held.context(batch)))
+        return streams.run_block(student, before, streams.in_float32(self.held.context(batch)))
 
 
 @torch.no_grad()
@@ -238,9 +239,9 @@ def measure(run: RunConfig, folder: Path) -> None:
     model = load(run, folder).to(join().device)
     wanted = candidates(model.catalog.shape.depth, config.lengths)
     seen = Calibration.traced(
-        model, (states.inputs(run, config.batch, states.PROBES + n) for n in range(config.batches))
+        model, (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))
     )
-    unseen = Calibration.traced(model, states.batches(run, config.samples, _CALIBRATION))
+    unseen = Calibration.traced(model, calibration.batches(run, config.samples, _CALIBRATION))
     costs = Costs(model, unseen, config.bands)
     path = folder / OUTPUT
     table = read(folder) if path.exists() else Table(edges=costs.edges, shares=costs.shares)

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_rt import Interval, Streams
+from ppcl_rt.files import replacing
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import Log, read_tensors, replacing, write_json, write_tensors
+from ppcl_train.engine.files import read_tensors, write_json, write_tensors
+from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.selectors import selection
 from ppcl_train.stages.teacher import load
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Seeds of the fine-tuning's batches and of what the probes are judged on, beside those of least squares.
-_TUNING, _HELD_OUT = states.PROBES + 1_000_000, states.PROBES + 2_000_000
+_TUNING, _HELD_OUT = calibration.PROBES + 1_000_000, calibration.PROBES + 2_000_000
 
 # (u, k): probes of blocks u..k, both included.
 Pair = tuple[int, int]
@@ -145,7 +147,7 @@ def least_squares(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     """
     shape = model.catalog.shape
     fits = {(b, stream): LeastSquares(shape.dim, shape.dim) for b in range(shape.depth) for stream in Streams._fields}
-    for tokens in map(partial(trace_rows, model), states.batches(run, run.probes.samples, states.PROBES)):
+    for tokens in map(partial(trace_rows, model), calibration.batches(run, run.probes.samples, calibration.PROBES)):
         for (block, stream), fitted in fits.items():
             before, after = getattr(tokens[block], stream), getattr(tokens[block + 1], stream)
             fitted.add(before, after - before)
@@ -156,9 +158,9 @@ def least_squares(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     return solved
 
 
-def trace_rows(model: Any, given: states.Inputs) -> list[Streams]:
+def trace_rows(model: Any, given: calibration.Inputs) -> list[Streams]:
     """``h_0 .. h_L`` of a batch as rows ``[n, D]`` per stream, in float32 whatever the teacher computes in."""
-    return [Streams(*(x.float() for x in rows(state, given.mask))) for state in states.trace(model, given).states]
+    return [Streams(*(x.float() for x in rows(state, given.mask))) for state in streams.trace(model, given).streams]
 
 
 def apply(probes: Mapping[str, torch.Tensor], block: int, stream: str, x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +175,7 @@ def tune(run: RunConfig, folder: Path, model: Any, probes: dict[str, torch.Tenso
         tensor.requires_grad_(True)
 
     def step_loss(step: int) -> float:
-        tokens = trace_rows(model, states.inputs(run, config.batch, _TUNING + step))
+        tokens = trace_rows(model, calibration.inputs(run, config.batch, _TUNING + step))
         total = 0.0
         for block, (before, after) in enumerate(pairwise(tokens)):
             for stream, x, y in zip(Streams._fields, before, after, strict=True):
@@ -192,7 +194,7 @@ def tune(run: RunConfig, folder: Path, model: Any, probes: dict[str, torch.Tenso
 @torch.no_grad()
 def error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> float:
     """Loss of eq. 2 on inputs that no probe was fitted to, over what the block changes; the mean of all probes."""
-    tokens = trace_rows(model, states.inputs(run, run.batch, _HELD_OUT))
+    tokens = trace_rows(model, calibration.inputs(run, run.batch, _HELD_OUT))
     relative = [
         float((apply(probes, block, stream, x) - y).square().sum() / (y - x).square().sum().clamp(min=1e-30))
         for block, (before, after) in enumerate(pairwise(tokens))
@@ -209,7 +211,7 @@ def align(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> dic
     """
     config, depth = run.probes, model.catalog.shape.depth
     parts = []
-    for given in states.batches(run, config.cka_samples, states.PROBES):
+    for given in calibration.batches(run, config.cka_samples, calibration.PROBES):
         share = max(1, config.cka_tokens * len(given.x) // config.cka_samples)
         parts.append([Streams(*(thinned(x, share) for x in state)) for state in trace_rows(model, given)])
     held = [Streams(*map(torch.cat, zip(*states_of_k, strict=True))) for states_of_k in zip(*parts, strict=True)]

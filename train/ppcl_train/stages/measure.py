@@ -13,8 +13,9 @@ import ppcl_rt
 from ppcl_rt import Catalog, Interval, Option, Plan, Step, Width, Widths
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
-from ppcl_train.engine.files import Log, read_content, read_tensors, write_json
+from ppcl_train.data import calibration
+from ppcl_train.engine.files import read_content, read_tensors, write_json
+from ppcl_train.engine.log import Log
 from ppcl_train.stages.draft import open_draft, write_draft
 from ppcl_train.stages.teacher import load
 from ppcl_train.stages.width import legal_counts
@@ -34,7 +35,7 @@ class VelocityError:
     def __init__(self, model: Any, run: RunConfig) -> None:
         self._model, bands = model, run.measure.bands
         self.edges = tuple(band / bands for band in range(bands + 1))
-        self._given = list(states.batches(run, run.measure.samples, states.MEASURE))
+        self._given = list(calibration.batches(run, run.measure.samples, calibration.MEASURE))
         self._wanted = self._clean(model.catalog.dense)
         signal = [
             batch.banded(batch.x - clean, self.edges) for batch, clean in zip(self._given, self._wanted, strict=True)

@@ -12,9 +12,10 @@ from torch import nn
 
 from ppcl_rt import Catalog, Interval, Plan, Step, Width, Widths
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
+from ppcl_train.data import calibration
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import Log, read_content, read_tensors, write_json, write_tensors
+from ppcl_train.engine.files import read_content, read_tensors, write_json, write_tensors
+from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.stages.draft import open_draft, write_draft
 from ppcl_train.stages.measure import planned, sensitivities
@@ -65,10 +66,10 @@ def recover(run: RunConfig, folder: Path) -> None:
             # In float32 whatever the teacher computes in: steps are too small for less.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        seed = states.RECOVER + part * config.steps * config.accumulate
+        seed = calibration.RECOVER + part * config.steps * config.accumulate
 
         def step_loss(number: int, seed: int = seed, dense: bool = part == 1) -> float:
-            batch = states.inputs(run, config.batch, seed + number).part(world.share(config.batch))
+            batch = calibration.inputs(run, config.batch, seed + number).part(world.share(config.batch))
             with torch.no_grad(), teacher.at(plan=model.catalog.dense):
                 wanted = batch.clean(teacher(**batch.call)[0])
             with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed + number), dense)):

@@ -13,11 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_rt import Interval, Streams
-from ppcl_train.config.settings import RunConfig, StudentsConfig
-from ppcl_train.data import states
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.config.stages import StudentsConfig
+from ppcl_train.data import calibration, stream_cache, streams
 from ppcl_train.engine.distributed import ALONE, World, join, owners
-from ppcl_train.engine.files import Log, write_tensors
-from ppcl_train.engine.loop import adam, adamw, train_loop
+from ppcl_train.engine.files import write_tensors
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.optimisers import adamw, adamw_class
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.eq5 import rows
 from ppcl_train.stages.teacher import load
@@ -49,7 +52,7 @@ class Learner:
     Args:
         student: in float32.
         magnitude: see `matching_loss`.
-        kind: class of the optimiser (`loop.adam`).
+        kind: class of the optimiser (`optimisers.adamw_class`).
         world: the processes that share each batch.
     """
 
@@ -62,7 +65,7 @@ class Learner:
         kind: Any = torch.optim.AdamW,
     ) -> None:
         self.student, self._config, self._magnitude, self._world = student, config, magnitude, world
-        self.optimiser = adamw(kind, config, student.parameters())
+        self.optimiser = adamw(student.parameters(), lr=config.lr, weight_decay=config.weight_decay, kind=kind)
 
     def learn(self, before: Streams, after: Streams, context: dict[str, Any], mask: torch.Tensor) -> float:
         """Backpropagate the loss of ``before -> after`` and, unless more batches make a step, step; returns the loss.
@@ -72,13 +75,13 @@ class Learner:
         config, world = self._config, self._world
         if config.precision == "no":
             # Whatever the teacher computes in.
-            before, context = Streams(*states.in_float32(tuple(before))), states.in_float32(context)
+            before, context = Streams(*streams.in_float32(tuple(before))), streams.in_float32(context)
         with torch.enable_grad(), precise(config, world):
             # Recomputation takes the block whole: of one block it saves what the loss would hold beside it.
             out = (
-                checkpoint(states.run_block, self.student, before, context, use_reentrant=False)
+                checkpoint(streams.run_block, self.student, before, context, use_reentrant=False)
                 if config.checkpointing
-                else states.run_block(self.student, before, context)
+                else streams.run_block(self.student, before, context)
             )
             loss = matching_loss(out, after, mask, self._magnitude, world)
         with torch.autocast(world.device.type, enabled=False):
@@ -118,7 +121,7 @@ def distil(run: RunConfig, folder: Path) -> None:
     # Who trains students of its own exchanges nothing; the others share each batch.
     peers = world.alone if apart else world
     owner = owners([1] * len(chosen), world.size) if apart else [world.rank] * len(chosen)
-    kind = adam(config, log)
+    kind = adamw_class(config, log)
     learners = {
         selected.interval: Learner(
             selection.begin(teacher.transformer_blocks, selected).float().to(world.device),
@@ -142,11 +145,11 @@ def distil(run: RunConfig, folder: Path) -> None:
         world.shard(teacher)
     teacher.to(world.device)
 
-    def batch_of(number: int) -> states.Inputs:
-        batch = states.inputs(run, config.batch, states.STUDENTS + number)
+    def batch_of(number: int) -> calibration.Inputs:
+        batch = calibration.inputs(run, config.batch, calibration.STUDENTS + number)
         return batch.part(peers.share(config.batch)).to(world.device)
 
-    cache, cached = states.StateCache(folder / "states" / f"{peers.rank}-{peers.size}"), 0
+    cache, cached = stream_cache.StreamCache(folder / "states" / f"{peers.rank}-{peers.size}"), 0
     if config.cache_bytes:
         with precise(config, world):
             batches = map(batch_of, range(config.steps * config.accumulate))
@@ -165,7 +168,7 @@ def distil(run: RunConfig, folder: Path) -> None:
             cache.walk_intervals(number, learners, learn, world.device)
         else:
             with precise(config, world):
-                states.walk_intervals(teacher, given, learners, learn)
+                streams.walk_intervals(teacher, given, learners, learn)
         return {f"students.{interval.key}": losses[interval] for interval in learners}
 
     def average() -> None:

@@ -19,10 +19,14 @@ from torch import nn
 import ppcl_rt
 from ppcl_rt import Checkpoint, locate
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_train.config.settings import LoopConfig, RunConfig, TeacherConfig
-from ppcl_train.engine.files import Log, read_note, read_tensors, write_tensors
-from ppcl_train.engine.loop import cosine, train_loop
-from ppcl_train.scenes import scenes
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.config.stages import LoopConfig
+from ppcl_train.config.teacher import TeacherConfig
+from ppcl_train.engine.files import read_note, read_tensors, write_tensors
+from ppcl_train.engine.log import Log
+from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.optimisers import cosine
+from ppcl_train.scenes import encoding, judging, language
 from ppcl_train.scenes.sampling import Sampler, arguments, judged
 
 
@@ -62,7 +66,7 @@ def train(run: RunConfig, folder: Path) -> None:
 
     def step_loss(step: int) -> float:
         phase = config.phase(step)
-        batch = scenes.training_batch(config.batch, (run.seed, step), config.drop_caption, phase.shares, phase.apart)
+        batch = encoding.training_batch(config.batch, (run.seed, step), config.drop_caption, phase.shares, phase.apart)
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
         t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(config.batch, generator=generator))
         noise = torch.randn(batch.latents.shape, generator=generator)
@@ -200,6 +204,6 @@ def judge(run: RunConfig, weights: Mapping[str, torch.Tensor], log: Log, step: i
     """Log the judge's score of some weights on a few held-out prompts, without guidance."""
     model = PPCLQwenImageTransformer2DModel(**run.teacher.architecture)
     model.load_state_dict(weights)
-    captions = scenes.held_out_captions(run.teacher.judge_per_kind, seed=7)
-    score = scenes.Score.of(judged(model.eval(), Sampler(), captions, seed=7))
+    captions = language.held_out_captions(run.teacher.judge_per_kind, seed=7)
+    score = judging.Score.of(judged(model.eval(), Sampler(), captions, seed=7))
     log(judged=step, strict=score.strict, soft=score.soft)

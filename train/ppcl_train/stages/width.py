@@ -24,8 +24,9 @@ from ppcl_rt import Interval, Streams, Width
 from ppcl_rt.model.pluggable import DOWN, UP, BlockLayout
 from ppcl_rt.planning.catalog import MLPS, text_maps
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import states
-from ppcl_train.engine.files import Log, read_tensors, write_tensors
+from ppcl_train.data import calibration, streams
+from ppcl_train.engine.files import read_tensors, write_tensors
+from ppcl_train.engine.log import Log
 from ppcl_train.selectors.eq5 import LeastSquares
 from ppcl_train.stages.draft import open_draft, write_draft
 
@@ -57,7 +58,7 @@ class Watcher:
         self.maps = {name: LeastSquares(dim, dim) for name, (_, group) in layout.outputs.items() if group in MLPS}
 
     @torch.no_grad()
-    def see(self, state: Streams, batch: states.Inputs, context: dict[str, Any]) -> None:
+    def see(self, state: Streams, batch: calibration.Inputs, context: dict[str, Any]) -> None:
         """Take in what the block computes from a teacher's streams."""
         mask, weight = batch.mask, batch.weight
 
@@ -72,14 +73,14 @@ class Watcher:
             return lambda _, given: self.fits[name].add(taken(given[0], text), weight=weights(given[0], text))
 
         looking = [layer.register_forward_pre_hook(look(name)) for name, layer in self.layers.items()]
-        out = states.run_block(self.block, state, context)
+        out = streams.run_block(self.block, state, context)
         for hook in looking:
             hook.remove()
         # With MLPs that say nothing, a block returns what its MLPs read.
         silent = [
             self.layers[name].register_forward_hook(lambda _, __, said: torch.zeros_like(said)) for name in self.maps
         ]
-        read = states.run_block(self.block, state, context)
+        read = streams.run_block(self.block, state, context)
         for hook in silent:
             hook.remove()
         for name, fit in self.maps.items():
@@ -104,10 +105,10 @@ def prune(run: RunConfig, folder: Path) -> None:
     waiting = iter(runnable)
     while group := list(islice(waiting, config.blocks_at_once)):
         watchers = {prefix: Watcher(block, layout, shape.dim) for prefix, block, _ in group}
-        for batch in states.batches(run, config.samples, states.WIDTH):
-            passed = states.trace(model, batch)
+        for batch in calibration.batches(run, config.samples, calibration.WIDTH):
+            passed = streams.trace(model, batch)
             for prefix, _, first in group:
-                watchers[prefix].see(passed.states[first], batch, passed.context)
+                watchers[prefix].see(passed.streams[first], batch, passed.context)
         for prefix, watcher in watchers.items():
             made = compress_block(run, watcher, shape.width, embeddings)
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in made.items()}
@@ -127,14 +128,14 @@ def fit_text_runs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     reach = [min(run.width.longest_text_run, depth - first) - 1 for first in range(depth - 1)]
     reads = [LeastSquares(dim, ahead * dim) for ahead in reach]
     moves = [LeastSquares(dim, ahead * dim) for ahead in reach]
-    for batch in states.batches(run, run.width.samples, states.WIDTH):
-        passed = states.trace(model, batch)
+    for batch in calibration.batches(run, run.width.samples, calibration.WIDTH):
+        passed = streams.trace(model, batch)
         words = batch.mask
         weight = batch.weight[:, None].expand(words.shape)[words]
-        texts = [state.text[words] for state in passed.states]
+        texts = [state.text[words] for state in passed.streams]
         seen = [
             block.text_input(state.text, passed.context["temb"], full)[words]
-            for block, state in zip(blocks, passed.states, strict=False)
+            for block, state in zip(blocks, passed.streams, strict=False)
         ]
         for first, ahead in enumerate(reach):
             there = range(first + 1, first + 1 + ahead)
@@ -159,9 +160,9 @@ def time_embeddings(run: RunConfig, model: Any) -> torch.Tensor:
     """What the modulations of a block read: ``silu`` of timestep embeddings ``[n, D]``, spread evenly over [0, 1]."""
     found = []
     for part in torch.linspace(0, 1, _TIMES).split(run.batch):
-        batch = states.inputs(run, len(part), states.WIDTH)
+        batch = calibration.inputs(run, len(part), calibration.WIDTH)
         call = {**batch.call, "timestep": part[: len(batch.x)].to(batch.x)}
-        found.append(nn.functional.silu(states.trace(model, states.Inputs(batch.x, part, call)).context["temb"]))
+        found.append(nn.functional.silu(streams.trace(model, calibration.Inputs(batch.x, part, call)).context["temb"]))
     return torch.cat(found)
 
 
