@@ -25,7 +25,7 @@ from ppcl_train.stages.measure import VelocityError
 from ppcl_train.stages.width import legal_counts
 
 
-def main(run_folder: Path, prompts: Annotated[int, typer.LegalCount(min=5)] = 2000, seed: int = 1) -> None:
+def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:
     """Print the velocity error, and the scores next to those of the teacher."""
     run = pipeline.config_of(run_folder)
     width = {n: t for n, t in read_tensors(run_folder / "width.safetensors").items() if not n.startswith("students.")}

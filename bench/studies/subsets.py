@@ -51,12 +51,12 @@ def plan_of(catalog: Catalog, chosen: tuple[Interval, ...]) -> Plan:
 
 def main(
     checkpoint: str,
-    most: Annotated[int, typer.LegalCount(min=2)] = 64,
+    most: Annotated[int, typer.Option(min=2)] = 64,
     prompts: Annotated[
-        int, typer.LegalCount(min=0, help="unseen prompts to judge on; 0 for the velocity error alone")
+        int, typer.Option(min=0, help="unseen prompts to judge on; 0 for the velocity error alone")
     ] = 100,
     seed: int = 1,
-    json_file: Annotated[Path | None, typer.LegalCount("--json")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Evaluate sets of students, and print their losses by the number of blocks that are gone."""
     model = ppcl_rt.load(checkpoint, dtype=torch.float32, resident="all").requires_grad_(False)
