@@ -13,7 +13,7 @@ from rich.table import Table
 import ppcl_rt
 from ppcl_rt.cli.options import AsJson, Checkpoint, Ratio, catalog_of
 from ppcl_rt.cli.output import print_table, writing
-from ppcl_rt.cli.picture import draw_plan
+from ppcl_rt.cli.picture import draw_plan, groups_of
 
 
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
@@ -24,15 +24,21 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         content = catalog.model_dump(mode="json", exclude={"checksums"})
         print(json.dumps({**content, "fingerprint": catalog.fingerprint, "smallest_ratio": smallest}, indent=1))
         return
-    shape = catalog.shape
+    architecture = catalog.architecture
     print(f"family {catalog.family}, checkpoint {catalog.fingerprint}")
-    print(
-        f"{shape.depth} blocks of width {shape.dim}: "
-        f"{shape.width.heads} heads x {shape.head_dim}, MLP {shape.width.image}"
-    )
-    print(f"{shape.dense_params:,} parameters at ratio 1; the smallest plan has ratio {smallest:.3f}")
+    for blocks in architecture.lists:
+        print(f"{blocks.depth} blocks of width {_made_of(architecture.kinds[blocks.kind])}")
+    print(f"{architecture.dense_params:,} parameters at ratio 1; the smallest plan has ratio {smallest:.3f}")
     for table in _tables(catalog):
         print_table(table)
+
+
+def _made_of(spec: ppcl_rt.BlockSpec) -> str:
+    """The sizes of a kind of block: ``96: 6 heads x 16, MLP 384``."""
+    sizes = [f"{spec.groups[spec.heads].count} heads x {spec.head_dim}"] if spec.heads else []
+    # The MLPs of both streams are mostly of one size, which is then said once.
+    channels = dict.fromkeys(spec.groups[group].count for group in spec.unit_groups if group != spec.heads)
+    return f"{spec.dim}: {', '.join([*sizes, *(f'MLP {count}' for count in channels)])}"
 
 
 def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
@@ -43,11 +49,13 @@ def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
     text_runs = Table("over", "loss", title="text runs")
     for run in catalog.text_runs:
         text_runs.add_row(str(run.interval), f"{run.loss:.5f}")
-    groups = ppcl_rt.Width._fields
+    groups = groups_of(catalog)
     widths = Table("block", *groups, title="widths (loss)")
     for block, legal in enumerate(catalog.blocks):
-        counts = ("  ".join(f"{each.count} ({each.loss:.4f})" for each in legal.of(group)) for group in groups)
-        widths.add_row(str(block), *counts)
+        counts = (legal.of(group) if group in legal.groups else () for group in groups)
+        widths.add_row(
+            str(block), *("  ".join(f"{each.units} ({each.loss:.4f})" for each in group) for group in counts)
+        )
     return students, text_runs, widths
 
 
@@ -72,12 +80,11 @@ def plan(
         print(made.to_json())
         return
     print(f"ratio {catalog.ratio(made):.4f} of parameters, predicted loss {catalog.loss(made):.5f}")
-    for step in made.steps:
-        what = f"student of {step.blocks}" if step.student else f"block {step.blocks.first}"
-        width = ", ".join(
-            f"{group} {count}/{full}"
-            for group, count, full in zip(step.width._fields, step.width, catalog.shape.width, strict=True)
-        )
+    for planned in made.blocks:
+        what = f"student of {planned.interval}" if planned.student else f"block {planned.interval.first}"
+        full = catalog.spec(planned.interval.first).full
+        # A group that does not run at all, as the text MLP of a block that does not update the text, counts 0.
+        width = ", ".join(f"{group} {planned.width.get(group, 0)}/{count}" for group, count in full.items())
         print(f"{what:>20}  {width}")
     for run in made.text_runs:
         print(f"{'text not updated':>20}  over blocks {run}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from ppcl_rt.files import replacing
 
 # Columns that tables need. Narrower terminals wrap lines, which is better than numbers that are cut off.
 _TABLE_WIDTH = 150
@@ -16,21 +20,21 @@ _TABLE_WIDTH = 150
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a file next to ``path`` to write to; it is renamed to ``path`` at the end, or removed after an error.
+    """Yield a temporary file to write to, which takes the place of ``path`` at the end; after an error it is removed.
 
     Raises:
-        ValueError: at once, where ``path`` cannot be written.
+        ValueError: at once, where ``path`` cannot be written; at the end, where the disk is full.
     """
     path = path.resolve()
     writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
     if not writable or (path.exists() and not path.is_file()):
         raise ValueError(f"cannot write {path}: name a file in a folder that exists and can be written to")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Not inside `replacing` itself, which would lay an error that reads another file to this one.
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        yield made
+        with replacing(path) as temporary:
+            shutil.copyfile(made, temporary)
 
 
 def print_table(table: Table) -> None:

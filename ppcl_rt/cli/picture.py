@@ -10,44 +10,62 @@ from ppcl_rt.planning.plan import Plan
 # Pixels that a pixel of a small sample is drawn with.
 _ZOOM = 12
 _COLUMN, _GAP, _LEFT, _TOP = 46, 6, 86, 26
-# About as each counts in parameters.
-_HEIGHTS = {"heads": 66, "image": 66, "text": 66, "modulation": 66}
+# Pixels of the row of a group.
+_ROW = 66
 _KEPT, _STUDENT, _REMOVED = (66, 113, 176), (214, 125, 44), (228, 228, 228)
-_LABELS = {"heads": "heads", "image": "image MLP", "text": "text MLP", "modulation": "modulation"}
+
+
+def groups_of(catalog: Catalog) -> tuple[str, ...]:
+    """The groups of all kinds of blocks, in the order in which they are shown."""
+    return tuple(dict.fromkeys(group for spec in catalog.architecture.kinds.values() for group in spec.groups))
 
 
 def draw_plan(catalog: Catalog, plan: Plan) -> Image.Image:
-    """Draw a plan: a column a block, filled as far as each part is kept; students span their interval."""
-    depth = plan.depth
-    height = _TOP + sum(_HEIGHTS.values()) + len(_HEIGHTS) * _GAP + 40
+    """Draw a plan: a column a block, a row a group, filled as far as it is kept; students span their interval."""
+    depth, groups = plan.depth, groups_of(catalog)
+    height = _TOP + len(groups) * (_ROW + _GAP) + 40
     sheet = Image.new("RGB", (_LEFT + depth * (_COLUMN + _GAP) + _GAP, height), "white")
     pen = ImageDraw.Draw(sheet)
-
-    def left(block: int) -> int:
-        return _LEFT + block * (_COLUMN + _GAP)
-
     for block in range(depth):
-        pen.text((left(block) + _COLUMN // 2 - 6, 6), str(block), fill="black")
+        pen.text((_left(block) + _COLUMN // 2 - 6, 6), str(block), fill="black")
     top = _TOP
-    for group, tall in _HEIGHTS.items():
-        pen.text((4, top + tall // 2 - 6), _LABELS[group], fill="black")
+    for group in groups:
+        pen.text((4, top + _ROW // 2 - 6), _label(catalog, group), fill="black")
         for block in range(depth):
-            pen.rectangle((left(block), top, left(block) + _COLUMN, top + tall), fill=_REMOVED)
-        for step in plan.steps:
-            share = getattr(step.width, group) / getattr(catalog.shape.width, group)
-            # A student is one block wide; the rest of its interval is what it removes.
-            x = left(step.blocks.first)
-            box = (x, top + round(tall * (1 - share)), x + _COLUMN, top + tall)
-            pen.rectangle(box, fill=_STUDENT if step.student else _KEPT)
-            if step.student and group == "heads":
-                pen.line((x, _TOP - 4, left(step.blocks.last) + _COLUMN, _TOP - 4), fill=_STUDENT, width=3)
-        top += tall + _GAP
+            if group in catalog.spec(block).groups:
+                pen.rectangle((_left(block), top, _left(block) + _COLUMN, top + _ROW), fill=_REMOVED)
+        for planned in plan.blocks:
+            if group in (full := catalog.spec(planned.interval.first).full):
+                share = planned.width.get(group, 0) / full[group]
+                # A student is one block wide; the rest of its interval is what it removes.
+                x = _left(planned.interval.first)
+                box = (x, top + round(_ROW * (1 - share)), x + _COLUMN, top + _ROW)
+                pen.rectangle(box, fill=_STUDENT if planned.student else _KEPT)
+        top += _ROW + _GAP
+    for planned in plan.blocks:
+        if planned.student:
+            ends = _left(planned.interval.first), _left(planned.interval.last) + _COLUMN
+            pen.line((ends[0], _TOP - 4, ends[1], _TOP - 4), fill=_STUDENT, width=3)
+    _legend(pen, top)
+    return sheet
+
+
+def _left(block: int) -> int:
+    return _LEFT + block * (_COLUMN + _GAP)
+
+
+def _label(catalog: Catalog, group: str) -> str:
+    """How a group is called in a picture: the channels of an MLP by its stream."""
+    channels = any(group in spec.unit_groups and group != spec.heads for spec in catalog.architecture.kinds.values())
+    return f"{group} MLP" if channels else group
+
+
+def _legend(pen: ImageDraw.ImageDraw, top: int) -> None:
     x = _LEFT
     for colour, text in ((_KEPT, "kept"), (_STUDENT, "student of the interval above it"), (_REMOVED, "removed")):
         pen.rectangle((x, top + 8, x + 12, top + 20), fill=colour)
         pen.text((x + 18, top + 8), text, fill="black")
         x += 40 + 7 * len(text)
-    return sheet
 
 
 def grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str]) -> Image.Image:
