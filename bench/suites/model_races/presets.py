@@ -30,7 +30,7 @@ class Preset:
         rounds: timed rounds of a race.
         repeats: timed repeats of a row of the sweep.
         counts: group of `Width` -> counts below the full one that the sweep visits, coarse levels first.
-        still: the same for blocks that do not update the text.
+        text_not_updated: the same for blocks that do not update the text.
         offered: group -> counts that the planner's catalog offers.
         compiled: options of ``compile_repeated_blocks``.
     """
@@ -51,7 +51,7 @@ class Preset:
     rounds: int
     repeats: int
     counts: dict[str, Levels]
-    still: dict[str, Levels]
+    text_not_updated: dict[str, Levels]
     offered: dict[str, tuple[int, ...]]
     compiled: dict[str, Any]
 
@@ -102,7 +102,7 @@ REAL = Preset(
         "text": ((4096, 1024, 0), (8192, 2816), (11264, 5632)),
         "modulation": ((256, 64), (512,), (128, 1024)),
     },
-    still={"heads": ((12, 2), (18, 6), (22, 16, 11)), "image": ((), (5632, 1024, 0), (8448, 2816))},
+    text_not_updated={"heads": ((12, 2), (18, 6), (22, 16, 11)), "image": ((), (5632, 1024, 0), (8448, 2816))},
     offered={
         "heads": (22, 18, 16, 12, 8, 6),
         "image": (11264, 8448, 5632, 2816, 0),
@@ -129,7 +129,7 @@ TINY = Preset(
     rounds=2,
     repeats=1,
     counts={"heads": ((2, 1),), "image": ((128, 16, 0),), "text": ((128, 16, 0),), "modulation": ((8, 4),)},
-    still={"heads": ((2, 1),), "image": ((128, 16, 0),)},
+    text_not_updated={"heads": ((2, 1),), "image": ((128, 16, 0),)},
     offered={"heads": (2, 1), "image": (128, 0), "text": (128, 0), "modulation": (8, 4)},
     # Inductor would take longer to start than everything else together.
     compiled={"fullgraph": True, "dynamic": False, "backend": "eager"},

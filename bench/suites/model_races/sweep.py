@@ -51,7 +51,7 @@ def points(preset: Preset) -> list[Point]:
         made += [Point(0, size, kind, None) for kind in ("outer", "map")]
         for kind, base, levels in (
             ("block", full, preset.counts),
-            ("still", full._replace(text=0), preset.still),
+            ("still", full._replace(text=0), preset.text_not_updated),
         ):
             made.append(Point(0, size, kind, base))
             made += [
