@@ -2,72 +2,135 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ppcl_rt.checkpoint.reader import Checkpoint, locate, write_checkpoint
-from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.model.pluggable import HUB_ARGUMENTS
-from ppcl_rt.model.program import Program, ProgramStep
+import torch
+
+from ppcl_rt.checkpoint.reader import Checkpoint, locate
+from ppcl_rt.checkpoint.writer import write_checkpoint
+from ppcl_rt.families import registry
+from ppcl_rt.model.graphs import Mode
+from ppcl_rt.model.pluggable import Pluggable
+from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.ops import Streams
-from ppcl_rt.planning.catalog import Catalog, Option, Shape, Student, TextRun, Widths
-from ppcl_rt.planning.plan import Interval, Plan, Step, Width
+from ppcl_rt.planning.architecture import Architecture, BlockList
+from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
+from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.legal import LegalCount, LegalWidths, Student, TextRun
+from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
 from ppcl_rt.planning.schedule import Schedule
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
-FAMILIES = {cls.stock_name: cls for cls in (PPCLQwenImageTransformer2DModel,)}
+try:
+    __version__ = version("ppcl-rt")
+except PackageNotFoundError:
+    # A source tree on the path that was never installed: a GPU machine without a network.
+    __version__ = "0+unknown"
 
 
-def load(path: str | Path, ratio: float = 1.0, **kwargs: Any) -> Any:
+def load(
+    path: str | Path,
+    ratio: float = 1.0,
+    *,
+    plan: Plan | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    resident: Literal["plan", "all"] = "plan",
+    graphs: Mode = "auto",
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Pluggable:
     """Load a checkpoint at a ratio, as a drop-in for the transformer of a diffusers pipeline.
 
     Args:
         path: a checkpoint folder or a hub id. A stock checkpoint loads too, at ratio 1.
         ratio: parameters kept / parameters of the dense transformer, in (0, 1]; 1 is the teacher exactly.
-
-    Keyword Args:
         plan: run this `Plan` instead of planning for ``ratio``.
         dtype: torch dtype of the weights; None for the one that they are stored in.
         device: where to put them; None for the CPU.
         resident: ``"plan"`` reads what the plan needs, and later plans read what they miss when they are first set;
             ``"all"`` reads everything now, so that no later `set_ratio` reads from disk.
         graphs: CUDA graphs: ``"auto"`` where a forward waits for the host, True wherever it can be done, False never.
-        subfolder, revision, token, cache_dir, local_files_only: as in diffusers.
+        subfolder, revision, token, cache_dir, local_files_only, force_download: as in diffusers, for a hub id.
 
     Returns:
-        A subclass of the family's diffusers class, in eval mode.
+        The family's class, which is a subclass of its diffusers class, in eval mode.
 
     Raises:
         ValueError: anything wrong with the checkpoint or the arguments; one line says what was wanted, what came and
             what to do.
     """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    source = Checkpoint(locate(path, kwargs.get("subfolder"), **hub))
+    given = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    hub = {name: value for name, value in given.items() if value not in (None, False)}
+    source = Checkpoint(locate(path, subfolder, **hub))
     name = source.config.get("_class_name")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"{source.folder} is a {name}; the families here are: {', '.join(FAMILIES)}")
-    return FAMILIES[name].load(path, ratio, **kwargs)
+    family = registry.of_stock(name)
+    if family is None:
+        raise ValueError(f"{source.folder} is a {name}; the families here are: {', '.join(registry.stock_names())}")
+    model: Pluggable = family.load(
+        path,
+        ratio,
+        plan=plan,
+        dtype=dtype,
+        device=device,
+        resident=resident,
+        graphs=graphs,
+        subfolder=subfolder,
+        **hub,
+    )
+    return model
+
+
+def __getattr__(name: str) -> Any:
+    """Import a family's class when it is first asked for, by its name."""
+    found = registry.by_class_name(name)
+    if found is None:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return found
 
 
 __all__ = [
+    "LINEAR_MAP",
+    "Architecture",
+    "BlockCall",
+    "BlockList",
+    "BlockSpec",
     "Catalog",
     "Checkpoint",
+    "Group",
     "Interval",
-    "Option",
-    "PPCLQwenImageTransformer2DModel",
+    "LegalCount",
+    "LegalWidths",
+    "Part",
     "Plan",
+    "PlannedBlock",
     "Planner",
+    "Pluggable",
     "Program",
-    "ProgramStep",
     "Schedule",
-    "Shape",
-    "Step",
+    "Segment",
     "Streams",
     "Student",
     "TextRun",
+    "TextRunRole",
     "Width",
-    "Widths",
+    "__version__",
     "load",
     "locate",
     "write_checkpoint",
+    *registry.class_names(),
 ]

@@ -27,12 +27,12 @@ from torch import nn
 
 import ppcl_rt
 from ppcl_rt.cli import main as cli
-from ppcl_rt.families.qwen_block import LAYOUT
+from ppcl_rt.families.qwen_image import LAYOUT
 from ppcl_rt.planning.catalog import text_maps
 
 HEADS, HEAD_DIM, DEPTH = 4, 8, 4
 DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
-FULL = ppcl_rt.Width(HEADS, CHANNELS, CHANNELS, DIM)
+FULL = ppcl_rt.Width(heads=HEADS, image=CHANNELS, text=CHANNELS, modulation=DIM)
 # Some counts (50, 31, 17) that no tile divides.
 NARROWER = {"heads": (3, 2, 1), "image": (96, 50, 17), "text": (100, 64, 31), "modulation": ()}
 # With linear maps in place of MLPs, and modulations of a low rank.
@@ -108,15 +108,15 @@ def _build_inputs(
     }
 
 
-def _random_widths(rng: np.random.Generator, groups: dict[str, tuple[int, ...]]) -> ppcl_rt.Widths:
+def _random_widths(rng: np.random.Generator, groups: dict[str, tuple[int, ...]]) -> ppcl_rt.LegalWidths:
     options = {}
     for (group, counts), full in zip(groups.items(), FULL, strict=True):
         losses = np.cumsum(rng.uniform(0.01, 1.0, len(counts)))
         options[group] = (
-            ppcl_rt.Option(full, 0.0),
-            *(ppcl_rt.Option(count, float(loss)) for count, loss in zip(counts, losses, strict=True)),
+            ppcl_rt.LegalCount(full, 0.0),
+            *(ppcl_rt.LegalCount(count, float(loss)) for count, loss in zip(counts, losses, strict=True)),
         )
-    return ppcl_rt.Widths(**options)
+    return ppcl_rt.LegalWidths(**options)
 
 
 def _put_map(
@@ -142,10 +142,10 @@ class Made:
     catalog: ppcl_rt.Catalog
     tensors: dict[str, torch.Tensor] = field(repr=False)
 
-    def prefix(self, step: ppcl_rt.Step) -> str:
+    def prefix(self, step: ppcl_rt.PlannedBlock) -> str:
         return f"students.{step.blocks.key}." if step.student else f"transformer_blocks.{step.blocks.first}."
 
-    def stock_block(self, step: ppcl_rt.Step) -> QwenImageTransformerBlock:
+    def stock_block(self, step: ppcl_rt.PlannedBlock) -> QwenImageTransformerBlock:
         """diffusers' block with the weights that a step names, at full width."""
         if not step.student:
             return copy.deepcopy(self.stock.transformer_blocks[step.blocks.first])
@@ -156,7 +156,7 @@ class Made:
         block.load_state_dict({name: t for name, t in state.items() if not name.startswith(("order.", "narrow."))})
         return block
 
-    def kept(self, step: ppcl_rt.Step, group: str) -> list[int]:
+    def kept(self, step: ppcl_rt.PlannedBlock, group: str) -> list[int]:
         """Columns of the output layers that a step keeps: those of the first heads or channels in rank order."""
         count = getattr(step.width, group)
         full = getattr(FULL, group)
@@ -164,7 +164,7 @@ class Made:
         unit = HEAD_DIM if group == "heads" else 1
         return [index * unit + offset for index in order for offset in range(unit)]
 
-    def reference_block(self, step: ppcl_rt.Step) -> QwenImageTransformerBlock:
+    def reference_block(self, step: ppcl_rt.PlannedBlock) -> QwenImageTransformerBlock:
         """diffusers' block, with what a step leaves out zeroed in its output layers, or fitted layers in place."""
         block = self.stock_block(step)
         if step.width.modulation < DIM:
@@ -231,13 +231,13 @@ class Made:
         if run.last < DEPTH - 1:
             blocks[-1].register_forward_hook(lambda _, __, out: (mapped("text", out[0]), out[1]))
 
-    def plan(self, *steps: ppcl_rt.Step) -> ppcl_rt.Plan:
+    def plan(self, *steps: ppcl_rt.PlannedBlock) -> ppcl_rt.Plan:
         return ppcl_rt.Plan(checkpoint=self.catalog.fingerprint, depth=self.catalog.shape.depth, steps=steps)
 
     def random_plan(self, rng: np.random.Generator, skip: float = 0.0, legal: bool = False) -> ppcl_rt.Plan:
         """A plan with a random set of disjoint students; counts from the catalog (``legal``) or any."""
 
-        def width(widths: ppcl_rt.Widths) -> ppcl_rt.Width:
+        def width(widths: ppcl_rt.LegalWidths) -> ppcl_rt.Width:
             if legal:
                 return ppcl_rt.Width(*(int(rng.choice([o.count for o in widths.of(g)])) for g in FULL._fields))
             # Modulations come at full rank, or at any up to the highest that was factored.
@@ -249,12 +249,12 @@ class Made:
             here = [student for student in self.catalog.students if student.interval.first == block]
             if here and rng.random() < 0.5:
                 student = here[int(rng.integers(len(here)))]
-                steps.append(ppcl_rt.Step(blocks=student.interval, width=width(student.widths), student=True))
+                steps.append(ppcl_rt.PlannedBlock(interval=student.interval, width=width(student.widths), student=True))
                 block = student.interval.last + 1
                 continue
             if rng.random() >= skip:
                 interval = ppcl_rt.Interval(block, block)
-                steps.append(ppcl_rt.Step(blocks=interval, width=width(self.catalog.blocks[block])))
+                steps.append(ppcl_rt.PlannedBlock(interval=interval, width=width(self.catalog.blocks[block])))
             block += 1
         kept = {step.blocks.first: step.width for step in steps if not step.student}
         runs: list[ppcl_rt.Interval] = []

@@ -37,7 +37,7 @@ def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, 
         write_draft(run, folder, width, legal_counts(run, full))
         model = open_draft(run, folder)
         catalog = model.catalog
-        half = full._replace(image=full.image // 2, text=full.text // 2)
+        half = full.replace(image=full.image // 2, text=full.text // 2)
         plan = Plan.of(catalog.fingerprint, catalog.shape.depth, [(n, half) for n in range(catalog.shape.depth)])
         print(f"half of all MLP channels: velocity error {sum(VelocityError(model, run).of(plan)):.6f} relative")
         for name, chosen in (("teacher", catalog.dense), ("half", plan)):

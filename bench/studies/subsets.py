@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 import ppcl_rt
 from ppcl_kernels.tools.machine import write_json
-from ppcl_rt import Catalog, Interval, Plan, Step
+from ppcl_rt import Catalog, Interval, Plan, PlannedBlock
 from ppcl_rt.cli.task import task_of
 from ppcl_train.config.settings import PRESETS
 from ppcl_train.stages.measure import VelocityError
@@ -42,7 +42,10 @@ def plan_of(catalog: Catalog, chosen: tuple[Interval, ...]) -> Plan:
     width, depth = catalog.shape.width, catalog.shape.depth
     kept = [(n, width) for n in range(depth) if not any(n in interval for interval in chosen)]
     return Plan.of(
-        catalog.fingerprint, depth, kept, [Step(blocks=interval, width=width, student=True) for interval in chosen]
+        catalog.fingerprint,
+        depth,
+        kept,
+        [PlannedBlock(interval=interval, width=width, student=True) for interval in chosen],
     )
 
 

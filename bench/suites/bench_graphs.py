@@ -34,7 +34,7 @@ class Nothing:
 
     outputs = None
 
-    def takes(self, device):
+    def supports(self, device):
         return True
 
     def capturing(self):
@@ -46,7 +46,7 @@ class Nothing:
     def capture(self, device, call):
         return self
 
-    def turn(self, device):
+    def exclusive_memory(self, device):
         return contextlib.nullcontext()
 
     def replay(self):
@@ -80,9 +80,9 @@ def measure():
     with torch.no_grad():
         for _ in range(2):
             model(**inputs)
-        assert model.graphs.captures == 1, model.graphs.why
+        assert model.graphs.captures == 1, model.graphs.eager_reason
         calls = {
-            "check": weights.current,
+            "check": weights.unchanged,
             "conditions": lambda: model._conditions(program),
             "forward": lambda: model(**inputs),
         }

@@ -9,12 +9,12 @@ recorded, and each call is a case (`kernel_races.cases`). The contestants of a c
 for a norm a copy of the same bytes (`kernel_races.rivals`).
 
 Every result is compared with that of plain torch before and after it is timed, tile by tile
-(`ppcl_rt.ops.implementations.agree`). All contestants of a case are timed in turn, round by round. Before each call a
+(`ppcl_rt.ops.agreement.agree`). All contestants of a case are timed in turn, round by round. Before each call a
 quarter of a gigabyte is read: inputs then come from memory, and no dirty cache line of an earlier call is written back
 inside the timing. The device then waits until python is ahead of it. Milliseconds are medians. FLOPs and bytes are the
 least that the operation needs: inputs read once, outputs written once.
 
-``choose.json`` holds every time. ``ways.json`` holds the winners in the format that `ppcl_rt.ops.implementations`
+``choose.json`` holds every time. ``implementations.json`` holds the winners in the format that `ppcl_rt.ops.table`
 reads; the package ships copies as ``ppcl_rt/ops/tables/<device>.json``. Both files are rewritten after each case. The
 races run in a process of their own (`kernel_races.race`). A contestant that hangs or ends that process is named and
 left out, and a new process continues without it.
@@ -70,7 +70,7 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"part": "choose", "device": None, "status": None, "command": command}
     write_json(out / "choose.json", content | {"complete": False, "left_out": {}, "results": []})
-    (out / "ways.json").unlink(missing_ok=True)
+    (out / "implementations.json").unlink(missing_ok=True)
     running = out / ".choose.running"
     while True:
         ended: list[Outcome] = []
@@ -102,7 +102,7 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
     for row in failed:
         print(f"failed: {row['op']}, {row['key']}, {row['contestant']}: {row['failed']}")
     winners = sum(row["taken"] for row in content["results"])
-    print(f"{winners} winners in {out / 'ways.json'}", flush=True)
+    print(f"{winners} winners in {out / 'implementations.json'}", flush=True)
     return 0 if content["complete"] and not failed and not content["left_out"] else 1
 
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     assert __doc__
     parser = argparse.ArgumentParser(prog="python bench/suites/bench_kernels.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of choose.json and ways.json (a temporary one)")
+    parser.add_argument("--out", type=Path, help="folder of choose.json and implementations.json (a temporary one)")
     parser.add_argument("--seconds", type=float, default=500, help="for everything (%(default)s)")
     parser.add_argument("--stall", type=int, default=60, help="seconds that one contestant may take (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")

@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 
 import ppcl_rt
 from ppcl_rt.cli.task import task_of
-from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 from ppcl_rt.planning.plan import Width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

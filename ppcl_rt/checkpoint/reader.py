@@ -1,39 +1,25 @@
-"""Checkpoint folders: ``config.json`` with the catalog in it, and safetensors under diffusers' names.
+"""Reading of checkpoint folders: ``config.json`` with the catalog in it, and safetensors under diffusers' names.
 
-Reading is by tensor: what a plan does not need is never read, and what is read is checked against the catalog's SHA-256
-first. Writing goes to a folder beside, which is renamed into place once it is complete.
+Reading is by tensor: what a plan does not need is never read, and what is read is first checked against the catalog's
+SHA-256. Catalogs of older formats are brought up to date as they are read (`ppcl_rt.checkpoint.migration`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ppcl_rt.planning.catalog import Catalog
-from ppcl_rt.planning.plan import read_json
-
-CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-# Where the catalog lies in config.json. A leading underscore makes diffusers pass over it without a word.
-CATALOG_KEY = "_ppcl"
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    held = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(held.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+from ppcl_rt.checkpoint import migration
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
+from ppcl_rt.files import one_line
+from ppcl_rt.planning.catalog import FORMAT, Catalog
+from ppcl_rt.planning.frozen import read_json
 
 
 def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -77,12 +63,17 @@ class Checkpoint:
         catalog = config.pop(CATALOG_KEY, None)
         self.config: dict[str, Any] = config
         self.catalog = None
+        # The format that the checkpoint was written in, which decides the names of its tensors in the files.
+        self._format = FORMAT
         if catalog is not None:
-            self.catalog = read_json(Catalog, json.dumps(catalog), f"{folder / CONFIG} holds a broken catalog")
+            broken = f"{folder / CONFIG} holds a broken catalog"
+            self._format, content = migration.up_to_date(catalog, broken)
+            self.catalog = read_json(Catalog, json.dumps(content), broken)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files = self._find_tensors()
         if self.catalog is not None:
             self._compare(self.catalog.checksums)
+        self._stored = {migration.current_name(name, self._format): name for name in self._files}
 
     def _find_tensors(self) -> dict[str, Path]:
         """Tensor name -> file, from the headers of all files."""
@@ -109,7 +100,7 @@ class Checkpoint:
                         found[tensor] = path
                         self._shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
             except SafetensorError as error:
-                raise ValueError(f"{path} is not whole ({line(error)}): fetch it again") from None
+                raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
         if lost := sorted(set(mapping) - set(found)):
             raise ValueError(f"{index} lists {lost[0]}, which no file holds: fetch the checkpoint again")
         return found
@@ -123,10 +114,10 @@ class Checkpoint:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors."""
-        return tuple(self._files)
+        return tuple(self._stored)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header.
@@ -134,9 +125,9 @@ class Checkpoint:
         Raises:
             ValueError: there is no such tensor.
         """
-        if name not in self._shapes:
+        if name not in self._stored:
             raise ValueError(f"{self.folder} holds no tensor {name}, which its catalog promises")
-        return self._shapes[name]
+        return self._shapes[self._stored[name]]
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, in the dtype that it is stored in.
@@ -145,87 +136,23 @@ class Checkpoint:
             ValueError: missing, or altered since the catalog was made.
         """
         self.shape(name)
+        stored = self._stored[name]
+        path = self._files[stored]
         try:
-            with safe_open(self._files[name], framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self._files[name]} is not whole ({line(error)}): fetch it again") from None
-        if self.catalog is not None and digest(tensor) != self.catalog.checksums[name]:
-            raise ValueError(f"{self._files[name]}: {name} was altered since the catalog was made: fetch it again")
+            raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
+        if self.catalog is not None and digest(tensor) != self.catalog.checksums[stored]:
+            raise ValueError(f"{path}: {stored} was altered since the catalog was made: fetch it again")
         return tensor
-
-
-def write_checkpoint(
-    folder: str | Path,
-    config: Mapping[str, Any],
-    catalog: Catalog,
-    tensors: Mapping[str, torch.Tensor],
-    max_shard_size: int | str = "10GB",
-) -> Catalog:
-    """Write a checkpoint folder; one that is there already is replaced once the new one is complete.
-
-    Args:
-        config: what diffusers' class takes.
-        catalog: its checksums are made anew.
-        tensors: all tensors, by name.
-        max_shard_size: bytes of a file, as diffusers takes it.
-
-    Returns:
-        The catalog as written.
-    """
-    folder = Path(folder)
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    catalog = catalog.model_copy(update={"checksums": {name: digest(tensor) for name, tensor in held.items()}})
-    # A copy would keep what it had cached of the old checksums.
-    catalog = Catalog.model_validate(catalog.model_dump())
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        split = split_torch_state_dict_into_shards(
-            held,
-            max_shard_size=max_shard_size,
-            filename_pattern=WEIGHTS.replace(".safetensors", "{suffix}.safetensors"),
-        )
-        for name, members in split.filename_to_tensors.items():
-            save_file({member: held[member] for member in members}, partial / name, metadata={"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        content = {**config, CATALOG_KEY: catalog.model_dump(mode="json")}
-        (partial / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
-        _move_into_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return catalog
-
-
-def _move_into_place(partial: Path, folder: Path) -> None:
-    """Rename ``partial`` to ``folder``; of what was there, all but the old checkpoint's files stay (a log, a card)."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    # The old folder is whole under this name until the new one is in place.
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    partial.rename(folder)
-    for path in old.iterdir():
-        if path.name != CONFIG and not path.name.startswith("diffusion_pytorch_model"):
-            os.replace(path, folder / path.name)
-    shutil.rmtree(old)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({line(error)}): fetch it again") from None
+        raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}): fetch it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object: fetch it again")
     return content
-
-
-def line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())

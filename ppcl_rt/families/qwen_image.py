@@ -1,26 +1,291 @@
-"""Qwen-Image at any ratio: diffusers' class, walking a program instead of all its blocks."""
+"""Qwen-Image at any ratio: what its blocks are made of, a block at any width, and diffusers' class over a program.
+
+Every block updates two streams: image tokens and text tokens (MMDiT). Its groups are ``heads`` (of both streams
+together), ``image`` and ``text`` (the channels of each stream's MLP), and ``modulation`` (the rank of both streams'
+modulations).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 # ModelMixin is for diffusers: a pipeline that loads a class of another package looks for it in the class's module.
 from diffusers import ModelMixin, QwenImageTransformer2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenImageTransformerBlock,
+)
 from diffusers.utils import apply_lora_scale
 
-from ppcl_rt.families.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock, as_real
+from ppcl_rt import ops
+from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
-from ppcl_rt.planning.catalog import Shape
-from ppcl_rt.planning.plan import Width
+from ppcl_rt.planning.architecture import Architecture, BlockList
+from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
+from ppcl_rt.planning.width import LINEAR_MAP, Width
+
+# The one kind of block.
+_KIND = "two-stream"
+# What diffusers calls the layers of each stream.
+_MODULES = {"image": "img", "text": "txt"}
+
+
+def block_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
+    """What a block is made of, with streams of width ``dim`` and MLPs of four times that."""
+    channels = 4 * dim
+
+    def projection(path: str, stream: Literal["image", "text"]) -> Part:
+        segments = (Segment("heads", 0, head_dim),)
+        return Part(path=path, rows=heads * head_dim, columns=dim, axis=0, segments=segments, stream=stream)
+
+    parts = [projection(f"attn.{path}", "image") for path in ("to_q", "to_k", "to_v")]
+    parts += [projection(f"attn.{path}", "text") for path in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    streams: tuple[Literal["image", "text"], ...] = ("image", "text")
+    for stream, path in zip(streams, ("attn.to_out.0", "attn.to_add_out")):
+        segments = (Segment("heads", 0, head_dim),)
+        parts.append(
+            Part(
+                name=f"attn_{stream}",
+                path=path,
+                rows=dim,
+                columns=heads * head_dim,
+                axis=1,
+                segments=segments,
+                stream=stream,
+                updates=stream,
+            )
+        )
+    for stream in streams:
+        mlp, segments = f"{_MODULES[stream]}_mlp", (Segment(stream, 0, 1),)
+        where: dict[str, Any] = {"segments": segments, "stream": stream, "updates": stream}
+        parts.append(Part(path=f"{mlp}.net.0.proj", rows=channels, columns=dim, axis=0, **where))
+        parts.append(Part(name=f"mlp_{stream}", path=f"{mlp}.net.2", rows=dim, columns=channels, axis=1, **where))
+    for stream in streams:
+        parts.append(
+            Part(
+                name=f"modulation_{stream}",
+                path=f"{_MODULES[stream]}_mod.1",
+                rows=6 * dim,
+                columns=dim,
+                stream="sample",
+                updates=stream,
+                factored="modulation",
+            )
+        )
+    return BlockSpec(
+        dim=dim,
+        head_dim=head_dim,
+        groups={
+            "heads": Group(count=heads),
+            "image": Group(count=channels, mappable=True, updates="image"),
+            "text": Group(count=channels, mappable=True, updates="text"),
+            "modulation": Group(count=dim, is_rank=True),
+        },
+        parts=tuple(parts),
+        # The norms of q and k, of both streams.
+        other_params=4 * head_dim,
+        may_skip=("text",),
+    )
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to one half of a block, ``[B, D]`` each."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+
+
+class UpdatedStream(NamedTuple):
+    """One stream on its way through a block.
+
+    Attributes:
+        name: image or text.
+        x: ``[B, S, D]``.
+        attention, mlp: modulations of the block's two halves.
+        token_index: ``[B, S]``, which of two modulations a token takes (Qwen-Image-Edit), or None.
+    """
+
+    name: str
+    x: torch.Tensor
+    attention: Modulation
+    mlp: Modulation
+    token_index: torch.Tensor | None = None
+
+
+class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
+    """The stock block, over the first heads and channels in rank order.
+
+    Modules, their names and the returned order (text, image) are those of diffusers. ``replacements`` holds what runs
+    in place of a part at a narrower width: output layers that least squares has compensated for what is left out (a
+    width without one uses a prefix of the full layer), linear maps in place of MLPs, and modulations of a low rank.
+    """
+
+    side_by_side = (
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        heads = self.attn.to_q.out_features // self.attention_head_dim
+        self.become_pluggable(block_spec(self.dim, heads, self.attention_head_dim))
+
+    def modulations(self, stream: str, temb: torch.Tensor, width: Width) -> tuple[Modulation, Modulation]:
+        """The modulations of both halves of the block, for ``temb [B, D]``."""
+        product = self.factored(f"modulation_{stream}", self.modulation_input(temb), "modulation", width["modulation"])
+        parts = product.chunk(6, dim=-1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def attention_input(self, stream: UpdatedStream) -> torch.Tensor:
+        """What q, k and v of a stream are projected from: normalised and modulated, ``[B, S, D]``."""
+        norm = getattr(self, f"{_MODULES[stream.name]}_norm1")
+        return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
+
+    def text_input(self, text: torch.Tensor, temb: torch.Tensor, width: Width) -> torch.Tensor:
+        """What this block projects the text's q, k and v from, ``[B, S_text, D]``."""
+        return self.attention_input(UpdatedStream("text", text, *self.modulations("text", temb[: len(text)], width)))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: torch.Tensor | None = None,
+        width: Width | None = None,
+        text_input: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            hidden_states: image stream ``[B, S_image, D]``.
+            encoder_hidden_states: text stream ``[B, S_text, D]``.
+            encoder_hidden_states_mask: boolean ``[B, S_text]``, true on tokens that count, or None.
+            temb: timestep embedding ``[B, D]`` (``[2 B, D]`` with ``modulate_index``).
+            image_rotary_emb: (image, text) rotations, complex ``[S, E / 2]`` or real ``[S, E / 2, 2]``.
+            joint_attention_kwargs: accepted for the sake of callers; there is nothing that it could set.
+            modulate_index: ``[B, S_image]``, which of two modulations an image token takes (Qwen-Image-Edit).
+            width: what to run; None for all that the block holds.
+            text_input: ``[B, S_text, D]``, what to project the text's q, k and v from, in a block that does not update
+                the text stream (PPCL eq. 8): no text output, no text MLP; the text is returned as it came.
+
+        Returns:
+            (text, image) streams, in diffusers' order.
+        """
+        width, text = width or self.width, encoder_hidden_states
+        image_stream = UpdatedStream(
+            "image", hidden_states, *self.modulations("image", temb, width), token_index=modulate_index
+        )
+        updated = [image_stream]
+        if text_input is None:
+            updated.append(UpdatedStream("text", text, *self.modulations("text", temb[: len(text)], width)))
+            text_input = self.attention_input(updated[-1])
+        attended = self.attention(
+            self.attention_input(image_stream), text_input, encoder_hidden_states_mask, image_rotary_emb, width
+        )
+        updated = self.add_attention(updated, attended, width)
+        image, text = (*self.add_feed_forward(updated, width), text)[:2]
+        if image.dtype == torch.float16:
+            image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
+        return text, image
+
+    def attention(
+        self,
+        image_input: torch.Tensor,
+        text_input: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
+        width: Width,
+    ) -> dict[str, torch.Tensor]:
+        """Attend over both streams together; gives ``[B, S, heads * E]`` of each stream by name."""
+        attn = self.attn
+        image_rope, text_rope = map(as_real, rotations) if rotations else (None, None)
+        image_qkv = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
+        text_qkv = ops.Projection(
+            attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
+        )
+        q, k, v = ops.qkv_projection(
+            [
+                ops.ProjectedStream(text_input, text_qkv, text_rope),
+                ops.ProjectedStream(image_input, image_qkv, image_rope),
+            ],
+            width["heads"],
+            self.attention_head_dim,
+        )
+        mask = _joint_mask(text_mask, image_input.shape[1])
+        joint = ops.joint_attention(q, k, v, key_mask=mask, backend=attn.processor._attention_backend)
+        tokens = text_input.shape[1]
+        return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
+
+    def add_attention(
+        self, streams: list[UpdatedStream], attended: Mapping[str, torch.Tensor], width: Width
+    ) -> list[UpdatedStream]:
+        """``x + gate * out(attended)`` for each stream, in one launch."""
+        layers = [
+            ops.Layer(
+                self.output(f"attn_{s.name}", width["heads"]),
+                attended[s.name],
+                None,
+                s.attention.gate,
+                s.token_index,
+                s.x,
+            )
+            for s in streams
+        ]
+        return [s._replace(x=x) for s, x in zip(streams, ops.linears(layers), strict=True)]
+
+    def add_feed_forward(self, streams: list[UpdatedStream], width: Width) -> list[torch.Tensor]:
+        """``x + gate * mlp(norm(x))`` for each stream, or ``x + map(x)`` where a linear map stands in for the MLP.
+
+        Streams that keep their MLP share one up-projection launch and one down-projection launch.
+        """
+        after, ups, downs = {}, [], {}
+        for s in streams:
+            module, count = _MODULES[s.name], width[s.name]
+            down = ops.Layer(self.output(f"mlp_{s.name}", count), s.x, None, s.mlp.gate, s.token_index, residual=s.x)
+            if count == LINEAR_MAP:
+                # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
+                [after[s.name]] = ops.linears([down._replace(gate=None, token_index=None)])
+                continue
+            norm, mlp = getattr(self, f"{module}_norm2"), getattr(self, f"{module}_mlp")
+            normed = ops.ada_layer_norm(s.x, norm, s.mlp.scale, s.mlp.shift, s.token_index)
+            ups.append(ops.Layer(mlp.net[0].proj, normed, count))
+            downs[s.name] = down
+        if ups:
+            hidden = ops.linears(ups, gelu=True)
+            layers = [down._replace(x=x) for down, x in zip(downs.values(), hidden, strict=True)]
+            after |= dict(zip(downs, ops.linears(layers), strict=True))
+        return [after[s.name] for s in streams]
+
+
+# diffusers' caches look blocks up by their exact class. They return (text, image).
+TransformerBlockRegistry.register(
+    PPCLQwenImageTransformerBlock,
+    TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0),
+)
+
+
+def as_real(rotation: torch.Tensor) -> torch.Tensor:
+    """Turn a complex rotation ``[S, E / 2]`` into cosine and sine ``[S, E / 2, 2]``."""
+    return torch.view_as_real(rotation) if rotation.is_complex() else rotation
+
+
+def _joint_mask(text_mask: torch.Tensor | None, image_tokens: int) -> torch.Tensor | None:
+    if text_mask is None:
+        return None
+    return torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], image_tokens)], dim=1)
 
 
 class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
@@ -32,7 +297,6 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
 
     family = "qwen-image"
     stock_name = "QwenImageTransformer2DModel"
-    layout = LAYOUT
     _no_split_modules = ["PPCLQwenImageTransformerBlock"]
     _repeated_blocks = ["PPCLQwenImageTransformerBlock"]
 
@@ -70,11 +334,11 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             use_layer3d_rope=use_layer3d_rope,
         )
         self.register_to_config(num_layers=num_layers)
-        self.transformer_blocks.extend(self.make_block(self.config) for _ in range(num_layers))
-        self._become_pluggable()
+        self.transformer_blocks.extend(self.make_block(self.config, _KIND) for _ in range(num_layers))
+        self.become_pluggable()
 
     @classmethod
-    def make_block(cls, config: Mapping[str, Any]) -> PPCLQwenImageTransformerBlock:
+    def make_block(cls, config: Mapping[str, Any], kind: str) -> PPCLQwenImageTransformerBlock:
         """Build one block at full width."""
         return PPCLQwenImageTransformerBlock(
             dim=config["num_attention_heads"] * config["attention_head_dim"],
@@ -84,20 +348,28 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         )
 
     @classmethod
-    def shape_of(cls, config: Mapping[str, Any], outer_params: int) -> Shape:
-        """Dimensions of the dense model."""
-        dim = config["num_attention_heads"] * config["attention_head_dim"]
-        return Shape(
-            depth=config["num_layers"],
-            dim=dim,
-            head_dim=config["attention_head_dim"],
-            width=Width(config["num_attention_heads"], 4 * dim, 4 * dim, dim),
-            outer_params=outer_params,
-        )
+    def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:
+        """What the dense model is made of."""
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        return _architecture(config["num_layers"], heads, head_dim, outer_params)
+
+    @classmethod
+    def architecture_of_format_1(cls, shape: Mapping[str, Any]) -> Architecture:
+        """What the ``shape`` in a catalog of format 1 says.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such shape.
+        """
+        heads, head_dim = shape["width"][0], shape["head_dim"]
+        architecture = _architecture(shape["depth"], heads, head_dim, shape["outer_params"])
+        dim, wanted = shape["dim"], list(architecture.kinds[_KIND].full.values())
+        if dim != heads * head_dim or list(shape["width"]) != wanted:
+            raise ValueError(f"a model of width {dim} has blocks of {wanted}, not {list(shape['width'])}")
+        return architecture
 
     def adopt(self, block: Any) -> None:
         """Take over the attention backend of the blocks that are there."""
-        for other in [*self.transformer_blocks, *self.students.values()]:
+        for other in self.resident_blocks():
             block.attn.processor._attention_backend = other.attn.processor._attention_backend
 
     def set_attn_processor(self, processor: Any) -> None:
@@ -173,7 +445,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
 
     def _conditions(self, program: Program) -> Hashable:
         """Attention backends, as set on the blocks and by diffusers' context manager."""
-        blocks: list[Any] = [step.module for step in program.steps]
+        blocks: list[Any] = [call.block for call in program.calls]
         chosen = tuple(block.attn.processor._attention_backend for block in blocks)
         return (super()._conditions(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
 
@@ -204,19 +476,19 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         temb = self.time_text_embed(timestep, image, additional_t_cond)
 
         done, kept_input = 0, text
-        for step in program.steps:
-            image = self._add_control(image, controlnet_block_samples, range(done, step.blocks.first))
+        for call in program.calls:
+            image = self._add_control(image, controlnet_block_samples, range(done, call.interval.first))
             text_input = None
-            if step.text is not None and step.text.begins:
-                kept_input = step.module.text_input(text, temb, step.width)  # type: ignore[operator]
-            elif step.text is not None and step.text.reads is not None:
-                text_input = kept_input + step.text.reads(kept_input)
+            if call.text_run is not None and call.text_run.is_first:
+                kept_input = call.block.text_input(text, temb, call.width)
+            elif call.text_run is not None and call.text_run.input_map is not None:
+                text_input = kept_input + call.text_run.input_map(kept_input)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, image = self._gradient_checkpointing_func(
-                    step.module, image, text, mask, temb, rope, attention_kwargs, modulate_index, step.width, text_input
+                    call.block, image, text, mask, temb, rope, attention_kwargs, modulate_index, call.width, text_input
                 )
             else:
-                text, image = step.module(
+                text, image = call.block(
                     hidden_states=image,
                     encoder_hidden_states=text,
                     encoder_hidden_states_mask=mask,
@@ -224,14 +496,14 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
                     image_rotary_emb=rope,
                     joint_attention_kwargs=attention_kwargs,
                     modulate_index=modulate_index,
-                    width=step.width,
+                    width=call.width,
                     # Only where there is one: hooks of others know the call as it is in diffusers.
                     **({} if text_input is None else {"text_input": text_input}),
                 )
-            if step.text is not None and step.text.moves_on is not None:
-                text = text + step.text.moves_on(text)
-            done = step.blocks.last + 1
-            image = self._add_control(image, controlnet_block_samples, step.blocks)
+            if call.text_run is not None and call.text_run.exit_map is not None:
+                text = text + call.text_run.exit_map(text)
+            done = call.interval.last + 1
+            image = self._add_control(image, controlnet_block_samples, call.interval)
         image = self._add_control(image, controlnet_block_samples, range(done, program.plan.depth))
 
         output: torch.Tensor = self.proj_out(self.norm_out(image, temb[: len(image)]))
@@ -244,3 +516,12 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             for block in blocks:
                 image = image + samples[block // share]
         return image
+
+
+def _architecture(depth: int, heads: int, head_dim: int, outer_params: int) -> Architecture:
+    return Architecture(
+        lists=(BlockList(path="transformer_blocks", kind=_KIND, depth=depth),),
+        kinds={_KIND: block_spec(heads * head_dim, heads, head_dim)},
+        dim=heads * head_dim,
+        outer_params=outer_params,
+    )

@@ -7,42 +7,45 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ppcl_rt.planning.plan import Interval, Plan, Width
+from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.width import Width
 
 
-class Still(NamedTuple):
+class TextRunRole(NamedTuple):
     """A block's part in a text run (PPCL eq. 8).
 
     Attributes:
-        begins: whether the run begins here: then the block computes the text, and what it reads is kept.
-        reads: what the block reads in place of the text: ``z + reads(z)``, z what the first block read.
-        moves_on: how the text stream goes on behind the run, ``text + moves_on(text)``; on its last block alone.
+        is_first: whether the run begins here: then the block updates the text stream, and what it reads is kept.
+        input_map: what a later block reads in place of the text is ``z + input_map(z)``, z what the first block read.
+        exit_map: on the last block alone: after it the text stream is ``text + exit_map(text)``.
     """
 
-    begins: bool
-    reads: nn.Module | None = None
-    moves_on: nn.Module | None = None
+    is_first: bool
+    input_map: nn.Module | None = None
+    exit_map: nn.Module | None = None
 
 
-class ProgramStep(NamedTuple):
-    """One module to call.
+class BlockCall(NamedTuple):
+    """One block to call.
 
     Attributes:
-        module: a block of the teacher, or a student.
+        block: a block of the teacher, or a student.
         width: how much of it runs.
-        blocks: the original blocks that it stands for.
-        text: the text run that it is part of, if any.
+        interval: the original blocks that it stands for.
+        text_run: its part in a text run, if any.
     """
 
-    module: nn.Module
+    block: PluggableBlock
     width: Width
-    blocks: Interval
-    text: Still | None = None
+    interval: Interval
+    text_run: TextRunRole | None = None
 
 
 @dataclass(frozen=True)
 class Program:
-    """The steps that the model walks, and the plan that they came from."""
+    """The calls that a forward makes, and the plan that they came from."""
 
     plan: Plan
-    steps: tuple[ProgramStep, ...]
+    calls: tuple[BlockCall, ...]

@@ -1,8 +1,12 @@
-"""The one seam between models and kernels: every operation of a block goes through here, on modules and on counts.
+"""Operations of a block: the only place where models and kernels meet.
 
-Modules hold their heads and channels in rank order, so a count means a prefix. A function takes what modules hold to
-an `Operation`, which picks the implementation; what no kernel may read (adapters, hooks, quantised weights, gradients,
-autocast) goes through the modules themselves, in plain torch.
+The functions below take modules, whose heads and channels are in rank order, and counts: a count means the first so
+many units. A function reads the weights of its modules and hands tensors to an `Operation`, which chooses an
+implementation and runs it. Where a kernel may not read the weights (adapters, hooks, quantised weights) or cannot do
+what is asked (gradients, autocast), the function calls the modules themselves, in plain torch.
+
+``operation.py`` dispatches calls, one file an operation defines its implementations, ``table.py`` knows which is the
+fastest.
 """
 
 from ppcl_rt.ops.ada_layer_norm import ada_layer_norm

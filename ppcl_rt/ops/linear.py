@@ -1,7 +1,8 @@
-"""Linear layers of both streams and what follows them: one launch of ours, or torch's products.
+"""Linear layers of both streams, and what follows the matrix product: GELU, gate, residual.
 
-cuBLASLt puts the GELU into its product's epilogue (``torch._addmm_activation``); after a product of cuBLAS one small
-kernel of ours adds the gated residual.
+Implementations: one launch of `ppcl_kernels.grouped_linear` for both streams; cuBLAS, followed by one small kernel that
+adds the gated residual; cuBLASLt, whose matrix product has the GELU in its epilogue (``torch._addmm_activation``);
+plain torch.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ from ppcl_kernels.gated_residual import prepare_gated_residual
 from ppcl_kernels.launch import Target
 from ppcl_kernels.linear import prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
-from ppcl_rt.ops.implementations import CUBLAS, CUBLASLT, TORCH, Key, Way
+from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key
 from ppcl_rt.ops.modules import linear, parameter, readable
-from ppcl_rt.ops.operation import Operation, address, define_op, flag, form, name_of, vectors
+from ppcl_rt.ops.operation import (
+    Operation,
+    define_op,
+    dtype_name,
+    flag,
+    layout_signature,
+    vector_signature,
+    weight_signature,
+)
 
 
 class Linears(NamedTuple):
-    """One or two linear layers, and whether tanh-GELU follows them."""
+    """One linear layer or two (one of each stream), and whether tanh-GELU follows them."""
 
     groups: tuple[kernels.Linear, ...]
     gelu: bool = False
@@ -33,7 +42,7 @@ class Linears(NamedTuple):
 class _Linears(Operation[Linears, list[torch.Tensor]]):
     name = "linear"
 
-    def like(self, call: Linears) -> torch.Tensor:
+    def main_input(self, call: Linears) -> torch.Tensor:
         return call.groups[0].x
 
     def tensors(self, call: Linears) -> Sequence[torch.Tensor | None]:
@@ -42,82 +51,79 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
     def signature(self, call: Linears) -> Hashable:
         parts: list[Hashable] = [call.gelu]
         for g in call.groups:
-            parts += [g.out_features, form(g.x), address(g.weight), vectors(g.bias)]
-            parts += [form(g.gate), form(g.index), form(g.residual)]
+            parts += [g.out_features, layout_signature(g.x), weight_signature(g.weight), vector_signature(g.bias)]
+            parts += [layout_signature(g.gate), layout_signature(g.index), layout_signature(g.residual)]
         return tuple(parts)
 
     def fits(self, call: Linears) -> bool:
         return all(g.x.stride(-1) == 1 for g in call.groups)
 
     def key(self, call: Linears) -> Key:
-        words = [self.name, name_of(call.groups[0].x.dtype), flag(call.gelu, "gelu")]
-        sizes = [call.groups[0].x.shape[0]]
-        target = Target.of(call.groups[0].x.device)
+        x = call.groups[0].x
+        words, sizes = [self.name, dtype_name(x.dtype), flag(call.gelu, "gelu")], [x.shape[0]]
+        target = Target.of(x.device)
         for g in call.groups:
-            words.append(
-                "+".join(
-                    (
-                        flag(g.bias is not None, "bias"),
-                        flag(g.gate is not None, "gate"),
-                        flag(g.index is not None, "index"),
-                        flag(g.residual is not None, "residual"),
-                        flag(takes_tma(target, g.x, g.weight), "tma"),
-                        flag(g.x.is_contiguous(), "contiguous"),
-                    )
-                )
-            )
+            flags = {
+                "bias": g.bias is not None,
+                "gate": g.gate is not None,
+                "index": g.index is not None,
+                "residual": g.residual is not None,
+                "tma": takes_tma(target, g.x, g.weight),
+                "contiguous": g.x.is_contiguous(),
+            }
+            words.append("+".join(flag(on, name) for name, on in flags.items()))
             sizes += [g.x.shape[1], g.x.shape[2], g.out_features or g.weight.shape[0], g.weight.shape[1]]
         return Key(" ".join(words), tuple(sizes))
 
-    def implementations(self, call: Linears) -> list[Way]:
+    def implementations(self, call: Linears) -> list[Implementation]:
         x = call.groups[0].x
-        ours = [Way("triton", tuple(tile)) for tile in Tile.candidates(Target.of(x.device), x.dtype)]
-        # Without a gated residual cuBLAS has no kernel to go with it, and is the same as plain torch.
-        gated = any(g.gate is not None and g.residual is not None for g in call.groups)
-        if gated:
-            added = bool(ResidualTile.candidates(Target.of(x.device), x.dtype))
-            return [*ours, *([CUBLAS] if added else []), TORCH]
-        # cuBLASLt wants a bias; on a CPU torch's epilogue is another GELU.
+        target = Target.of(x.device)
+        triton = [Implementation("triton", tuple(tile)) for tile in Tile.candidates(target, x.dtype)]
+        if any(g.gate is not None and g.residual is not None for g in call.groups):
+            return [*triton, *([CUBLAS] if ResidualTile.candidates(target, x.dtype) else []), TORCH]
+        # Without a gated residual no small kernel follows, and cuBLAS is the same as plain torch: it is not offered.
+        # cuBLASLt needs a bias. On a CPU torch's epilogue is another form of GELU.
         if call.gelu and x.is_cuda and all(g.bias is not None for g in call.groups):
-            return [CUBLASLT, *ours, TORCH]
-        return [*ours, TORCH] if call.gelu else [TORCH, *ours]
+            return [CUBLASLT, *triton, TORCH]
+        return [*triton, TORCH] if call.gelu else [TORCH, *triton]
 
-    def run(self, call: Linears, way: Way) -> list[torch.Tensor]:
-        if way == TORCH:
-            return [kernels.linear_reference(*g[:4], gelu=call.gelu, **_after(g)) for g in call.groups]
-        if way == CUBLAS:
+    def run(self, call: Linears, implementation: Implementation) -> list[torch.Tensor]:
+        if implementation == TORCH:
+            return [
+                kernels.linear_reference(*g[:4], gelu=call.gelu, gate=g.gate, index=g.index, residual=g.residual)
+                for g in call.groups
+            ]
+        if implementation == CUBLAS:
             return [_cublas(g, kernels.gated_residual) for g in call.groups]
-        if way == CUBLASLT:
+        if implementation == CUBLASLT:
             return [_cublaslt(g) for g in call.groups]
         groups = [g if g.residual is None else g._replace(residual=g.residual.contiguous()) for g in call.groups]
-        return kernels.grouped_linear(groups, gelu=call.gelu, tile=None if way.tile is None else Tile(*way.tile))
+        return kernels.grouped_linear(groups, gelu=call.gelu, tile=implementation.tile_as(Tile))
 
-    def prepare(self, call: Linears, way: Way) -> Callable[[Linears], list[torch.Tensor]]:
-        if way == CUBLAS:
+    def prepare(self, call: Linears, implementation: Implementation) -> Callable[[Linears], list[torch.Tensor]]:
+        if implementation == CUBLAS:
             adds = [_prepare_add(g) for g in call.groups]
             return lambda call: [_cublas(g, add) for g, add in zip(call.groups, adds)]
-        if way.kind != "triton" or not all(g.residual is None or g.residual.is_contiguous() for g in call.groups):
-            return super().prepare(call, way)
-        tile = None if way.tile is None else Tile(*way.tile)
-        prepared = prepare_linear(call.groups, gelu=call.gelu, tile=tile)
+        # The kernel reads residuals that are contiguous; `run` copies others.
+        contiguous = all(g.residual is None or g.residual.is_contiguous() for g in call.groups)
+        if implementation.kind != "triton" or not contiguous:
+            return super().prepare(call, implementation)
+        prepared = prepare_linear(call.groups, gelu=call.gelu, tile=implementation.tile_as(Tile))
         return lambda call: prepared(call.groups)
 
-    def opaque(self, call: Linears) -> list[torch.Tensor]:
+    def run_custom_op(self, call: Linears) -> list[torch.Tensor]:
+        # One list for each field of the groups.
         return _OP(*map(list, zip(*call.groups, strict=True)), call.gelu)
 
 
 LINEARS = _Linears()
 
 
-def _after(g: kernels.Linear) -> dict[str, Any]:
-    return {"gate": g.gate, "index": g.index, "residual": g.residual}
-
-
-def _cublas(g: kernels.Linear, add: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _cublas(g: kernels.Linear, add_gated_residual: Callable[..., torch.Tensor]) -> torch.Tensor:
     y = kernels.linear_reference(*g[:4])
     if g.gate is None or g.residual is None:
         return y if g.residual is None else g.residual + y
-    return add(g.residual, g.gate, y, g.index)
+    return add_gated_residual(g.residual, g.gate, y, g.index)
 
 
 def _prepare_add(g: kernels.Linear) -> Callable[..., torch.Tensor]:
@@ -128,19 +134,19 @@ def _prepare_add(g: kernels.Linear) -> Callable[..., torch.Tensor]:
 
 def _cublaslt(g: kernels.Linear) -> torch.Tensor:
     n, k = g.out_features, g.x.shape[-1]
-    assert g.bias is not None, "offered where there is a bias"
+    assert g.bias is not None, "cuBLASLt is offered only where there is a bias"
     y = torch._addmm_activation(g.bias[:n], g.x.flatten(0, 1), g.weight[:n, :k].t(), use_gelu=True)
     return y.unflatten(0, g.x.shape[:2])
 
 
 def _run(*arguments: Any) -> list[torch.Tensor]:
-    *columns, gelu = arguments
-    return LINEARS(Linears(tuple(kernels.Linear(*group) for group in zip(*columns, strict=True)), gelu))
+    *fields, gelu = arguments
+    return LINEARS(Linears(tuple(kernels.Linear(*group) for group in zip(*fields, strict=True)), gelu))
 
 
 def _fake(x: Any, weight: Any, bias: Any, out_features: Any, *_: Any) -> list[torch.Tensor]:
     widths = [w.shape[0] if n is None else n for w, n in zip(weight, out_features, strict=True)]
-    return [part.new_empty(*part.shape[:2], n) for part, n in zip(x, widths, strict=True)]
+    return [each.new_empty(*each.shape[:2], n) for each, n in zip(x, widths, strict=True)]
 
 
 _OP = define_op(
@@ -153,23 +159,33 @@ _OP = define_op(
 
 
 class Layer(NamedTuple):
-    """A linear module on ``x [B, S, k]``, its first ``out_features`` rows, and what follows the product.
+    """A linear module, its input, and what follows the matrix product.
 
-    ``gate`` and ``index`` as in `ppcl_kernels.modulation`, ``residual [B, S, out_features]``.
+    Attributes:
+        module: a linear layer, or what wraps one.
+        x: ``[B, S, k]``; the product is over the first ``k`` columns of the weight.
+        out_features: the number of rows of the weight that are computed, from the first; None for all.
+        gate: ``[B, out_features]``, or ``[2 B, out_features]`` with a ``token_index``; multiplies the product.
+        token_index: ``[B, S]``, which of two gates a token takes (`ppcl_kernels.modulation`).
+        residual: ``[B, S, out_features]``, added last.
     """
 
     module: Any
     x: torch.Tensor
     out_features: int | None = None
     gate: torch.Tensor | None = None
-    index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    token_index: torch.Tensor | None = None
     residual: torch.Tensor | None = None
 
 
 def linears(layers: Sequence[Layer], *, gelu: bool = False) -> list[torch.Tensor]:
-    """Apply linear layers of both streams, each followed by tanh-GELU, ``* gate`` and ``+ residual`` as asked for."""
-    moving = [t for layer in layers for t in (layer.x, layer.gate, layer.residual)]
-    if not readable(layers[0].x, *(layer.module for layer in layers), moving=tuple(moving)):
+    """Apply linear layers, one of each stream, each followed by tanh-GELU, ``* gate`` and ``+ residual`` if given.
+
+    Returns:
+        ``[B, S, out_features]`` of each layer.
+    """
+    others = [t for layer in layers for t in (layer.x, layer.gate, layer.residual)]
+    if not readable(layers[0].x, *(layer.module for layer in layers), others=tuple(others)):
         return [_through_module(layer, gelu) for layer in layers]
     return LINEARS(
         Linears(
@@ -193,5 +209,5 @@ def _through_module(layer: Layer, gelu: bool) -> torch.Tensor:
     if gelu:
         y = F.gelu(y, approximate="tanh")
     if layer.gate is not None:
-        y = kernels.per_token(layer.gate, layer.index) * y
+        y = kernels.per_token(layer.gate, layer.token_index) * y
     return y if layer.residual is None else layer.residual + y

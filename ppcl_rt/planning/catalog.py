@@ -5,225 +5,50 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, TypeVar
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ppcl_rt.planning.plan import Frozen, Interval, Plan, Step, Width
+from ppcl_rt.planning.architecture import Architecture
+from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED, BlockSpec
+from ppcl_rt.planning.frozen import Frozen
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.legal import LegalWidths, Student, TextRun
+from ppcl_rt.planning.plan import Plan, PlannedBlock
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
-# The groups of `Width` that are MLPs: those that a linear map can stand in for, which is their count 0.
-MLPS = ("image", "text")
+# The version of the JSON form. It rises when an older reader would misread a catalog; `ppcl_rt.checkpoint.migration`
+# brings older catalogs up to it.
+FORMAT = 2
 
-
-class Option(NamedTuple):
-    """A legal count of a group of `Width`, and the loss of the teacher's velocity when this alone is narrowed to it.
-
-    Attributes:
-        bands: the loss's parts in each band of the timestep (`Catalog.edges`); none where it was not measured so.
-    """
-
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of an option
-    loss: float
-    bands: tuple[float, ...] = ()
-
-
-class Widths(Frozen):
-    """The legal counts of a block, per group of `Width`, widest first; the widest is the full one and loses nothing."""
-
-    heads: tuple[Option, ...]
-    image: tuple[Option, ...]
-    text: tuple[Option, ...]
-    modulation: tuple[Option, ...]
-
-    @field_validator("heads", "image", "text", "modulation")
-    @classmethod
-    def _sound(cls, options: tuple[Option, ...], info: ValidationInfo) -> tuple[Option, ...]:
-        counts = [option.count for option in options]
-        least = 0 if info.field_name in MLPS else 1
-        if not counts or counts[0] < 1 or min(counts) < least or counts != sorted(set(counts), reverse=True):
-            raise ValueError(f"counts fall strictly from the full one and stay at {least} or more, not {counts}")
-        if options[0].loss != 0 or not all(option.loss > 0 and math.isfinite(option.loss) for option in options[1:]):
-            raise ValueError("the full count loses 0, every narrower one more than 0")
-        return options
-
-    @classmethod
-    def only(cls, width: Width) -> Widths:
-        """A block that runs at one width."""
-        return cls(**{group: (Option(count, 0.0),) for group, count in width._asdict().items()})
-
-    def of(self, group: str) -> tuple[Option, ...]:
-        """Options of one group: a field of `Width`."""
-        options: tuple[Option, ...] = getattr(self, group)
-        return options
-
-    def has(self, group: str, count: int) -> bool:
-        """Whether a count is legal."""
-        return any(option.count == count for option in self.of(group))
-
-    @property
-    def rank(self) -> int:
-        """The highest rank below the full one that modulations come in, 0 for none: lower ones are prefixes of it."""
-        return self.modulation[1].count if len(self.modulation) > 1 else 0
-
-    @property
-    def full(self) -> Width:
-        """The dense width."""
-        return Width(*(self.of(group)[0].count for group in Width._fields))
-
-
-# The teacher block of an interval that a student was copied from; ``average`` is the mean of all.
-Start = Literal["first", "middle", "last", "average"]
-
-
-class Student(Frozen):
-    """A block distilled to stand in for an interval.
-
-    Attributes:
-        interval: the blocks that it replaces.
-        start: the teacher block of the interval that it was copied from.
-        loss: of the teacher's velocity with this student alone plugged in, at full width.
-        widths: its own legal widths.
-        bands: as in `Option`.
-    """
-
-    interval: Interval
-    start: Start
-    loss: float = Field(gt=0, allow_inf_nan=False)
-    widths: Widths
-    bands: tuple[float, ...] = ()
-
-
-class TextRun(Frozen):
-    """Blocks along which the text stream may stand still (PPCL eq. 8; `Plan.text_runs`).
-
-    Attributes:
-        interval: two or more blocks; the first computes the text stream as ever.
-        loss: of the teacher's velocity with this run alone.
-        bands: as in `Option`.
-    """
-
-    interval: Interval
-    loss: float = Field(gt=0, allow_inf_nan=False)
-    bands: tuple[float, ...] = ()
-
-    @field_validator("interval")
-    @classmethod
-    def _long(cls, interval: Interval) -> Interval:
-        if len(interval) < 2:
-            raise ValueError(f"a text run is two or more blocks, not {interval}")
-        return interval
-
-
-def text_maps(run: Interval, depth: int) -> tuple[str, ...]:
-    """Names of a text run's maps ``[D, D]``: what each block behind its first reads, and how the stream moves on.
-
-    Behind the last block of the model nobody reads the text.
-    """
-    read = [f"z_{block}" for block in run if block != run.first]
-    return (*read, *(["text"] if run.last < depth - 1 else []))
-
-
-class Shape(Frozen):
-    """The dimensions of a two-stream transformer, from which every cost follows.
-
-    Attributes:
-        depth: blocks.
-        dim: width D of the residual streams.
-        head_dim: channels of a head, E.
-        width: heads, MLP channels and modulation rank of the dense block.
-        outer_params: parameters outside the blocks.
-    """
-
-    depth: int = Field(ge=1)
-    dim: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    width: Width
-    outer_params: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _full_rank(self) -> Shape:
-        if self.width.modulation != self.dim:
-            raise ValueError(f"the full rank of modulations is the width {self.dim}, not {self.width.modulation}")
-        return self
-
-    @property
-    def fixed_params(self) -> int:
-        """Parameters of a block at no width at all: q/k norms, output biases."""
-        return 4 * self.head_dim + 4 * self.dim
-
-    def group_params(self, group: str, count: int, still: bool = False) -> int:
-        """Parameters of a group of a block (a field of `Width`) at a count; ``still`` as in `Plan.still`."""
-        if group == "heads":
-            # Of two streams: q, k, v with biases, and the output, which a text stream that stands still has not.
-            return count * self.head_dim * (2 * (4 * self.dim + 3) - (self.dim if still else 0))
-        if group == "modulation":
-            # Six vectors a stream; below the full rank through ``count`` channels that both streams share.
-            shared = count * (self.dim + 1) if count < self.dim else 0
-            return (6 if still else 12) * self.dim * (count + 1) + shared
-        if group == "text" and still:
-            # Less the biases of two outputs, which are counted as fixed.
-            return -2 * self.dim
-        return count * (2 * self.dim + 1) or self.dim**2
-
-    def block_params(self, width: Width, still: bool = False) -> int:
-        """Parameters of a block at a width; ``still`` as in `Plan.still`."""
-        return self.fixed_params + sum(self.group_params(group, n, still) for group, n in width._asdict().items())
-
-    def run_params(self, run: Interval) -> int:
-        """Parameters of a text run's maps."""
-        return len(text_maps(run, self.depth)) * self.dim * (self.dim + 1)
-
-    @property
-    def dense_params(self) -> int:
-        """Parameters of the dense model."""
-        return self.outer_params + self.depth * self.block_params(self.width)
-
-    def params(self, plan: Plan) -> int:
-        """Parameters that a plan runs."""
-        runs = sum(map(self.run_params, plan.text_runs))
-        blocks = sum(self.block_params(step.width, step.blocks.first in plan.still) for step in plan.steps)
-        return self.outer_params + blocks + runs
-
-    def flops(self, plan: Plan, image_tokens: int, text_tokens: int, batch: int = 1) -> int:
-        """Floating-point operations (2 a multiply-add) of the blocks' matrix products and attention, one forward."""
-        tokens = image_tokens + text_tokens
-        total = 0
-        for step in plan.steps:
-            inner, still = step.width.heads * self.head_dim, step.blocks.first in plan.still
-            total += 8 * tokens * self.dim * inner + 4 * tokens**2 * inner
-            total += image_tokens * (4 * self.dim * step.width.image or 2 * self.dim**2)
-            total += text_tokens * (
-                -2 * self.dim * inner if still else 4 * self.dim * step.width.text or 2 * self.dim**2
-            )
-            # Modulations, once a sample.
-            rank = step.width.modulation
-            total += (12 if still else 24) * self.dim * rank + (2 * self.dim * rank if rank < self.dim else 0)
-        total += sum(2 * text_tokens * self.dim**2 * len(text_maps(run, self.depth)) for run in plan.text_runs)
-        return batch * total
+Chosen = TypeVar("Chosen", Student, TextRun)
 
 
 class Catalog(Frozen):
     """What a checkpoint can do. Travels inside the checkpoint, in ``config.json``.
 
+    A *loss* is the velocity error of the dense model with one choice changed: squared error of the clean image that the
+    prediction points at, over the teacher's own signal.
+
     Attributes:
-        family: name of the model family, ``qwen-image``.
-        shape: dimensions of the dense model.
+        family: name of the model family (`ppcl_rt.families.registry`).
+        architecture: of the dense model.
         blocks: legal widths of each teacher block.
         students: what can stand in for which interval; intervals may overlap, a plan takes disjoint ones.
-        text_runs: where the text stream may stand still; likewise.
+        text_runs: where the text stream need not be updated; likewise.
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
             Linear maps for MLPs and modulations of a lower rank always do where they are legal.
         edges: timesteps that bound the bands that losses are divided into, from 0 to 1; none where they are not.
-        checksums: SHA-256 of every tensor's bytes, by name.
+        checksums: SHA-256 of every tensor's bytes, by its name in the file.
         task: how to sample and judge, for checkpoints of a task that the project can judge: ``{"name": ..., ...}``.
     """
 
-    format: int = Field(1, ge=1, le=1)
+    format: int = Field(FORMAT, ge=FORMAT, le=FORMAT)
     family: str
-    shape: Shape
-    blocks: tuple[Widths, ...]
+    architecture: Architecture
+    blocks: tuple[LegalWidths, ...]
     students: tuple[Student, ...] = ()
     text_runs: tuple[TextRun, ...] = ()
     compensated: bool = False
@@ -232,36 +57,52 @@ class Catalog(Frozen):
     task: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Catalog:
-        if len(self.blocks) != self.shape.depth:
-            raise ValueError(f"the catalog lists {len(self.blocks)} blocks, the model has {self.shape.depth}")
-        runnable = {f"block {index}": widths for index, widths in enumerate(self.blocks)}
-        runnable |= {f"student {student.interval}": student.widths for student in self.students}
-        for name, widths in runnable.items():
-            if widths.full != self.shape.width:
-                raise ValueError(f"{name} starts at {widths.full}, the dense block has {self.shape.width}")
-        for student in self.students:
-            if student.interval.last >= self.shape.depth:
-                raise ValueError(f"student {student.interval} reaches beyond block {self.shape.depth - 1}")
-        if len({student.interval for student in self.students}) != len(self.students):
-            raise ValueError("an interval has two students: drop one")
-        if self.edges:
-            if len(self.edges) < 2 or list(self.edges) != sorted({0.0, 1.0, *self.edges}):
-                raise ValueError(f"edges of timestep bands rise from 0 to 1, not {self.edges}")
-            for parts in self._all_bands():
-                if len(parts) != len(self.edges) - 1 or not all(0 <= p < math.inf for p in parts):
-                    raise ValueError(f"a loss has the parts {parts} in {len(self.edges) - 1} bands of the timestep")
-        if len({run.interval for run in self.text_runs}) != len(self.text_runs):
-            raise ValueError("a text run is listed twice: drop one")
+    def _fits_the_architecture(self) -> Catalog:
+        depth = self.architecture.depth
+        if len(self.blocks) != depth:
+            raise ValueError(f"the catalog lists {len(self.blocks)} blocks, the model has {depth}")
+        for name, choices in (("student", self.students), ("text run", self.text_runs)):
+            for choice in choices:
+                if choice.interval.last >= depth:
+                    raise ValueError(f"{name} {choice.interval} reaches beyond block {depth - 1}")
+                if not self.architecture.one_kind(choice.interval):
+                    raise ValueError(f"{name} {choice.interval} reaches from one list of blocks into the next")
+            if len({choice.interval for choice in choices}) != len(choices):
+                raise ValueError(f"an interval has two {name}s: drop one")
         for run in self.text_runs:
-            if run.interval.last >= self.shape.depth:
-                raise ValueError(f"text run {run.interval} reaches beyond block {self.shape.depth - 1}")
+            if "text" not in self.architecture.spec(run.interval.first).may_skip:
+                raise ValueError(f"text run {run.interval}: these blocks cannot leave the text stream as it was")
+        return self
+
+    @model_validator(mode="after")
+    def _legal(self) -> Catalog:
+        legal = [(f"block {n}", n, widths) for n, widths in enumerate(self.blocks)]
+        legal += [(f"student {each.interval}", each.interval.first, each.widths) for each in self.students]
+        for name, block, widths in legal:
+            spec = self.architecture.spec(block)
+            if widths.full != spec.full:
+                raise ValueError(f"{name} starts at {widths.full}, the dense block has {spec.full}")
+            for group in widths.groups:
+                if widths.has(group, LINEAR_MAP) and not spec.groups[group].mappable:
+                    raise ValueError(f"{name}: no linear map can stand in for {group}: a count stays at 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _in_bands(self) -> Catalog:
+        if not self.edges:
+            return self
+        if len(self.edges) < 2 or list(self.edges) != sorted({0.0, 1.0, *self.edges}):
+            raise ValueError(f"edges of timestep bands rise from 0 to 1, not {self.edges}")
+        for parts in self._all_bands():
+            if len(parts) != len(self.edges) - 1 or not all(0 <= p < math.inf for p in parts):
+                raise ValueError(f"a loss has the parts {parts} in {len(self.edges) - 1} bands of the timestep")
         return self
 
     @classmethod
-    def of_dense(cls, family: str, shape: Shape) -> Catalog:
+    def of_dense(cls, family: str, architecture: Architecture) -> Catalog:
         """The catalog of a stock checkpoint: everything, or nothing."""
-        return cls(family=family, shape=shape, blocks=(Widths.only(shape.width),) * shape.depth)
+        blocks = (LegalWidths.only(architecture.spec(n).full) for n in range(architecture.depth))
+        return cls(family=family, architecture=architecture, blocks=tuple(blocks))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -269,15 +110,114 @@ class Catalog(Frozen):
         joined = "\n".join(f"{name} {digest}" for name, digest in sorted(self.checksums.items()))
         return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
+    # Plans.
+
     @cached_property
     def dense(self) -> Plan:
         """The plan that leaves everything in: the teacher."""
-        return Plan.dense(self.fingerprint, self.shape.depth, self.shape.width)
+        return self.compose((n, self.architecture.spec(n).full) for n in range(self.architecture.depth))
+
+    def compose(
+        self,
+        kept: Iterable[tuple[int, Width]],
+        students: Iterable[PlannedBlock] = (),
+        text_runs: Iterable[Interval] = (),
+    ) -> Plan:
+        """Build a plan for this checkpoint; blocks of text runs lose the groups that only the text stream needs."""
+        runs = tuple(text_runs)
+        skipping = {block for run in runs for block in run if block != run.first}
+        narrowed = (
+            (n, Width({g: width[g] for g in self.spec(n).groups_without(TEXT_NOT_UPDATED)}) if n in skipping else width)
+            for n, width in kept
+        )
+        return Plan.of(self.fingerprint, self.architecture.depth, narrowed, students, runs)
+
+    def spec(self, block: int) -> BlockSpec:
+        """What a block is made of."""
+        return self.architecture.spec(block)
+
+    def widths(self, planned: PlannedBlock) -> LegalWidths:
+        """Legal widths of what a planned block runs."""
+        return self.student(planned.interval).widths if planned.student else self.blocks[planned.interval.first]
+
+    def student(self, interval: Interval) -> Student:
+        """The student of an interval.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return _of_interval(self.students, interval, f"no student stands in for {interval}; there are")
+
+    def text_run(self, interval: Interval) -> TextRun:
+        """The text run over an interval.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return _of_interval(self.text_runs, interval, f"there is no text run over {interval}; there are")
+
+    def check(self, plan: Plan) -> Plan:
+        """Return the plan if this checkpoint can run it.
+
+        Raises:
+            ValueError: the plan is for another checkpoint, or asks for what is not there.
+        """
+        if plan.checkpoint != self.fingerprint:
+            raise ValueError(
+                f"the plan was made for checkpoint {plan.checkpoint}, this is {self.fingerprint}: plan again"
+            )
+        if plan.depth != self.architecture.depth:
+            raise ValueError(f"the plan is for {plan.depth} blocks, the checkpoint has {self.architecture.depth}")
+        for planned in plan.blocks:
+            if planned.student:
+                self.student(planned.interval)
+            self._check_width(plan, planned)
+        for run in plan.text_runs:
+            self.text_run(run)
+        return plan
+
+    def _check_width(self, plan: Plan, planned: PlannedBlock) -> None:
+        spec, width, widths = self.spec(planned.interval.first), planned.width, self.widths(planned)
+        where = f"blocks {planned.interval}"
+        groups = spec.groups_without(plan.not_updated(planned))
+        if set(width) != set(groups):
+            raise ValueError(f"{where} name counts of {', '.join(width) or 'nothing'}, wanted: {', '.join(groups)}")
+        if not width.within(spec.full):
+            raise ValueError(f"{where} run {width}, the checkpoint holds {spec.full}")
+        for group, count in width.items():
+            if count == LINEAR_MAP and not spec.groups[group].mappable:
+                raise ValueError(f"{where}: {group} is 1 or more, not 0")
+            if count == LINEAR_MAP and not widths.has(group, LINEAR_MAP):
+                raise ValueError(f"{where}: the checkpoint holds no linear map for the {group} MLP")
+        for group in spec.rank_groups:
+            highest, full = widths.highest_rank(group), spec.groups[group].count
+            if highest < width.get(group, full) < full:
+                raise ValueError(f"{where}: {group} comes at full rank and up to {highest}, not at {width[group]}")
+
+    def ratio(self, plan: Plan) -> float:
+        """Parameters of a plan over parameters of the dense model."""
+        return self.architecture.params(plan) / self.architecture.dense_params
+
+    def loss(self, plan: Plan) -> float:
+        """Predicted loss: the sum of what each choice alone loses (NaN where the plan takes what was not measured)."""
+        if plan.skipped:
+            return math.nan
+        total = 0.0
+        total += sum(self.text_run(run).loss for run in plan.text_runs)
+        for planned in plan.blocks:
+            total += self.student(planned.interval).loss if planned.student else 0.0
+            widths = self.widths(planned)
+            for group in self.spec(planned.interval.first).groups_without(plan.not_updated(planned)):
+                losses = {count.units: count.loss for count in widths.of(group)}
+                total += losses.get(planned.width[group], math.nan)
+        return total
+
+    # Bands of the timestep.
 
     def _all_bands(self) -> Iterator[tuple[float, ...]]:
         for widths in (*self.blocks, *(student.widths for student in self.students)):
-            for group in Width._fields:
-                yield from (option.bands for option in widths.of(group)[1:])
+            for group in widths.groups:
+                yield from (count.bands for count in widths.of(group)[1:])
         yield from (student.bands for student in self.students)
         yield from (run.bands for run in self.text_runs)
 
@@ -297,103 +237,32 @@ class Catalog(Frozen):
         """The same catalog with losses as they are in a band of the timestep: what a denoising step there goes by."""
         least = 1e-12
 
-        def narrowed(widths: Widths) -> Widths:
-            return Widths(
-                **{
-                    group: (
-                        widths.of(group)[0],
-                        *(option._replace(loss=max(option.bands[band], least)) for option in widths.of(group)[1:]),
-                    )
-                    for group in Width._fields
+        def widths_there(widths: LegalWidths) -> LegalWidths:
+            return LegalWidths(
+                {
+                    group: (legal[0], *(c._replace(loss=max(c.bands[band], least)) for c in legal[1:]))
+                    for group, legal in widths.root.items()
                 }
             )
 
-        def moved(each: Any) -> Any:
-            widths = {"widths": narrowed(each.widths)} if isinstance(each, Student) else {}
-            return each.model_copy(update={"loss": max(each.bands[band], least), **widths})
+        def there(choice: Chosen) -> Chosen:
+            moved: dict[str, Any] = {"loss": max(choice.bands[band], least)}
+            if isinstance(choice, Student):
+                moved["widths"] = widths_there(choice.widths)
+            return choice.model_copy(update=moved)
 
         return self.model_copy(
             update={
-                "blocks": tuple(map(narrowed, self.blocks)),
-                "students": tuple(map(moved, self.students)),
-                "text_runs": tuple(map(moved, self.text_runs)),
+                "blocks": tuple(map(widths_there, self.blocks)),
+                "students": tuple(map(there, self.students)),
+                "text_runs": tuple(map(there, self.text_runs)),
             }
         )
 
-    def student(self, interval: Interval) -> Student:
-        """The student of an interval.
 
-        Raises:
-            ValueError: there is none.
-        """
-        for student in self.students:
-            if student.interval == interval:
-                return student
-        have = ", ".join(str(student.interval) for student in self.students) or "none"
-        raise ValueError(f"no student stands in for {interval}; there are: {have}")
-
-    def text_run(self, interval: Interval) -> TextRun:
-        """The text run over an interval.
-
-        Raises:
-            ValueError: there is none.
-        """
-        for run in self.text_runs:
-            if run.interval == interval:
-                return run
-        have = ", ".join(str(run.interval) for run in self.text_runs) or "none"
-        raise ValueError(f"the text stream cannot stand still over {interval}; it can over: {have}")
-
-    def check(self, plan: Plan) -> Plan:
-        """Return the plan if this checkpoint can run it.
-
-        Raises:
-            ValueError: the plan is for another checkpoint, or asks for what is not there.
-        """
-        if plan.checkpoint != self.fingerprint:
-            raise ValueError(
-                f"the plan was made for checkpoint {plan.checkpoint}, this is {self.fingerprint}: plan again"
-            )
-        if plan.depth != self.shape.depth:
-            raise ValueError(f"the plan is for {plan.depth} blocks, the checkpoint has {self.shape.depth}")
-        for step in plan.steps:
-            if step.student:
-                self.student(step.blocks)
-            if not step.width.within(self.shape.width):
-                raise ValueError(f"blocks {step.blocks} run {step.width}, the checkpoint holds {self.shape.width}")
-            widths = self.widths(step)
-            for group in MLPS:
-                still = group == "text" and step.blocks.first in plan.still
-                if getattr(step.width, group) == 0 and not widths.has(group, 0) and not still:
-                    raise ValueError(f"blocks {step.blocks}: the checkpoint holds no linear map for the {group} MLP")
-            if widths.rank < step.width.modulation < self.shape.width.modulation:
-                raise ValueError(
-                    f"blocks {step.blocks}: modulations come at full rank and up to {widths.rank}, "
-                    f"not at {step.width.modulation}"
-                )
-        for run in plan.text_runs:
-            self.text_run(run)
-        return plan
-
-    def ratio(self, plan: Plan) -> float:
-        """Parameters of a plan over parameters of the dense model."""
-        return self.shape.params(plan) / self.shape.dense_params
-
-    def loss(self, plan: Plan) -> float:
-        """Predicted loss: the sum of what each choice alone loses (NaN where the plan takes what was not measured)."""
-        if plan.skipped:
-            return math.nan
-        total = 0.0
-        total += sum(self.text_run(run).loss for run in plan.text_runs)
-        for step in plan.steps:
-            total += self.student(step.blocks).loss if step.student else 0.0
-            widths = self.widths(step)
-            for group, count in step.width._asdict().items():
-                if group == "text" and step.blocks.first in plan.still:
-                    continue
-                total += {option.count: option.loss for option in widths.of(group)}.get(count, math.nan)
-        return total
-
-    def widths(self, step: Step) -> Widths:
-        """Legal widths of what a step runs."""
-        return self.student(step.blocks).widths if step.student else self.blocks[step.blocks.first]
+def _of_interval(choices: Iterable[Chosen], interval: Interval, missing: str) -> Chosen:
+    choices = tuple(choices)
+    for choice in choices:
+        if choice.interval == interval:
+            return choice
+    raise ValueError(f"{missing}: {', '.join(str(choice.interval) for choice in choices) or 'none'}")

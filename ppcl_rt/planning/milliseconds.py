@@ -7,7 +7,7 @@ for milliseconds adds up `Costs.change` as it adds up parameters.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,22 +15,25 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ppcl_rt.planning.catalog import text_maps
-from ppcl_rt.planning.plan import Frozen, Plan, Width, read_json
+from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED, BlockSpec, Stream
+from ppcl_rt.planning.frozen import Frozen, read_json
+from ppcl_rt.planning.plan import Plan, text_maps
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
-Kind = Literal["block", "still", "map", "outer"]
+Kind = Literal["block", "text_not_updated", "map", "outer"]
 
 
 class CostRow(Frozen):
     """One measurement.
 
     Attributes:
-        kind: ``block``; ``still``, a block in a text run that leaves the text stream alone (its ``width.text`` is 0);
-            ``map``, one linear map ``[D, D]`` of a text run over the text tokens; ``outer``, all outside of blocks.
+        kind: ``block``; ``text_not_updated``, a block of a text run that does not update the text stream (its width has
+            no group of the text MLP); ``map``, one linear map ``[D, D]`` of a text run over the text tokens; ``outer``,
+            all outside of blocks.
         image_tokens, text_tokens, batch: what it ran on; no key mask.
         width: of a block; None for ``map`` and ``outer``.
         ms: on the device, of one block, map or forward without blocks; python is ahead of it.
-        full_ms: of the full block, in turn with this one: ``ms / full_ms`` holds where clocks have changed since.
+        full_ms: of the full block, measured in turn with this one: ``ms / full_ms`` holds where clocks have changed.
         host_ms: until the call returned.
         repeats: timings that ``ms`` and ``full_ms`` are the medians of.
         operations: milliseconds of each operation of the block, timed in another pass; they need not add up to ``ms``.
@@ -51,13 +54,14 @@ class CostRow(Frozen):
 
     @model_validator(mode="after")
     def _sound(self) -> CostRow:
-        if (self.width is not None) != (self.kind in ("block", "still")):
+        if (self.width is not None) != (self.kind in ("block", "text_not_updated")):
             raise ValueError(f"rows of blocks have a width, others have none: {self.kind} {self.width}")
-        if self.width is not None and (min(self.width) < 0 or min(self.width.heads, self.width.modulation) < 1):
-            raise ValueError(f"heads and modulation are 1 or more, MLPs 0 or more: {self.width}")
-        if self.kind == "still" and self.width is not None and self.width.text:
-            raise ValueError(f"a block that leaves the text alone runs no text MLP: its text width is 0: {self.width}")
         return self
+
+    @property
+    def not_updated(self) -> frozenset[Stream]:
+        """The streams that the block leaves as they were."""
+        return TEXT_NOT_UPDATED if self.kind == "text_not_updated" else ALL_UPDATED
 
 
 class CostTable(Frozen):
@@ -68,13 +72,13 @@ class CostTable(Frozen):
         device, versions, commit, dirty, date, command: where the figures come from.
         dtype: of weights and activations.
         backend: ``PPCL_BACKEND`` as it was.
-        dim, head_dim, full: width D of the streams, channels of a head, the full block.
+        spec: what the blocks are made of.
         blocks: different blocks that were run in turn, so that no weight is read from a cache.
         complete: whether every row that was meant to be measured is there, or in ``left_out``.
         left_out: what failed, and why.
     """
 
-    format: Literal[1]
+    format: Literal[2]
     device: str
     versions: dict[str, str | None]
     commit: str | None
@@ -83,9 +87,7 @@ class CostTable(Frozen):
     command: str
     dtype: str
     backend: str
-    dim: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    full: Width
+    spec: BlockSpec
     blocks: int = Field(ge=1)
     complete: bool
     left_out: dict[str, str] = Field(default_factory=dict)
@@ -98,8 +100,13 @@ class CostTable(Frozen):
             key = (row.kind, row.image_tokens, row.text_tokens, row.batch, row.width)
             if key in seen:
                 raise ValueError(f"{row.kind} {row.width} at {row.image_tokens} tokens is listed twice: drop one")
-            if row.width is not None and not row.width.within(self.full):
-                raise ValueError(f"a row is wider than the full block: {row.width}, {self.full}")
+            if row.width is not None and set(row.width) != set(self.spec.groups_without(row.not_updated)):
+                raise ValueError(f"a row of kind {row.kind} names the groups {', '.join(row.width)}")
+            if row.width is not None and not row.width.within(self.spec.full):
+                raise ValueError(f"a row is wider than the full block: {row.width}, {self.spec.full}")
+            for group, count in (row.width or {}).items():
+                if count == LINEAR_MAP and not self.spec.groups[group].mappable:
+                    raise ValueError(f"{group} is 1 or more, not 0: {row.width}")
             seen.add(key)
         return self
 
@@ -122,8 +129,8 @@ class CostTable(Frozen):
         shape = (image_tokens, text_tokens, batch)
         rows = [row for row in self.rows if row.agrees]
         here = tuple(row for row in rows if (row.image_tokens, row.text_tokens, row.batch) == shape)
-        costs = Costs(self.full, here, shape)
-        if not any((row.kind, row.width) == ("block", self.full) for row in here):
+        costs = Costs(self.spec, here, shape)
+        if not any((row.kind, row.width) == ("block", self.spec.full) for row in here):
             there = sorted({(row.image_tokens, row.text_tokens, row.batch) for row in rows})
             raise ValueError(
                 f"no full block was measured at {shape} (image tokens, text tokens, batch); there are: {there}"
@@ -133,47 +140,46 @@ class CostTable(Frozen):
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds at one shape: a sum over the groups of `Width`, so that a linear program can count with them.
+    """Milliseconds at one shape: a sum over the groups of a width, so that a linear program can count with them.
 
     ``ms(width) = ms(full) + sum over groups of (ms(full but for this group) - ms(full))``, linear between the counts
-    that were measured. Two points stand apart and are never interpolated to: 0 channels (a linear map) and
-    the full rank of modulations (the stock layers).
+    that were measured. Two points are never interpolated to: `LINEAR_MAP`, and the full rank of modulations (the stock
+    layers).
     """
 
-    full: Width
+    spec: BlockSpec
     rows: tuple[CostRow, ...]
     shape: tuple[int, int, int]
 
-    def ms(self, width: Width, still: bool = False) -> float:
-        """Return the milliseconds of a block; ``still`` as in `Plan.still`.
+    def ms(self, width: Width, not_updated: Collection[Stream] = ALL_UPDATED) -> float:
+        """Return the milliseconds of a block.
+
+        Args:
+            not_updated: the streams that it leaves as they were (`Plan.not_updated`).
 
         Raises:
             ValueError: a count lies outside of what was measured.
         """
-        kind: Kind = "still" if still else "block"
-        total = self._base(kind)
-        for group, count in width._asdict().items():
-            if not (still and group == "text"):
-                total += self.change(group, count, still)
-        return total
+        kind, whole = _kind(not_updated), self._whole(not_updated)
+        total = self._curve(kind, next(iter(whole)))[next(iter(whole.values()))]
+        return total + sum(self.change(group, width[group], not_updated) for group in whole)
 
-    def change(self, group: str, count: int, still: bool = False) -> float:
+    def change(self, group: str, count: int, not_updated: Collection[Stream] = ALL_UPDATED) -> float:
         """Return the milliseconds that a block takes more when only this group differs from the full block's.
 
-        A block that leaves the text alone goes by the other blocks' figures where it has none of its own.
+        A block that does not update the text goes by the other blocks' figures where it has none of its own.
 
         Raises:
             ValueError: the count lies outside of what was measured.
         """
-        full = getattr(self.full, group)
-        kind: Kind = "still" if still else "block"
+        full, kind = self.spec.full[group], _kind(not_updated)
         points = self._curve(kind, group)
-        if still and len(points) < 2:
+        if kind != "block" and len(points) < 2:
             kind, points = "block", self._curve("block", group)
         if count in points:
             return points[count] - points[full]
-        apart = {0} if group in ("image", "text") else {full} if group == "modulation" else set()
-        counts = [n for n in sorted(points) if n not in apart]
+        never = {LINEAR_MAP, full} if self.spec.groups[group].is_rank else {LINEAR_MAP}
+        counts = [n for n in sorted(points) if n not in never]
         above = bisect.bisect(counts, count)
         if not 0 < above < len(counts):
             known = ", ".join(map(str, sorted(points)))
@@ -186,10 +192,10 @@ class Costs:
         """Return the milliseconds of a forward.
 
         Raises:
-            ValueError: a step needs what was not measured.
+            ValueError: a block needs what was not measured.
         """
         total = self._only("outer").ms
-        total += sum(self.ms(step.width, step.blocks.first in plan.still) for step in plan.steps)
+        total += sum(self.ms(block.width, plan.not_updated(block)) for block in plan.blocks)
         maps = sum(len(text_maps(run, plan.depth)) for run in plan.text_runs)
         return total + (maps * self._only("map").ms if maps else 0.0)
 
@@ -203,26 +209,27 @@ class Costs:
                 return row
         raise ValueError(f"no row of kind {kind} was measured at {self.shape}")
 
-    def _whole(self, kind: Kind) -> Width:
-        return self.full._replace(text=0) if kind == "still" else self.full
-
-    def _base(self, kind: Kind) -> float:
-        return self._curve(kind, "heads")[self.full.heads]
+    def _whole(self, not_updated: Collection[Stream]) -> Width:
+        return Width({group: self.spec.full[group] for group in self.spec.groups_without(not_updated)})
 
     @cached_property
     def _full_ms(self) -> float:
-        [row] = (row for row in self.rows if (row.kind, row.width) == ("block", self.full))
+        [row] = (row for row in self.rows if (row.kind, row.width) == ("block", self.spec.full))
         return row.ms
 
     def _curve(self, kind: Kind, group: str) -> dict[int, float]:
         """Milliseconds by count where all else is full, on the clock of the full block's own row."""
-        whole = self._whole(kind)
-        widths = [(row, row.width) for row in self.rows if row.kind == kind and row.width is not None]
+        rows = [(row, row.width) for row in self.rows if row.kind == kind and row.width is not None]
+        whole = self._whole(TEXT_NOT_UPDATED if kind == "text_not_updated" else ALL_UPDATED)
         points = {
-            getattr(width, group): row.ms / row.full_ms * self._full_ms
-            for row, width in widths
-            if width == whole._replace(**{group: getattr(width, group)})
+            width[group]: row.ms / row.full_ms * self._full_ms
+            for row, width in rows
+            if width == whole.replace(**{group: width[group]})
         }
-        if getattr(whole, group) not in points:
+        if whole[group] not in points:
             raise ValueError(f"no full row of kind {kind} was measured at {self.shape}")
         return points
+
+
+def _kind(not_updated: Collection[Stream]) -> Kind:
+    return "text_not_updated" if "text" in not_updated else "block"

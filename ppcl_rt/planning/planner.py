@@ -1,9 +1,9 @@
 """The planner: the plan with the least predicted loss within a budget of parameters, exactly.
 
-A multiple-choice knapsack with interval students and text runs, solved as a mixed-integer program. For every block and
-group (heads, image MLP, text MLP, modulations) one of its counts is taken, unless a student stands in for the block; a
-taken student has counts of its own, and so has a block whose text stream stands still. The predicted loss is the sum of
-what each choice alone was measured to lose.
+A multiple-choice knapsack with interval students and text runs, solved as a mixed-integer program. For every group of
+every block one of its counts is taken, unless a student stands in for the block. A student that is taken has counts of
+its own, and so has a block that does not update the text stream. The predicted loss is the sum of what each choice
+alone was measured to lose.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ppcl_rt.planning.catalog import Catalog, Widths
-from ppcl_rt.planning.plan import Interval, Plan, Step, Width
+from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED, Stream
+from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.legal import LegalWidths
+from ppcl_rt.planning.plan import Plan, PlannedBlock
+from ppcl_rt.planning.width import Width
 
 # HiGHS meets a row up to 1e-6 of its scale, so a plan may come out that much over budget; then it is asked for less.
 _ROW_TOLERANCE = 1e-6
@@ -28,10 +32,14 @@ _OBJECTIVE_SCALE = 1e6
 
 
 class _Owner(NamedTuple):
-    """What a choice is about: a block, a block whose text stands still, a student or a text run."""
+    """What a choice is about: a block, a block that does not update the text, a student or a text run."""
 
-    kind: Literal["block", "still", "student", "run"]
+    kind: Literal["block", "text not updated", "student", "run"]
     blocks: Interval
+
+    @property
+    def not_updated(self) -> frozenset[Stream]:
+        return TEXT_NOT_UPDATED if self.kind == "text not updated" else ALL_UPDATED
 
 
 class _Choice(NamedTuple):
@@ -39,7 +47,7 @@ class _Choice(NamedTuple):
 
     owner: _Owner
     group: str
-    count: int  # type: ignore[assignment]  # hides tuple.count
+    units: int
     params: int
     loss: float
 
@@ -74,13 +82,13 @@ class Planner:
         if ratio == 1:
             return self.catalog.dense
         losses = np.array([choice.loss for choice in self._choices])
-        budget = room = ratio * self.catalog.shape.dense_params
+        budget = room = ratio * self.catalog.architecture.dense_params
         for _ in range(_TRIES):
             taken = self._solve(losses, room)
             if taken is None:
                 break
             plan = self._assemble(taken)
-            excess = self.catalog.shape.params(plan) - budget
+            excess = self.catalog.architecture.params(plan) - budget
             # The budget is a product of floats; the count of a plan is a whole number.
             if excess <= 0.5:
                 return plan
@@ -97,28 +105,33 @@ class Planner:
         return self.catalog.ratio(self._assemble(taken))
 
     def _list_choices(self) -> Iterator[_Choice]:
-        shape, catalog = self.catalog.shape, self.catalog
+        catalog = self.catalog
 
-        def counts(owner: _Owner, widths: Widths) -> Iterator[_Choice]:
-            still = owner.kind == "still"
-            # What a block costs at any width is counted with its heads: exactly one count of them is taken.
-            fixed = 0 if owner.kind == "student" else shape.fixed_params
-            fixed += shape.group_params("text", 0, still) if still else 0
-            for group in _groups(owner):
-                for count, loss, _ in widths.of(group):
-                    params = shape.group_params(group, count, still) + (fixed if group == "heads" else 0)
-                    yield _Choice(owner, group, count, params, loss)
+        def counts(owner: _Owner, widths: LegalWidths) -> Iterator[_Choice]:
+            spec = catalog.spec(owner.blocks.first)
+            # What a block costs at any width is counted with its first group: exactly one count of it is taken.
+            fixed = 0 if owner.kind == "student" else spec.fixed_params(owner.not_updated)
+            groups = self._groups(owner)
+            for group in groups:
+                for units, loss, _ in widths.of(group):
+                    params = spec.group_params(group, units, owner.not_updated)
+                    yield _Choice(owner, group, units, params + (fixed if group == groups[0] else 0), loss)
 
         for n, widths in enumerate(catalog.blocks):
             yield from counts(_Owner("block", Interval(n, n)), widths)
         for n in sorted({n for run in catalog.text_runs for n in run.interval if n != run.interval.first}):
-            yield from counts(_Owner("still", Interval(n, n)), catalog.blocks[n])
+            yield from counts(_Owner("text not updated", Interval(n, n)), catalog.blocks[n])
         for student in catalog.students:
             owner = _Owner("student", student.interval)
-            yield _Choice(owner, "", 0, shape.fixed_params, student.loss)
+            fixed = catalog.spec(student.interval.first).fixed_params()
+            yield _Choice(owner, "", 0, fixed, student.loss)
             yield from counts(owner, student.widths)
         for run in catalog.text_runs:
-            yield _Choice(_Owner("run", run.interval), "", 0, shape.run_params(run.interval), run.loss)
+            params = catalog.architecture.run_params(run.interval)
+            yield _Choice(_Owner("run", run.interval), "", 0, params, run.loss)
+
+    def _groups(self, owner: _Owner) -> tuple[str, ...]:
+        return self.catalog.spec(owner.blocks.first).groups_without(owner.not_updated)
 
     def _one_of_each(self) -> LinearConstraint:
         """Rows ``low <= sum of choices <= high`` that make a set of choices a plan."""
@@ -127,7 +140,7 @@ class Planner:
         taken = {choice.owner: n for n, choice in enumerate(self._choices) if not choice.group}
 
         def over(kind: str, block: int) -> list[int]:
-            """Students or runs that a block is part of; of runs, those in which it stands still."""
+            """Students or runs that a block is part of; of runs, those in which it does not update the text."""
             return [
                 n
                 for owner, n in taken.items()
@@ -136,12 +149,12 @@ class Planner:
 
         for owner in dict.fromkeys(choice.owner for choice in self._choices if choice.group):
             block = owner.blocks.first
-            for group in _groups(owner):
+            for group in self._groups(owner):
                 row = [(n, 1.0) for n, c in enumerate(self._choices) if (c.owner, c.group) == (owner, group)]
                 if owner.kind == "block":
-                    # It runs, at one count, unless a student stands in for it or its text stands still.
+                    # It runs at one count, unless a student stands in for it or it does not update the text.
                     row += [(n, 1.0) for n in (*over("student", block), *over("run", block))]
-                elif owner.kind == "still":
+                elif owner.kind == "text not updated":
                     row += [(n, -1.0) for n in over("run", block)]
                 else:
                     row.append((taken[owner], -1.0))
@@ -164,7 +177,7 @@ class Planner:
 
     def _solve(self, objective: np.ndarray, budget: float) -> list[_Choice] | None:
         params = np.array([[float(choice.params) for choice in self._choices]])
-        room = budget - self.catalog.shape.outer_params
+        room = budget - self.catalog.architecture.outer_params
         # Scaled, so that the solver's absolute tolerances mean the same for any model.
         scale = params.max()
         answer = milp(
@@ -182,18 +195,14 @@ class Planner:
         widths: dict[_Owner, dict[str, int]] = {}
         for choice in taken:
             if choice.group:
-                widths.setdefault(choice.owner, {})[choice.group] = choice.count
-        steps = [
-            Step(blocks=owner.blocks, width=Width(**{"text": 0, **counts}), student=owner.kind == "student")
+                widths.setdefault(choice.owner, {})[choice.group] = choice.units
+        blocks = [
+            PlannedBlock(interval=owner.blocks, width=Width(counts), student=owner.kind == "student")
             for owner, counts in widths.items()
         ]
         runs = [choice.owner.blocks for choice in taken if choice.owner.kind == "run"]
         catalog = self.catalog
-        return catalog.check(Plan.of(catalog.fingerprint, catalog.shape.depth, (), steps, runs))
-
-
-def _groups(owner: _Owner) -> tuple[str, ...]:
-    return tuple(group for group in Width._fields if owner.kind != "still" or group != "text")
+        return catalog.check(Plan.of(catalog.fingerprint, catalog.architecture.depth, (), blocks, runs))
 
 
 def check_ratio(ratio: float) -> float:

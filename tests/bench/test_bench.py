@@ -21,8 +21,9 @@ from ppcl_kernels.launch import TARGETS, Target
 from ppcl_kernels.tools import goals, gpu_run, report
 from ppcl_kernels.tools.children import Job, run_all
 from ppcl_kernels.tools.machine import slug, write_json
-from ppcl_rt.ops import implementations as ways
-from ppcl_rt.ops.implementations import CUDNN, FLASH, TORCH, Key, Way
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import CUDNN, FLASH, TORCH, Implementation, Key
+from ppcl_rt.ops.table import ImplementationTable
 
 ROOT = Path(__file__).parents[2]
 MAIN = {"pixels": 1024, "image": 4096, "text": 512, "batch": 1, "width": 100, "masked": False}
@@ -380,11 +381,12 @@ def test_stock_chain_compiles_as_one_graph(bench):
         for case in bench.cases.Block(bench.presets.PRESETS["tiny"]).cases(bench.presets.Setting(96, 9, 3, 1, 50))
     }
     for case in (cases["qkv_projection"], cases["down_gate_residual"]):
-        chain = torch.compile(functools.partial(case.operation.run, way=TORCH), backend="eager", fullgraph=True)
-        assert ways.agree(chain(case.call), case.operation.run(case.call, TORCH))
+        plain = functools.partial(case.operation.run, implementation=TORCH)
+        chain = torch.compile(plain, backend="eager", fullgraph=True)
+        assert agree(chain(case.call), case.operation.run(case.call, TORCH))
 
 
-FAST, GARBAGE, LATE, DIES = (Way("triton", (number,)) for number in range(4))
+FAST, GARBAGE, LATE, DIES = (Implementation("triton", (number,)) for number in range(4))
 
 
 class Faulty:
@@ -401,18 +403,18 @@ class Faulty:
     def implementations(self, call):
         return [FAST, GARBAGE, LATE, DIES, CUDNN, FLASH, TORCH] if call else [FAST, TORCH]
 
-    def run(self, call, way):
+    def run(self, call, implementation):
         y = torch.ones(1, 128, 128)
-        self.calls += way == LATE
-        if way == GARBAGE or (way == LATE and self.calls > 4):
+        self.calls += implementation == LATE
+        if implementation == GARBAGE or (implementation == LATE and self.calls > 4):
             y[0, 64:, 64:] = 0
-        elif way == DIES:
+        elif implementation == DIES:
             os.kill(os.getpid(), signal.SIGKILL)
-        elif way == CUDNN:
+        elif implementation == CUDNN:
             time.sleep(60)
-        elif way == FLASH:
+        elif implementation == FLASH:
             raise RuntimeError("no kernel\nhere")
-        elif way == TORCH:
+        elif implementation == TORCH:
             time.sleep(0.01)
         return y
 
@@ -441,9 +443,9 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
     # The first case was raced once, though two processes ended.
     assert [row["contestant"] for row in content["results"] if row["op"] == "first"] == ["triton 0", "torch"]
     assert content["complete"] and content["command"] == "a command" and content["ceilings"]["gbs"] > 0
-    table = ways.Table(tmp_path / "ways.json", {}, lambda call: pytest.fail("timed"))
+    table = ImplementationTable(tmp_path / "implementations.json", {}, lambda call: pytest.fail("timed"))
     for call in (0, 1):
-        assert table.recall(faulty.key(call), lambda: [FAST, TORCH]) == FAST
+        assert table.look_up(faulty.key(call), lambda: [FAST, TORCH]) == FAST
     assert "failed: second, faulty 1 1x2, cudnn: hangs" in capfd.readouterr().out
     assert report.operation_tables(content["results"])
 

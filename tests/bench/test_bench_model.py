@@ -17,7 +17,7 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 
 from ppcl_rt import Width
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.agreement import agree
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,10 @@ def test_everything_is_measured_but_what_fails_and_is_killed(forked, tmp_path):
     assert {row.kind for row in table.rows} == {"block", "still", "map", "outer"} and all(r.agrees for r in table.rows)
     for image_tokens in (24, 12):
         costs = table.at(image_tokens, 7)
-        assert costs.counts("image") == [0, 16, 128, 256] and costs.ms(Width(4, 256, 256, 64)) > 0
+        assert (
+            costs.counts("image") == [0, 16, 128, 256]
+            and costs.ms(Width(heads=4, image=256, text=256, modulation=64)) > 0
+        )
     assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.full == (4, 256, 256, 64)
 
 
@@ -310,7 +313,7 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
             monkeypatch.setattr(transformer_qwenimage, "apply_rotary_emb_qwen", modules.real_rope.rotate)
             assert torch.allclose(stock(**call)[0], models.stock(plan, real_rope=True)(**call)[0], atol=1e-5)
         dense = models.ours(models.catalog.dense)(**call)[0]
-        assert not ways.agree(models.ours(models.plan("depth 0.5").plan)(**call)[0], dense)
+        assert not agree(models.ours(models.plan("depth 0.5").plan)(**call)[0], dense)
 
 
 def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A model gives the same on either backend: plain torch, and our kernels (in triton's interpreter on a CPU)."""
+"""A model gives the same on both backends: plain torch, and kernels (on a CPU in triton's interpreter)."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,18 +13,19 @@ import ppcl_rt
 from ppcl_rt import ops
 from ppcl_rt.cli.task import task_of
 
-# The interpreter computes GELU's sigmoid with numpy, which says that exp(large) is infinite; it is meant to be.
+# The interpreter computes the sigmoid of GELU with numpy, which warns where exp(large) is infinite, as it should be.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 
 
 def kernels_of(steps):
-    """How often each kernel runs in these steps of a program.
+    """Count how often each kernel runs in these block calls.
 
-    A block makes four norms, one projection, one attention, and three launches of linear layers: out of attention, up
-    and down. A map in place of an MLP has a launch of its own and no norm, and with two there is nothing to go up and
-    down. A text stream that stands still has no norm and no MLP; the block that it begins with norms it twice.
+    A block runs four norms, one q/k/v projection, one attention, and three launches of linear layers: attention output,
+    MLP up, MLP down. A linear map in place of an MLP has a launch of its own and no norm; if both MLPs are linear maps,
+    the up and down launches are gone. A text stream that is not updated has no norm and no MLP. The block that begins a
+    text run normalises the text once more.
     """
     counts = Counter()
     for step in steps:
@@ -39,13 +40,13 @@ def kernels_of(steps):
 
 
 def load(*arguments, **options):
-    """Load a model to where kernels run: a GPU, or a CPU and the interpreter."""
+    """Load a model to where kernels run: a GPU, or a CPU with the interpreter."""
     return ppcl_rt.load(*arguments, device=DEVICE, **options)
 
 
 @pytest.fixture
 def build_inputs(build_inputs):
-    """Inputs on the device of the model."""
+    """Make inputs on the device of the model."""
     return lambda **options: on_device(build_inputs(**options))
 
 
@@ -54,7 +55,7 @@ def on_device(inputs):
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the kernels' ops that run inside it."""
+    """Counts the ops of kernels that run inside it."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +69,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.fixture
 def both(monkeypatch, run):
-    """Run a model on both backends, and see to it that the second was the kernels, in so many blocks."""
+    """Run a model on both backends; check that the second ran on kernels, in all blocks or in the first ``blocks``."""
 
     def _both(model, inputs, blocks=None):
         monkeypatch.setenv("PPCL_BACKEND", "torch")
@@ -90,13 +91,13 @@ def test_scenes(both, same, ratio):
     model = load(SCENES, ratio, dtype=torch.float32)
     call = task_of(model.catalog).example(1)
     got, wanted = both(model, on_device({name: value for name, value in call.items() if name != "return_dict"}))
-    # float32 sums in another order, over 12 blocks: 5e-6 seen.
+    # float32 sums in another order over 12 blocks: 5e-6 seen.
     same(got, wanted, 2e-5)
 
 
 @pytest.mark.parametrize("mask", ["none", "random", "rows", "prefix"])
 def test_random_plans(made, build_inputs, both, same, mask):
-    """Widths that no tile divides, students, compensated layers, any mask of the text."""
+    """LegalWidths that no tile divides, students, compensated layers, any mask of the text."""
     model = load(made.folder)
     model.set_plan(made.random_plan(np.random.default_rng(len(mask))))
     same(*both(model, build_inputs(mask=mask)), 2e-5)
@@ -104,21 +105,21 @@ def test_random_plans(made, build_inputs, both, same, mask):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_plans_with_maps_and_text_runs(mapped, build_inputs, both, same, seed):
-    """Linear maps, modulations of a low rank, text that stands still."""
+    """Linear maps, modulations of low rank, text that is not updated."""
     model = load(mapped.folder)
     model.set_plan(mapped.random_plan(np.random.default_rng(seed), legal=True))
     same(*both(model, build_inputs()), 2e-5)
 
 
 def test_edit_model(tmp_path, make_checkpoint, build_inputs, both, same):
-    """Two modulations a sample, chosen by token (``zero_cond_t``)."""
+    """Two modulations for each sample, chosen by token (``zero_cond_t``)."""
     made = make_checkpoint(tmp_path / "checkpoint", zero_cond_t=True)
     model = load(made.folder)
     same(*both(model, build_inputs(images=((1, 3, 5), (1, 2, 3)))), 2e-5)
 
 
 def test_half_precision(made, build_inputs, both):
-    """float16 on both: either rounds a few times a block, the kernels less often."""
+    """float16 on both backends: each rounds a few times in a block, the kernels less often."""
     model = load(made.folder, dtype=torch.float16)
     inputs = {k: v.half() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in build_inputs().items()}
     got, wanted = both(model, inputs)
@@ -128,12 +129,12 @@ def test_half_precision(made, build_inputs, both):
             **{k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
         )
     error, plain_error = ((x.float() - exact[0]).square().mean().sqrt() for x in (got, wanted))
-    # The weights were rounded too, which both share; a tenth more is noise.
+    # Both errors contain that of the rounded weights. A tenth more is noise.
     assert error <= 1.1 * plain_error
 
 
 def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatch):
-    """What a kernel cannot read runs as a module, and the rest of the block on kernels."""
+    """A layer with a hook is called as a module, and the rest of the block runs on kernels."""
     model = load(made.folder)
     called = []
     handle = model.transformer_blocks[0].attn.to_k.register_forward_hook(lambda *_: called.append(1))
@@ -148,7 +149,7 @@ def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatc
 
 
 def test_gradients(made, build_inputs, monkeypatch):
-    """Training on the kernels' backend gives the gradients of plain torch, never a silent zero."""
+    """Training with the backend ``triton`` gives the gradients of plain torch, never zeros in silence."""
     model, inputs, gradients = load(made.folder), build_inputs(), []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("PPCL_BACKEND", backend)
@@ -158,12 +159,12 @@ def test_gradients(made, build_inputs, monkeypatch):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
     for name, gradient in gradients[0].items():
-        # The same operations; on a GPU their sums may come in another order.
+        # The same operations; on a GPU sums may be taken in another order.
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_gradient_of_the_input_alone(made, build_inputs, same, monkeypatch):
-    """Frozen weights, as in guidance by a gradient; what needs none (the text at first) runs on kernels."""
+    """Weights are frozen, as in guidance by a gradient; what needs no gradient (the text at first) runs on kernels."""
     model, inputs = load(made.folder).requires_grad_(False), build_inputs()
     gradients = []
     for backend in ("torch", "triton"):
@@ -183,9 +184,9 @@ def test_autocast_is_left_to_torch(made, build_inputs, run, monkeypatch):
     assert not ran.counts
 
 
-@pytest.mark.parametrize("beside", ["modulation", "residual"])
-def test_other_dtypes_are_left_to_torch(monkeypatch, same, beside):
-    """A modulation or a residual stream kept in float32 beside a half model: eager promotes, a kernel would refuse."""
+@pytest.mark.parametrize("in_float32", ["modulation", "residual"])
+def test_other_dtypes_are_left_to_torch(monkeypatch, same, in_float32):
+    """A modulation or a residual in float32 with a model in float16: torch promotes, a kernel would refuse."""
     torch.manual_seed(0)
     x, vector = torch.randn(2, 5, 8, device=DEVICE).half(), torch.randn(2, 8, device=DEVICE)
     norm, layer = torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.Linear(8, 8, device=DEVICE).half()
@@ -193,7 +194,7 @@ def test_other_dtypes_are_left_to_torch(monkeypatch, same, beside):
     for backend in ("torch", "triton"):
         monkeypatch.setenv("PPCL_BACKEND", backend)
         with torch.no_grad():
-            if beside == "modulation":
+            if in_float32 == "modulation":
                 results.append(ops.ada_layer_norm(x, norm, vector, vector))
             else:
                 results += ops.linears([ops.Layer(layer, x, None, vector.half(), None, x.float())])
@@ -202,7 +203,7 @@ def test_other_dtypes_are_left_to_torch(monkeypatch, same, beside):
 
 
 def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
-    """`torch.compile` takes operations as they are; which implementation runs is decided inside."""
+    """`torch.compile` records operations as ops; the implementation is chosen inside the op."""
     model, inputs = load(made.folder), build_inputs()
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     wanted = run(model, inputs)
@@ -217,13 +218,13 @@ def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
         step.module.compile(backend=backend, fullgraph=True)
     same(run(model, inputs), wanted, 1e-6)
     torch._dynamo.reset()
-    # Blocks of one shape share a graph.
+    # Blocks of one shape share a compiled graph.
     assert taken["ppcl_rt.linear.default"] >= 3 and taken["ppcl_rt.joint_attention.default"] >= 1
 
 
 @pytest.mark.parametrize("form", ["qwen", "flux"])
 def test_rotations_are_those_of_diffusers(same, form):
-    """Both forms of RoPE's tables, as the two families' pipelines hand them over, turn q and k as diffusers does."""
+    """Both forms of RoPE tables, as the pipelines of the two families give them, rotate q and k as diffusers does."""
     from diffusers.models.embeddings import apply_rotary_emb
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, apply_rotary_emb_qwen

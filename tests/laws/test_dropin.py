@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
 import ppcl_rt
-from ppcl_rt import Interval, Schedule, Step, Width
-from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt import Interval, PlannedBlock, Schedule, Width
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 
 PROMPT, NEGATIVE = "two red squares", "blur"
 
@@ -115,8 +115,8 @@ def test_save_and_load(tmp_path, kind, request, build_inputs, run, same, max_sha
 def test_saving_keeps_what_was_changed(tmp_path, made, build_inputs, run, same):
     """Weights that were changed in memory are saved where they belong in stock order; the rest as it was."""
     plan = made.plan(
-        Step(blocks=Interval(0, 1), width=Width(2, 50, 31, 32), student=True),
-        Step(blocks=Interval(3, 3), width=Width(3, 9, 5, 32)),
+        PlannedBlock(interval=Interval(0, 1), width=Width(heads=2, image=50, text=31, modulation=32), student=True),
+        PlannedBlock(interval=Interval(3, 3), width=Width(heads=3, image=9, text=5, modulation=32)),
     )
     model = ppcl_rt.load(made.folder, plan=plan)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What only a GPU can show: nothing compiles anew when the plan changes, graphs capture, ways are measured for real."""
+"""What only a GPU can show: no plan compiles anything anew, graphs capture, implementations are measured for real."""
 
 import copy
 import json
@@ -11,9 +11,11 @@ import ppcl_rt
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.matmul import Tile
 from ppcl_rt import ops
-from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 from ppcl_rt.model.graphs import Graphs
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops import table as tables
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import TORCH
 from ppcl_rt.ops.joint_attention import Attention
 from ppcl_rt.ops.linear import Linears
 from ppcl_rt.ops.qkv_projection import QKV
@@ -33,7 +35,7 @@ MORE = {
     "joint_attention": {"cudnn"},
     "linear": set(),
 }
-NARROW = Width(5, CHANNELS // 2, CHANNELS // 4, DIM)
+NARROW = Width(heads=5, image=CHANNELS // 2, text=CHANNELS // 4, modulation=DIM)
 
 
 @pytest.fixture
@@ -105,31 +107,31 @@ def test_graph_captures_a_block(monkeypatch, block, call):
 
 
 @pytest.mark.parametrize("width", [None, NARROW])
-def test_ways_are_measured_once(monkeypatch, tmp_path, block, call, width):
+def test_implementations_are_measured_once(monkeypatch, tmp_path, block, call, width):
     monkeypatch.setenv("PPCL_CACHE", str(tmp_path))
-    ways.table_of.cache_clear()
+    tables.table_of.cache_clear()
     ops.forget()
     results = {}
     with torch.no_grad():
         for backend in ("torch", "triton", "auto"):
             monkeypatch.setenv("PPCL_BACKEND", backend)
             results[backend] = block(**call, width=width)
-        (path,) = tmp_path.glob("ways-*.json")
+        (path,) = tmp_path.glob("implementations-*.json")
         written = path.read_text()
-        monkeypatch.setattr(ways, "cuda_milliseconds", lambda call, device: pytest.fail("measured again"))
-        ways.table_of.cache_clear()
+        monkeypatch.setattr(tables, "cuda_milliseconds", lambda call, device: pytest.fail("measured again"))
+        tables.table_of.cache_clear()
         ops.forget()
         close(block(**call, width=width), results["auto"])
     assert path.read_text() == written
     table = json.loads(written)
     assert table["about"]["device"] == torch.cuda.get_device_name()
-    assert {key.split()[0] for key in table["ways"]} == set(MORE)
-    for key, entry in table["ways"].items():
+    assert {key.split()[0] for key in table["implementations"]} == set(MORE)
+    for key, entry in table["implementations"].items():
         # Every implementation works here, and was timed.
         assert {name.split()[0] for name in entry["milliseconds"]} >= {"torch", "triton"} | MORE[key.split()[0]], key
     close(results["triton"], results["torch"])
     close(results["auto"], results["torch"])
-    ways.table_of.cache_clear()
+    tables.table_of.cache_clear()
     ops.forget()
 
 
@@ -152,10 +154,10 @@ def test_implementations_agree_in_bfloat16(masked):
         QKV((stream,), HEADS - 1, HEAD_DIM),
     ):
         operation = ops.OPERATIONS[{Attention: "joint_attention", Linears: "linear", QKV: "qkv_projection"}[type(call)]]
-        wanted = operation.run(call, ways.TORCH)
-        for way in operation.implementations(call):
-            seen.add(way.kind)
-            assert ways.agree(operation.run(call, way), wanted), way
+        wanted = operation.run(call, TORCH)
+        for implementation in operation.implementations(call):
+            seen.add(implementation.kind)
+            assert agree(operation.run(call, implementation), wanted), implementation
     assert seen >= {"torch", "triton", "cudnn", "cublaslt", "packed", "cublas"} | (set() if masked else {"flash"})
 
 
@@ -206,7 +208,7 @@ def test_graphs_of_a_model(made, build_inputs):
     def check():
         """Two forwards that settle and capture, three that are replayed, each against an eager one."""
         for seed in range(5):
-            inputs, hits = on_gpu(seed), model.graphs.hits
+            inputs, replays = on_gpu(seed), model.graphs.replays
             kept, model._graphs = model._graphs, Graphs(False)
             wanted = model(**inputs).sample
             model._graphs = kept
@@ -214,7 +216,9 @@ def test_graphs_of_a_model(made, build_inputs):
             torch.cuda.synchronize()
             # The same kernels on the same numbers; only the addresses differ.
             assert torch.equal(got, wanted), (got - wanted).abs().max()
-        assert model.graphs.hits > hits and not model.graphs.why.startswith("capturing failed"), model.graphs
+        assert model.graphs.replays > replays and not model.graphs.eager_reason.startswith("capturing failed"), (
+            model.graphs
+        )
 
     with torch.no_grad():
         for ratio in (1.0, 0.6):
@@ -238,7 +242,7 @@ def test_graphs_of_a_model(made, build_inputs):
             model.set_graphs(True)
             for _ in range(3):
                 model(**on_gpu(0))
-            assert model.graphs.why.startswith("capturing failed") and not model.graphs.captures
+            assert model.graphs.eager_reason.startswith("capturing failed") and not model.graphs.captures
         model.set_graphs(True)
         check()
         # Another stream waits for the last replay, and a copy of the model has graphs of its own.

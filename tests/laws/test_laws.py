@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ppcl_rt
-from ppcl_rt import Interval, Plan, Schedule, Step, Width
+from ppcl_rt import Interval, Plan, PlannedBlock, Schedule, Width
 
 HEADS, CHANNELS, DEPTH = 4, 128, 4
-FULL = Width(HEADS, CHANNELS, CHANNELS, 32)
+FULL = Width(heads=HEADS, image=CHANNELS, text=CHANNELS, modulation=32)
 # Derandomised: a failure is the same one on every machine.
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -151,14 +151,19 @@ def test_narrow_is_stock_with_columns_zeroed(made, everything, build_inputs, run
                 block.attn.to_add_out.weight[:, head * 8 : head * 8 + 8] = 0
             block.img_mlp.net[2].weight[:, order["image"][width.image :]] = 0
             block.txt_mlp.net[2].weight[:, order["text"][width.text :]] = 0
-    steps = (Step(blocks=Interval(n, n), width=width) for n, width in enumerate(widths))
+    steps = (PlannedBlock(interval=Interval(n, n), width=width) for n, width in enumerate(widths))
     everything.set_plan(made.plan(*steps))
     same(run(everything, inputs), run(stock, inputs))
 
 
 def test_order_matters(made, build_inputs, run):
     """What the plan keeps is not what a plain prefix would keep: the law above has teeth."""
-    plan = made.plan(*(Step(blocks=Interval(n, n), width=Width(2, 64, 64, 32)) for n in range(DEPTH)))
+    plan = made.plan(
+        *(
+            PlannedBlock(interval=Interval(n, n), width=Width(heads=2, image=64, text=64, modulation=32))
+            for n in range(DEPTH)
+        )
+    )
     unordered = {name: tensor for name, tensor in made.tensors.items() if ".order." not in name}
     blind = type(made)(made.folder, made.stock, made.config, made.catalog, unordered)
     inputs = build_inputs()
@@ -192,9 +197,9 @@ def test_student_is_a_loop_over_stock_blocks(made, everything, build_inputs, run
         wanted = stock.proj_out(stock.norm_out(image, temb))
     everything.set_plan(
         made.plan(
-            Step(blocks=Interval(0, 0), width=FULL),
-            Step(blocks=Interval(1, 2), width=FULL, student=True),
-            Step(blocks=Interval(3, 3), width=FULL),
+            PlannedBlock(interval=Interval(0, 0), width=FULL),
+            PlannedBlock(interval=Interval(1, 2), width=FULL, student=True),
+            PlannedBlock(interval=Interval(3, 3), width=FULL),
         )
     )
     got = run(everything, inputs)
@@ -205,7 +210,7 @@ def test_student_is_a_loop_over_stock_blocks(made, everything, build_inputs, run
 @pytest.mark.parametrize("kept", [(), (0,), (3,), (1, 2), (0, 2, 3)])
 def test_skipped_blocks_are_left_out(made, everything, build_inputs, run, same, kept):
     """A plan that skips blocks = the stock model without them; no block at all is a plan, too."""
-    plan = made.plan(*(Step(blocks=Interval(n, n), width=FULL) for n in kept))
+    plan = made.plan(*(PlannedBlock(interval=Interval(n, n), width=FULL) for n in kept))
     assert set(plan.skipped) == set(range(DEPTH)) - set(kept)
     stock = made.reference(made.catalog.dense)
     stock.transformer_blocks = torch.nn.ModuleList([stock.transformer_blocks[n] for n in kept])
@@ -219,7 +224,8 @@ def test_controlnet_keeps_original_numbers(made, everything, build_inputs, run, 
     inputs, stock = build_inputs(), made.stock
     residuals = [torch.randn(3, 15, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     plan = made.plan(
-        Step(blocks=Interval(1, 2), width=FULL, student=True), Step(blocks=Interval(3, 3), width=Width(2, 50, 31, 32))
+        PlannedBlock(interval=Interval(1, 2), width=FULL, student=True),
+        PlannedBlock(interval=Interval(3, 3), width=Width(heads=2, image=50, text=31, modulation=32)),
     )
     student, last = map(made.reference_block, plan.steps)
     with torch.no_grad():
@@ -300,15 +306,17 @@ def test_maps_and_low_ranks_by_the_law(mapped, build_inputs, run, same):
     gate 1 and an MLP that sees the stream, and with the factors' product for a modulation."""
     model, inputs = ppcl_rt.load(mapped.folder, resident="all"), build_inputs()
     for width in (
-        FULL._replace(image=0),
-        FULL._replace(text=0),
-        FULL._replace(modulation=7),
-        FULL._replace(modulation=3),
-        Width(2, 0, 0, 1),
-        Width(3, 50, 0, 5),
+        FULL.replace(image=0),
+        FULL.replace(text=0),
+        FULL.replace(modulation=7),
+        FULL.replace(modulation=3),
+        Width(heads=2, image=0, text=0, modulation=1),
+        Width(heads=3, image=50, text=0, modulation=5),
     ):
-        steps = [Step(blocks=Interval(n, n), width=width) for n in range(1, 3)]
-        plan = mapped.plan(Step(blocks=Interval(0, 0), width=FULL), *steps, Step(blocks=Interval(3, 3), width=FULL))
+        steps = [PlannedBlock(interval=Interval(n, n), width=width) for n in range(1, 3)]
+        plan = mapped.plan(
+            PlannedBlock(interval=Interval(0, 0), width=FULL), *steps, PlannedBlock(interval=Interval(3, 3), width=FULL)
+        )
         model.set_plan(plan)
         got = run(model, inputs)
         same(got, run(mapped.reference(plan), inputs), tolerance=2e-5)
@@ -334,7 +342,7 @@ def test_text_stands_still_by_the_law(runs, mapped, build_inputs, run, same):
     """Blocks of a text run read ``z + l(z)`` of its first block's input and leave the text alone; behind it the text
     moves on in one step: against diffusers' blocks with gates 0 and hooks; at any width of the blocks."""
     inputs = build_inputs()
-    for width in (FULL, Width(2, 50, 31, 5)):
+    for width in (FULL, Width(heads=2, image=50, text=31, modulation=5)):
         kept = [(n, width) for n in range(DEPTH)]
         fingerprint = mapped.catalog.fingerprint
         plan = Plan.of(fingerprint, DEPTH, kept, text_runs=[Interval(*pair) for pair in runs])
@@ -358,7 +366,7 @@ def test_text_runs_that_are_not_there_are_refused(mapped):
     for runs, wrong in (([Interval(0, 1), Interval(1, 2)], "overlaps"), ([Interval(2, 2)], "two or more")):
         with pytest.raises(ValueError, match=wrong):
             Plan.of("x", DEPTH, kept, text_runs=runs)
-    student = Step(blocks=Interval(0, 1), width=FULL, student=True)
+    student = PlannedBlock(interval=Interval(0, 1), width=FULL, student=True)
     with pytest.raises(ValueError, match="blocks of the teacher"):
         Plan.of("x", DEPTH, kept[2:], [student], text_runs=[Interval(1, 2)])
 
@@ -377,13 +385,13 @@ def test_maps_survive_saving(tmp_path, mapped):
 @pytest.mark.parametrize(("width", "wrong"), [((2, 96, 31, 8), "up to 7"), ((2, 96, 31, 31), "up to 7")])
 def test_ranks_that_are_not_there_are_refused(mapped, width, wrong):
     with pytest.raises(ValueError, match=wrong):
-        mapped.catalog.check(mapped.plan(Step(blocks=Interval(1, 1), width=Width(*width))))
+        mapped.catalog.check(mapped.plan(PlannedBlock(interval=Interval(1, 1), width=Width(*width))))
 
 
 def test_maps_that_are_not_there_are_refused(made):
-    for width in (FULL._replace(image=0), FULL._replace(text=0)):
+    for width in (FULL.replace(image=0), FULL.replace(text=0)):
         with pytest.raises(ValueError, match="no linear map"):
-            made.catalog.check(made.plan(Step(blocks=Interval(1, 1), width=width)))
+            made.catalog.check(made.plan(PlannedBlock(interval=Interval(1, 1), width=width)))
 
 
 # Compensated outputs.
@@ -393,13 +401,13 @@ def test_compensated_layers_are_used(compensated, fitted, build_inputs, run, sam
     """At a catalog's count the fitted layer runs, at any other a prefix of the full one."""
     inputs = build_inputs()
     for width in (
-        Width(2, 96, 31, 32),
-        Width(4, 50, 64, 32),
-        Width(1, 17, 128, 32),
-        Width(3, 97, 64, 32),
-        Width(2, 18, 30, 32),
+        Width(heads=2, image=96, text=31, modulation=32),
+        Width(heads=4, image=50, text=64, modulation=32),
+        Width(heads=1, image=17, text=128, modulation=32),
+        Width(heads=3, image=97, text=64, modulation=32),
+        Width(heads=2, image=18, text=30, modulation=32),
     ):
-        plan = compensated.plan(*(Step(blocks=Interval(n, n), width=width) for n in range(DEPTH)))
+        plan = compensated.plan(*(PlannedBlock(interval=Interval(n, n), width=width) for n in range(DEPTH)))
         fitted.set_plan(plan)
         same(run(fitted, inputs), run(compensated.reference(plan), inputs))
 
@@ -407,7 +415,7 @@ def test_compensated_layers_are_used(compensated, fitted, build_inputs, run, sam
 def test_compensated_block_by_hand(compensated, fitted, build_inputs):
     """The image MLP at a fitted count is ``gelu(x U[order]^T + u[order]) N^T + n``, N and n from the checkpoint."""
     key, count = "transformer_blocks.2.", 50
-    plan = compensated.plan(Step(blocks=Interval(2, 2), width=FULL._replace(image=count)))
+    plan = compensated.plan(PlannedBlock(interval=Interval(2, 2), width=FULL.replace(image=count)))
     fitted.set_plan(plan)
     block = fitted.transformer_blocks[2]
     seen = []
@@ -440,7 +448,7 @@ def plans(draw):
         if kind != "skip":
             last = last if kind == "student" else block
             width = Width(*(draw(st.integers(1, 20000)) for _ in FULL))
-            steps.append(Step(blocks=Interval(block, last), width=width, student=kind == "student"))
+            steps.append(PlannedBlock(interval=Interval(block, last), width=width, student=kind == "student"))
         block = last + 1
     return Plan(checkpoint=draw(st.text(max_size=20)), depth=depth, steps=tuple(steps))
 
@@ -464,7 +472,7 @@ def test_plan_json_round_trip(plan):
 def test_catalog_json_round_trip(losses, outer, task):
     """Catalog -> JSON -> catalog changes nothing, not even the last bit of a loss."""
     widths = [
-        ppcl_rt.Widths(
+        ppcl_rt.LegalWidths(
             heads=((4, 0.0), (2, losses[n])),
             image=((128, 0.0), (9, losses[n + 1])),
             text=((128, 0.0), (5, losses[n + 2])),
@@ -502,14 +510,16 @@ def test_loss_is_the_sum_of_choices(made):
     assert catalog.loss(catalog.dense) == 0 and catalog.ratio(catalog.dense) == 1
     student = catalog.student(Interval(0, 1))
     plan = made.plan(
-        Step(blocks=Interval(0, 1), width=Width(2, CHANNELS, 64, 32), student=True),
-        Step(blocks=Interval(2, 2), width=FULL._replace(image=17)),
-        Step(blocks=Interval(3, 3), width=FULL),
+        PlannedBlock(
+            interval=Interval(0, 1), width=Width(heads=2, image=CHANNELS, text=64, modulation=32), student=True
+        ),
+        PlannedBlock(interval=Interval(2, 2), width=FULL.replace(image=17)),
+        PlannedBlock(interval=Interval(3, 3), width=FULL),
     )
     wanted = student.loss + student.widths.heads[2].loss + student.widths.text[2].loss + catalog.blocks[2].image[3].loss
     assert catalog.loss(plan) == pytest.approx(wanted, rel=1e-12)
     assert np.isnan(catalog.loss(made.plan(*plan.steps[1:])))
-    odd = Step(blocks=Interval(3, 3), width=FULL._replace(image=18))
+    odd = PlannedBlock(interval=Interval(3, 3), width=FULL.replace(image=18))
     assert np.isnan(catalog.loss(made.plan(*plan.steps[:2], odd)))
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs, with a recorder in the place of CUDA's: what is replayed, what is not, and that it says why."""
+"""CUDA graphs, with a recorder in place of CUDA: which forwards are replayed, which are not, and the reason given."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ppcl_rt
-from ppcl_rt import Interval, Schedule, Step, Width
-from ppcl_rt.model import graphs
-from ppcl_rt.model.graphs import Graphs, Meter, Weights
+from ppcl_rt import Interval, PlannedBlock, Schedule, Width
+from ppcl_rt.model.graphs import CUDA, Cuda, Graphs, Meter, Weights, graphs
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
-FULL = Width(4, 128, 128, 32)
+FULL = Width(heads=4, image=128, text=128, modulation=32)
 
 
 class Tape(TorchDispatchMode):
@@ -45,7 +44,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recording:
-    """A graph that runs its operators again on the tensors of the capture: stale weights give stale results."""
+    """A graph that runs its operators again on the tensors of the capture: old weights give old results."""
 
     def __init__(self, calls, outputs):
         self.calls, self.outputs, self.closed = calls, outputs, False
@@ -55,7 +54,7 @@ class Recording:
         with torch.no_grad():
             for func, args, kwargs, out in self.calls:
                 for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                    # Views are of memory that is written already.
+                    # A view shares memory that has been written already.
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
@@ -64,12 +63,12 @@ class Recording:
 
 
 class Recorder:
-    """Captures on a CPU."""
+    """The `Backend` on a CPU."""
 
     def __init__(self):
         self.made, self.inside, self.busy, self.marks = [], False, False, []
 
-    def takes(self, device):
+    def supports(self, device):
         return device.type == "cpu"
 
     def capturing(self):
@@ -87,66 +86,66 @@ class Recorder:
     def capture(self, device, call):
         with Tape() as tape:
             outputs = call()
-        # As on a GPU, where a capture computes nothing.
+        # On a GPU a capture computes nothing.
         for output in tree_leaves(outputs):
             output.fill_(float("nan"))
         self.made.append(Recording(tape.calls, outputs))
         return self.made[-1]
 
-    def turn(self, device):
+    def exclusive_memory(self, device):
         return torch.no_grad()
 
 
 @pytest.fixture(scope="module")
 def loaded(make_checkpoint, tmp_path_factory):
-    """A checkpoint of two blocks and a student of both, which is not resident."""
+    """A model of two blocks, and a student of both, which is not resident."""
     folder = tmp_path_factory.mktemp("graphs") / "checkpoint"
     return ppcl_rt.load(make_checkpoint(folder, students=((0, 1),), num_layers=2).folder)
 
 
 @pytest.fixture
 def model(loaded):
-    """The dense plan of it, with a recorder: a forward is captured the second time."""
+    """A copy at the dense plan, with a recorder: the second forward is captured."""
     model = copy.deepcopy(loaded)
     model._graphs = Graphs(True, backend=Recorder())
     return model
 
 
-def narrow(model):
-    """The dense plan at fewer heads."""
-    steps = [step.model_copy(update={"width": step.width._replace(heads=2)}) for step in model.catalog.dense.steps]
+def fewer_heads(model):
+    """The dense plan with fewer heads."""
+    steps = [step.model_copy(update={"width": step.width.replace(heads=2)}) for step in model.catalog.dense.steps]
     return model.catalog.dense.model_copy(update={"steps": tuple(steps)})
 
 
 def student(model):
     """The plan of the student."""
-    step = Step(blocks=Interval(0, 1), width=Width(3, 50, 64, 32), student=True)
+    step = PlannedBlock(interval=Interval(0, 1), width=Width(heads=3, image=50, text=64, modulation=32), student=True)
     return ppcl_rt.Plan(checkpoint=model.catalog.fingerprint, depth=2, steps=(step,))
 
 
 @pytest.fixture
 def check(run):
-    """Run three times; every result is that of an eager forward. Returns how many of the three were replayed."""
+    """Run three times, compare each result with an eager forward, and return how many of the three were replayed."""
 
     def _check(model, inputs, **more):
-        kept, before = model._graphs, model.graphs.hits
-        # Not on a copy: its weights may be aligned otherwise, and summed in another order.
+        kept, before = model._graphs, model.graphs.replays
+        # Not on a copy of the model: its weights may be aligned in another way, and summed in another order.
         model._graphs = Graphs(False)
         wanted = run(model, inputs, **more)
         model._graphs = kept
         for _ in range(3):
             assert torch.equal(run(model, inputs, **more), wanted)
-        return model.graphs.hits - before
+        return model.graphs.replays - before
 
     return _check
 
 
 def test_the_shipped_checkpoint(check):
-    """At several ratios, for inputs of one shape: replays are what eager forwards are."""
+    """Replays equal eager forwards, at two widths, for other inputs of the same shape."""
     model = ppcl_rt.load(SCENES, dtype=torch.float32)
     model._graphs = Graphs(True, backend=Recorder())
     generator = torch.Generator().manual_seed(0)
-    for plan in (model.catalog.dense, narrow(model)):
+    for plan in (model.catalog.dense, fewer_heads(model)):
         model.set_plan(plan)
         for n in range(2):
             inputs = {
@@ -156,7 +155,7 @@ def test_the_shipped_checkpoint(check):
                 "img_shapes": [[(1, 4, 4)]] * 2,
             }
             assert check(model, inputs) == 2 + n
-    assert model.graphs.captures == 2 and model.graphs.why == ""
+    assert model.graphs.captures == 2 and model.graphs.eager_reason == ""
 
 
 def test_results_and_inputs_are_copies(model, build_inputs, run):
@@ -170,32 +169,32 @@ def test_results_and_inputs_are_copies(model, build_inputs, run):
         if isinstance(value, torch.Tensor):
             value.zero_()
     b = run(model, second)
-    assert model.graphs.hits == 3 and torch.equal(a, kept) and not torch.equal(a, b)
-    # Nor does a graph write to what was given to the call that it was captured at.
+    assert model.graphs.replays == 3 and torch.equal(a, kept) and not torch.equal(a, b)
+    # A graph does not write to the inputs of the call that it was captured at either.
     assert not first["hidden_states"].any()
     with torch.inference_mode():
         c = model(**second, return_dict=False)[0]
-    assert c.is_inference() and torch.equal(c, b) and model.graphs.hits == 4
+    assert c.is_inference() and torch.equal(c, b) and model.graphs.replays == 4
     assert torch.equal(run(model, second), b)
 
 
 def test_captured_in_inference_mode(model, build_inputs, run):
-    """What is captured in inference mode is replayed outside of it too."""
+    """A graph that was captured in inference mode is replayed outside of it too."""
     with torch.inference_mode():
         for _ in range(2):
             wanted = model(**build_inputs()).sample
     assert model.graphs.captures == 1
-    assert torch.equal(run(model, build_inputs()), wanted) and model.graphs.hits == 2
+    assert torch.equal(run(model, build_inputs()), wanted) and model.graphs.replays == 2
 
 
 def test_return_value(model, build_inputs, run):
-    """``return_dict`` is nothing that a graph is for."""
+    """``return_dict`` is not part of the key."""
     inputs = build_inputs()
     for _ in range(2):
         wanted = run(model, inputs)
     with torch.no_grad():
         assert torch.equal(model(**inputs).sample, wanted)
-    assert model.graphs.captures == 1 and model.graphs.hits == 2
+    assert model.graphs.captures == 1 and model.graphs.replays == 2
 
 
 def _strided(inputs):
@@ -223,7 +222,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_key_of_inputs(model, build_inputs, check, change):
-    """Other shapes, strides, dtypes, trees or numbers are another graph, and the old one is still there."""
+    """Another shape, stride, dtype, tree or number makes another graph, and the first graph is kept."""
     inputs = build_inputs()
     assert check(model, inputs) == 2 and model.graphs.captures == 1
     assert check(model, CHANGES[change](build_inputs, inputs)) == 2 and model.graphs.captures == 2
@@ -237,7 +236,7 @@ def test_numbers_of_another_type_are_another_key(model, build_inputs, check):
 
 
 def test_key_of_settings(model, build_inputs, check, monkeypatch):
-    """Attention backends, ``PPCL_BACKEND``, train mode and torch's settings are another graph each."""
+    """Another attention backend, ``PPCL_BACKEND``, train mode or setting of torch makes another graph."""
     inputs, number = build_inputs(), 1
     assert check(model, inputs) == 2
     with attention_backend("_native_math"):
@@ -261,14 +260,14 @@ def test_key_of_settings(model, build_inputs, check, monkeypatch):
 
 
 def test_one_graph_for_images_of_one_size(model, build_inputs, check):
-    """Rotations are inputs: 3 x 5 and 5 x 3 tokens share a graph, and are not taken for one another."""
+    """Rotations are inputs: images of 3 x 5 and 5 x 3 tokens share a graph, and each gets its own rotations."""
     assert check(model, build_inputs(images=((1, 3, 5),))) == 2
     assert check(model, build_inputs(images=((1, 5, 3),))) == 3
     assert model.graphs.captures == 1
 
 
 def test_edit_models(make_checkpoint, tmp_path, build_inputs, check):
-    """The index of modulations is made on the host: an input too."""
+    """The token index of edit models is made on the host, and is an input too."""
     made = make_checkpoint(tmp_path / "edit", zero_cond_t=True)
     model = ppcl_rt.load(made.folder)
     model._graphs = Graphs(True, backend=Recorder())
@@ -277,8 +276,8 @@ def test_edit_models(make_checkpoint, tmp_path, build_inputs, check):
 
 
 def test_plans_pick_their_graphs(model, build_inputs, run):
-    """`set_plan`, `at` and schedules go from one graph to another; nothing is captured twice."""
-    inputs, wanted, plans = build_inputs(), {}, [model.catalog.dense, student(model), narrow(model)]
+    """`set_plan`, `at` and schedules switch from one graph to another; nothing is captured twice."""
+    inputs, wanted, plans = build_inputs(), {}, [model.catalog.dense, student(model), fewer_heads(model)]
     kept, model._graphs = model._graphs, Graphs(False)
     for plan in plans:
         with model.at(plan=plan):
@@ -288,8 +287,8 @@ def test_plans_pick_their_graphs(model, build_inputs, run):
         for plan in plans:
             with model.at(plan=plan):
                 assert torch.equal(run(model, inputs), wanted[plan])
-    assert (kept.captures, kept.hits) == (3, 3)
-    assert [each.of.plan for each in kept.captured] == plans
+    assert (kept.captures, kept.replays) == (3, 3)
+    assert [each.program.plan for each in kept.captured] == plans
     for plan in (plans[1], plans[0]):
         model.set_plan(plan)
         assert torch.equal(run(model, inputs), wanted[plan])
@@ -299,11 +298,11 @@ def test_plans_pick_their_graphs(model, build_inputs, run):
     for time in (0.9, 0.9, 0.7, 0.5, 0.3, 0.9):
         now = {**inputs, "timestep": torch.full((3,), time)}
         torch.testing.assert_close(run(model, now), run(eager, now), rtol=0, atol=1e-5)
-    assert (kept.captures, kept.hits) == (3, 11)
+    assert (kept.captures, kept.replays) == (3, 11)
 
 
 class Doubled(nn.Linear):
-    """As an adapter does, in the place of a layer: what it adds is a number of python's."""
+    """Stands for an adapter that replaces a layer; its factor is a python number, which a graph would not read anew."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -328,7 +327,7 @@ def _replace_parameter(model):
 
 
 def _put_parameter(model):
-    """As accelerate does, past every setter."""
+    """As accelerate does, without any setter."""
     layer = model.transformer_blocks[1].img_mlp.net[2]
     layer._parameters["bias"] = nn.Parameter(layer.bias + 1)
 
@@ -364,7 +363,7 @@ STALE = [
 
 @pytest.mark.parametrize("change", STALE)
 def test_stale_weights_are_refused(model, build_inputs, check, change):
-    """After weights were read, dropped, moved or replaced an old graph is not replayed, but a new one captured."""
+    """After weights were read, dropped, moved or replaced, the old graph is not replayed; a new one is captured."""
     inputs = build_inputs()
     assert check(model, inputs) == 2
     [old] = model.graphs._backend.made
@@ -376,7 +375,7 @@ def test_stale_weights_are_refused(model, build_inputs, check, change):
 
 
 def test_trim_drops_graphs(model, build_inputs, check):
-    """`trim` frees what graphs hold as well, at once."""
+    """`trim` frees the memory of graphs too, at once."""
     model._prepare(student(model))
     assert check(model, build_inputs()) == 2
     model.set_plan(student(model))
@@ -392,14 +391,14 @@ def test_trim_drops_graphs(model, build_inputs, check):
     "change", [lambda model: model.to(torch.float64), lambda model: model.load_state_dict(model.state_dict())]
 )
 def test_moving_drops_graphs(model, build_inputs, check, change):
-    """At once, not at the next forward: what they hold is freed before the weights take room elsewhere."""
+    """At once, not at the next forward: the memory of graphs is freed before the weights take memory elsewhere."""
     assert check(model, build_inputs()) == 2
     change(model)
     assert not model.graphs.captured and all(recording.closed for recording in model.graphs._backend.made)
 
 
 def test_other_plans_weights_may_go(model, build_inputs, check):
-    """What a program does not read may be replaced without a new capture."""
+    """Weights that the program does not read may be replaced without a new capture."""
     model._prepare(student(model))
     assert check(model, build_inputs()) == 2
     layer = model.students["0-1"].attn.to_q
@@ -408,11 +407,11 @@ def test_other_plans_weights_may_go(model, build_inputs, check):
 
 
 def test_a_replay_of_stale_weights_would_show(model, build_inputs, run, monkeypatch):
-    """The recorder is as blind as a graph: without the check it gives what the old weights gave."""
+    """The recorder does not notice new weights, as a graph does not: without the check it gives the old result."""
     inputs = build_inputs()
     for _ in range(2):
         old = run(model, inputs)
-    monkeypatch.setattr(Weights, "current", lambda self: True)
+    monkeypatch.setattr(Weights, "unchanged", lambda self: True)
     _replace_parameter(model)
     assert torch.equal(run(model, inputs), old)
     monkeypatch.undo()
@@ -420,7 +419,7 @@ def test_a_replay_of_stale_weights_would_show(model, build_inputs, run, monkeypa
 
 
 def test_training_in_place_is_read(model, build_inputs, check):
-    """A weight that changes at its address is read as it is: no new capture."""
+    """A weight that changes in place is read anew by each replay: no new capture."""
     assert check(model, build_inputs()) == 2
     with torch.no_grad():
         for parameter in model.parameters():
@@ -480,15 +479,15 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("why, add", [(why, add) for why, adds in HOOKS.items() for add in adds])
-def test_steps_aside_for_hooks(model, build_inputs, run, check, caplog, why, add):
-    """What python would do between the layers is done: no replay while it is there; the log says so once."""
+def test_no_graph_with_hooks(model, build_inputs, run, check, caplog, why, add):
+    """Hooks and adapters run: no forward is replayed while they are there, and the log says so once."""
     inputs = build_inputs()
     assert check(model, inputs) == 2
     caplog.set_level(logging.INFO, "ppcl_rt.model.graphs")
     caplog.clear()
     undo = add(model)
     try:
-        assert check(model, inputs) == 0 and why in model.graphs.why
+        assert check(model, inputs) == 0 and why in model.graphs.eager_reason
         run(model, inputs)
         told = [record for record in caplog.records if why in record.message]
         assert len(told) == 1 and told[0].levelno == logging.WARNING
@@ -496,13 +495,13 @@ def test_steps_aside_for_hooks(model, build_inputs, run, check, caplog, why, add
         if undo is not None:
             undo.remove()
     if undo is not None:
-        for _ in range(graphs._REST):
+        for _ in range(graphs._FORWARDS_BETWEEN_CHECKS):
             run(model, inputs)
         assert check(model, inputs) > 0
 
 
 def test_a_forward_that_is_replaced_twice(model, build_inputs, check):
-    """diffusers leaves a layer's own forward among its attributes: what takes its place is noticed all the same."""
+    """diffusers leaves a layer's own forward among its attributes; a forward that replaces it is noticed."""
     layer = model.transformer_blocks[0].attn.norm_k
     registry = HookRegistry.check_if_exists_or_initialize(layer)
     registry.register_hook(ModelHook(), "mine")
@@ -510,7 +509,7 @@ def test_a_forward_that_is_replaced_twice(model, build_inputs, check):
     assert "forward" in layer.__dict__ and check(model, build_inputs()) == 2
     original = layer.forward
     layer.forward = lambda x: original(x) * 2
-    assert check(model, build_inputs()) == 0 and model.graphs.why == "a replaced forward"
+    assert check(model, build_inputs()) == 0 and model.graphs.eager_reason == "a replaced forward"
 
 
 def test_hooks_run_every_time(model, build_inputs, run):
@@ -527,7 +526,7 @@ def test_compiled_layers(model, build_inputs, run):
     run(model, build_inputs())
     model.transformer_blocks[0]._compiled_call_impl = model.transformer_blocks[0]._call_impl
     run(model, build_inputs())
-    assert model.graphs.why == "compiled layers" and not model.graphs.captures
+    assert model.graphs.eager_reason == "compiled layers" and not model.graphs.captures
 
 
 class Mode(TorchFunctionMode):
@@ -545,73 +544,77 @@ class Mode(TorchFunctionMode):
         ("gradients", torch.autograd.forward_ad.dual_level),
     ],
 )
-def test_steps_aside_for_modes(model, build_inputs, run, why, around):
-    """Inside a mode that a replay would pass by, forwards run eagerly; after it graphs are taken up again."""
+def test_no_graph_in_modes(model, build_inputs, run, why, around):
+    """Inside a mode that a replay would ignore, forwards run eagerly; after it they are replayed again."""
     inputs = build_inputs()
     for _ in range(2):
         run(model, inputs)
     with torch.no_grad(), around():
         for _ in range(2):
             model(**inputs)
-    assert model.graphs.why == why and model.graphs.hits == 1
+    assert model.graphs.eager_reason == why and model.graphs.replays == 1
     run(model, inputs)
-    assert model.graphs.hits == 2
+    assert model.graphs.replays == 2
 
 
 def test_gradients_only_where_something_requires_them(model, build_inputs):
-    """With gradients on, frozen weights still have graphs; weights or inputs that require one have none."""
+    """With gradients enabled, a model of frozen weights has graphs, unless an input or a weight requires a gradient."""
     inputs = build_inputs()
     model.requires_grad_(False)
     for _ in range(2):
         model(**inputs)
-    assert model.graphs.hits == 1
+    assert model.graphs.replays == 1
     inputs["hidden_states"].requires_grad_()
     model(**inputs).sample.sum().backward()
-    assert model.graphs.hits == 1 and model.graphs.why == "gradients" and inputs["hidden_states"].grad is not None
+    assert (
+        model.graphs.replays == 1
+        and model.graphs.eager_reason == "gradients"
+        and inputs["hidden_states"].grad is not None
+    )
     inputs["hidden_states"].requires_grad_(False)
     model.enable_gradient_checkpointing()
     model(**inputs)
-    assert model.graphs.hits == 1 and model.graphs.why == "gradient checkpointing"
+    assert model.graphs.replays == 1 and model.graphs.eager_reason == "gradient checkpointing"
 
 
-def test_steps_aside_for_caches(model, build_inputs, run):
-    """Not for the context that pipelines always set, but for a cache that is on."""
+def test_no_graph_with_caches(model, build_inputs, run):
+    """A cache that is enabled prevents graphs; the cache context that pipelines always set does not."""
     from diffusers.hooks import FirstBlockCacheConfig
 
     inputs = build_inputs()
     for n in range(3):
         with model.cache_context("cond"):
             run(model, inputs)
-        assert model.graphs.hits == n
+        assert model.graphs.replays == n
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     with model.cache_context("cond"):
         run(model, inputs)
-    assert model.graphs.why == "a cache of diffusers" and model.graphs.hits == 2
+    assert model.graphs.eager_reason == "a cache of diffusers" and model.graphs.replays == 2
     model.disable_cache()
-    for _ in range(graphs._REST + 2):
+    for _ in range(graphs._FORWARDS_BETWEEN_CHECKS + 2):
         with model.cache_context("cond"):
             run(model, inputs)
-    assert model.graphs.hits > 2
+    assert model.graphs.replays > 2
 
 
-def test_steps_aside_elsewhere(model, build_inputs, run, monkeypatch):
-    """Inside another capture, for inputs that cannot be told apart, for weights elsewhere, and without a GPU."""
+def test_no_graph_elsewhere(model, build_inputs, run, monkeypatch):
+    """No graph inside another capture, for inputs without a value to compare, for weights elsewhere, without a GPU."""
     inputs = build_inputs()
     model.graphs._backend.inside = True
     run(model, inputs)
-    assert model.graphs.why == "inside another capture"
+    assert model.graphs.eager_reason == "inside another capture"
     model.graphs._backend.inside = False
     for _ in range(2):
         run(model, inputs, attention_kwargs={"what": object()})
-    assert model.graphs.why == "an input that is a object" and not model.graphs.captures
+    assert model.graphs.eager_reason == "an input that is a object" and not model.graphs.captures
     monkeypatch.setattr(Weights, "__init__", _elsewhere(Weights.__init__))
     for _ in range(2):
         run(model, inputs)
-    assert model.graphs.why == "weights on another device than the inputs" and not model.graphs.captures
+    assert model.graphs.eager_reason == "weights on another device than the inputs" and not model.graphs.captures
     model._graphs = Graphs(True)
     for _ in range(2):
         run(model, inputs)
-    assert model.graphs.why == "not on a CUDA device"
+    assert model.graphs.eager_reason == "not on a CUDA device"
 
 
 def _elsewhere(init):
@@ -623,17 +626,17 @@ def _elsewhere(init):
 
 
 def test_default_device_is_no_obstacle(model, build_inputs, check):
-    """``torch.device`` as a context is a function mode too, and one that changes nothing here."""
+    """``torch.device`` as a context is a function mode too, but it changes nothing in a forward."""
     with torch.device("cpu"):
         assert check(model, build_inputs()) == 2
 
 
 def test_log_in_auto(model, build_inputs, run, caplog):
-    """By itself, stepping aside is no warning; on a CPU not even worth a line."""
+    """In mode "auto" a forward without a graph is no warning, and on a CPU it is not logged."""
     caplog.set_level(logging.INFO, "ppcl_rt.model.graphs")
     model.set_graphs("auto")
     run(model, build_inputs())
-    assert not caplog.records and model.graphs.why == "not on a CUDA device"
+    assert not caplog.records and model.graphs.eager_reason == "not on a CUDA device"
     model._graphs = Graphs("auto", backend=Recorder())
     model.register_forward_hook(lambda *_: None)
     for _ in range(2):
@@ -642,7 +645,7 @@ def test_log_in_auto(model, build_inputs, run, caplog):
 
 
 def test_the_least_recently_used_goes(model, build_inputs, check, run):
-    """Two are kept; a replay counts as use; what goes is freed and captured again when it comes back."""
+    """Two graphs are kept. A replay counts as use. A dropped graph is freed, and captured again when needed."""
     model._graphs = Graphs(True, backend=Recorder(), limit=2)
     a, b, c = (build_inputs(batch=n) for n in (1, 2, 3))
     for inputs in (a, b):
@@ -650,20 +653,20 @@ def test_the_least_recently_used_goes(model, build_inputs, check, run):
     run(model, a)
     assert check(model, c) == 2
     assert [each.closed for each in model.graphs._backend.made] == [False, True, False]
-    assert [each.shapes[0][0] for each in model.graphs.captured] == [1, 3]
+    assert [each.input_shapes[0][0] for each in model.graphs.captured] == [1, 3]
     assert check(model, a) == 3 and check(model, b) == 2
     assert [each.closed for each in model.graphs._backend.made] == [False, True, True, False]
 
 
 def test_a_capture_that_fails(model, build_inputs, check, run, caplog):
-    """A shape that cannot be captured runs eagerly for good, said once; others are captured all the same."""
+    """A shape that cannot be captured runs eagerly from then on, and is logged once; other shapes are captured."""
     walk, tried = type(model)._walk, []
 
     def _walk(self, program, *, hidden_states, **inputs):
         output = walk(self, program, hidden_states=hidden_states, **inputs)
         if len(hidden_states) == 2 and len(self.graphs.captured) < 9:
             tried.append(1)
-            # Waits for the device.
+            # `item` waits for the device, which a capture does not allow.
             output = output + 0 * output.sum().item()
         return output
 
@@ -672,36 +675,36 @@ def test_a_capture_that_fails(model, build_inputs, check, run, caplog):
         inputs = build_inputs(batch=2)
         for _ in range(5):
             run(model, inputs)
-        assert model.graphs.why == "capturing failed: operation not permitted when stream is capturing"
-        # Five eagerly, one to warm up, one captured.
-        assert len(tried) == 7 and not model.graphs.hits
+        assert model.graphs.eager_reason == "capturing failed: operation not permitted when stream is capturing"
+        # Five eager forwards, one to warm up, one captured.
+        assert len(tried) == 7 and not model.graphs.replays
         assert len([record for record in caplog.records if "capturing failed" in record.message]) == 1
         assert check(model, build_inputs(batch=3)) == 2
-        # Errors of the caller's come through.
+        # Errors of the caller are raised.
         with pytest.raises(RuntimeError):
             run(model, {**inputs, "encoder_hidden_states": torch.zeros(2, 7, 99)})
 
 
 def test_implementations_are_known_first(model, build_inputs, run, monkeypatch):
-    """While a forward still chooses implementations it is not captured; nor is a capture kept that chose one."""
+    """A forward that still chooses implementations is not captured; a capture that chose one is dropped."""
     chosen = iter([1, 2, 3, 3, 3, 3, 4, 4, 4])
-    monkeypatch.setattr(graphs, "choices", lambda: next(chosen))
+    monkeypatch.setattr(graphs, "choices_made", lambda: next(chosen))
     inputs = build_inputs()
     run(model, inputs)  # 1 before, 2 after
-    assert "chosen" in model.graphs.why
+    assert "chosen" in model.graphs.eager_reason
     run(model, inputs)  # 3, 3
     run(model, inputs)  # 3 before the capture, 3 after
-    assert (model.graphs.captures, model.graphs.hits) == (1, 1)
+    assert (model.graphs.captures, model.graphs.replays) == (1, 1)
     other = build_inputs(batch=1)
     chosen = iter([5, 5, 5, 6, 6, 6, 6, 6])
     for _ in range(3):
         run(model, other)
-    assert model.graphs.captures == 1 and "changed while" in model.graphs.why
+    assert model.graphs.captures == 1 and "changed while" in model.graphs.eager_reason
     assert model.graphs._backend.made[-1].closed
 
 
 class Clock:
-    """Host and device, by hand: each forward takes so many seconds on either."""
+    """The clocks of host and device: each forward takes a given number of seconds on each."""
 
     def __init__(self, host, device):
         self.host, self.device, self.now, self.ready = host, device, 0.0, 0.0
@@ -736,7 +739,7 @@ class Moment:
 
 @pytest.mark.parametrize("host, device, bound", [(0.05, 0.02, True), (0.05, 0.06, True), (0.05, 0.07, False)])
 def test_meter(host, device, bound):
-    """A forward is launch-bound where the device takes hardly longer than the host: twice in a row."""
+    """A forward is launch-bound if the device takes hardly longer than the host, twice in a row."""
     clock = Clock(host, device)
     meter = Meter(clock)
     assert not meter.launch_bound()
@@ -747,7 +750,7 @@ def test_meter(host, device, bound):
 
 
 def test_meter_waits_for_nothing():
-    """A measurement that is not ready is left for later, and one behind a full queue is not taken."""
+    """A measurement that is not ready is read later, and no forward after a full queue is measured."""
     clock = Clock(0.01, 0.5)
     meter = Meter(clock)
     marks = 0
@@ -760,7 +763,7 @@ def test_meter_waits_for_nothing():
     for _ in range(10):
         meter.run(clock.forward, clock.idle, mark)
     assert marks == 2 and not meter.launch_bound()
-    # The host waits for the queue now: as slow as the device, but it says nothing.
+    # Now the host waits for the queue: it is as slow as the device, which does not mean launch-bound.
     clock.host = 0.5
     for _ in range(5):
         clock.ready = clock.now + 1
@@ -780,7 +783,7 @@ def test_meter_forgets_what_was_held_up():
 
 @pytest.mark.parametrize("device, captured", [(0.01, 1), (0.5, 0)])
 def test_auto(model, build_inputs, run, device, captured):
-    """By itself a forward is captured where the host was slower than the device, never where it was faster."""
+    """In mode "auto" a forward is captured if the host was slower than the device, never if it was faster."""
     clock = Clock(0.05, device)
     backend = Recorder()
     backend.mark, backend.idle = clock.mark, clock.idle
@@ -797,17 +800,17 @@ def test_auto(model, build_inputs, run, device, captured):
         for n in range(6):
             results.append(run(model, build_inputs()))
             clock.now += 1.0
-            # The first loads kernels and is not measured, the second and the third are.
+            # The first forward loads kernels and is not measured; the second and the third are.
             assert model.graphs.captures == (captured if n >= 3 else 0)
     assert all(torch.equal(result, results[0]) for result in results)
-    assert model.graphs.hits == 3 * captured
+    assert model.graphs.replays == 3 * captured
 
 
 def test_off(model, build_inputs, run):
     model.set_graphs(False)
     for _ in range(3):
         run(model, build_inputs())
-    assert model.graphs.mode is False and not model.graphs.captured and not model.graphs._notes
+    assert model.graphs.mode is False and not model.graphs.captured and not model.graphs._candidates
 
 
 def test_turning_off_frees(model, build_inputs, check):
@@ -818,7 +821,7 @@ def test_turning_off_frees(model, build_inputs, check):
 
 
 def test_arguments(loaded):
-    """`load` and ``from_pretrained`` take a mode, and refuse what is none."""
+    """`load` and ``from_pretrained`` take a mode, and refuse anything else."""
     cls = ppcl_rt.PPCLQwenImageTransformer2DModel
     folder = loaded._source.folder
     assert ppcl_rt.load(folder, graphs=False).graphs.mode is False
@@ -832,7 +835,7 @@ def test_arguments(loaded):
 
 
 def test_copies_carry_none(model, build_inputs, check):
-    """A copy of a model, and what comes back from a file, starts without graphs and captures its own."""
+    """A copy of a model, and unpickled `Graphs`, start without graphs; the copy captures its own."""
     assert check(model, build_inputs()) == 2
     other = copy.deepcopy(model)
     assert not other.graphs.captured and other.graphs.mode is True and other.graphs.generation == 0
@@ -840,13 +843,15 @@ def test_copies_carry_none(model, build_inputs, check):
         other.proj_out.weight.mul_(2)
     assert check(other, build_inputs()) == 2 and check(model, build_inputs()) == 3
     again = pickle.loads(pickle.dumps(Graphs("auto")))
-    assert again.mode == "auto" and again._backend is graphs.CUDA
+    assert again.mode == "auto" and again._backend is CUDA
     assert "captured" in repr(model.graphs) and "1 captured, 5 replayed" in repr(model.graphs)
 
 
 def test_threads(model, build_inputs, run):
-    """Threads with plans of their own replay one model's graphs, and each gets its own results."""
-    inputs = {plan: build_inputs(seed=n) for n, plan in enumerate((model.catalog.dense, student(model), narrow(model)))}
+    """Threads that run one model at different plans replay its graphs, and each gets the results of its plan."""
+    inputs = {
+        plan: build_inputs(seed=n) for n, plan in enumerate((model.catalog.dense, student(model), fewer_heads(model)))
+    }
     kept, model._graphs, wanted, wrong = model._graphs, Graphs(False), {}, []
     for plan in inputs:
         with model.at(plan=plan):
@@ -862,11 +867,11 @@ def test_threads(model, build_inputs, run):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and kept.captures == 3 and kept.hits == 15
+    assert not wrong and kept.captures == 3 and kept.replays == 15
 
 
 def test_text_runs(mapped, build_inputs, check):
-    """Maps of text runs lie outside the blocks, and are watched as well."""
+    """Linear maps of text runs are outside the blocks, and are compared too."""
     plan = ppcl_rt.Plan.of(mapped.catalog.fingerprint, 4, [(n, FULL) for n in range(4)], text_runs=[Interval(0, 2)])
     model = ppcl_rt.load(mapped.folder, plan=plan)
     model._graphs = Graphs(True, backend=Recorder())
@@ -883,20 +888,20 @@ def test_text_runs(mapped, build_inputs, check):
 
 
 def test_a_block_that_grows(loaded, build_inputs, check):
-    """What a wider plan reads moves the weights of the narrower one; a plan that reads nothing keeps all graphs."""
-    model = ppcl_rt.load(loaded._source.folder, plan=narrow(loaded))
+    """Reading a wider plan moves the weights of the narrower one; a plan that reads nothing keeps all graphs."""
+    model = ppcl_rt.load(loaded._source.folder, plan=fewer_heads(loaded))
     model._graphs = Graphs(True, backend=Recorder())
     assert check(model, build_inputs()) == 2
     model.set_plan(model.catalog.dense)
     assert check(model, build_inputs()) == 2 and len(model.graphs.captured) == 1
-    model.set_plan(narrow(model))
+    model.set_plan(fewer_heads(model))
     assert check(model, build_inputs()) == 2 and len(model.graphs.captured) == 2
     model.set_plan(model.catalog.dense)
     assert check(model, build_inputs()) == 3
 
 
 def test_workspaces_of_cublas(monkeypatch):
-    """A capture takes workspaces from the memory of the graphs: what was made before it lies outside and is let go."""
+    """A capture allocates workspaces in the memory of the graphs: those made before are outside of it and are freed."""
     log, current = [], ["user's"]
 
     class Stream:
@@ -939,7 +944,7 @@ def test_workspaces_of_cublas(monkeypatch):
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
-    backend, device = graphs.Cuda(), torch.device("cuda:0")
+    backend, device = Cuda(), torch.device("cuda:0")
     for _ in range(2):
         backend.warm(device, lambda: log.append(current[0]))
         backend.capture(device, lambda: log.append(current[0]))

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import ppcl_rt
-from ppcl_rt import Checkpoint, Interval, Schedule, Step, Width, ops
-from ppcl_rt.ops.qkv_projection import side_by_side
+from ppcl_rt import Checkpoint, Interval, PlannedBlock, Schedule, Width, ops
+from ppcl_rt.ops.packing import side_by_side
 
-FULL = Width(4, 128, 128, 32)
+FULL = Width(heads=4, image=128, text=128, modulation=32)
 RATIOS = (0.6, 0.7, 0.75, 0.95, 1.0)
 
 
@@ -79,15 +79,15 @@ def test_second_visit_neither_plans_nor_reads(made, reads, monkeypatch):
 
 def test_set_plan(made, model, build_inputs, run, same):
     """`set_plan` runs just that plan until the next is set; one that cannot run changes nothing."""
-    plan = made.plan(Step(blocks=Interval(1, 1), width=Width(2, 33, 65, 32)))
+    plan = made.plan(PlannedBlock(interval=Interval(1, 1), width=Width(heads=2, image=33, text=65, modulation=32)))
     model.set_plan(plan)
     assert model.plan == plan
     for bad in (
         plan.model_copy(update={"checkpoint": "0" * 16}),
         plan.model_copy(update={"depth": 5}),
-        made.plan(Step(blocks=Interval(2, 3), width=FULL, student=True)),
-        made.plan(Step(blocks=Interval(1, 1), width=Width(5, 1, 1, 32))),
-        made.plan(Step(blocks=Interval(1, 1), width=Width(1, 129, 1, 32))),
+        made.plan(PlannedBlock(interval=Interval(2, 3), width=FULL, student=True)),
+        made.plan(PlannedBlock(interval=Interval(1, 1), width=Width(heads=5, image=1, text=1, modulation=32))),
+        made.plan(PlannedBlock(interval=Interval(1, 1), width=Width(heads=1, image=129, text=1, modulation=32))),
     ):
         with pytest.raises(ValueError) as caught:
             model.set_plan(bad)
@@ -277,7 +277,7 @@ def test_trim_keeps_a_schedule(made, model, build_inputs, run, same):
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_trim_frees(made, model, scheduled):
     """What `trim` drops is gone from memory, not only from `resident_bytes`."""
-    plan = made.plan(Step(blocks=Interval(0, 0), width=FULL))
+    plan = made.plan(PlannedBlock(interval=Interval(0, 0), width=FULL))
     if scheduled:
         model.set_schedule(Schedule.constant(plan))
     else:
@@ -301,7 +301,8 @@ def test_trim_inside_at(made, model, build_inputs, run, same, at_ratio):
 def test_load_reads_what_the_plan_needs(made, reads):
     """Blocks that are not in the plan are not read, nor students; no tensor is read twice."""
     plan = made.plan(
-        Step(blocks=Interval(0, 1), width=Width(2, 50, 31, 32), student=True), Step(blocks=Interval(3, 3), width=FULL)
+        PlannedBlock(interval=Interval(0, 1), width=Width(heads=2, image=50, text=31, modulation=32), student=True),
+        PlannedBlock(interval=Interval(3, 3), width=FULL),
     )
     model = ppcl_rt.load(made.folder, plan=plan)
     assert len(reads) == len(set(reads))
@@ -315,7 +316,9 @@ def test_load_reads_what_the_plan_needs(made, reads):
 
 def test_load_reads_fitted_layers_it_needs(compensated, reads):
     """Of the fitted layers only those of the plan's counts are read, and in place of the full one."""
-    plan = compensated.plan(Step(blocks=Interval(2, 2), width=Width(3, 128, 31, 32)))
+    plan = compensated.plan(
+        PlannedBlock(interval=Interval(2, 2), width=Width(heads=3, image=128, text=31, modulation=32))
+    )
     ppcl_rt.load(compensated.folder, plan=plan)
     narrow = {name.split("narrow.")[1].split(".")[0] for name in reads if ".narrow." in name}
     assert narrow == {"attn_image_3", "attn_text_3", "mlp_text_31"}
@@ -364,7 +367,7 @@ def test_moved_model_grows_where_it_is(made, build_inputs, run):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    model.train().set_plan(made.plan(Step(blocks=Interval(3, 3), width=FULL, student=True)))
+    model.train().set_plan(made.plan(PlannedBlock(interval=Interval(3, 3), width=FULL, student=True)))
     assert all(module.training for module in model.modules())
 
 
@@ -406,7 +409,8 @@ def test_deepcopy(made, model, build_inputs, run, same, at_ratio):
 def test_gradient_checkpointing(made, model, build_inputs, same):
     """Recomputed in backward = kept from forward, for the output and every gradient, in training mode."""
     plan = made.plan(
-        Step(blocks=Interval(0, 1), width=Width(2, 50, 31, 32), student=True), Step(blocks=Interval(3, 3), width=FULL)
+        PlannedBlock(interval=Interval(0, 1), width=Width(heads=2, image=50, text=31, modulation=32), student=True),
+        PlannedBlock(interval=Interval(3, 3), width=FULL),
     )
     model.train()
     results = []
@@ -507,7 +511,11 @@ def test_bad_arguments(made, build_inputs, model):
 
 def test_growing_keeps_what_was_trained(made):
     """A block that was changed in memory grows around the change instead of reading over it."""
-    small = made.plan(ppcl_rt.Step(blocks=ppcl_rt.Interval(0, 0), width=ppcl_rt.Width(1, 17, 31, 32)))
+    small = made.plan(
+        ppcl_rt.PlannedBlock(
+            interval=ppcl_rt.Interval(0, 0), width=ppcl_rt.Width(heads=1, image=17, text=31, modulation=32)
+        )
+    )
     model = ppcl_rt.load(made.folder, plan=small)
     with torch.no_grad():
         for parameter in model.transformer_blocks.parameters():

@@ -1,4 +1,4 @@
-"""Operations: every implementation gives the same, prepared calls see no stale weight, and the compiler sees one op."""
+"""Operations: all implementations agree, prepared calls read current weights, and the compiler sees one op."""
 
 import pytest
 import torch
@@ -7,17 +7,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
-from ppcl_rt.ops import implementations as ways
 from ppcl_rt.ops.ada_layer_norm import AdaLayerNorm
-from ppcl_rt.ops.implementations import CUBLAS, CUBLASLT, PACKED, TORCH
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, PACKED, TORCH
 from ppcl_rt.ops.joint_attention import Attention
 from ppcl_rt.ops.linear import LINEARS, Linears
-from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION, pack, side_by_side
+from ppcl_rt.ops.packing import pack, side_by_side
+from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, TEXT, IMAGE, HEADS, E = 2, 5, 33, 3, 8
 D = HEADS * E
-# The interpreter computes GELU's sigmoid with numpy, which says that exp(large) is infinite; it is meant to be.
+# The interpreter computes the sigmoid of GELU with numpy, which warns where exp(large) is infinite, as it should be.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
@@ -81,7 +82,7 @@ OPERATION_OF = {
 
 
 def close(got, wanted, limit=1e-5):
-    """float32 sums of some fifty terms of size 1, in another order: 1e-6 seen."""
+    """Compare float32 sums of some fifty terms of size 1 in another order: 1e-6 seen."""
     got, wanted = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (got, wanted))
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -90,20 +91,20 @@ def close(got, wanted, limit=1e-5):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_implementations_agree(name):
-    """Whatever a table may choose gives what plain torch gives, also by the rule that judges every tile."""
+    """Every implementation that a table may choose gives the result of plain torch, also by `agree`."""
     call = CALLS[name]()
     operation = OPERATION_OF[type(call)]
     wanted, listed = operation.run(call, TORCH), operation.implementations(call)
     assert TORCH in listed and len(set(listed)) == len(listed)
-    assert any(way.kind == "triton" for way in listed)
-    for way in listed:
-        got = operation.run(call, way)
+    assert any(each.kind == "triton" for each in listed)
+    for implementation in listed:
+        got = operation.run(call, implementation)
         close(got, wanted)
-        assert ways.agree(got, wanted)
+        assert agree(got, wanted)
 
 
 def test_what_is_offered():
-    """A product and a small kernel where the kernel has something to do; one product where q, k and v allow it."""
+    """cuBLAS where a small kernel has something to add; one batched product where q, k and v lie side by side."""
     assert CUBLAS in LINEARS.implementations(CALLS["down"]()) and CUBLAS not in LINEARS.implementations(CALLS["up"]())
     assert PACKED in QKV_PROJECTION.implementations(CALLS["q/k/v"]())
     assert PACKED in QKV_PROJECTION.implementations(CALLS["q/k/v, no bias"]())
@@ -112,7 +113,7 @@ def test_what_is_offered():
 
 
 def test_lt_epilogue(monkeypatch):
-    """cuBLASLt's product over prefixes and both streams; torch's GELU there is the tanh form on CUDA only."""
+    """cuBLASLt's product over prefixes and both streams. Only on CUDA its GELU is the tanh form."""
     plain = torch.addmm
 
     def product(bias, x, weight, use_gelu):
@@ -130,7 +131,7 @@ def key(call):
 
 
 def test_keys_say_what_changes_the_time():
-    """Each thing that makes a product faster or slower makes another form; sizes alone make a neighbour."""
+    """Everything that changes the speed of a product changes the form of its key; another size makes a neighbour."""
     base = linear_call(gate=True, residual=True, k=24)
     first, *others = base.groups
 
@@ -144,7 +145,7 @@ def test_keys_say_what_changes_the_time():
         changed(gate=None, residual=None),
         CALLS["edit"](),
         changed(x=make(B, 2 * IMAGE, D)[:, ::2, :24]),
-        # TMA wants steps of 16 bytes.
+        # TMA needs strides that are multiples of 16 bytes.
         changed(weight=make(64, D + 1)),
         base._replace(gelu=True),
     ):
@@ -152,7 +153,7 @@ def test_keys_say_what_changes_the_time():
     assert len(set(forms)) == len(forms), forms
     narrower = changed(out_features=17, gate=make(B, 17), residual=make(B, IMAGE, 17))
     assert key(narrower).form == key(base).form and key(narrower).sizes != key(base).sizes
-    # 36 tiles of rows and 40 are two keys, and neighbours.
+    # 36 and 40 tiles of rows: two keys, which are neighbours.
     near, far = (key(Attention(*(torch.zeros(1, s, 1, 8, device=DEVICE),) * 3)) for s in (4608, 5120))
     assert near != far and near.distance(far) < 0.5
     forms = {key(CALLS[name]()).form for name in ("q/k/v", "q/k/v, no bias", "q/k/v, one stream")}
@@ -163,7 +164,7 @@ def test_keys_say_what_changes_the_time():
 
 @pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
 def test_prepared_calls_follow_their_arguments(monkeypatch, name):
-    """The second call at a shape runs what the first prepared, on tensors of its own."""
+    """The second call at a shape runs what the first has prepared, on its own tensors."""
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     operation = OPERATION_OF[type(CALLS[name]())]
     operation._prepared.clear()
@@ -176,7 +177,7 @@ def test_prepared_calls_follow_their_arguments(monkeypatch, name):
 
 
 def test_prepared_calls_see_new_weights(monkeypatch):
-    """Weights that were replaced, moved within their parameter, or changed in place: none is computed with the old."""
+    """Weights are replaced, moved within their parameter, or changed in place: each call reads the current values."""
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     layer, x = nn.Linear(D, 32).to(DEVICE).requires_grad_(False), make(B, IMAGE, D)
 
@@ -200,7 +201,7 @@ FIXED = {Linears: ("weight", "bias"), QKV: ("weights", "biases", "norms"), AdaLa
 
 @pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
 def test_signatures_tell_stale_from_moved(name):
-    """A prepared call stands for weights at their addresses, and for any activations of the same form."""
+    """A signature depends on the addresses of weights, and only on the layout of activations."""
     call = CALLS[name]()
     operation = OPERATION_OF[type(call)]
     signature = operation.signature(call)
@@ -221,7 +222,7 @@ def test_signatures_tell_stale_from_moved(name):
         strided = torch.empty_strided(leaf.shape, [2 * step for step in leaf.stride()], dtype=leaf.dtype)
         for other in (leaf[:-1], leaf.view(torch.int16), strided.to(DEVICE), None):
             assert with_leaf(other) != signature
-        # The same place, seen as something else.
+        # The same address with other strides.
         assert with_leaf(leaf.as_strided(leaf.shape, [0] * leaf.dim())) != signature
     assert seen == len(weights)
 
@@ -229,7 +230,7 @@ def test_signatures_tell_stale_from_moved(name):
 def test_a_shape_is_prepared_once(monkeypatch):
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     prepared, plain = [], LINEARS.prepare
-    monkeypatch.setattr(LINEARS, "prepare", lambda call, way: prepared.append(way) or plain(call, way))
+    monkeypatch.setattr(LINEARS, "prepare", lambda call, chosen: prepared.append(chosen) or plain(call, chosen))
     LINEARS._prepared.clear()
     call = CALLS["down"]()
     for _ in range(3):
@@ -244,19 +245,19 @@ def test_a_shape_is_prepared_once(monkeypatch):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_compiler_sees_one_op(monkeypatch, name):
-    """`opcheck` of the op that torch.compile records; its result is that of the operation."""
+    """The op that torch.compile records passes `opcheck`, and its result is that of the operation."""
     monkeypatch.setenv("PPCL_BACKEND", "torch")
     call = CALLS[name]()
     operation, recorded = OPERATION_OF[type(call)], []
     module = __import__(type(operation).__module__, fromlist=["_OP"])
     op = module._OP
     monkeypatch.setattr(module, "_OP", lambda *arguments: recorded.append(arguments) or op(*arguments))
-    close(operation.opaque(call), operation.run(call, TORCH))
+    close(operation.run_custom_op(call), operation.run(call, TORCH))
     torch.library.opcheck(op, recorded[0], test_utils=("test_schema", "test_faketensor"))
 
 
 def test_hooks_adapters_and_backends_are_honoured(monkeypatch):
-    """What a user put between us and the weights, or in place of our attention, is called."""
+    """A forward that a user put on a layer, and an attention backend that a user chose, are called."""
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     monkeypatch.setattr(LINEARS, "run", lambda *_: pytest.fail("read past the module"))
     layer, x = nn.Linear(D, 32).to(DEVICE).requires_grad_(False), make(B, IMAGE, D)
@@ -273,7 +274,7 @@ def test_hooks_adapters_and_backends_are_honoured(monkeypatch):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_pack(bias):
-    """Names, values and gradients' flags stay; the weights are views of one tensor, which adapters do not notice."""
+    """Names, values and requires_grad stay; the weights are views of one tensor, and train as before."""
     layers = [nn.Linear(6, 8, bias=bias) for _ in range(3)]
     layers[1].weight.requires_grad_(False)
     before = [{n: p.detach().clone() for n, p in layer.named_parameters()} for layer in layers]
@@ -288,7 +289,7 @@ def test_pack(bias):
         assert all(torch.equal(p, old[n]) for n, p in layer.named_parameters())
         assert [n for n, _ in layer.named_parameters()] == list(old)
     assert [layer.weight.requires_grad for layer in layers] == [True, False, True]
-    # A prefix of rows is a view too, and a changed weight shows in the whole.
+    # A prefix of rows can be viewed too, and a changed weight shows in the view.
     layers[2].weight.data[0, 0] = 7.0
     assert together[:, :2][2, 0, 0] == 7.0
     layers[1].weight = nn.Parameter(torch.zeros(8, 6))
@@ -296,7 +297,7 @@ def test_pack(bias):
 
 
 def test_pack_in_inference_mode():
-    """Parameters stay what they are: ordinary ones can be trained later, those of inference mode are left alone."""
+    """Ordinary parameters can be trained later; those made in inference mode are not packed."""
     ordinary = [nn.Linear(8, 6) for _ in range(3)]
     with torch.inference_mode():
         made_inside = [nn.Linear(8, 6) for _ in range(3)]
@@ -319,7 +320,7 @@ def test_side_by_side_is_strict():
 
 
 def test_functions_take_operations():
-    """The functions that models call give what modules give, on the operations' path and on the modules' own."""
+    """The functions that models call give the same through operations and through the modules."""
     torch.manual_seed(0)
     layers = [nn.Linear(D, D).to(DEVICE) for _ in range(6)]
     from diffusers.models.normalization import RMSNorm

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from ppcl_rt import Interval, Plan, Step, Width
+from ppcl_rt import Interval, Plan, PlannedBlock, Width
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 
-FULL = Width(24, 12288, 12288, 3072)
+FULL = Width(heads=24, image=12288, text=12288, modulation=3072)
 SHAPE = {"image_tokens": 4096, "text_tokens": 512, "batch": 1}
 
 
@@ -18,20 +18,20 @@ def row(kind, ms, width=None, full_ms=2.0, **more):
 
 ROWS = [
     row("block", 2.0, FULL),
-    row("block", 1.4, FULL._replace(heads=12)),
+    row("block", 1.4, FULL.replace(heads=12)),
     # Its clock ran at half the speed.
-    row("block", 2.4, FULL._replace(heads=6), full_ms=4.0),
-    row("block", 1.5, FULL._replace(image=6144)),
-    row("block", 1.2, FULL._replace(image=2048)),
-    row("block", 1.1, FULL._replace(image=0)),
-    row("block", 1.9, FULL._replace(text=4096)),
-    row("block", 1.95, FULL._replace(modulation=256)),
-    row("block", 1.93, FULL._replace(modulation=64)),
-    row("still", 1.7, FULL._replace(text=0)),
-    row("still", 1.2, FULL._replace(text=0, heads=12)),
+    row("block", 2.4, FULL.replace(heads=6), full_ms=4.0),
+    row("block", 1.5, FULL.replace(image=6144)),
+    row("block", 1.2, FULL.replace(image=2048)),
+    row("block", 1.1, FULL.replace(image=0)),
+    row("block", 1.9, FULL.replace(text=4096)),
+    row("block", 1.95, FULL.replace(modulation=256)),
+    row("block", 1.93, FULL.replace(modulation=64)),
+    row("still", 1.7, FULL.replace(text=0)),
+    row("still", 1.2, FULL.replace(text=0, heads=12)),
     row("map", 0.05),
     row("outer", 0.3),
-    row("block", 0.001, FULL._replace(heads=18), agrees=False),
+    row("block", 0.001, FULL.replace(heads=18), agrees=False),
 ]
 TABLE = {
     "format": 1,
@@ -74,15 +74,15 @@ def costs(read):
     ("width", "ms"),
     [
         (FULL, 2.0),
-        (FULL._replace(heads=12), 1.4),
-        (FULL._replace(heads=6), 1.2),
+        (FULL.replace(heads=12), 1.4),
+        (FULL.replace(heads=6), 1.2),
         # Halfway; the row between them is not that of plain torch.
-        (FULL._replace(heads=18), 1.7),
-        (FULL._replace(image=4096), 1.35),
-        (FULL._replace(image=0), 1.1),
-        (FULL._replace(modulation=128), 1.93 + 0.02 / 3),
+        (FULL.replace(heads=18), 1.7),
+        (FULL.replace(image=4096), 1.35),
+        (FULL.replace(image=0), 1.1),
+        (FULL.replace(modulation=128), 1.93 + 0.02 / 3),
         # Groups add up.
-        (Width(12, 6144, 4096, 256), 2.0 - 0.6 - 0.5 - 0.1 - 0.05),
+        (Width(heads=12, image=6144, text=4096, modulation=256), 2.0 - 0.6 - 0.5 - 0.1 - 0.05),
     ],
 )
 def test_costs_are_linear_between_counts_and_add_up_over_groups(costs, width, ms):
@@ -90,9 +90,9 @@ def test_costs_are_linear_between_counts_and_add_up_over_groups(costs, width, ms
 
 
 def test_a_still_block_goes_by_its_own_rows_where_it_has_them(costs):
-    assert costs.ms(FULL._replace(text=0), still=True) == pytest.approx(1.7)
-    assert costs.ms(FULL._replace(text=0, heads=18), still=True) == pytest.approx(1.45)
-    assert costs.ms(FULL._replace(text=0, image=6144), still=True) == pytest.approx(1.7 - 0.5)
+    assert costs.ms(FULL.replace(text=0), not_updated={"text"}) == pytest.approx(1.7)
+    assert costs.ms(FULL.replace(text=0, heads=18), not_updated={"text"}) == pytest.approx(1.45)
+    assert costs.ms(FULL.replace(text=0, image=6144), not_updated={"text"}) == pytest.approx(1.7 - 0.5)
     assert costs.counts("image") == [0, 2048, 6144, 12288]
 
 
@@ -100,11 +100,11 @@ def test_a_still_block_goes_by_its_own_rows_where_it_has_them(costs):
     "width",
     [
         # Below what was measured; between a linear map and the narrowest MLP; between the factors and the stock layers.
-        FULL._replace(heads=5),
-        FULL._replace(image=1024),
-        FULL._replace(text=0),
-        FULL._replace(modulation=512),
-        FULL._replace(heads=25),
+        FULL.replace(heads=5),
+        FULL.replace(image=1024),
+        FULL.replace(text=0),
+        FULL.replace(modulation=512),
+        FULL.replace(heads=25),
     ],
 )
 def test_nothing_is_said_outside_of_what_was_measured(costs, width):
@@ -114,10 +114,12 @@ def test_nothing_is_said_outside_of_what_was_measured(costs, width):
 
 
 def test_a_plan_costs_its_blocks_its_maps_and_what_is_around_them(costs):
-    half = FULL._replace(heads=12)
+    half = FULL.replace(heads=12)
     runs = [Interval(1, 3)]
     # Blocks 0 to 4 of 6, of which 2 and 3 leave the text alone; maps for those, and one for how the text goes on.
-    plan = Plan.of("", 6, [(n, half) for n in range(5)], [Step(blocks=Interval(5, 5), width=FULL, student=True)], runs)
+    plan = Plan.of(
+        "", 6, [(n, half) for n in range(5)], [PlannedBlock(interval=Interval(5, 5), width=FULL, student=True)], runs
+    )
     assert costs.plan_ms(plan) == pytest.approx(0.3 + 3 * 1.4 + 2 * 1.2 + 2.0 + 3 * 0.05)
 
 
@@ -128,7 +130,7 @@ def test_a_shape_that_was_not_measured_is_refused(read):
     with pytest.raises(ValueError, match="no row of kind outer"):
         table.at(4096, 512).plan_ms(Plan.of("", 2, ()))
     with pytest.raises(ValueError, match="no full row of kind still"):
-        table.at(4096, 512).ms(FULL._replace(text=0), still=True)
+        table.at(4096, 512).ms(FULL.replace(text=0), not_updated={"text"})
 
 
 @pytest.mark.parametrize(
@@ -139,8 +141,8 @@ def test_a_shape_that_was_not_measured_is_refused(read):
         ({"rows": [row("block", 1.0)]}, "rows of blocks have a width"),
         ({"rows": [row("map", 1.0, FULL)]}, "others have none"),
         ({"rows": [row("still", 1.0, FULL)]}, "its text width is 0"),
-        ({"rows": [row("block", 1.0, FULL._replace(heads=0))]}, "heads and modulation are 1 or more"),
-        ({"rows": [row("block", 1.0, FULL._replace(heads=25))]}, "wider than the full block"),
+        ({"rows": [row("block", 1.0, FULL.replace(heads=0))]}, "heads and modulation are 1 or more"),
+        ({"rows": [row("block", 1.0, FULL.replace(heads=25))]}, "wider than the full block"),
         ({"rows": [row("block", 1.0, FULL)] * 2}, "listed twice"),
         ({"rows": [row("norm", 1.0)]}, "rows.0.kind"),
         ({"watts": 700}, "watts"),
@@ -165,4 +167,4 @@ def test_what_is_no_table_is_refused_in_one_line(tmp_path, text):
 def test_rows_go_to_json_and_back(read):
     table = read()
     assert CostTable.model_validate_json(table.model_dump_json()) == table
-    assert CostRow.model_validate(ROWS[1]).width == FULL._replace(heads=12)
+    assert CostRow.model_validate(ROWS[1]).width == FULL.replace(heads=12)

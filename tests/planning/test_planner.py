@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Option, Planner, Schedule, Shape, Student, TextRun, Width, Widths
+from ppcl_rt import Catalog, Interval, LegalCount, LegalWidths, Planner, Schedule, Shape, Student, TextRun, Width
 
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -27,13 +27,13 @@ def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: 
     def loss() -> float:
         return float(np.exp(rng.uniform(*np.log(losses))))
 
-    def widths() -> Widths:
+    def widths() -> LegalWidths:
         # Two factors of nearly the full rank hold more than the layer that they stand in for.
-        bounds = full._replace(modulation=dim // 2)
+        bounds = full.replace(modulation=dim // 2)
         counts = [int(rng.integers(group in ("heads", "modulation"), n)) for group, n in bounds._asdict().items()]
-        return Widths(
+        return LegalWidths(
             **{
-                group: (Option(full_count, 0.0), Option(count, loss()))
+                group: (LegalCount(full_count, 0.0), LegalCount(count, loss()))
                 for (group, full_count), count in zip(full._asdict().items(), counts, strict=True)
             }
         )
@@ -135,12 +135,15 @@ def test_exact_where_losses_differ_by_orders_of_magnitude(seed):
 def test_a_plan_is_found_at_its_own_ratio(seed):
     """A budget that a plan just fits is enough for it; one parameter less is not, also at the size of Qwen-Image."""
     rng = np.random.default_rng(seed)
-    full = Width(24, 12288, 12288, 3072)
+    full = Width(heads=24, image=12288, text=12288, modulation=3072)
 
-    def widths() -> Widths:
-        return Widths(
+    def widths() -> LegalWidths:
+        return LegalWidths(
             **{
-                group: (Option(n, 0.0), *(Option(c, n / c - 1 + rng.random() / 99) for c in (n * 3 // 4, n // 2 - 3)))
+                group: (
+                    LegalCount(n, 0.0),
+                    *(LegalCount(c, n / c - 1 + rng.random() / 99) for c in (n * 3 // 4, n // 2 - 3)),
+                )
                 for group, n in full._asdict().items()
             }
         )
@@ -259,9 +262,9 @@ def test_plans_near_a_timestep_go_by_its_band():
     catalog = random_catalog(np.random.default_rng(3), 4, 0)
     full = catalog.shape.width
 
-    def widths(parts: tuple[float, float]) -> Widths:
-        half = (Option(full.image // 2, sum(parts), parts),)
-        return Widths.only(full).model_copy(update={"image": (Option(full.image, 0.0), *half)})
+    def widths(parts: tuple[float, float]) -> LegalWidths:
+        half = (LegalCount(full.image // 2, sum(parts), parts),)
+        return LegalWidths.only(full).model_copy(update={"image": (LegalCount(full.image, 0.0), *half)})
 
     blocks = tuple(widths((1e-6, 0.5) if n % 2 else (0.5, 1e-6)) for n in range(4))
     timed = catalog.model_copy(update={"blocks": blocks, "text_runs": (), "edges": (0.0, 0.5, 1.0)})

@@ -108,7 +108,7 @@ def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
 
 def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finished):
     catalog = ppcl_rt.load(finished / "checkpoint").catalog
-    half = catalog.shape.width._replace(image=catalog.shape.width.image // 2)
+    half = catalog.shape.width.replace(image=catalog.shape.width.image // 2)
     plan = Plan.of(catalog.fingerprint, catalog.shape.depth, ((n, half) for n in range(catalog.shape.depth)))
     model = ppcl_rt.load(finished / "checkpoint", plan=plan, dtype=torch.float32)
     plain = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32)
@@ -116,7 +116,7 @@ def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finish
     dense = plain(**given.call)[0]
     compensated = (model(**given.call)[0] - dense).square().mean()
     # The same plan from the full output layers: one channel more is no count of the catalog's, so it has no layer.
-    wider = half._replace(image=half.image + 1)
+    wider = half.replace(image=half.image + 1)
     plain.set_plan(Plan.of(catalog.fingerprint, catalog.shape.depth, ((n, wider) for n in range(catalog.shape.depth))))
     assert compensated < 0.8 * (plain(**given.call)[0] - dense).square().mean()
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 
-from ppcl_rt.checkpoint.reader import line
-from ppcl_rt.planning.plan import read_json
+from ppcl_rt.files import one_line as line
+from ppcl_rt.planning.frozen import read_json
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import (

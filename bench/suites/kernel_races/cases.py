@@ -10,10 +10,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from kernel_races.presets import Preset, Setting
-from ppcl_rt.families.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock
-from ppcl_rt.ops.implementations import TORCH
+from ppcl_rt.families.qwen_image import LAYOUT, PPCLQwenImageTransformerBlock
+from ppcl_rt.ops.implementation import TORCH
 from ppcl_rt.ops.operation import Operation
-from ppcl_rt.ops.qkv_projection import pack
+from ppcl_rt.ops.packing import pack
 from ppcl_rt.planning.plan import Width
 
 
@@ -65,7 +65,7 @@ class Block:
                 mask,
                 torch.randn(setting.batch, dim, **like),
                 tuple(torch.stack((a.cos(), a.sin()), dim=-1) for a in angles),
-                width=Width(heads, kept, kept, dim),
+                width=Width(heads=heads, image=kept, text=kept, modulation=dim),
             )
         before_up = True
         for operation, call in made:

@@ -19,8 +19,9 @@ from kernel_races.presets import Preset, Setting, settings
 from kernel_races.rivals import UNCHECKED, rivals
 from kernel_races.timing import RaceClock, kernel_names
 from ppcl_kernels.tools.machine import machine, write_json
-from ppcl_rt.ops import implementations as ways
-from ppcl_rt.ops.implementations import TORCH, Table, agree
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import TORCH
+from ppcl_rt.ops.table import ImplementationTable, table_of
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -40,11 +41,11 @@ class Races:
         self.done = {row["key"] for row in self.rows}
         self.clock = RaceClock(preset)
         about = {"device": self.content["device"], "torch": torch.__version__}
-        self.tables = [Table(out / "ways.json", about, lambda call: 0.0)]
+        self.tables = [ImplementationTable(out / "implementations.json", about, lambda call: 0.0)]
         if self.clock.cuda:
             # The table that part 3 reads.
-            known = ways.table_of(torch.cuda.current_device())
-            self.tables = [Table(out / "ways.json", known.about, known.clock), known]
+            known = table_of(torch.cuda.current_device())
+            self.tables = [ImplementationTable(out / "implementations.json", known.about, known.clock), known]
 
     def run(self) -> bool:
         """Race; returns whether every case was reached."""

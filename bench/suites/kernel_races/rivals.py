@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kernel_races.cases import Case
 from kernel_races.presets import Preset, Setting
-from ppcl_rt.ops.implementations import TORCH
+from ppcl_rt.ops.implementation import TORCH
 
 Call = Callable[[], Any]
 
@@ -30,7 +30,7 @@ def rivals(case: Case, setting: Setting, preset: Preset) -> dict[str, Callable[[
             made["flex"] = functools.partial(_flex, call)
         return made
     if compiles:
-        made["compiled"] = lambda: functools.partial(_compiled(functools.partial(operation.run, way=TORCH)), call)
+        made["compiled"] = lambda: functools.partial(_compiled(functools.partial(operation.run, implementation=TORCH)), call)
     if operation.name == "ada_layer_norm":
         copy = torch.empty_like(call.x)
         made["copy"] = lambda: lambda: copy.copy_(call.x)

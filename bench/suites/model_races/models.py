@@ -18,15 +18,14 @@ from torch import nn
 from model_races.plans import Planned, catalog_of, plan_of
 from model_races.presets import Preset
 from model_races.real_rope import RealRope
-from ppcl_rt.families.qwen_block import LAYOUT, PPCLQwenImageTransformerBlock
-from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.ops.qkv_projection import pack
+from ppcl_rt.families.qwen_image import LAYOUT, PPCLQwenImageTransformer2DModel, PPCLQwenImageTransformerBlock
+from ppcl_rt.ops.packing import pack
 from ppcl_rt.planning.catalog import text_maps
 from ppcl_rt.planning.plan import Plan, Width
 
 # Weights are 1 / sqrt(inputs) times these factors. Each half of a block then adds a tenth of the size of the streams:
 # the streams stay finite over sixty blocks, and bf16 roundings change the output by 2 %, where
-# `ppcl_rt.ops.implementations.agree` allows 5 %.
+# `ppcl_rt.ops.agreement.agree` allows 5 %.
 _MODULATION, _MAP = 0.4, 0.2
 
 

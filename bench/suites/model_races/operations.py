@@ -8,15 +8,15 @@ from typing import Any
 
 from clock import Clock
 
-from ppcl_rt.families import qwen_block
-from ppcl_rt.families.qwen_block import PPCLQwenImageTransformerBlock
+from ppcl_rt.families import qwen_image
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 
 
 @contextlib.contextmanager
 def stamped_operations(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
     """Record (part of the block, stamp before, stamp after) of every operation inside the ``with``."""
     seen: list[tuple[str, Any, Any]] = []
-    homes = [(qwen_block.ops, name) for name in ("ada_layer_norm", "qkv_projection", "joint_attention", "linears")]
+    homes = [(qwen_image.ops, name) for name in ("ada_layer_norm", "qkv_projection", "joint_attention", "linears")]
     homes.append((PPCLQwenImageTransformerBlock, "_modulation"))
 
     def stamped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:

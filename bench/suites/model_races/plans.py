@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from model_races.presets import RATIOS, Preset
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.planning.catalog import Catalog, Option, Shape, Student, TextRun, Widths
+from ppcl_rt.planning.catalog import Catalog, LegalCount, LegalWidths, Shape, Student, TextRun
 from ppcl_rt.planning.plan import Interval, Plan, Width
 from ppcl_rt.planning.planner import Planner
 
@@ -19,14 +19,14 @@ def catalog_of(preset: Preset, outer_params: int) -> Catalog:
     rng = random.Random(0)
     full, depth = preset.full, preset.depth
 
-    def widths(scale: float) -> Widths:
+    def widths(scale: float) -> LegalWidths:
         groups = {}
         for group, whole in full._asdict().items():
             # Losing half of the units of a group costs a quarter of losing all of them.
             kept = [(count, (1 - count / whole) ** 2) for count in preset.offered[group]]
             weight = scale * {"heads": 1.0, "image": 1.5, "text": 0.4, "modulation": 0.05}[group] * rng.uniform(0.5, 2)
-            groups[group] = (Option(whole, 0.0), *(Option(count, weight * loss) for count, loss in kept))
-        return Widths(**groups)
+            groups[group] = (LegalCount(whole, 0.0), *(LegalCount(count, weight * loss) for count, loss in kept))
+        return LegalWidths(**groups)
 
     return Catalog(
         family=PPCLQwenImageTransformer2DModel.family,

@@ -16,7 +16,7 @@ from model_races.models import Models
 from model_races.presets import inputs
 from model_races.report import InjectedFaults, Report, failure
 from ppcl_rt.checkpoint.reader import line
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.agreement import agree
 
 
 def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -100,7 +100,7 @@ class Race:
                     if "graphs" in each.name:
                         graphs = each.call.func.graphs
                         each.row["graphs"] = str(graphs)[:300]
-                        if self.clock.cuda and not graphs.hits:
+                        if self.clock.cuda and not graphs.replays:
                             raise RuntimeError(f"no graph was replayed: {graphs}")
 
     def _round(self, ready: Sequence[Contestant]) -> None:
@@ -131,7 +131,7 @@ class Race:
         assert each.call is not None
         got, wanted = each.call()[0].clone(), self.references[each.plan]
         each.row["difference"] = difference(got, wanted)
-        each.row["agrees"] = bool(torch.isfinite(wanted).all()) and ways.agree(got, wanted)
+        each.row["agrees"] = bool(torch.isfinite(wanted).all()) and agree(got, wanted)
         if not each.row["agrees"]:
             raise RuntimeError(f"{when} its output was off by {each.row['difference']:.3g} of the wanted one's size")
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 from torch import nn
 
-from ppcl_rt.families.qwen_block import as_real
+from ppcl_rt.families.qwen_image import as_real
 
 _STOCK_ROTATE = transformer_qwenimage.apply_rotary_emb_qwen
 

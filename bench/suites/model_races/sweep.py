@@ -18,7 +18,8 @@ from model_races.plans import PLANS, narrowed
 from model_races.presets import RATIOS, Preset, inputs
 from model_races.report import InjectedFaults, Report
 from ppcl_rt.checkpoint.reader import line
-from ppcl_rt.ops import implementations as ways
+from ppcl_rt.ops.agreement import agree
+from ppcl_rt.ops.implementation import backend as asked_backend
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 from ppcl_rt.planning.plan import Plan, Width
 
@@ -51,7 +52,7 @@ def points(preset: Preset) -> list[Point]:
         made += [Point(0, size, kind, None) for kind in ("outer", "map")]
         for kind, base, levels in (
             ("block", full, preset.counts),
-            ("still", full._replace(text=0), preset.text_not_updated),
+            ("still", full.replace(text=0), preset.text_not_updated),
         ):
             made.append(Point(0, size, kind, base))
             made += [
@@ -83,7 +84,7 @@ class Sweep:
             **{name: about[name] for name in ("device", "versions", "commit", "dirty", "date")},
             "command": spec["command"],
             "dtype": str(self.preset.dtype).removeprefix("torch."),
-            "backend": ways.backend(),
+            "backend": asked_backend(),
             "dim": self.preset.dim,
             "head_dim": self.preset.head_dim,
             "full": self.preset.full,
@@ -169,7 +170,7 @@ class Sweep:
         chain, full = self._chain(point), self._chain(point._replace(kind="block", width=self.preset.full))
         with backend("torch"):
             wanted = chain()
-        agrees = ways.agree(chain(), wanted)
+        agrees = agree(chain(), wanted)
         full()
         _, host_ms = self.clock.timed(chain)
         _, full_host_ms = self.clock.timed(full)
@@ -178,7 +179,7 @@ class Sweep:
             for _ in range(self.preset.repeats)
         ]
         ms, full_ms = map(statistics.median, zip(*pairs, strict=True))
-        agrees = agrees and ways.agree(chain(), wanted)
+        agrees = agrees and agree(chain(), wanted)
         units = {"outer": 1, "map": len(self.models.maps)}.get(point.kind, self.preset.blocks)
         rows, columns = self.preset.sizes[point.size]
         return CostRow(

@@ -240,7 +240,7 @@ def test_widths_fill_the_ratio_and_no_more():
     for ratio in (0.95, 0.8, 0.6):
         width = baselines.width_within(shape, ratio)
         params = shape.outer_params + shape.depth * shape.block_params(width)
-        more = shape.depth * shape.block_params(width._replace(image=width.image + 1, text=width.text + 1))
+        more = shape.depth * shape.block_params(width.replace(image=width.image + 1, text=width.text + 1))
         assert params <= ratio * shape.dense_params < shape.outer_params + more
     with pytest.raises(UnreachableError):
         baselines.width_within(shape, 0.2)

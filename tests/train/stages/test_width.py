@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppcl_rt import Catalog, Interval, Shape, Student, Width, Widths
+from ppcl_rt import Catalog, Interval, LegalWidths, Shape, Student, Width
 from ppcl_train.config.settings import PRESETS, with_changes
 from ppcl_train.data import states
 from ppcl_train.selectors.eq5 import LeastSquares
@@ -188,7 +188,7 @@ def test_text_runs_are_regressions_on_the_teachers_own_streams(rough):
 
 
 def catalog_of(depth=12):
-    widths = Widths(
+    widths = LegalWidths(
         heads=((6, 0), (3, 0.1)),
         image=((384, 0), (0, 0.2)),
         text=((384, 0), (96, 0.01)),
@@ -197,7 +197,9 @@ def catalog_of(depth=12):
     intervals = [Interval(u, u + n - 1) for n in (2, 3) for u in range(depth + 1 - n)]
     rng = np.random.default_rng(0)
     students = [Student(interval=i, start="first", loss=float(rng.uniform(0.1, 1)), widths=widths) for i in intervals]
-    shape = Shape(depth=depth, dim=96, head_dim=16, width=Width(6, 384, 384, 96), outer_params=1000)
+    shape = Shape(
+        depth=depth, dim=96, head_dim=16, width=Width(heads=6, image=384, text=384, modulation=96), outer_params=1000
+    )
     return Catalog(
         family="qwen-image", shape=shape, blocks=(widths,) * depth, students=tuple(students), compensated=True
     )

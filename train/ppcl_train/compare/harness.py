@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train import pipeline
 from ppcl_train.compare.baselines import METHODS, SEEDED, Entry, UnreachableError
 from ppcl_train.config.settings import RunConfig

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line as line
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.planning.catalog import Start
-from ppcl_rt.planning.plan import Frozen
+from ppcl_rt.planning.legal import Start
+from ppcl_rt.planning.frozen import Frozen
 from ppcl_train.scenes import scenes
 from ppcl_train.scenes.sampling import Sampler
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line as line
 from ppcl_train.families.base import Picture, Unreadable
 from ppcl_train.scenes import scenes
 

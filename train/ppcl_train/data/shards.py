@@ -21,8 +21,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ppcl_rt.checkpoint.reader import line
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt.files import one_line as line
+from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train.engine.files import read_note, read_tensors, replacing, write_json, write_tensors
 from ppcl_train.families.base import ImageShape, Unreadable
 

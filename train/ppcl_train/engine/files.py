@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line as line
 from ppcl_train.config.settings import RunConfig
 
 # Where files say what made them: a key of JSON files, and of the note of safetensors files.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line as line
 from ppcl_train.families.base import ImageShape, Picture
 
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from ppcl_rt.planning.plan import Frozen
+from ppcl_rt.planning.frozen import Frozen
 from ppcl_train.scenes import scenes
 
 IMAGE_SHAPE = (1, scenes.GRID, scenes.GRID)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ppcl_rt import Catalog, Interval, Plan, Planner, Streams, Student, Widths
-from ppcl_rt.planning.catalog import Start
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt.planning.legal import Start
+from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import states
 from ppcl_train.data.states import Inputs

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ppcl_rt import Interval
-from ppcl_rt.planning.catalog import Start
-from ppcl_rt.planning.plan import Frozen, read_json
+from ppcl_rt.planning.legal import Start
+from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train.engine.files import read_content, write_json
 
 OUTPUT = "selected.json"

@@ -1,0 +1,58 @@
+"""Catalogs of older formats, brought up to the current one.
+
+The policy: `ppcl_rt.planning.catalog.FORMAT` rises when an older reader would misread a catalog, and every older format
+keeps loading. Files are never rewritten for it: a catalog is migrated as it is read, and tensors keep the names that
+they have in their files (`current_name` says what they are called now).
+
+Format 1 (until 2026-11) knew one family. Its catalog held ``shape`` (depth, dim, head_dim, width, outer_params) where
+format 2 holds ``architecture``, and widths as lists of four counts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ppcl_rt.families import registry
+from ppcl_rt.planning.catalog import FORMAT
+
+# Replacements were called "narrow" in format 1.
+_FORMAT_1 = re.compile(r"^(transformer_blocks\.\d+|students\.\d+-\d+)\.narrow\.")
+
+
+def up_to_date(catalog: Any, broken: str) -> tuple[int, dict[str, Any]]:
+    """Bring the JSON of a catalog to the current format.
+
+    Args:
+        catalog: as it stands in ``config.json``.
+        broken: how a message begins that says what is wrong with it.
+
+    Returns:
+        The format that it was written in, and its content in the current one.
+
+    Raises:
+        ValueError: it is no catalog, or one of a format that is newer than this program.
+    """
+    if not isinstance(catalog, dict):
+        raise ValueError(f"{broken}: it is no JSON object")
+    written = catalog.get("format", 1)
+    if not isinstance(written, int) or isinstance(written, bool) or not 1 <= written <= FORMAT:
+        raise ValueError(f"{broken}: format: this program reads formats 1 to {FORMAT}, not {written!r}")
+    return written, _from_format_1(catalog, broken) if written == 1 else catalog
+
+
+def current_name(stored: str, written: int) -> str:
+    """What a tensor is called now that lies under ``stored`` in a file of a format."""
+    return _FORMAT_1.sub(r"\1.replacements.", stored) if written == 1 else stored
+
+
+def _from_format_1(catalog: dict[str, Any], broken: str) -> dict[str, Any]:
+    content = {**catalog, "format": FORMAT}
+    shape, family = content.pop("shape", None), content.get("family")
+    if not isinstance(family, str):
+        raise ValueError(f"{broken}: family: wanted a name, not {family!r}")
+    try:
+        architecture = registry.model_class(family).architecture_of_format_1(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{broken}: shape: {error}") from None
+    return {**content, "architecture": architecture.model_dump(mode="json")}

@@ -1,0 +1,78 @@
+"""Writing of checkpoint folders: to a temporary folder, which is renamed into place once it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
+from ppcl_rt.planning.catalog import Catalog
+
+
+def write_checkpoint(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    catalog: Catalog,
+    tensors: Mapping[str, torch.Tensor],
+    max_shard_size: int | str = "10GB",
+) -> Catalog:
+    """Write a checkpoint folder; one that is there already is replaced once the new one is complete.
+
+    Args:
+        config: what diffusers' class takes.
+        catalog: its checksums are made anew.
+        tensors: all tensors, by name.
+        max_shard_size: bytes of a file, as diffusers takes it.
+
+    Returns:
+        The catalog as written.
+    """
+    folder = Path(folder)
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    catalog = catalog.model_copy(update={"checksums": {name: digest(tensor) for name, tensor in held.items()}})
+    # A copy would keep what it had cached of the old checksums.
+    catalog = Catalog.model_validate(catalog.model_dump())
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        split = split_torch_state_dict_into_shards(
+            held,
+            max_shard_size=max_shard_size,
+            filename_pattern=WEIGHTS.replace(".safetensors", "{suffix}.safetensors"),
+        )
+        for name, members in split.filename_to_tensors.items():
+            save_file({member: held[member] for member in members}, partial / name, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        content = {**config, CATALOG_KEY: catalog.model_dump(mode="json")}
+        (partial / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+        _move_into_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return catalog
+
+
+def _move_into_place(partial: Path, folder: Path) -> None:
+    """Rename ``partial`` to ``folder``; of what was there, all but the old checkpoint's files stay (a log, a card)."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    # The old folder is whole under this name until the new one is in place.
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    partial.rename(folder)
+    for path in old.iterdir():
+        if path.name != CONFIG and not path.name.startswith("diffusion_pytorch_model"):
+            os.replace(path, folder / path.name)
+    shutil.rmtree(old)

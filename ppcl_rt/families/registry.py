@@ -1,0 +1,109 @@
+"""The one list of model families, for the runtime and for training.
+
+A family is named by strings, so that nothing here imports one: a module is imported when its family is first asked for,
+and the runtime never imports training.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+
+class Registered(NamedTuple):
+    """A family.
+
+    Attributes:
+        model: ``module:class`` of the pluggable transformer.
+        training: ``module:attribute`` of what training has to know of it (`ppcl_train.families.base.Family`); empty for
+            a family that can be run but not trained.
+        stock: name of the diffusers class, as ``config.json`` has it; empty for a task that trains the model of another
+            family, which alone is found by that name.
+    """
+
+    model: str
+    training: str = ""
+    stock: str = ""
+
+
+_FAMILIES: dict[str, Registered] = {
+    "qwen-image": Registered(
+        model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
+        training="ppcl_train.families.qwen_image:QwenImage",
+        stock="QwenImageTransformer2DModel",
+    ),
+    # A task of our own: a small transformer of the family above, with its own captions and pictures.
+    "scenes": Registered(
+        model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
+        training="ppcl_train.families.scenes:Scenes",
+    ),
+}
+
+
+def register(name: str, model: str, training: str = "", stock: str = "") -> None:
+    """Add a family, or replace one; see `Registered`."""
+    _FAMILIES[name] = Registered(model, training, stock)
+
+
+def names() -> tuple[str, ...]:
+    """Names of all families."""
+    return tuple(_FAMILIES)
+
+
+def model_class(name: str) -> Any:
+    """The pluggable transformer of a family.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    return _load(_find(name).model)
+
+
+def training(name: str) -> Any:
+    """What training has to know of a family: an instance of the registered class, or the registered object.
+
+    Raises:
+        ValueError: there is no such family, or it cannot be trained.
+    """
+    path = _find(name).training
+    if not path:
+        raise ValueError(f"the family {name} can be run, but nothing says how to train it")
+    found = _load(path)
+    return found() if isinstance(found, type) else found
+
+
+def of_stock(class_name: object) -> Any:
+    """The pluggable transformer that stands in for a diffusers class, None where no family does."""
+    for family in _FAMILIES.values():
+        if family.stock and family.stock == class_name:
+            return _load(family.model)
+    return None
+
+
+def class_names() -> tuple[str, ...]:
+    """Names of the pluggable classes."""
+    return tuple(dict.fromkeys(family.model.rpartition(":")[2] for family in _FAMILIES.values()))
+
+
+def by_class_name(name: str) -> Any:
+    """The pluggable class of this name, None where no family has one."""
+    for family in _FAMILIES.values():
+        if family.model.rpartition(":")[2] == name:
+            return _load(family.model)
+    return None
+
+
+def stock_names() -> tuple[str, ...]:
+    """Names of the diffusers classes that some family stands in for."""
+    return tuple(family.stock for family in _FAMILIES.values() if family.stock)
+
+
+def _find(name: str) -> Registered:
+    if name not in _FAMILIES:
+        raise ValueError(f"there is no family {name}; there are: {', '.join(_FAMILIES)}")
+    return _FAMILIES[name]
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,103 @@
+"""What every pluggable block has: its spec, its rank orders, and the layers that stand in for parts of it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ppcl_rt.planning.block_spec import BlockSpec, Part
+from ppcl_rt.planning.width import Width
+
+
+class NotLoaded(nn.Module):
+    """Stands where a part is that no plan has needed so far; it holds nothing and cannot be called."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise: there is nothing here."""
+        raise RuntimeError("this layer was not loaded: a plan that needs it has to be set first")
+
+
+class PluggableBlock(nn.Module):
+    """Mixin for a block that runs at any width.
+
+    A family's block is its diffusers class with this mixin in front. Its ``__init__`` ends with `become_pluggable`. Its
+    ``forward`` takes ``width=``, and ``text_input=`` if the block can leave the text stream as it was, next to the
+    arguments of the diffusers class; it returns (text, image), as diffusers' blocks do.
+
+    Attributes:
+        spec: what the block is made of.
+        replacements: layers that run in place of a part at a narrower width, by name (`BlockSpec.replacement`,
+            `BlockSpec.shared_factor`, `Part.name`).
+        orders: rank order ``[units]`` of each group with one: number of a unit in the dense block.
+        held: for each part that is loaded, the counts at which it is.
+        side_by_side: paths of linear layers of one shape that read the same input. They are kept next to each other in
+            memory, so that one batched product makes all of them.
+    """
+
+    spec: BlockSpec
+    replacements: nn.ModuleDict
+    orders: dict[str, torch.Tensor]
+    held: dict[str, Width]
+    side_by_side: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+    def become_pluggable(self, spec: BlockSpec) -> None:
+        """Set up, at full width; the last thing that ``__init__`` calls."""
+        self.spec = spec
+        self.replacements = nn.ModuleDict()
+        self.orders = {}
+        self.held = {part.path: self.counts_of(part, spec.full) for part in spec.parts}
+        self._output_paths = {output.name: output.part.path for output in spec.outputs}
+        self._factored_paths = {part.name: part.path for part in spec.parts if part.factored}
+
+    @staticmethod
+    def counts_of(part: Part, width: Width) -> Width:
+        """The counts of a width that a part depends on."""
+        groups = {segment.group for segment in part.segments} | ({part.factored} if part.factored else set())
+        return Width({group: count for group, count in width.items() if group in groups})
+
+    @property
+    def width(self) -> Width:
+        """The widest that this block can run with what is loaded."""
+        counts = dict.fromkeys(self.spec.groups, 0)
+        for part in self.spec.parts:
+            if part.axis == 0 or part.factored:
+                for group, count in self.held.get(part.path, Width()).items():
+                    counts[group] = max(counts[group], count)
+        for group in self.spec.rank_groups:
+            if not counts[group]:
+                counts[group] = self.factor(self.spec.shared_factor(group)).out_features
+        return Width(counts)
+
+    def factor(self, name: str) -> nn.Linear:
+        """One of the two factors of a modulation."""
+        layer = self.replacements[name]
+        assert isinstance(layer, nn.Linear), "factors are linear layers"
+        return layer
+
+    def output(self, name: str, count: int) -> nn.Module:
+        """The layer of an output at a count: its replacement where there is one, else the part itself."""
+        replacement = self.spec.replacement(name, count)
+        if replacement in self.replacements:
+            return self.replacements[replacement]
+        return self.get_submodule(self._output_paths[name])
+
+    def factored(self, part: str, x: torch.Tensor, group: str, rank: int) -> torch.Tensor:
+        """Apply a factored part at a rank of its group: the part itself at full rank, else its two factors.
+
+        Args:
+            part: its name.
+            x: ``[n, columns]``.
+        """
+        if rank == self.spec.groups[group].count:
+            product: torch.Tensor = self.get_submodule(self._factored_paths[part])(x)
+            return product
+        down, up = self.factor(self.spec.shared_factor(group)), self.factor(part)
+        shared = F.linear(x, down.weight[:rank], down.bias[:rank])
+        return F.linear(shared, up.weight[:, :rank], up.bias)
+
+    def modulation_input(self, condition: torch.Tensor) -> torch.Tensor:
+        """What the factored parts read, given what the block is conditioned on: ``silu`` of it."""
+        return F.silu(condition)

@@ -1,0 +1,213 @@
+"""Checkpoint folders in and out of a model: `load`, ``from_pretrained``, ``save_pretrained``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+
+from ppcl_rt.checkpoint.reader import Checkpoint, locate
+from ppcl_rt.checkpoint.writer import write_checkpoint
+from ppcl_rt.files import one_line
+from ppcl_rt.model.graphs import Graphs, Mode, check_mode
+from ppcl_rt.model.residency import READING
+from ppcl_rt.model.switching import Switching
+from ppcl_rt.model.tensors import restore
+from ppcl_rt.model.validation import Shapes, check_tensors
+from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.plan import Plan, PlannedBlock
+from ppcl_rt.planning.planner import check_ratio
+from ppcl_rt.planning.width import Width
+
+HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
+# Of `load`, beside those of the hub: what ``from_pretrained`` passes on.
+_LOAD_ARGUMENTS = ("ratio", "plan", "device", "resident", "graphs", "subfolder")
+
+Self = TypeVar("Self", bound="CheckpointFolder")
+
+
+class CheckpointFolder(Switching):
+    """Loading and saving.
+
+    Attributes:
+        stock_name: of the family's diffusers class: stock tools read the teacher out of a checkpoint under this name.
+        depth_settings: entries of the config that count the blocks of each of ``block_lists``.
+    """
+
+    stock_name: ClassVar[str]
+    depth_settings: ClassVar[tuple[str, ...]] = ("num_layers",)
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: str | Path,
+        ratio: float = 1.0,
+        *,
+        plan: Plan | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        resident: Literal["plan", "all"] = "plan",
+        graphs: Mode = "auto",
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> Self:
+        """Load a checkpoint at a ratio; see `ppcl_rt.load`."""
+        check_ratio(ratio)
+        if resident not in ("plan", "all"):
+            raise ValueError(f'resident is "plan" or "all", not {resident!r}')
+        check_mode(graphs)
+        if unknown := sorted(set(hub) - HUB_ARGUMENTS):
+            raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
+        model = cls._without_blocks(Checkpoint(locate(path, subfolder, **hub)), dtype, device)
+        model.set_graphs(graphs)
+        model.set_plan(plan if plan is not None else model.planner.plan(ratio))
+        if resident == "all":
+            for every in model._everything():
+                model.prepare(every)
+        return model.eval()
+
+    def set_graphs(self, mode: Mode) -> None:
+        """Replay forwards as CUDA graphs from now on.
+
+        Args:
+            mode: ``"auto"`` where a forward waits for the host, True wherever it can be done, False never.
+
+        Raises:
+            ValueError: any other mode.
+        """
+        check_mode(mode)
+        self._graphs.drop_all()
+        self._graphs = Graphs(mode)
+
+    @classmethod
+    def _without_blocks(cls: type[Self], source: Checkpoint, dtype: torch.dtype | None, device: Any) -> Self:
+        """Build the model with everything outside the blocks, and no block."""
+        model = cls._built(source)
+        outer = model.state_dict()
+        for name, tensor in outer.items():
+            if source.shape(name) != tuple(tensor.shape):
+                raise ValueError(
+                    f"{source.folder}: {name} is {list(source.shape(name))}, config.json asks for {list(tensor.shape)}"
+                )
+        architecture = cls.architecture_of(model.config, sum(tensor.numel() for tensor in outer.values()))
+        catalog = source.catalog or Catalog.of_dense(cls.family, architecture)
+        if catalog.family != cls.family:
+            raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
+        if catalog.architecture != architecture:
+            raise ValueError(f"{source.folder}: the catalog describes another architecture than config.json")
+        model._catalog, model._source = catalog, source
+        check_tensors(source, catalog, {kind: model._block_shapes(kind) for kind in architecture.kinds})
+        held = {name: source.read(name) for name in outer}
+        dtype = dtype or next(iter(held.values())).dtype
+        model.load_state_dict(
+            {name: tensor.to(device=device, dtype=dtype) for name, tensor in held.items()}, assign=True
+        )
+        return model
+
+    @classmethod
+    def _built(cls: type[Self], source: Checkpoint) -> Self:
+        """The class as ``config.json`` describes it, its lists of blocks empty."""
+        init, _, _ = cls.extract_init_dict(dict(source.config))
+        depths = {}
+        for setting in cls.depth_settings:
+            depths[setting] = init.get(setting)
+            if not isinstance(depths[setting], int) or depths[setting] < 1:
+                raise ValueError(f'{source.folder}: config.json has no "{setting}" of 1 or more')
+        try:
+            model = cls(**{**init, **dict.fromkeys(cls.depth_settings, 0)})
+        except Exception as error:
+            # Whatever a constructor that checks nothing trips over, it is the config that makes no sense.
+            raise ValueError(f"{source.folder}: config.json describes no {cls.stock_name}: {one_line(error)}") from None
+        model.register_to_config(**depths, _name_or_path=str(source.folder))
+        return model
+
+    def _block_shapes(self, kind: str) -> Shapes:
+        with torch.device("meta"):
+            block = self.make_block(self.config, kind)
+        return {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+
+    def _everything(self) -> Iterator[Plan]:
+        """Plans that between them need every tensor: each block and student at each of its counts."""
+        catalog, depth = self.catalog, self.catalog.architecture.depth
+        yield catalog.dense
+        blocks = [(Interval(n, n), widths, False) for n, widths in enumerate(catalog.blocks)]
+        blocks += [(student.interval, student.widths, True) for student in catalog.students]
+        for interval, widths, student in blocks:
+            for nth in range(max(len(widths.of(group)) for group in widths.groups)):
+                width = Width({g: widths.of(g)[min(nth, len(widths.of(g)) - 1)].units for g in widths.groups})
+                planned = PlannedBlock(interval=interval, width=width, student=student)
+                yield Plan(checkpoint=catalog.fingerprint, depth=depth, blocks=(planned,))
+        for run in catalog.text_runs:
+            yield catalog.compose([(n, catalog.spec(n).full) for n in run.interval], text_runs=[run.interval])
+
+    @classmethod
+    def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load as diffusers does, so that pipelines find their way here; takes the arguments of `load` as well.
+
+        Raises:
+            ValueError: also where an argument asks for what this class cannot do.
+        """
+        for name in ("quantization_config", "device_map"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"from_pretrained here takes no {name}: load first, then place or quantise the model")
+        ours = {name: kwargs[name] for name in _LOAD_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
+        return cls.load(pretrained_model_name_or_path, dtype=dtype, **ours, **hub)
+
+    def save_pretrained(
+        self, save_directory: str | Path, max_shard_size: int | str = "10GB", safe_serialization: bool = True, **_: Any
+    ) -> None:
+        """Write the whole pluggable checkpoint: what is resident as it is now, all else from where it was loaded.
+
+        Tensors are written in the model's dtype, heads and channels in stock order.
+
+        Raises:
+            ValueError: ``safe_serialization=False``: checkpoints here are safetensors, never pickle.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write pickle: checkpoints here are safetensors only")
+        catalog = write_checkpoint(save_directory, self.stock_config, self.catalog, self.full_state(), max_shard_size)
+        if self._source is not None and Path(save_directory).resolve() == self._source.folder.resolve():
+            self._reopen(self._source.folder, catalog)
+
+    def _reopen(self, folder: Path, catalog: Catalog) -> None:
+        """Go on with the checkpoint that was just written over the one that this model was loaded from."""
+        plan = self.plan.model_copy(update={"checkpoint": catalog.fingerprint})
+        with READING:
+            self._source, self._catalog, self._planner = Checkpoint(folder), catalog, None
+            self._programs.clear()
+            self._graphs.drop_all()
+        self.set_plan(plan)
+
+    @property
+    def stock_config(self) -> dict[str, Any]:
+        """What diffusers' class is built from, as ``config.json`` has it."""
+        # diffusers keeps notes of its own under private names: where it was loaded from, a set in no fixed order.
+        public = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        return {"_class_name": self.stock_name, **public}
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """All tensors of the checkpoint, heads and channels in stock order, in the model's dtype, on the CPU."""
+        held = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        if self._source is None:
+            return held
+        dtype = next(iter(held.values())).dtype
+        blocks = self._blocks_by_prefix()
+        state = {}
+        for name in self._source.names:
+            tensor = self._source.read(name)
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if name in held:
+                prefix = next((prefix for prefix in blocks if name.startswith(prefix)), None)
+                inside = None if prefix is None else name.removeprefix(prefix)
+                state[name] = held[name] if inside is None else restore(state[name], held[name], inside, blocks[prefix])
+        return state
+
+    def _blocks_by_prefix(self) -> Mapping[str, Any]:
+        """The resident blocks and students by what their tensors' names begin with."""
+        homes = {path: self.get_submodule(path) for path in (*self.block_lists, "students")}
+        return {f"{path}.{key}.": block for path, home in homes.items() for key, block in home._modules.items()}

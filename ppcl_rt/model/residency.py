@@ -1,0 +1,217 @@
+"""Which weights a model holds: they are read as plans need them, grown in place, and dropped by `Residency.drop`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_rt.model.block import NotLoaded, PluggableBlock
+from ppcl_rt.model.graphs import Graphs
+from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
+from ppcl_rt.ops.packing import pack
+from ppcl_rt.planning.architecture import Architecture
+from ppcl_rt.planning.block_spec import Stream
+from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.plan import Plan, PlannedBlock, text_maps
+
+# Held while weights are read into a model. One for all models: reading is rare, and a lock in a model could not be
+# copied.
+READING = threading.RLock()
+
+
+class Home(NamedTuple):
+    """Where a planned block lives.
+
+    Attributes:
+        modules: the list or dict that holds it.
+        key: its key there.
+        prefix: what its tensors' names begin with.
+    """
+
+    modules: nn.ModuleList | nn.ModuleDict
+    key: str
+    prefix: str
+
+    @property
+    def block(self) -> Any:
+        """The block, None where it is not resident."""
+        return self.modules._modules.get(self.key)
+
+
+class Residency(nn.Module):
+    """The weights of a pluggable model.
+
+    Blocks live in the lists that diffusers' class has, under their original numbers, with holes where a block is not
+    resident. Students live in ``students`` and the maps of text runs in ``text_runs``, both keyed ``"3-5"``.
+
+    Attributes:
+        family: name in the registry.
+        block_lists: paths of the lists of blocks, in the order in which they run.
+    """
+
+    family: ClassVar[str]
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    students: nn.ModuleDict
+    text_runs: nn.ModuleDict
+    config: Any
+    _catalog: Catalog | None
+    _source: Checkpoint | None
+    _graphs: Graphs
+
+    # What a family provides.
+
+    @classmethod
+    def make_block(cls, config: Mapping[str, Any], kind: str) -> PluggableBlock:
+        """Build one block of a kind at full width."""
+        raise NotImplementedError
+
+    @classmethod
+    def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:
+        """What the dense model is made of."""
+        raise NotImplementedError
+
+    def adopt(self, block: Any) -> None:
+        """Give a block that joins the model what callers have set on the others."""
+
+    # What there is.
+
+    @property
+    def catalog(self) -> Catalog:
+        """What this model can do."""
+        if self._catalog is None:
+            inside = {id(p) for block in self.resident_blocks() for p in block.parameters()}
+            outer = sum(p.numel() for p in self.parameters() if id(p) not in inside)
+            self._catalog = Catalog.of_dense(self.family, self.architecture_of(self.config, outer))
+        return self._catalog
+
+    def blocks(self) -> tuple[Any, ...]:
+        """The blocks of the teacher that are resident, over all lists, in the order in which they run."""
+        return tuple(block for path in self.block_lists for block in self.get_submodule(path)._modules.values())
+
+    def resident_blocks(self) -> tuple[Any, ...]:
+        """The blocks of the teacher and the students that are resident."""
+        return (*self.blocks(), *self.students.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all weights that the model holds now."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def home(self, planned: PlannedBlock) -> Home:
+        """Where a planned block lives."""
+        if planned.student:
+            return Home(self.students, planned.interval.key, f"students.{planned.interval.key}.")
+        path, number = self.catalog.architecture.place(planned.interval.first)
+        modules = self.get_submodule(path)
+        assert isinstance(modules, nn.ModuleList), "the blocks of a teacher live in lists"
+        return Home(modules, str(number), f"{path}.{number}.")
+
+    # Reading.
+
+    def make_resident(self, plan: Plan) -> None:
+        """Read what a plan needs and the model does not hold yet; call it with `READING` held.
+
+        Raises:
+            ValueError: what is missing was dropped, and there is no checkpoint to read it from.
+        """
+        for run in plan.text_runs:
+            if run.key not in self.text_runs:
+                self._graphs.drop_all()
+                self.text_runs[run.key] = self._read_text_run(run)
+        for planned in plan.blocks:
+            if self._source is not None:
+                self._read_block(self._source, planned, plan.not_updated(planned))
+            elif self.home(planned).block is None:
+                raise ValueError(f"block {planned.interval} was dropped and there is no checkpoint to read it from")
+
+    def _read_block(self, source: Checkpoint, planned: PlannedBlock, not_updated: Collection[Stream]) -> None:
+        """Read what a planned block needs and the model does not hold yet."""
+        home, like = self.home(planned), next(self.parameters())
+        block = home.block
+        if block is None:
+            block = self._empty_block(source, planned, home.prefix)
+        new = [
+            (missing, missing.tensor.to(device=like.device, dtype=like.dtype))
+            for missing in missing_tensors(
+                source, block, home.prefix, planned.width, not_updated, fresh=home.block is None
+            )
+        ]
+        if new:
+            self._graphs.drop_all()
+        for missing, tensor in new:
+            assign(block, missing, tensor.requires_grad_(like.requires_grad))
+        lay_side_by_side(block)
+        block.train(self.training)
+        home.modules._modules[home.key] = block
+        ordered = sorted(home.modules._modules.items(), key=lambda item: int(item[0].split("-")[0]))
+        home.modules._modules.clear()
+        home.modules._modules.update(ordered)
+
+    def _empty_block(self, source: Checkpoint, planned: PlannedBlock, prefix: str) -> PluggableBlock:
+        """A block with none of its parts loaded, and its rank orders."""
+        with torch.device("meta"):
+            block = self.make_block(self.config, self.catalog.architecture.kind(planned.interval.first))
+        for part in block.spec.parts:
+            block.set_submodule(part.path, NotLoaded())
+        block.held = {}
+        block.orders = {
+            group: rank_order(source, f"{prefix}order.{group}", block.spec.groups[group].count)
+            for group in block.spec.unit_groups
+        }
+        self.adopt(block)
+        return block
+
+    def _read_text_run(self, run: Interval) -> nn.ModuleDict:
+        if self._source is None:
+            raise ValueError(f"text run {run} was dropped and there is no checkpoint to read it from")
+        like, maps = next(self.parameters()), nn.ModuleDict()
+        for name in text_maps(run, self.catalog.architecture.depth):
+            weight, bias = (
+                self._source.read(f"text_runs.{run.key}.{name}.{which}").to(device=like.device, dtype=like.dtype)
+                for which in ("weight", "bias")
+            )
+            layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=like.requires_grad)
+            layer.bias = nn.Parameter(bias, requires_grad=like.requires_grad)
+            maps[name] = layer
+        return maps.train(self.training)
+
+    # Dropping and moving.
+
+    def drop_all_but(self, plans: Iterable[Plan]) -> None:
+        """Drop blocks, students and maps that none of these plans runs; call it with `READING` held."""
+        plans = list(plans)
+        wanted = {(id(home.modules), home.key) for plan in plans for home in map(self.home, plan.blocks)}
+        for modules in (*map(self.get_submodule, self.block_lists), self.students):
+            for key in [key for key in modules._modules if (id(modules), key) not in wanted]:
+                del modules._modules[key]
+        runs = {run.key for plan in plans for run in plan.text_runs}
+        for key in [key for key in self.text_runs if key not in runs]:
+            del self.text_runs[key]
+        self._graphs.drop_all()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast as any module does, then lay side by side again what that took apart; captured graphs go."""
+        self._graphs.drop_all()
+        super()._apply(fn, recurse)
+        for block in self.resident_blocks():
+            lay_side_by_side(block)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load, as any module; captured graphs go."""
+        self._graphs.drop_all()
+        return super().load_state_dict(*args, **kwargs)
+
+
+def lay_side_by_side(block: Any) -> None:
+    """Keep next to each other in memory what one batched product makes (`PluggableBlock.side_by_side`)."""
+    for paths in block.side_by_side:
+        pack(*map(block.get_submodule, paths))

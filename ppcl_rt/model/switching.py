@@ -1,0 +1,175 @@
+"""What runs: ratios, plans and schedules, and the program that each forward walks."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TypeVar
+
+import torch
+
+from ppcl_rt.model.program import BlockCall, Program, TextRunRole
+from ppcl_rt.model.residency import READING, Residency
+from ppcl_rt.planning.plan import Plan, PlannedBlock
+from ppcl_rt.planning.planner import Planner
+from ppcl_rt.planning.schedule import Schedule
+
+# Programs chosen by `at`, by the identity of the model. A context variable, so that threads and tasks do not see each
+# other's.
+_CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=MappingProxyType({}))
+# Programs that are remembered; one is a tuple of references, a few kilobytes.
+_MOST_PROGRAMS = 256
+
+Self = TypeVar("Self", bound="Switching")
+
+
+class Switching(Residency):
+    """Choosing what runs."""
+
+    _planner: Planner | None
+    _active: Program | None
+    _schedule: Schedule | None
+    _programs: dict[Plan, Program]
+    # The last timestep and the denoising step that it belongs to, by thread.
+    _clocks: dict[int, tuple[float, int]]
+
+    @property
+    def planner(self) -> Planner:
+        """Plans for this model's catalog."""
+        if self._planner is None:
+            self._planner = Planner(self.catalog)
+        return self._planner
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that runs now; with a schedule, that of the denoising step that ran last."""
+        return self._program().plan
+
+    def set_ratio(self, ratio: float) -> None:
+        """Run at most ``ratio`` times the dense parameters from now on.
+
+        The first visit of a ratio plans (milliseconds to tenths of a second) and reads what is not resident yet; from
+        then on it is a look-up.
+
+        Raises:
+            ValueError: not in (0, 1], or below the smallest plan.
+        """
+        self.set_plan(self.planner.plan(ratio))
+
+    def set_plan(self, plan: Plan) -> None:
+        """Run a plan from now on.
+
+        Raises:
+            ValueError: the plan is for another checkpoint or asks for what it does not hold.
+        """
+        self._active, self._schedule = self.prepare(plan), None
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Choose by denoising step from now on; everything that the schedule names becomes resident now.
+
+        A denoising step is counted each time the timestep changes, and counting starts again when the timestep rises;
+        calls at one timestep (the two halves of guidance) are one denoising step. Counts are kept per thread.
+        """
+        for _, choice in schedule.phases:
+            self.prepare(self.plan_of(choice))
+        self._schedule, self._active = schedule, None
+        self._clocks.clear()
+
+    @contextlib.contextmanager
+    def at(self: Self, ratio: float | None = None, *, plan: Plan | None = None) -> Iterator[Self]:
+        """Run at a ratio or plan inside a ``with``, in this thread or task alone.
+
+        Raises:
+            ValueError: as `set_ratio` and `set_plan`, or not exactly one of the two was given.
+        """
+        choice = ratio if plan is None else plan
+        if choice is None or (ratio is not None and plan is not None):
+            raise ValueError("at() takes a ratio or a plan: give one of them")
+        program = self.prepare(self.plan_of(choice))
+        token = _CHOSEN.set({**_CHOSEN.get(), id(self): program})
+        try:
+            yield self
+        finally:
+            _CHOSEN.reset(token)
+
+    def plan_of(self, choice: float | Plan) -> Plan:
+        """The plan for a ratio; a plan itself."""
+        return choice if isinstance(choice, Plan) else self.planner.plan(choice)
+
+    def prepare(self, plan: Plan) -> Program:
+        """The program of a plan, its weights resident.
+
+        Raises:
+            ValueError: as `set_plan`.
+        """
+        program = self._programs.get(plan)
+        if program is None:
+            self.catalog.check(plan)
+            with READING:
+                self.make_resident(plan)
+                program = Program(plan, tuple(self._call(plan, planned) for planned in plan.blocks))
+            self._programs[plan] = program
+            while len(self._programs) > _MOST_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+        return program
+
+    def trim(self) -> None:
+        """Drop blocks and students that neither the plan or schedule set nor an enclosing `at` runs."""
+        choices: list[float | Plan] = [self.plan]
+        if self._schedule is not None:
+            choices += [choice for _, choice in self._schedule.phases]
+        elif self._active is not None:
+            choices.append(self._active.plan)
+        plans = [self.plan_of(choice) for choice in choices]
+        with READING:
+            self.drop_all_but(plans)
+            resident, runs = set(map(id, self.resident_blocks())), set(self.text_runs)
+            self._programs = {
+                plan: program
+                for plan, program in self._programs.items()
+                if all(id(call.block) in resident for call in program.calls)
+                and {run.key for run in plan.text_runs} <= runs
+            }
+
+    def _call(self, plan: Plan, planned: PlannedBlock) -> BlockCall:
+        block = self.home(planned).block
+        assert block is not None, "a program is made of resident blocks"
+        return BlockCall(block, planned.width, planned.interval, self._text_run_role(plan, planned.interval.first))
+
+    def _text_run_role(self, plan: Plan, block: int) -> TextRunRole | None:
+        """A block's part in the text run that it is in, None where it is in none."""
+        for run in plan.text_runs:
+            if block == run.first:
+                return TextRunRole(is_first=True)
+            if block in run:
+                maps = dict(self.text_runs[run.key].named_children())
+                exit_map = maps.get("text") if block == run.last else None
+                return TextRunRole(is_first=False, input_map=maps[f"z_{block}"], exit_map=exit_map)
+        return None
+
+    def _program(self, timestep: torch.Tensor | None = None) -> Program:
+        """The program that runs now; ``timestep`` moves the clock of a schedule on."""
+        chosen = _CHOSEN.get().get(id(self))
+        if chosen is not None:
+            return chosen
+        if self._schedule is not None:
+            return self.prepare(self.plan_of(self._schedule.at(self._denoising_step(timestep))))
+        if self._active is None:
+            self._active = self.prepare(self.catalog.dense)
+        return self._active
+
+    def _denoising_step(self, timestep: torch.Tensor | None) -> int:
+        """The denoising step of this thread, from 0."""
+        thread = threading.get_ident()
+        last, step = self._clocks.get(thread, (float("inf"), -1))
+        if timestep is None:
+            return max(step, 0)
+        # Reading the timestep waits for the device, once a forward, and only where a schedule is set.
+        now = float(timestep.reshape(-1)[0])
+        if now != last:
+            step = step + 1 if now < last else 0
+            self._clocks[thread] = (now, step)
+        return step

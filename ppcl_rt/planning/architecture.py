@@ -1,0 +1,110 @@
+"""What a dense model is made of: lists of blocks, one kind of block each. Plain data, no torch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+from pydantic import Field, model_validator
+
+from ppcl_rt.planning.block_spec import BlockSpec
+from ppcl_rt.planning.frozen import Frozen
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.plan import Plan, text_maps
+
+
+class BlockList(Frozen):
+    """A list of blocks of one kind; a model has one or several, one after the other.
+
+    Attributes:
+        path: of the module list in the model.
+        kind: of its blocks.
+        depth: how many there are.
+    """
+
+    path: str
+    kind: str
+    depth: int = Field(ge=1)
+
+
+class Place(NamedTuple):
+    """Where a block lies: the list's path, and its number in the list."""
+
+    path: str
+    number: int
+
+
+class Architecture(Frozen):
+    """The dense model.
+
+    Attributes:
+        lists: of blocks, in the order in which they run.
+        kinds: what a block of each kind is made of.
+        dim: width D of the streams.
+        outer_params: parameters outside the blocks.
+    """
+
+    lists: tuple[BlockList, ...] = Field(min_length=1)
+    kinds: dict[str, BlockSpec]
+    dim: int = Field(ge=1)
+    outer_params: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Architecture:
+        if unknown := {each.kind for each in self.lists} - set(self.kinds):
+            raise ValueError(f"a list holds blocks of kind {min(unknown)}; there are: {', '.join(self.kinds)}")
+        return self
+
+    @cached_property
+    def depth(self) -> int:
+        """Blocks of all lists together."""
+        return sum(each.depth for each in self.lists)
+
+    @cached_property
+    def _places(self) -> tuple[tuple[Place, str], ...]:
+        return tuple((Place(each.path, n), each.kind) for each in self.lists for n in range(each.depth))
+
+    def place(self, block: int) -> Place:
+        """Where a block lies."""
+        return self._places[block][0]
+
+    def kind(self, block: int) -> str:
+        """The kind of a block."""
+        return self._places[block][1]
+
+    def spec(self, block: int) -> BlockSpec:
+        """What a block is made of."""
+        return self.kinds[self.kind(block)]
+
+    def one_kind(self, interval: Interval) -> bool:
+        """Whether all blocks of an interval exist and lie in one list."""
+        return interval.last < self.depth and self.place(interval.first).path == self.place(interval.last).path
+
+    def run_maps(self, run: Interval) -> tuple[str, ...]:
+        """Names of a text run's maps (`text_maps`)."""
+        return text_maps(run, self.depth)
+
+    def run_params(self, run: Interval) -> int:
+        """Parameters of a text run's maps."""
+        return len(self.run_maps(run)) * self.dim * (self.dim + 1)
+
+    @cached_property
+    def dense_params(self) -> int:
+        """Parameters of the dense model."""
+        return self.outer_params + sum(self.spec(n).params(self.spec(n).full) for n in range(self.depth))
+
+    def params(self, plan: Plan) -> int:
+        """Parameters that a plan runs."""
+        blocks = sum(
+            self.spec(block.interval.first).params(block.width, plan.not_updated(block)) for block in plan.blocks
+        )
+        return self.outer_params + blocks + sum(map(self.run_params, plan.text_runs))
+
+    def flops(self, plan: Plan, image_tokens: int, text_tokens: int, batch: int = 1) -> int:
+        """Floating-point operations (2 a multiply-add) of the blocks' products and attention, one forward."""
+        total = sum(
+            self.spec(b.interval.first).flops(b.width, image_tokens, text_tokens, plan.not_updated(b))
+            for b in plan.blocks
+        )
+        total += sum(2 * text_tokens * self.dim**2 * len(self.run_maps(run)) for run in plan.text_runs)
+        return batch * total
