@@ -144,14 +144,18 @@ def test_everything_is_measured_but_what_fails_and_is_killed(forked, tmp_path):
     table = CostTable.read(tmp_path / "sweep.json")
     assert list(table.left_out) == ["block 2-256-256-64 at 512"] and "SIGKILL" in table.left_out.popitem()[1]
     assert table.complete and table.device == content["device"] and table.dtype == "float32"
-    assert {row.kind for row in table.rows} == {"block", "still", "map", "outer"} and all(r.agrees for r in table.rows)
+    assert {row.kind for row in table.rows} == {"block", "text_not_updated", "map", "outer"} and all(
+        r.agrees for r in table.rows
+    )
     for image_tokens in (24, 12):
         costs = table.at(image_tokens, 7)
         assert (
             costs.counts("image") == [0, 16, 128, 256]
             and costs.ms(Width(heads=4, image=256, text=256, modulation=64)) > 0
         )
-    assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.full == (4, 256, 256, 64)
+    assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.spec.full == Width(
+        heads=4, image=256, text=256, modulation=64
+    )
 
 
 PARTS = {"qkv_projection", "joint_attention", "out", "up", "down", "map"}
@@ -286,14 +290,14 @@ def test_plans_are_within_their_ratio(modules):
     """At the real sizes; no model has to be built for that."""
     preset = modules.presets.REAL
     catalog = modules.plans.catalog_of(preset, 40_000_000)
-    shape = catalog.shape
-    dense = shape.flops(catalog.dense, 4096, 512)
+    architecture = catalog.architecture
+    dense = architecture.flops(catalog.dense, 4096, 512)
     for name in modules.plans.PLANS:
         kind, ratio, plan = modules.plans.plan_of(name, preset, catalog)
         assert catalog.check(plan) == plan and catalog.ratio(plan) <= ratio
-        assert 0.85 * ratio <= shape.flops(plan, 4096, 512) / dense <= ratio, name
-        assert len(plan.skipped) == (60 - len(plan.steps) if kind == "depth" else 0)
-        assert any(step.student for step in plan.steps) == (kind == "mixed")
+        assert 0.85 * ratio <= architecture.flops(plan, 4096, 512) / dense <= ratio, name
+        assert len(plan.skipped) == (60 - len(plan.blocks) if kind == "depth" else 0)
+        assert any(block.student for block in plan.blocks) == (kind == "mixed")
 
 
 def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypatch):
@@ -305,10 +309,11 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
             stock = models.stock(plan)
             params = {id(p): p.numel() for p in stock.transformer_blocks.parameters()}
             # Blocks are walked several times. Only our blocks share a factor of the modulations between streams.
-            kinds = {(step.blocks.first % models.preset.blocks, step.width) for step in plan.steps}
-            width = plan.steps[0].width
-            shared = width.modulation * (models.preset.dim + 1) if width.modulation < models.preset.dim else 0
-            assert sum(params.values()) == len(kinds) * (models.catalog.shape.block_params(width) + shared)
+            kinds = {(block.interval.first % models.preset.blocks, block.width) for block in plan.blocks}
+            width = plan.blocks[0].width
+            rank, dim = width["modulation"], models.preset.dim
+            shared = rank * (dim + 1) if rank < dim else 0
+            assert sum(params.values()) == len(kinds) * (models.preset.spec.params(width) + shared)
             assert torch.allclose(stock(**call)[0], models.ours(plan)(**call)[0], atol=1e-5)
             monkeypatch.setattr(transformer_qwenimage, "apply_rotary_emb_qwen", modules.real_rope.rotate)
             assert torch.allclose(stock(**call)[0], models.stock(plan, real_rope=True)(**call)[0], atol=1e-5)

@@ -95,7 +95,9 @@ class _Race:
         races.alive(f"{key}: torch")
         self.wanted = operation.run(call, TORCH)
         self.flops, self.bytes = work_of(case, tree_leaves(self.wanted))
-        self.listed = {str(way): functools.partial(operation.run, call, way) for way in operation.implementations(call)}
+        self.listed = {
+            str(each): functools.partial(operation.run, call, each) for each in operation.implementations(call)
+        }
         self.rows: dict[str, Row] = {}
         self.calls: dict[str, Call] = {}
 

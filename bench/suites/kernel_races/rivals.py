@@ -30,7 +30,9 @@ def rivals(case: Case, setting: Setting, preset: Preset) -> dict[str, Callable[[
             made["flex"] = functools.partial(_flex, call)
         return made
     if compiles:
-        made["compiled"] = lambda: functools.partial(_compiled(functools.partial(operation.run, implementation=TORCH)), call)
+        made["compiled"] = lambda: functools.partial(
+            _compiled(functools.partial(operation.run, implementation=TORCH)), call
+        )
     if operation.name == "ada_layer_norm":
         copy = torch.empty_like(call.x)
         made["copy"] = lambda: lambda: copy.copy_(call.x)

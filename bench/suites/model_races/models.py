@@ -18,10 +18,10 @@ from torch import nn
 from model_races.plans import Planned, catalog_of, plan_of
 from model_races.presets import Preset
 from model_races.real_rope import RealRope
-from ppcl_rt.families.qwen_image import LAYOUT, PPCLQwenImageTransformer2DModel, PPCLQwenImageTransformerBlock
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel, PPCLQwenImageTransformerBlock
 from ppcl_rt.ops.packing import pack
-from ppcl_rt.planning.catalog import text_maps
-from ppcl_rt.planning.plan import Plan, Width
+from ppcl_rt.planning.plan import Plan, text_maps
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 # Weights are 1 / sqrt(inputs) times these factors. Each half of a block then adds a tenth of the size of the streams:
 # the streams stay finite over sixty blocks, and bf16 roundings change the output by 2 %, where
@@ -78,18 +78,18 @@ class Models:
         preset, dim = self.preset, self.preset.dim
         with torch.device(preset.device), default_dtype(preset.dtype):
             block = PPCLQwenImageTransformerBlock(dim, preset.heads, preset.head_dim)
-        rank = max(preset.offered["modulation"])
+        rank, spec = max(preset.offered["modulation"]), block.spec
         for name, outputs, inputs in (
-            *((f"mlp_{stream}_0", dim, dim) for stream in ("image", "text")),
-            ("modulation_down", rank, dim),
+            *((spec.replacement(f"mlp_{stream}", LINEAR_MAP), dim, dim) for stream in ("image", "text")),
+            (spec.shared_factor("modulation"), rank, dim),
             *((f"modulation_{stream}", 6 * dim, rank) for stream in ("image", "text")),
         ):
-            block.narrow[name] = self._linear(inputs, outputs)
+            block.replacements[name] = self._linear(inputs, outputs)
         fill(block, generator)
         for stream in ("image", "text"):
-            block.narrow[f"modulation_{stream}"].weight.mul_(_MODULATION)
+            block.factor(f"modulation_{stream}").weight.mul_(_MODULATION)
         # A block that was loaded or moved has its q, k and v weights packed too.
-        for paths in LAYOUT.side_by_side:
+        for paths in block.side_by_side:
             pack(*map(block.get_submodule, paths))
         return block
 
@@ -112,8 +112,7 @@ class Models:
         model._catalog = self.catalog
         model.requires_grad_(False).eval()
         model.set_plan(plan)
-        if hasattr(model, "set_graphs"):
-            model.set_graphs(graphs)
+        model.set_graphs(graphs)
         return model
 
     def stock(self, plan: Plan, real_rope: bool = False) -> QwenImageTransformer2DModel:
@@ -122,11 +121,11 @@ class Models:
             model = QwenImageTransformer2DModel(**self.preset.config)
         self._share(model)
         made: dict[tuple[int, Width], QwenImageTransformerBlock] = {}
-        for step in plan.steps:
-            number = step.blocks.first % len(self.blocks)
-            if (number, step.width) not in made:
-                made[number, step.width] = self._stock_block(self.blocks[number], step.width)
-            model.transformer_blocks.append(made[number, step.width])
+        for planned in plan.blocks:
+            number = planned.interval.first % len(self.blocks)
+            if (number, planned.width) not in made:
+                made[number, planned.width] = self._stock_block(self.blocks[number], planned.width)
+            model.transformer_blocks.append(made[number, planned.width])
         if real_rope:
             model.pos_embed = RealRope(model.pos_embed)
         return model.requires_grad_(False).eval()
@@ -139,19 +138,21 @@ class Models:
     def _stock_block(self, block: PPCLQwenImageTransformerBlock, width: Width) -> QwenImageTransformerBlock:
         with torch.device("meta"):
             made = QwenImageTransformerBlock(self.preset.dim, self.preset.heads, self.preset.head_dim)
-        counts = {**width._asdict(), "heads": width.heads * self.preset.head_dim}
-        state = {}
-        for name, tensor in made.state_dict().items():
-            group, axis = LAYOUT.axes.get(name, ("", 0))
-            state[name] = block.get_parameter(name)
-            if group and tensor.shape[axis] != counts[group]:
-                state[name] = state[name].narrow(axis, 0, counts[group]).contiguous()
-        if width.modulation < self.preset.dim:
-            for stream, path in LAYOUT.modulations.items():
-                down, up = block.narrow["modulation_down"], block.narrow[f"modulation_{stream}"]
-                state[f"{path}.0.weight"] = down.weight[: width.modulation].contiguous()
-                state[f"{path}.0.bias"] = down.bias[: width.modulation].contiguous()
-                state[f"{path}.1.weight"] = up.weight[:, : width.modulation].contiguous()
+        state = {name: block.get_parameter(name) for name in made.state_dict()}
+        for part in block.spec.parts:
+            for segment in part.segments:
+                length = width[segment.group] * segment.unit
+                for which in ("weight", "bias")[: 2 if part.axis == 0 else 1]:
+                    whole = state[f"{part.path}.{which}"]
+                    state[f"{part.path}.{which}"] = whole.narrow(part.axis, 0, length).contiguous()
+        rank = width["modulation"]
+        if rank < self.preset.dim:
+            down = block.factor(block.spec.shared_factor("modulation"))
+            for part in block.spec.factored_by("modulation"):
+                path, up = part.path, block.factor(part.name)
+                state[f"{path}.0.weight"] = down.weight[:rank].contiguous()
+                state[f"{path}.0.bias"] = down.bias[:rank].contiguous()
+                state[f"{path}.1.weight"] = up.weight[:, :rank].contiguous()
                 state[f"{path}.1.bias"] = up.bias
                 del state[f"{path}.weight"], state[f"{path}.bias"]
                 made.set_submodule(path, nn.Sequential(nn.Linear(1, 1, device="meta"), nn.Linear(1, 1, device="meta")))

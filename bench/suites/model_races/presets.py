@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ppcl_rt.planning.plan import Width
+from ppcl_rt.families.qwen_image import block_spec
+from ppcl_rt.planning.block_spec import BlockSpec
+from ppcl_rt.planning.width import Width
 
 RATIOS = (0.7, 0.5)
 
@@ -64,8 +66,12 @@ class Preset:
         return self.blocks * self.walks
 
     @property
+    def spec(self) -> BlockSpec:
+        return block_spec(self.dim, self.heads, self.head_dim)
+
+    @property
     def full(self) -> Width:
-        return Width(self.heads, 4 * self.dim, 4 * self.dim, self.dim)
+        return self.spec.full
 
     @property
     def config(self) -> dict[str, Any]:

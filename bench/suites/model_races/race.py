@@ -15,7 +15,7 @@ from model_races.device import CallClock, backend, end_if_lost
 from model_races.models import Models
 from model_races.presets import inputs
 from model_races.report import InjectedFaults, Report, failure
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line
 from ppcl_rt.ops.agreement import agree
 
 
@@ -38,10 +38,11 @@ class Race:
         self.references: dict[str, torch.Tensor] = {}
         rows, columns = self.preset.sizes[self.size]
         before = {row["key"]: row for row in report.content.get("results", [])}
-        shape = models.catalog.shape
+        architecture = models.catalog.architecture
+        dense_flops = architecture.flops(models.catalog.dense, rows * columns, self.text)
         for each in self.all:
             planned = models.plan(each.plan)
-            flops = shape.flops(planned.plan, rows * columns, self.text)
+            flops = architecture.flops(planned.plan, rows * columns, self.text)
             each.row = before.get(each.key) or {
                 "key": each.key,
                 "group": spec["group"],
@@ -53,7 +54,7 @@ class Race:
                 "plan": planned.kind,
                 "ratio": planned.ratio,
                 "flops": flops,
-                "flops_ratio": round(flops / shape.flops(models.catalog.dense, rows * columns, self.text), 4),
+                "flops_ratio": round(flops / dense_flops, 4),
                 "ms": None,
                 "host_ms": None,
                 "device_ms": None,
@@ -144,9 +145,9 @@ class Race:
             # The device reports a fault only here.
             self.clock.wait()
         except Missing as missing:
-            each.row["skipped"] = line(missing)
+            each.row["skipped"] = one_line(missing)
         except Exception as error:
-            each.row |= failure(f"{type(error).__name__}: {line(error)}"[:400])
+            each.row |= failure(f"{type(error).__name__}: {one_line(error)}"[:400])
             self.report.save()
             end_if_lost(self.clock)
         finally:

@@ -17,11 +17,12 @@ from model_races.operations import stamped_operations
 from model_races.plans import PLANS, narrowed
 from model_races.presets import RATIOS, Preset, inputs
 from model_races.report import InjectedFaults, Report
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line
 from ppcl_rt.ops.agreement import agree
 from ppcl_rt.ops.implementation import backend as asked_backend
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
-from ppcl_rt.planning.plan import Plan, Width
+from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.width import Width
 
 
 class Point(NamedTuple):
@@ -30,8 +31,7 @@ class Point(NamedTuple):
     Attributes:
         level: order of the measurement; level 0 comes first, at every size.
         size: pixels a side.
-        kind: ``block``; ``still``: a block that does not update the text; ``map``: a linear map; ``outer``: everything
-            but the blocks.
+        kind: as in `ppcl_rt.planning.milliseconds.CostRow`.
         width: of a block, None for other kinds.
     """
 
@@ -42,7 +42,8 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {'-'.join(map(str, self.width or ()))} at {self.size}".replace("  ", " ")
+        counts = "-".join(map(str, (self.width or Width()).values()))
+        return f"{self.kind} {counts} at {self.size}".replace("  ", " ")
 
 
 def points(preset: Preset) -> list[Point]:
@@ -52,18 +53,21 @@ def points(preset: Preset) -> list[Point]:
         made += [Point(0, size, kind, None) for kind in ("outer", "map")]
         for kind, base, levels in (
             ("block", full, preset.counts),
-            ("still", full.replace(text=0), preset.text_not_updated),
+            ("text_not_updated", full.without({"text"}), preset.text_not_updated),
         ):
             made.append(Point(0, size, kind, base))
             made += [
-                Point(level, size, kind, base._replace(**{group: count}))
+                Point(level, size, kind, base.replace(**{group: count}))
                 for group, by_level in levels.items()
                 for level, counts in enumerate(by_level)
                 for count in counts
             ]
         for ratio in RATIOS:
             narrow = narrowed(preset, ratio)
-            made += [Point(1, size, "block", narrow), Point(1, size, "still", narrow._replace(text=0))]
+            made += [
+                Point(1, size, "block", narrow),
+                Point(1, size, "text_not_updated", narrow.without({"text"})),
+            ]
     # Python's sort keeps the order within a level. The full block of a size comes before what is compared with it.
     return sorted(
         made, key=lambda point: (point.level, point.width not in (None, full), point.size != max(preset.sizes))
@@ -80,14 +84,12 @@ class Sweep:
         self.block_call = {size: self._block_call(call) for size, call in self.call.items()}
         about = machine()
         self.table: dict[str, Any] = report.content.get("table") or {
-            "format": 1,
+            "format": 2,
             **{name: about[name] for name in ("device", "versions", "commit", "dirty", "date")},
             "command": spec["command"],
             "dtype": str(self.preset.dtype).removeprefix("torch."),
             "backend": asked_backend(),
-            "dim": self.preset.dim,
-            "head_dim": self.preset.head_dim,
-            "full": self.preset.full,
+            "spec": self.preset.spec.model_dump(mode="json"),
             "blocks": self.preset.blocks,
             "complete": False,
             "left_out": {},
@@ -110,7 +112,7 @@ class Sweep:
                 self.table["rows"].append(self._measure(point).model_dump(mode="json"))
                 self.clock.wait()
             except Exception as error:
-                self.table["left_out"][point.name] = f"{type(error).__name__}: {line(error)}"[:400]
+                self.table["left_out"][point.name] = f"{type(error).__name__}: {one_line(error)}"[:400]
                 self.report.save()
                 end_if_lost(self.clock)
             self.report.running("")
@@ -154,7 +156,7 @@ class Sweep:
         if point.kind == "map":
             return lambda: [text + layer(text) for layer in models.maps]
         assert point.width is not None
-        if point.kind == "still":
+        if point.kind == "text_not_updated":
             more["text_input"] = models.blocks[0].text_input(text, call["temb"], self.preset.full)
 
         def chain() -> tuple[torch.Tensor, ...]:
@@ -213,4 +215,4 @@ class Sweep:
 def name_of(row: dict[str, Any], preset: Preset) -> str:
     """Return the name of the point that a row was measured for."""
     [size] = (size for size, (rows, columns) in preset.sizes.items() if rows * columns == row["image_tokens"])
-    return Point(0, size, row["kind"], row["width"] and Width(*row["width"])).name
+    return Point(0, size, row["kind"], row["width"] and Width(row["width"])).name
