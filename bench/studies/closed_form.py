@@ -15,7 +15,6 @@ from typing import Annotated
 
 import typer
 
-from ppcl_rt import Plan
 from ppcl_rt.cli.task import task_of
 from ppcl_train import pipeline
 from ppcl_train.engine.files import read_tensors
@@ -33,12 +32,12 @@ def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, 
         folder = Path(temporary)
         shutil.copyfile(run_folder / "teacher.safetensors", folder / "teacher.safetensors")
         selection.write(folder, [])
-        full = write_draft(run, folder, {}).shape.width
+        full = write_draft(run, folder, {}).architecture.spec(0).full
         write_draft(run, folder, width, legal_counts(run, full))
         model = open_draft(run, folder)
         catalog = model.catalog
-        half = full.replace(image=full.image // 2, text=full.text // 2)
-        plan = Plan.of(catalog.fingerprint, catalog.shape.depth, [(n, half) for n in range(catalog.shape.depth)])
+        half = full.replace(image=full["image"] // 2, text=full["text"] // 2)
+        plan = catalog.compose((n, half) for n in range(catalog.architecture.depth))
         print(f"half of all MLP channels: velocity error {sum(VelocityError(model, run).of(plan)):.6f} relative")
         for name, chosen in (("teacher", catalog.dense), ("half", plan)):
             with model.at(plan=chosen):

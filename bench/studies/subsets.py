@@ -39,14 +39,12 @@ def disjoint(intervals: tuple[Interval, ...]) -> Iterator[tuple[Interval, ...]]:
 
 def plan_of(catalog: Catalog, chosen: tuple[Interval, ...]) -> Plan:
     """Make the plan that runs these students and all other blocks at full width."""
-    width, depth = catalog.shape.width, catalog.shape.depth
-    kept = [(n, width) for n in range(depth) if not any(n in interval for interval in chosen)]
-    return Plan.of(
-        catalog.fingerprint,
-        depth,
-        kept,
-        [PlannedBlock(interval=interval, width=width, student=True) for interval in chosen],
-    )
+    depth = catalog.architecture.depth
+    kept = [(n, catalog.spec(n).full) for n in range(depth) if not any(n in interval for interval in chosen)]
+    students = [
+        PlannedBlock(interval=interval, width=catalog.spec(interval.first).full, student=True) for interval in chosen
+    ]
+    return catalog.compose(kept, students)
 
 
 def main(

@@ -51,7 +51,8 @@ def about(model, task) -> dict:
         "command": " ".join(["python -m pytest", *sys.argv[1:]]),
         "device": device_name(),
         "dtype": str(model.dtype),
-        "shape": f"batch {BATCH}, {task.image_tokens} image and {task.text_tokens} text tokens, dim {architecture.dim}",
+        "shape": f"batch {BATCH}, {task.image_tokens} image and {task.text_tokens} text tokens, "
+        f"width {architecture.dim}",
         "torch": torch.__version__,
         "params": architecture.params(model.plan),
         "params_ratio": round(model.catalog.ratio(model.plan), 4),

@@ -308,8 +308,8 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
             plan = models.plan(name).plan
             stock = models.stock(plan)
             params = {id(p): p.numel() for p in stock.transformer_blocks.parameters()}
-            # Blocks are walked several times. Only our blocks share a factor of the modulations between streams.
-            kinds = {(block.interval.first % models.preset.blocks, block.width) for block in plan.blocks}
+            # Blocks are walked several times; factors of modulations are shared by streams in ours alone.
+            kinds = {(planned.interval.first % models.preset.blocks, planned.width) for planned in plan.blocks}
             width = plan.blocks[0].width
             rank, dim = width["modulation"], models.preset.dim
             shared = rank * (dim + 1) if rank < dim else 0
@@ -322,7 +322,7 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
 
 
 def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, tmp_path, monkeypatch):
-    spec = {"group": "short-512", "inject": {}, "leave_out": {}}
+    job = {"group": "short-512", "inject": {}, "leave_out": {}}
     calls = []
 
     def contest(kind, size, of, call):
@@ -343,7 +343,7 @@ def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, 
 
     monkeypatch.setattr(modules.race, "contestants", contest)
     with torch.no_grad():
-        race = modules.race.Race(spec, models, modules.report.Report(tmp_path / "state.json"))
+        race = modules.race.Race(job, models, modules.report.Report(tmp_path / "state.json"))
         race.run(time.monotonic() + 60)
     found = failures(json.loads((tmp_path / "state.json").read_text()))
     assert found["wrong, dense 1"].startswith("RuntimeError: before it was timed its output was off by")

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from kernel_races.presets import Preset, Setting
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
+from ppcl_rt.model.residency import lay_side_by_side
 from ppcl_rt.ops.implementation import TORCH
 from ppcl_rt.ops.operation import Operation
-from ppcl_rt.ops.packing import pack
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 
@@ -37,8 +37,7 @@ class Block:
             for output in ("mlp_image", "mlp_text"):
                 self.block.replacements[self.block.spec.replacement(output, LINEAR_MAP)] = torch.nn.Linear(dim, dim)
         self.block.to(preset.dtype).requires_grad_(False)
-        for names in self.block.side_by_side:
-            pack(*map(self.block.get_submodule, names))
+        lay_side_by_side(self.block)
 
     def cases(self, setting: Setting) -> Iterator[Case]:
         """Run the block once, in plain torch, and yield its calls in their order."""

@@ -53,12 +53,12 @@ def reduced(model: Any, preset: Preset) -> Call:
         raise Missing("CUDA graphs need a CUDA device")
     compiled(model, preset, mode="reduce-overhead")
 
-    def step(**call: Any) -> Any:
+    def forward(**call: Any) -> Any:
         # One CUDA graph step for the whole forward: otherwise every block begins a step, which frees its inputs.
         torch.compiler.cudagraph_mark_step_begin()
         return model(**call)
 
-    return step
+    return forward
 
 
 def contestants(kind: str, size: int, models: Models, call: dict[str, Any]) -> list[Contestant]:

@@ -19,7 +19,8 @@ from model_races.plans import Planned, catalog_of, plan_of
 from model_races.presets import Preset
 from model_races.real_rope import RealRope
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel, PPCLQwenImageTransformerBlock
-from ppcl_rt.ops.packing import pack
+from ppcl_rt.model.residency import lay_side_by_side
+from ppcl_rt.model.tensors import has_units
 from ppcl_rt.planning.plan import Plan, text_maps
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
@@ -78,19 +79,19 @@ class Models:
         preset, dim = self.preset, self.preset.dim
         with torch.device(preset.device), default_dtype(preset.dtype):
             block = PPCLQwenImageTransformerBlock(dim, preset.heads, preset.head_dim)
-        rank, spec = max(preset.offered["modulation"]), block.spec
-        for name, outputs, inputs in (
-            *((spec.replacement(f"mlp_{stream}", LINEAR_MAP), dim, dim) for stream in ("image", "text")),
-            (spec.shared_factor("modulation"), rank, dim),
-            *((f"modulation_{stream}", 6 * dim, rank) for stream in ("image", "text")),
-        ):
-            block.replacements[name] = self._linear(inputs, outputs)
+        spec, rank = block.spec, max(preset.offered["modulation"])
+        factored = spec.factored_by("modulation")
+        for output in spec.outputs:
+            if spec.groups[output.segment.group].mappable:
+                block.replacements[spec.replacement(output.name, LINEAR_MAP)] = self._linear(dim, dim)
+        block.replacements[spec.shared_factor("modulation")] = self._linear(dim, rank)
+        for part in factored:
+            block.replacements[part.name] = self._linear(rank, part.rows)
         fill(block, generator)
-        for stream in ("image", "text"):
-            block.factor(f"modulation_{stream}").weight.mul_(_MODULATION)
+        for part in factored:
+            block.factor(part.name).weight.mul_(_MODULATION)
         # A block that was loaded or moved has its q, k and v weights packed too.
-        for paths in block.side_by_side:
-            pack(*map(block.get_submodule, paths))
+        lay_side_by_side(block)
         return block
 
     def ours(self, plan: Plan, graphs: bool = False) -> Any:
@@ -138,17 +139,22 @@ class Models:
     def _stock_block(self, block: PPCLQwenImageTransformerBlock, width: Width) -> QwenImageTransformerBlock:
         with torch.device("meta"):
             made = QwenImageTransformerBlock(self.preset.dim, self.preset.heads, self.preset.head_dim)
-        state = {name: block.get_parameter(name) for name in made.state_dict()}
-        for part in block.spec.parts:
-            for segment in part.segments:
-                length = width[segment.group] * segment.unit
-                for which in ("weight", "bias")[: 2 if part.axis == 0 else 1]:
-                    whole = state[f"{part.path}.{which}"]
-                    state[f"{part.path}.{which}"] = whole.narrow(part.axis, 0, length).contiguous()
-        rank = width["modulation"]
-        if rank < self.preset.dim:
-            down = block.factor(block.spec.shared_factor("modulation"))
-            for part in block.spec.factored_by("modulation"):
+        spec, rank = block.spec, width["modulation"]
+        parts = {part.path: part for part in spec.parts}
+        state = {}
+        for name in made.state_dict():
+            state[name] = block.get_parameter(name)
+            part = parts.get(name.rpartition(".")[0])
+            if part is None or part.axis is None or not has_units(part, name):
+                continue
+            # A part of a Qwen-Image block holds one group, from its first row or column on.
+            [segment] = part.segments
+            units = width[segment.group]
+            if units != spec.groups[segment.group].count:
+                state[name] = state[name].narrow(part.axis, 0, units * segment.unit).contiguous()
+        if rank < spec.groups["modulation"].count:
+            down = block.factor(spec.shared_factor("modulation"))
+            for part in spec.factored_by("modulation"):
                 path, up = part.path, block.factor(part.name)
                 state[f"{path}.0.weight"] = down.weight[:rank].contiguous()
                 state[f"{path}.0.bias"] = down.bias[:rank].contiguous()
@@ -157,9 +163,9 @@ class Models:
                 del state[f"{path}.weight"], state[f"{path}.bias"]
                 made.set_submodule(path, nn.Sequential(nn.Linear(1, 1, device="meta"), nn.Linear(1, 1, device="meta")))
         for name, tensor in state.items():
-            path, _, part = name.rpartition(".")
+            path, _, which = name.rpartition(".")
             layer = made.get_submodule(path)
-            setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
-            if isinstance(layer, nn.Linear) and part == "weight":
+            setattr(layer, which, nn.Parameter(tensor, requires_grad=False))
+            if isinstance(layer, nn.Linear) and which == "weight":
                 layer.out_features, layer.in_features = tensor.shape
         return made

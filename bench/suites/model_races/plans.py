@@ -21,6 +21,7 @@ def catalog_of(preset: Preset, outer_params: int) -> Catalog:
     """Make a catalog with synthetic losses: students of two blocks, text runs of three, all widths on offer."""
     rng = random.Random(0)
     full, depth = preset.full, preset.depth
+    config = {**preset.config, "num_layers": depth}
 
     def widths(scale: float) -> LegalWidths:
         groups = {}
@@ -73,8 +74,7 @@ def plan_of(name: str, preset: Preset, catalog: Catalog) -> Planned:
     kind, ratio = name.split()[0], float(name.split()[1])
     architecture, depth, full = catalog.architecture, preset.depth, preset.full
     if kind == "width":
-        width = narrowed(preset, ratio)
-        plan = catalog.compose((n, width) for n in range(depth))
+        plan = catalog.compose((n, narrowed(preset, ratio)) for n in range(depth))
     elif kind == "depth":
         kept = int((ratio * architecture.dense_params - architecture.outer_params) / preset.spec.params(full))
         plan = catalog.compose((n * depth // kept, full) for n in range(kept))
@@ -104,19 +104,23 @@ def plan_within(preset: Preset, catalog: Catalog, ratio: float) -> Plan:
 
 def described(planned: Planned, catalog: Catalog) -> dict[str, Any]:
     """Describe a plan for readers of the figures."""
-    plan, blocks = planned.plan, planned.plan.blocks
-    # A block that does not update the text has no count of text channels.
-    totals = {group: sum(block.width.get(group, 0) for block in blocks) for group in catalog.spec(0).groups}
+    plan, architecture = planned.plan, catalog.architecture
+    blocks = len(plan.blocks)
+    # A block that does not update the text has no text MLP: it counts as 0 channels.
+    mean = {
+        group: round(sum(block.width.get(group, 0) for block in plan.blocks) / blocks, 1)
+        for group in architecture.spec(0).groups
+    }
     return {
         "kind": planned.kind,
         "ratio": planned.ratio,
         "how": "planner, synthetic losses" if planned.kind == "mixed" else "explicit",
-        "params": catalog.architecture.params(plan),
+        "params": architecture.params(plan),
         "params_ratio": round(catalog.ratio(plan), 4),
-        "blocks": len(blocks),
-        "students": sum(block.student for block in blocks),
+        "blocks": blocks,
+        "students": sum(block.student for block in plan.blocks),
         "text_not_updated": len(plan.text_not_updated),
-        "mean_width": {group: round(total / len(blocks), 1) for group, total in totals.items()},
-        "widths": len({block.width for block in blocks}),
+        "mean_width": mean,
+        "widths": len({block.width for block in plan.blocks}),
         "plan": json.loads(plan.model_dump_json(exclude={"checkpoint"})),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Preset:
         rank: of the modulations in plans of the kind ``width``.
         rounds: timed rounds of a race.
         repeats: timed repeats of a row of the sweep.
-        counts: group of `Width` -> counts below the full one that the sweep visits, coarse levels first.
+        counts: group -> counts below the full one that the sweep visits, coarse levels first.
         text_not_updated: the same for blocks that do not update the text.
         offered: group -> counts that the planner's catalog offers.
         compiled: options of ``compile_repeated_blocks``.
@@ -65,12 +66,18 @@ class Preset:
     def depth(self) -> int:
         return self.blocks * self.walks
 
+    @cached_property
+    def spec(self) -> BlockSpec:
+        """What a block is made of."""
+        return block_spec(self.dim, self.heads, self.head_dim)
+
     @property
     def spec(self) -> BlockSpec:
         return block_spec(self.dim, self.heads, self.head_dim)
 
     @property
     def full(self) -> Width:
+        """The width of the full block."""
         return self.spec.full
 
     @property

@@ -27,10 +27,10 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 class Race:
     """One group: all contestants are built, checked against eager diffusers, timed in turn, and checked again."""
 
-    def __init__(self, spec: dict[str, Any], models: Models, report: Report) -> None:
-        kind, size = spec["group"].split("-")
-        self.models, self.report, self.spec = models, report, spec
-        self.preset, self.faults = models.preset, InjectedFaults(spec["inject"])
+    def __init__(self, job: dict[str, Any], models: Models, report: Report) -> None:
+        kind, size = job["group"].split("-")
+        self.models, self.report, self.job = models, report, job
+        self.preset, self.faults = models.preset, InjectedFaults(job["inject"])
         self.clock = CallClock(self.preset.device)
         self.size, self.text = int(size), self.preset.short if kind == "short" else self.preset.text
         self.call = inputs(self.preset, self.size, self.text)
@@ -39,13 +39,12 @@ class Race:
         rows, columns = self.preset.sizes[self.size]
         before = {row["key"]: row for row in report.content.get("results", [])}
         architecture = models.catalog.architecture
-        dense_flops = architecture.flops(models.catalog.dense, rows * columns, self.text)
         for each in self.all:
             planned = models.plan(each.plan)
             flops = architecture.flops(planned.plan, rows * columns, self.text)
             each.row = before.get(each.key) or {
                 "key": each.key,
-                "group": spec["group"],
+                "group": job["group"],
                 "contestant": each.name,
                 "size": self.size,
                 "image_tokens": rows * columns,
@@ -54,7 +53,7 @@ class Race:
                 "plan": planned.kind,
                 "ratio": planned.ratio,
                 "flops": flops,
-                "flops_ratio": round(flops / dense_flops, 4),
+                "flops_ratio": round(flops / architecture.flops(models.catalog.dense, rows * columns, self.text), 4),
                 "ms": None,
                 "host_ms": None,
                 "device_ms": None,
