@@ -32,7 +32,6 @@ def catalog_of(preset: Preset, outer_params: int) -> Catalog:
             groups[group] = (LegalCount(whole, 0.0), *(LegalCount(count, weight * loss) for count, loss in kept))
         return LegalWidths(groups)
 
-    config = {**preset.config, "num_layers": depth}
     return Catalog(
         family=PPCLQwenImageTransformer2DModel.family,
         architecture=PPCLQwenImageTransformer2DModel.architecture_of(config, outer_params),

@@ -72,10 +72,6 @@ class Preset:
         return block_spec(self.dim, self.heads, self.head_dim)
 
     @property
-    def spec(self) -> BlockSpec:
-        return block_spec(self.dim, self.heads, self.head_dim)
-
-    @property
     def full(self) -> Width:
         """The width of the full block."""
         return self.spec.full
