@@ -97,7 +97,7 @@ def forked(bench, modules, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.Bench, "_start", start)
 
     def run(*arguments):
-        status = bench.main(["--tiny", "--out", str(tmp_path), "--seconds", "60", *arguments])
+        status = bench.main(["--tiny", "--out", str(tmp_path), "--seconds", "240", *arguments])
         assert not list(tmp_path.glob(".*")), "nothing but the results is left"
         return status
 
