@@ -27,12 +27,13 @@ from torch import nn
 
 import ppcl_rt
 from ppcl_rt.cli import main as cli
-from ppcl_rt.families.qwen_image import LAYOUT
-from ppcl_rt.planning.catalog import text_maps
+from ppcl_rt.families.qwen_image import block_spec
+from ppcl_rt.planning.plan import text_maps
 
 HEADS, HEAD_DIM, DEPTH = 4, 8, 4
 DIM, CHANNELS = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
-FULL = ppcl_rt.Width(heads=HEADS, image=CHANNELS, text=CHANNELS, modulation=DIM)
+SPEC = block_spec(DIM, HEADS, HEAD_DIM)
+FULL = SPEC.full
 # Some counts (50, 31, 17) that no tile divides.
 NARROWER = {"heads": (3, 2, 1), "image": (96, 50, 17), "text": (100, 64, 31), "modulation": ()}
 # With linear maps in place of MLPs, and modulations of a low rank.
@@ -110,7 +111,7 @@ def _build_inputs(
 
 def _random_widths(rng: np.random.Generator, groups: dict[str, tuple[int, ...]]) -> ppcl_rt.LegalWidths:
     options = {}
-    for (group, counts), full in zip(groups.items(), FULL, strict=True):
+    for (group, counts), full in zip(groups.items(), FULL.values(), strict=True):
         losses = np.cumsum(rng.uniform(0.01, 1.0, len(counts)))
         options[group] = (
             ppcl_rt.LegalCount(full, 0.0),
@@ -142,46 +143,54 @@ class Made:
     catalog: ppcl_rt.Catalog
     tensors: dict[str, torch.Tensor] = field(repr=False)
 
-    def prefix(self, step: ppcl_rt.PlannedBlock) -> str:
-        return f"students.{step.blocks.key}." if step.student else f"transformer_blocks.{step.blocks.first}."
+    def prefix(self, planned: ppcl_rt.PlannedBlock) -> str:
+        return (
+            f"students.{planned.interval.key}." if planned.student else f"transformer_blocks.{planned.interval.first}."
+        )
 
-    def stock_block(self, step: ppcl_rt.PlannedBlock) -> QwenImageTransformerBlock:
+    def stock_block(self, planned: ppcl_rt.PlannedBlock) -> QwenImageTransformerBlock:
         """diffusers' block with the weights that a step names, at full width."""
-        if not step.student:
-            return copy.deepcopy(self.stock.transformer_blocks[step.blocks.first])
+        if not planned.student:
+            return copy.deepcopy(self.stock.transformer_blocks[planned.interval.first])
         edit = self.stock.config.zero_cond_t
         block = QwenImageTransformerBlock(DIM, HEADS, HEAD_DIM, zero_cond_t=edit).eval()
-        prefix = self.prefix(step)
+        prefix = self.prefix(planned)
         state = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
-        block.load_state_dict({name: t for name, t in state.items() if not name.startswith(("order.", "narrow."))})
+        block.load_state_dict(
+            {name: t for name, t in state.items() if not name.startswith(("order.", "replacements."))}
+        )
         return block
 
-    def kept(self, step: ppcl_rt.PlannedBlock, group: str) -> list[int]:
+    def kept(self, planned: ppcl_rt.PlannedBlock, group: str) -> list[int]:
         """Columns of the output layers that a step keeps: those of the first heads or channels in rank order."""
-        count = getattr(step.width, group)
-        full = getattr(FULL, group)
-        order = self.tensors.get(f"{self.prefix(step)}order.{group}", torch.arange(full)).tolist()[:count]
+        count = planned.width[group]
+        full = FULL[group]
+        order = self.tensors.get(f"{self.prefix(planned)}order.{group}", torch.arange(full)).tolist()[:count]
         unit = HEAD_DIM if group == "heads" else 1
         return [index * unit + offset for index in order for offset in range(unit)]
 
-    def reference_block(self, step: ppcl_rt.PlannedBlock) -> QwenImageTransformerBlock:
+    def reference_block(self, planned: ppcl_rt.PlannedBlock) -> QwenImageTransformerBlock:
         """diffusers' block, with what a step leaves out zeroed in its output layers, or fitted layers in place."""
-        block = self.stock_block(step)
-        if step.width.modulation < DIM:
-            self._lower_rank(block, f"{self.prefix(step)}narrow.", step.width.modulation)
-        for output, (path, group) in LAYOUT.outputs.items():
-            count, kept, layer = getattr(step.width, group), self.kept(step, group), block.get_submodule(path)
+        block = self.stock_block(planned)
+        if planned.width["modulation"] < DIM:
+            self._lower_rank(block, f"{self.prefix(planned)}replacements.", planned.width["modulation"])
+        for output in SPEC.outputs:
+            group, path = output.segment.group, output.part.path
+            if group not in planned.width:
+                # Not updated: `_skip_text` says what such a block does.
+                continue
+            count, kept, layer = planned.width[group], self.kept(planned, group), block.get_submodule(path)
             if count == 0:
                 _put_map(
                     block,
                     path.split(".")[0],
                     nn.Linear(DIM, DIM),
                     self.tensors,
-                    f"{self.prefix(step)}narrow.{output}_0",
+                    f"{self.prefix(planned)}replacements.{output.name}_0",
                 )
                 continue
             zeroed = torch.zeros_like(layer.weight)
-            narrow = f"{self.prefix(step)}narrow.{output}_{count}"
+            narrow = f"{self.prefix(planned)}replacements.{output.name}_{count}"
             with torch.no_grad():
                 if f"{narrow}.weight" in self.tensors:
                     zeroed[:, kept] = self.tensors[f"{narrow}.weight"]
@@ -203,13 +212,15 @@ class Made:
     def reference(self, plan: ppcl_rt.Plan) -> QwenImageTransformer2DModel:
         """diffusers' model for a plan, by the law of it: columns zeroed, students put in, skipped blocks left out."""
         model = copy.deepcopy(self.stock)
-        model.transformer_blocks = nn.ModuleList([self.reference_block(step) for step in plan.steps])
-        blocks = {step.blocks.first: block for step, block in zip(plan.steps, model.transformer_blocks, strict=True)}
+        model.transformer_blocks = nn.ModuleList([self.reference_block(planned) for planned in plan.blocks])
+        blocks = {
+            planned.interval.first: block for planned, block in zip(plan.blocks, model.transformer_blocks, strict=True)
+        }
         for run in plan.text_runs:
-            self._stand_still([blocks[n] for n in run], run)
+            self._skip_text([blocks[n] for n in run], run)
         return model
 
-    def _stand_still(self, blocks: list[QwenImageTransformerBlock], run: ppcl_rt.Interval) -> None:
+    def _skip_text(self, blocks: list[QwenImageTransformerBlock], run: ppcl_rt.Interval) -> None:
         """Make stock blocks of a text run: all but the first read ``z + l(z)`` of the first's input, gates 0."""
 
         def mapped(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -231,32 +242,36 @@ class Made:
         if run.last < DEPTH - 1:
             blocks[-1].register_forward_hook(lambda _, __, out: (mapped("text", out[0]), out[1]))
 
-    def plan(self, *steps: ppcl_rt.PlannedBlock) -> ppcl_rt.Plan:
-        return ppcl_rt.Plan(checkpoint=self.catalog.fingerprint, depth=self.catalog.shape.depth, steps=steps)
+    def plan(self, *blocks: ppcl_rt.PlannedBlock) -> ppcl_rt.Plan:
+        depth = self.catalog.architecture.depth
+        return ppcl_rt.Plan(checkpoint=self.catalog.fingerprint, depth=depth, blocks=blocks)
 
     def random_plan(self, rng: np.random.Generator, skip: float = 0.0, legal: bool = False) -> ppcl_rt.Plan:
         """A plan with a random set of disjoint students; counts from the catalog (``legal``) or any."""
 
         def width(widths: ppcl_rt.LegalWidths) -> ppcl_rt.Width:
             if legal:
-                return ppcl_rt.Width(*(int(rng.choice([o.count for o in widths.of(g)])) for g in FULL._fields))
+                return ppcl_rt.Width({g: int(rng.choice([c.units for c in widths.of(g)])) for g in FULL})
             # Modulations come at full rank, or at any up to the highest that was factored.
-            ranks = [*range(1, widths.rank + 1), DIM]
-            return ppcl_rt.Width(*(int(rng.integers(1, full + 1)) for full in FULL[:3]), int(rng.choice(ranks)))
+            ranks = [*range(1, widths.highest_rank("modulation") + 1), DIM]
+            units = {g: int(rng.integers(1, FULL[g] + 1)) for g in SPEC.unit_groups}
+            return ppcl_rt.Width(units, modulation=int(rng.choice(ranks)))
 
-        steps, block = [], 0
-        while block < self.catalog.shape.depth:
+        planned, block = [], 0
+        while block < self.catalog.architecture.depth:
             here = [student for student in self.catalog.students if student.interval.first == block]
             if here and rng.random() < 0.5:
                 student = here[int(rng.integers(len(here)))]
-                steps.append(ppcl_rt.PlannedBlock(interval=student.interval, width=width(student.widths), student=True))
+                planned.append(
+                    ppcl_rt.PlannedBlock(interval=student.interval, width=width(student.widths), student=True)
+                )
                 block = student.interval.last + 1
                 continue
             if rng.random() >= skip:
                 interval = ppcl_rt.Interval(block, block)
-                steps.append(ppcl_rt.PlannedBlock(interval=interval, width=width(self.catalog.blocks[block])))
+                planned.append(ppcl_rt.PlannedBlock(interval=interval, width=width(self.catalog.blocks[block])))
             block += 1
-        kept = {step.blocks.first: step.width for step in steps if not step.student}
+        kept = {each.interval.first: each.width for each in planned if not each.student}
         runs: list[ppcl_rt.Interval] = []
         for n in rng.permutation(len(self.catalog.text_runs)):
             run = self.catalog.text_runs[n].interval
@@ -266,8 +281,8 @@ class Made:
                 and rng.random() < 0.7
             ):
                 runs.append(run)
-        students = [step for step in steps if step.student]
-        return ppcl_rt.Plan.of(self.catalog.fingerprint, self.catalog.shape.depth, kept.items(), students, runs)
+        students = [each for each in planned if each.student]
+        return self.catalog.compose(kept.items(), students, runs)
 
 
 def _make_checkpoint(
@@ -297,17 +312,12 @@ def _make_checkpoint(
         )
         block = _build_block(1000 + 100 * seed + n)
         tensors |= {f"students.{interval.key}.{name}": tensor for name, tensor in block.state_dict().items()}
-    shape = ppcl_rt.Shape(
-        depth=stock.config.num_layers,
-        dim=DIM,
-        head_dim=HEAD_DIM,
-        width=FULL,
-        outer_params=sum(p.numel() for n, p in stock.named_parameters() if not n.startswith("transformer_blocks.")),
-    )
+    outer = sum(p.numel() for n, p in stock.named_parameters() if not n.startswith("transformer_blocks."))
+    architecture = ppcl_rt.PPCLQwenImageTransformer2DModel.architecture_of(stock.config, outer)
     catalog = ppcl_rt.Catalog(
         family="qwen-image",
-        shape=shape,
-        blocks=tuple(_random_widths(rng, groups) for _ in range(shape.depth)),
+        architecture=architecture,
+        blocks=tuple(_random_widths(rng, groups) for _ in range(architecture.depth)),
         students=tuple(listed),
         text_runs=tuple(
             ppcl_rt.TextRun(interval=ppcl_rt.Interval(*run), loss=float(rng.uniform(0.01, 0.5))) for run in text_runs
@@ -315,29 +325,30 @@ def _make_checkpoint(
         compensated=compensated,
     )
     for run in catalog.text_runs:
-        for name in text_maps(run.interval, shape.depth):
+        for name in text_maps(run.interval, architecture.depth):
             tensors[f"text_runs.{run.interval.key}.{name}.weight"] = torch.randn(DIM, DIM, generator=generator) * 0.2
             tensors[f"text_runs.{run.interval.key}.{name}.bias"] = torch.randn(DIM, generator=generator) * 0.2
     prefixes = {f"transformer_blocks.{n}": widths for n, widths in enumerate(catalog.blocks)}
     prefixes |= {f"students.{student.interval.key}": student.widths for student in catalog.students}
     for prefix, widths in prefixes.items():
-        for group, full in FULL._asdict().items():
+        for group, full in FULL.items():
             if group != "modulation":
                 tensors[f"{prefix}.order.{group}"] = torch.randperm(full, generator=generator)
         made = {}
-        for output, (path, group) in LAYOUT.outputs.items():
-            rows, unit = tensors[f"{prefix}.{path}.weight"].shape[0], HEAD_DIM if group == "heads" else 1
-            for option in widths.of(group)[1:]:
-                if compensated or option.count == 0:
-                    made[LAYOUT.narrow_name(output, option.count)] = (rows, option.count * unit or DIM)
-        if widths.rank:
+        for output in SPEC.outputs:
+            for legal in widths.of(output.segment.group)[1:]:
+                if compensated or legal.units == 0:
+                    columns = legal.units * output.segment.unit or DIM
+                    made[SPEC.replacement(output.name, legal.units)] = (output.part.rows, columns)
+        rank = widths.highest_rank("modulation")
+        if rank:
             made |= {
-                "modulation_down": (widths.rank, DIM),
-                **{f"modulation_{stream}": (6 * DIM, widths.rank) for stream in ("image", "text")},
+                "modulation_down": (rank, DIM),
+                **{f"modulation_{stream}": (6 * DIM, rank) for stream in ("image", "text")},
             }
         for name, (rows, columns) in made.items():
-            tensors[f"{prefix}.narrow.{name}.weight"] = torch.randn(rows, columns, generator=generator) * 0.2
-            tensors[f"{prefix}.narrow.{name}.bias"] = torch.randn(rows, generator=generator) * 0.2
+            tensors[f"{prefix}.replacements.{name}.weight"] = torch.randn(rows, columns, generator=generator) * 0.2
+            tensors[f"{prefix}.replacements.{name}.bias"] = torch.randn(rows, generator=generator) * 0.2
     if edit is not None:
         edit(config, tensors)
     catalog = ppcl_rt.write_checkpoint(folder, config, catalog, tensors, max_shard_size)

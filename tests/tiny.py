@@ -1,6 +1,7 @@
 """A whole training run of a few seconds: 4 blocks, 2 heads."""
 
-from ppcl_train.config.settings import PRESETS, with_changes
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
 
 ARCHITECTURE = {**PRESETS["scenes"].teacher.architecture, "num_layers": 4, "num_attention_heads": 2}
 TINY = with_changes(

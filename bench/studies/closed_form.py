@@ -15,13 +15,19 @@ from typing import Annotated
 
 import typer
 
+from ppcl_rt import BlockSpec, Width
 from ppcl_rt.cli.task import task_of
 from ppcl_train import pipeline
 from ppcl_train.engine.files import read_tensors
+from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors import selection
 from ppcl_train.stages.draft import open_draft, write_draft
-from ppcl_train.stages.measure import VelocityError
-from ppcl_train.stages.width import legal_counts
+
+
+def _half_of_channels(spec: BlockSpec) -> Width:
+    """The full width, with half of the channels of every MLP."""
+    channels = [group for group in spec.unit_groups if group != spec.heads]
+    return spec.full.replace(**{group: spec.full[group] // 2 for group in channels})
 
 
 def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:
@@ -32,12 +38,11 @@ def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, 
         folder = Path(temporary)
         shutil.copyfile(run_folder / "teacher.safetensors", folder / "teacher.safetensors")
         selection.write(folder, [])
-        full = write_draft(run, folder, {}).architecture.spec(0).full
-        write_draft(run, folder, width, legal_counts(run, full))
+        write_draft(run, folder, width, narrower=True)
         model = open_draft(run, folder)
         catalog = model.catalog
-        half = full.replace(image=full["image"] // 2, text=full["text"] // 2)
-        plan = catalog.compose((n, half) for n in range(catalog.architecture.depth))
+        depth = catalog.architecture.depth
+        plan = catalog.compose((n, _half_of_channels(catalog.spec(n))) for n in range(depth))
         print(f"half of all MLP channels: velocity error {sum(VelocityError(model, run).of(plan)):.6f} relative")
         for name, chosen in (("teacher", catalog.dense), ("half", plan)):
             with model.at(plan=chosen):

@@ -20,10 +20,11 @@ from torch import nn
 
 from ppcl_rt import Interval, Streams
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_train.config.settings import StudentsConfig
-from ppcl_train.data import states
+from ppcl_train.config.stages import StudentsConfig
+from ppcl_train.data import calibration, streams
 from ppcl_train.engine.distributed import World
 from ppcl_train.engine.live_bytes import LiveBytes
+from ppcl_train.engine.optimisers import autocast
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students
 
@@ -70,13 +71,13 @@ class Distilling:
             "img_shapes": [(1, side, side)] * batch,
             "return_dict": False,
         }
-        self.given = states.Inputs(x, t, call).to(place)
+        self.given = calibration.Inputs(x, t, call).to(place)
         intervals = [Interval(n, n + 1) for n in range(DEPTH - 1)]
         self.learners = {interval: self._learner(interval) for interval in intervals}
         nn.Module.to(self.model, place, torch.bfloat16 if config.precision == "bf16" else torch.float32)
 
     def _learner(self, interval: Interval) -> students.Learner:
-        block = selection.begin(self.model.transformer_blocks, selection.Selected(interval, "first"))
+        block = selection.new_student(self.model.blocks(), selection.Selected(interval, "first"))
         return students.Learner(block.float().to(self.place), self.config, 1.0, self.world)
 
     def distil(self, intervals: list[Interval]) -> None:
@@ -85,20 +86,20 @@ class Distilling:
         def learn(interval: Interval, before: Streams, after: Streams, context: dict) -> None:
             self.learners[interval].learn(before, after, context, self.given.mask)
 
-        with students.precise(self.config, self.world):
-            states.walk_intervals(self.model, self.given, intervals, learn)
+        with autocast(self.config.precision, self.world.device.type, keeps_casts=False):
+            streams.walk_intervals(self.model, self.given, intervals, learn)
 
     def teacher_pass(self) -> None:
         """Run the teacher alone."""
-        with students.precise(self.config, self.world):
-            states.walk(self.model, self.given, lambda *_: None)
+        with autocast(self.config.precision, self.world.device.type, keeps_casts=False):
+            streams.walk(self.model, self.given, lambda *_: None)
 
     def first_student(self) -> Callable[[], object]:
         """Return one step of the first student, on states of the teacher that are already there."""
-        with students.precise(self.config, self.world):
-            passed = states.trace(self.model, self.given)
+        with autocast(self.config.precision, self.world.device.type, keeps_casts=False):
+            passed = streams.trace(self.model, self.given)
         learn = self.learners[Interval(0, 1)].learn
-        return functools.partial(learn, passed.states[0], passed.states[2], passed.context, self.given.mask)
+        return functools.partial(learn, passed.streams[0], passed.streams[2], passed.context, self.given.mask)
 
 
 def main(

@@ -4,7 +4,7 @@
 
 Evaluates all sets of disjoint students if there are at most ``--most`` of them. Otherwise it evaluates the empty set,
 the largest set, and sets drawn at random with seed 0, ``--most`` together. The velocity error is that of
-`ppcl_train.stages.measure`, the scores are those of ``ppcl eval``.
+`ppcl_train.losses.velocity_error`, the scores are those of ``ppcl eval``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import ppcl_rt
 from ppcl_kernels.tools.machine import write_json
 from ppcl_rt import Catalog, Interval, Plan, PlannedBlock
 from ppcl_rt.cli.task import task_of
-from ppcl_train.config.settings import PRESETS
-from ppcl_train.stages.measure import VelocityError
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.losses.velocity_error import VelocityError
 
 
 def disjoint(intervals: tuple[Interval, ...]) -> Iterator[tuple[Interval, ...]]:
@@ -41,9 +41,7 @@ def plan_of(catalog: Catalog, chosen: tuple[Interval, ...]) -> Plan:
     """Make the plan that runs these students and all other blocks at full width."""
     depth = catalog.architecture.depth
     kept = [(n, catalog.spec(n).full) for n in range(depth) if not any(n in interval for interval in chosen)]
-    students = [
-        PlannedBlock(interval=interval, width=catalog.spec(interval.first).full, student=True) for interval in chosen
-    ]
+    students = [PlannedBlock(interval=i, width=catalog.student(i).widths.full, student=True) for i in chosen]
     return catalog.compose(kept, students)
 
 

@@ -1,1 +1,12 @@
-"""The program ``ppcl``, a file a command group."""
+"""The program ``ppcl``: a file a command group.
+
+main.py     the program, its errors and its exit status
+inspect.py  ``info`` and ``plan``: what a checkpoint can do
+sample.py   ``sample``, ``eval`` and ``demo``: run a checkpoint on its task
+options.py  options that several commands share, and how their values are read
+output.py   files that appear only when they are complete, and tables
+picture.py  what a plan removes, drawn; grids of samples
+task.py     what a checkpoint is sampled and judged on
+
+Installed packages add further groups (``ppcl train``, ``ppcl bench``) through the entry points ``ppcl.commands``.
+"""

@@ -39,9 +39,11 @@ _KIND = "two-stream"
 _MODULES = {"image": "img", "text": "txt"}
 
 
-def block_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
-    """What a block is made of, with streams of width ``dim`` and MLPs of four times that."""
-    channels = 4 * dim
+def block_spec(
+    dim: int, heads: int, head_dim: int, image_channels: int | None = None, text_channels: int | None = None
+) -> BlockSpec:
+    """What a block is made of; streams have width ``dim``, and MLPs ``4 * dim`` channels unless told otherwise."""
+    channels = {"image": image_channels or 4 * dim, "text": text_channels or 4 * dim}
 
     def projection(path: str, stream: Literal["image", "text"]) -> Part:
         segments = (Segment("heads", 0, head_dim),)
@@ -67,8 +69,10 @@ def block_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
     for stream in streams:
         mlp, segments = f"{_MODULES[stream]}_mlp", (Segment(stream, 0, 1),)
         where: dict[str, Any] = {"segments": segments, "stream": stream, "updates": stream}
-        parts.append(Part(path=f"{mlp}.net.0.proj", rows=channels, columns=dim, axis=0, **where))
-        parts.append(Part(name=f"mlp_{stream}", path=f"{mlp}.net.2", rows=dim, columns=channels, axis=1, **where))
+        parts.append(Part(path=f"{mlp}.net.0.proj", rows=channels[stream], columns=dim, axis=0, **where))
+        parts.append(
+            Part(name=f"mlp_{stream}", path=f"{mlp}.net.2", rows=dim, columns=channels[stream], axis=1, **where)
+        )
     for stream in streams:
         parts.append(
             Part(
@@ -86,8 +90,8 @@ def block_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
         head_dim=head_dim,
         groups={
             "heads": Group(count=heads),
-            "image": Group(count=channels, mappable=True, updates="image"),
-            "text": Group(count=channels, mappable=True, updates="text"),
+            "image": Group(count=channels["image"], mappable=True, updates="image"),
+            "text": Group(count=channels["text"], mappable=True, updates="text"),
             "modulation": Group(count=dim, is_rank=True),
         },
         parts=tuple(parts),
@@ -130,6 +134,11 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
     width without one uses a prefix of the full layer), linear maps in place of MLPs, and modulations of a low rank.
     """
 
+    # Of the stock block.
+    attn: Any
+    dim: int
+    attention_head_dim: int
+
     side_by_side = (
         ("attn.to_q", "attn.to_k", "attn.to_v"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -151,9 +160,11 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         norm = getattr(self, f"{_MODULES[stream.name]}_norm1")
         return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
 
-    def text_input(self, text: torch.Tensor, temb: torch.Tensor, width: Width) -> torch.Tensor:
-        """What this block projects the text's q, k and v from, ``[B, S_text, D]``."""
-        return self.attention_input(UpdatedStream("text", text, *self.modulations("text", temb[: len(text)], width)))
+    def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
+        """See `PluggableBlock.text_input`; the condition is the timestep embedding ``[B, D]``."""
+        return self.attention_input(
+            UpdatedStream("text", text, *self.modulations("text", condition[: len(text)], width))
+        )
 
     def forward(
         self,
@@ -294,6 +305,18 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     Built by hand it is the dense model; `load` (or ``from_pretrained``) reads a checkpoint at a ratio. Arguments are
     those of the diffusers class.
     """
+
+    # Of the stock class.
+    transformer_blocks: torch.nn.ModuleList
+    img_in: torch.nn.Module
+    txt_in: torch.nn.Module
+    txt_norm: torch.nn.Module
+    pos_embed: torch.nn.Module
+    time_text_embed: torch.nn.Module
+    norm_out: torch.nn.Module
+    proj_out: torch.nn.Module
+    _gradient_checkpointing_func: Any
+    gradient_checkpointing: bool
 
     family = "qwen-image"
     stock_name = "QwenImageTransformer2DModel"

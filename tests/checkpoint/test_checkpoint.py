@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import ppcl_rt
 from ppcl_rt import Plan
-from ppcl_rt.checkpoint.reader import CATALOG_KEY, CONFIG, INDEX, WEIGHTS
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS
+from ppcl_rt.families.qwen_image import block_spec
 
 DEPTH = 4
+FULL = block_spec(dim=32, heads=4, head_dim=8).full
 
 
 def refused(call, *arguments, **more):
@@ -99,7 +101,7 @@ def test_altered_where_it_is_not_read(plain_copy, made):
     tensors = load_file(plain_copy / WEIGHTS)
     tensors["transformer_blocks.0.attn.to_k.weight"][5, 5] += 1
     save_file(tensors, plain_copy / WEIGHTS)
-    model = ppcl_rt.load(plain_copy, plan=made.plan(made.catalog.dense.steps[3]))
+    model = ppcl_rt.load(plain_copy, plan=made.plan(made.catalog.dense.blocks[3]))
     before = model.plan
     assert "transformer_blocks.0.attn.to_k.weight" in refused(model.set_ratio, 1.0)
     assert model.plan == before
@@ -184,11 +186,11 @@ CONTRADICTIONS = {
     "transformer_blocks.2.order.heads": put("transformer_blocks.2.order.heads", lambda t: t[:3]),
     "transformer_blocks.0.attn.to_q.weight": put("transformer_blocks.0.attn.to_q.weight", lambda t: t[:-8]),
     "proj_out.weight": put("proj_out.weight", lambda t: t.T.contiguous()),
-    "transformer_blocks.0.narrow.mlp_image_50.weight": put(
-        "transformer_blocks.0.narrow.mlp_image_50.weight", lambda t: t[:, :49].contiguous()
+    "transformer_blocks.0.replacements.mlp_image_50.weight": put(
+        "transformer_blocks.0.replacements.mlp_image_50.weight", lambda t: t[:, :49].contiguous()
     ),
-    "students.3-3.narrow.attn_text_2.bias": put("students.3-3.narrow.attn_text_2.bias", lambda t: t[:-1]),
-    "transformer_blocks.1.narrow.attn_image_1": drop("transformer_blocks.1.narrow.attn_image_1."),
+    "students.3-3.replacements.attn_text_2.bias": put("students.3-3.replacements.attn_text_2.bias", lambda t: t[:-1]),
+    "transformer_blocks.1.replacements.attn_image_1": drop("transformer_blocks.1.replacements.attn_image_1."),
 }
 
 
@@ -223,17 +225,19 @@ def set_at(*path):
 
 CATALOGS = {
     "one block fewer": change_catalog(lambda c: c["blocks"].pop()),
-    "depth": change_catalog(set_at("shape", "depth", DEPTH + 1)),
+    "depth": change_catalog(set_at("architecture", "lists", 0, "depth", DEPTH + 1)),
     "depth and blocks": change_catalog(
-        lambda c: (c["blocks"].append(c["blocks"][0]), c["shape"].update(depth=DEPTH + 1))
+        lambda c: (c["blocks"].append(c["blocks"][0]), c["architecture"]["lists"][0].update(depth=DEPTH + 1))
     ),
-    "dim": change_catalog(set_at("shape", "dim", 64)),
-    "head_dim": change_catalog(set_at("shape", "head_dim", 16)),
-    "zero head_dim": change_catalog(set_at("shape", "head_dim", 0)),
-    "outer_params": change_catalog(set_at("shape", "outer_params", 7)),
-    "width of shape": change_catalog(set_at("shape", "width", [8, 128, 128, 32])),
+    "dim": change_catalog(set_at("architecture", "dim", 64)),
+    "head_dim": change_catalog(set_at("architecture", "kinds", "two-stream", "head_dim", 16)),
+    "zero head_dim": change_catalog(set_at("architecture", "kinds", "two-stream", "head_dim", 0)),
+    "outer_params": change_catalog(set_at("architecture", "outer_params", 7)),
+    "count of heads": change_catalog(set_at("architecture", "kinds", "two-stream", "groups", "heads", "count", 8)),
     "family": change_catalog(set_at("family", "flux")),
-    "format": change_catalog(set_at("format", 2)),
+    "format": change_catalog(set_at("format", 3)),
+    "format 0": change_catalog(set_at("format", 0)),
+    "format text": change_catalog(set_at("format", "2")),
     "unknown key": change_catalog(set_at("surprise", 1)),
     "unknown key of two lines": change_catalog(set_at("sur\nprise", 1)),
     "no family": change_catalog(lambda c: c.pop("family")),
@@ -329,40 +333,40 @@ def test_plans_for_something_else(made):
     message = refused(ppcl_rt.load, made.folder, plan=other)
     assert "0123456789abcdef" in message and made.catalog.fingerprint in message
     document = json.loads(dense.to_json())
-    absent = {**document, "steps": [{"blocks": {"first": 0, "last": 2}, "width": [4, 128, 128, 32], "student": True}]}
+    absent = {**document, "blocks": [entry(0, 2, FULL, student=True)]}
     message = refused(ppcl_rt.load, made.folder, plan=Plan.from_json(json.dumps(absent)))
     assert "0..2" in message and "0..1" in message
-    wide = {**document, "steps": [{"blocks": {"first": 0, "last": 0}, "width": [4, 129, 128, 32]}]}
+    wide = {**document, "blocks": [entry(0, 0, FULL.replace(image=129))]}
     assert "129" in refused(ppcl_rt.load, made.folder, plan=Plan.from_json(json.dumps(wide)))
     deep = {**document, "depth": DEPTH + 1}
     refused(ppcl_rt.load, made.folder, plan=Plan.from_json(json.dumps(deep)))
 
 
-def step(first, last, width=(1, 1, 1, 1), **more):
-    return {"blocks": {"first": first, "last": last}, "width": list(width), **more}
+NARROW = FULL.replace(heads=1, image=1, text=1, modulation=1)
+
+
+def entry(first, last, width=NARROW, **more):
+    return {"interval": {"first": first, "last": last}, "width": dict(width), **more}
 
 
 PLANS = {
-    "overlapping": {"steps": [step(0, 1, student=True), step(1, 1)]},
-    "twice": {"steps": [step(1, 1), step(1, 1)]},
-    "out of order": {"steps": [step(1, 1), step(0, 0)]},
-    "beyond depth": {"steps": [step(4, 4)]},
-    "student beyond depth": {"steps": [step(3, 4, student=True)]},
-    "backwards": {"steps": [step(2, 1, student=True)]},
-    "negative": {"steps": [step(-1, 0, student=True)]},
-    "long teacher": {"steps": [step(0, 1)]},
-    "width 0": {"steps": [step(0, 0, (0, 1, 1, 1))]},
-    "rank 0": {"steps": [step(0, 0, (1, 1, 1, 0))]},
-    "width negative": {"steps": [step(0, 0, (1, -1, 1, 1))]},
-    "width short": {"steps": [step(0, 0, (1, 1, 1))]},
-    "width long": {"steps": [step(0, 0, (1, 1, 1, 1, 1))]},
-    "width fraction": {"steps": [step(0, 0, (1.5, 1, 1, 1))]},
+    "overlapping": {"blocks": [entry(0, 1, student=True), entry(1, 1)]},
+    "twice": {"blocks": [entry(1, 1), entry(1, 1)]},
+    "out of order": {"blocks": [entry(1, 1), entry(0, 0)]},
+    "beyond depth": {"blocks": [entry(4, 4)]},
+    "student beyond depth": {"blocks": [entry(3, 4, student=True)]},
+    "backwards": {"blocks": [entry(2, 1, student=True)]},
+    "negative": {"blocks": [entry(-1, 0, student=True)]},
+    "long teacher": {"blocks": [entry(0, 1)]},
+    "width negative": {"blocks": [entry(0, 0, {**NARROW, "image": -1})]},
+    "width a list": {"blocks": [{**entry(0, 0), "width": [1, 1, 1, 1]}]},
+    "width fraction": {"blocks": [entry(0, 0, {**NARROW, "heads": 1.5})]},
     "unknown key": {"surprise": 1},
     "unknown key of two lines": {"sur\nprise": 1},
-    "unknown key in step": {"steps": [step(0, 0, surprise=1)]},
-    "unknown key in blocks": {"steps": [{"blocks": {"first": 0, "last": 0, "surprise": 1}, "width": [1, 1, 1, 1]}]},
-    "no steps": {"steps": None},
-    "steps text": {"steps": "all"},
+    "unknown key in planned block": {"blocks": [entry(0, 0, surprise=1)]},
+    "unknown key in interval": {"blocks": [{**entry(0, 0), "interval": {"first": 0, "last": 0, "surprise": 1}}]},
+    "no blocks": {"blocks": None},
+    "blocks text": {"blocks": "all"},
     "depth text": {"depth": "deep"},
     "depth negative": {"depth": -3},
     "no checkpoint": {"checkpoint": None},
@@ -372,9 +376,26 @@ PLANS = {
 @pytest.mark.parametrize("kind", PLANS)
 def test_broken_plan(kind):
     """A sound plan with one thing changed."""
-    sound = {"checkpoint": "x", "depth": DEPTH, "steps": []}
+    sound = {"checkpoint": "x", "depth": DEPTH, "blocks": []}
     Plan.from_json(json.dumps(sound))
     refused(Plan.from_json, json.dumps({**sound, **PLANS[kind]}))
+
+
+WIDTHS = {
+    "width 0": {**NARROW, "heads": 0},
+    "rank 0": {**NARROW, "modulation": 0},
+    "width short": {"heads": 1, "image": 1, "text": 1},
+    "width long": {**NARROW, "more": 1},
+    "width empty": {},
+}
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_widths_of_another_kind_of_block(made, kind):
+    """A plan knows no block; what its widths name and hold is checked against the catalog."""
+    dense = json.loads(made.catalog.dense.to_json())
+    plan = Plan.from_json(json.dumps({**dense, "blocks": [entry(0, 0, WIDTHS[kind])]}))
+    refused(ppcl_rt.load, made.folder, plan=plan)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '"plan"', b"\xff", "[" * 100_000, '{"depth": 1e999}'])
@@ -409,7 +430,7 @@ def test_interrupted_write(tmp_path, monkeypatch, make_checkpoint, fail_at, erro
             raise error("stopped")
         save_file(*arguments, **more)
 
-    monkeypatch.setattr("ppcl_rt.checkpoint.reader.save_file", failing)
+    monkeypatch.setattr("ppcl_rt.checkpoint.writer.save_file", failing)
     with pytest.raises(error):
         make_checkpoint(folder, seed=9, max_shard_size=200_000)
     assert len(calls) == fail_at

@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 
 
-def kernels_of(steps):
+def kernels_of(calls):
     """Count how often each kernel runs in these block calls.
 
     A block runs four norms, one q/k/v projection, one attention, and three launches of linear layers: attention output,
@@ -28,10 +28,11 @@ def kernels_of(steps):
     text run normalises the text once more.
     """
     counts = Counter()
-    for step in steps:
-        still = step.text is not None and not step.text.begins
-        mlps = [step.width.image] + ([] if still else [step.width.text])
-        maps, norms = mlps.count(0), 1 + (not still) + (step.text is not None and step.text.begins)
+    for call in calls:
+        begins_run = call.text_run is not None and call.text_run.is_first
+        not_updated = call.text_run is not None and not call.text_run.is_first
+        mlps = [call.width["image"]] + ([] if not_updated else [call.width["text"]])
+        maps, norms = mlps.count(0), 1 + (not not_updated) + begins_run
         counts["ppcl::ada_layer_norm"] += norms + len(mlps) - maps
         counts["ppcl::linear"] += 1 + maps + (2 if maps < len(mlps) else 0)
         counts["ppcl::qkv_projection"] += 1
@@ -78,7 +79,7 @@ def both(monkeypatch, run):
         monkeypatch.setenv("PPCL_BACKEND", "triton")
         with Kernels() as fused:
             got = run(model, inputs)
-        steps = model._program().steps
+        steps = model._program().calls
         assert not plain.counts
         assert fused.counts == kernels_of(steps if blocks is None else steps[:blocks])
         return got, wanted
@@ -141,7 +142,7 @@ def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatc
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     with Kernels() as ran:
         run(model, build_inputs())
-    steps = len(model._program().steps)
+    steps = len(model._program().calls)
     assert called
     assert ran.counts["ppcl::qkv_projection"] == steps - 1
     assert ran.counts["ppcl::linear"] == 3 * steps
@@ -214,8 +215,8 @@ def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
         return graph
 
     torch._dynamo.reset()
-    for step in model._program().steps:
-        step.module.compile(backend=backend, fullgraph=True)
+    for call in model._program().calls:
+        call.block.compile(backend=backend, fullgraph=True)
     same(run(model, inputs), wanted, 1e-6)
     torch._dynamo.reset()
     # Blocks of one shape share a compiled graph.

@@ -179,7 +179,8 @@ def test_stock_class_loads_the_teacher(kind, request, build_inputs, run):
     assert type(stock) is QwenImageTransformer2DModel
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert all(
-        name.startswith("students.") or ".order." in name or ".narrow." in name for name in info["unexpected_keys"]
+        name.startswith("students.") or ".order." in name or ".replacements." in name
+        for name in info["unexpected_keys"]
     )
     # The same code on the same weights.
     assert torch.equal(run(stock, build_inputs()), run(made.stock, build_inputs()))
@@ -237,7 +238,7 @@ def test_first_block_cache(made, draw, stock_pictures):
 
 
 def test_layerwise_casting(made, build_inputs, run, same):
-    """Weights stored in bfloat16 and computed in float32 give what bfloat16 weights give, also narrow."""
+    """Weights stored in bfloat16 and computed in float32 give what bfloat16 weights give, also replacements."""
     rng, inputs = np.random.default_rng(2), build_inputs()
     plan = made.random_plan(rng)
     model = ppcl_rt.load(made.folder, plan=plan)

@@ -134,7 +134,13 @@ def test_built_by_hand(build_stock, build_inputs, run, same):
 @settings(seeded, max_examples=25)
 @given(
     widths=st.lists(
-        st.builds(Width, st.integers(1, HEADS), st.integers(1, CHANNELS), st.integers(1, CHANNELS), st.just(32)),
+        st.builds(
+            Width,
+            heads=st.integers(1, HEADS),
+            image=st.integers(1, CHANNELS),
+            text=st.integers(1, CHANNELS),
+            modulation=st.just(32),
+        ),
         min_size=DEPTH,
         max_size=DEPTH,
     )
@@ -146,11 +152,11 @@ def test_narrow_is_stock_with_columns_zeroed(made, everything, build_inputs, run
     for n, (width, block) in enumerate(zip(widths, stock.transformer_blocks, strict=True)):
         order = {g: made.tensors[f"transformer_blocks.{n}.order.{g}"] for g in ("heads", "image", "text")}
         with torch.no_grad():
-            for head in order["heads"][width.heads :]:
+            for head in order["heads"][width["heads"] :]:
                 block.attn.to_out[0].weight[:, head * 8 : head * 8 + 8] = 0
                 block.attn.to_add_out.weight[:, head * 8 : head * 8 + 8] = 0
-            block.img_mlp.net[2].weight[:, order["image"][width.image :]] = 0
-            block.txt_mlp.net[2].weight[:, order["text"][width.text :]] = 0
+            block.img_mlp.net[2].weight[:, order["image"][width["image"] :]] = 0
+            block.txt_mlp.net[2].weight[:, order["text"][width["text"] :]] = 0
     steps = (PlannedBlock(interval=Interval(n, n), width=width) for n, width in enumerate(widths))
     everything.set_plan(made.plan(*steps))
     same(run(everything, inputs), run(stock, inputs))
@@ -227,7 +233,7 @@ def test_controlnet_keeps_original_numbers(made, everything, build_inputs, run, 
         PlannedBlock(interval=Interval(1, 2), width=FULL, student=True),
         PlannedBlock(interval=Interval(3, 3), width=Width(heads=2, image=50, text=31, modulation=32)),
     )
-    student, last = map(made.reference_block, plan.steps)
+    student, last = map(made.reference_block, plan.blocks)
     with torch.no_grad():
         image = stock.img_in(inputs["hidden_states"])
         text = stock.txt_in(stock.txt_norm(inputs["encoder_hidden_states"]))
@@ -332,25 +338,24 @@ def test_random_plans_with_maps_grow_and_count_what_they_hold(seed, mapped, buil
         plan = mapped.random_plan(rng, legal=legal)
         if model is None:
             model = ppcl_rt.load(mapped.folder, plan=plan)
-            assert sum(p.numel() for p in model.parameters()) == mapped.catalog.shape.params(plan)
+            assert sum(p.numel() for p in model.parameters()) == mapped.catalog.architecture.params(plan)
         model.set_plan(plan)
         same(run(model, inputs), run(mapped.reference(plan), inputs), tolerance=2e-5)
 
 
 @pytest.mark.parametrize("runs", [[(0, 1)], [(0, 2)], [(2, 3)], [(0, 1), (2, 3)], [(1, 2)]])
-def test_text_stands_still_by_the_law(runs, mapped, build_inputs, run, same):
-    """Blocks of a text run read ``z + l(z)`` of its first block's input and leave the text alone; behind it the text
-    moves on in one step: against diffusers' blocks with gates 0 and hooks; at any width of the blocks."""
+def test_text_runs_by_the_law(runs, mapped, build_inputs, run, same):
+    """Blocks of a text run read ``z + l(z)`` of its first block's input and do not update the text. After the run one
+    map brings the text up to date. Compared with diffusers' blocks with gates 0 and hooks, at any width."""
     inputs = build_inputs()
     for width in (FULL, Width(heads=2, image=50, text=31, modulation=5)):
         kept = [(n, width) for n in range(DEPTH)]
-        fingerprint = mapped.catalog.fingerprint
-        plan = Plan.of(fingerprint, DEPTH, kept, text_runs=[Interval(*pair) for pair in runs])
+        plan = mapped.catalog.compose(kept, text_runs=[Interval(*pair) for pair in runs])
         model = ppcl_rt.load(mapped.folder, plan=plan)
-        assert sum(p.numel() for p in model.parameters()) == mapped.catalog.shape.params(plan)
+        assert sum(p.numel() for p in model.parameters()) == mapped.catalog.architecture.params(plan)
         got = run(model, inputs)
         same(got, run(mapped.reference(plan), inputs), tolerance=2e-5)
-        without = run(mapped.reference(Plan.of(fingerprint, DEPTH, kept)), inputs)
+        without = run(mapped.reference(mapped.catalog.compose(kept)), inputs)
         assert (got - without).abs().max() > 1e-3
         # Grown to the whole model, and back.
         model.set_ratio(1.0)
@@ -361,8 +366,8 @@ def test_text_stands_still_by_the_law(runs, mapped, build_inputs, run, same):
 
 def test_text_runs_that_are_not_there_are_refused(mapped):
     kept = [(n, FULL) for n in range(DEPTH)]
-    with pytest.raises(ValueError, match=r"stand still over 1\.\.3"):
-        mapped.catalog.check(Plan.of(mapped.catalog.fingerprint, DEPTH, kept, text_runs=[Interval(1, 3)]))
+    with pytest.raises(ValueError, match=r"no text run over 1\.\.3"):
+        mapped.catalog.check(mapped.catalog.compose(kept, text_runs=[Interval(1, 3)]))
     for runs, wrong in (([Interval(0, 1), Interval(1, 2)], "overlaps"), ([Interval(2, 2)], "two or more")):
         with pytest.raises(ValueError, match=wrong):
             Plan.of("x", DEPTH, kept, text_runs=runs)
@@ -382,10 +387,11 @@ def test_maps_survive_saving(tmp_path, mapped):
     assert all(torch.equal(again.read(name), tensor) for name, tensor in mapped.tensors.items())
 
 
-@pytest.mark.parametrize(("width", "wrong"), [((2, 96, 31, 8), "up to 7"), ((2, 96, 31, 31), "up to 7")])
-def test_ranks_that_are_not_there_are_refused(mapped, width, wrong):
+@pytest.mark.parametrize(("rank", "wrong"), [(8, "up to 7"), (31, "up to 7")])
+def test_ranks_that_are_not_there_are_refused(mapped, rank, wrong):
+    width = Width(heads=2, image=96, text=31, modulation=rank)
     with pytest.raises(ValueError, match=wrong):
-        mapped.catalog.check(mapped.plan(PlannedBlock(interval=Interval(1, 1), width=Width(*width))))
+        mapped.catalog.check(mapped.plan(PlannedBlock(interval=Interval(1, 1), width=width)))
 
 
 def test_maps_that_are_not_there_are_refused(made):
@@ -419,7 +425,9 @@ def test_compensated_block_by_hand(compensated, fitted, build_inputs):
     fitted.set_plan(plan)
     block = fitted.transformer_blocks[2]
     seen = []
-    handle = block.narrow[f"mlp_image_{count}"].register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+    handle = block.replacements[f"mlp_image_{count}"].register_forward_hook(
+        lambda _m, args, out: seen.append((args[0], out))
+    )
     inner = []
     other = block.img_mlp.net[0].proj.register_forward_hook(lambda _m, args, _o: inner.append(args[0]))
     with torch.no_grad():
@@ -429,7 +437,7 @@ def test_compensated_block_by_hand(compensated, fitted, build_inputs):
     order = compensated.tensors[key + "order.image"][:count]
     up, bias = (compensated.tensors[f"{key}img_mlp.net.0.proj.{part}"][order] for part in ("weight", "bias"))
     hidden = torch.nn.functional.gelu(inner[0] @ up.T + bias, approximate="tanh")
-    narrow = f"{key}narrow.mlp_image_{count}"
+    narrow = f"{key}replacements.mlp_image_{count}"
     wanted = hidden @ compensated.tensors[f"{narrow}.weight"].T + compensated.tensors[f"{narrow}.bias"]
     # 128 terms of size 1 summed in another order, float32.
     torch.testing.assert_close(seen[0][1], wanted, rtol=1e-5, atol=1e-5)
@@ -441,16 +449,16 @@ def test_compensated_block_by_hand(compensated, fitted, build_inputs):
 @st.composite
 def plans(draw):
     depth = draw(st.integers(1, 12))
-    steps, block = [], 0
+    blocks, block = [], 0
     while block < depth:
         last = draw(st.integers(block, min(block + 3, depth - 1)))
         kind = draw(st.sampled_from(["skip", "teacher", "student"]))
         if kind != "skip":
             last = last if kind == "student" else block
-            width = Width(*(draw(st.integers(1, 20000)) for _ in FULL))
-            steps.append(PlannedBlock(interval=Interval(block, last), width=width, student=kind == "student"))
+            width = Width({group: draw(st.integers(1, 20000)) for group in FULL})
+            blocks.append(PlannedBlock(interval=Interval(block, last), width=width, student=kind == "student"))
         block = last + 1
-    return Plan(checkpoint=draw(st.text(max_size=20)), depth=depth, steps=tuple(steps))
+    return Plan(checkpoint=draw(st.text(max_size=20)), depth=depth, blocks=tuple(blocks))
 
 
 @settings(seeded, max_examples=100)
@@ -459,7 +467,7 @@ def test_plan_json_round_trip(plan):
     """Plan -> JSON -> plan changes nothing, hash and types included."""
     back = Plan.from_json(plan.to_json())
     assert back == plan and hash(back) == hash(plan)
-    assert all(type(step.width) is Width and type(step.blocks) is Interval for step in back.steps)
+    assert all(type(planned.width) is Width and type(planned.interval) is Interval for planned in back.blocks)
     assert Plan.from_json(plan.to_json().encode()) == plan
 
 
@@ -483,7 +491,9 @@ def test_catalog_json_round_trip(losses, outer, task):
     student = ppcl_rt.Student(interval=Interval(0, 1), start="last", loss=losses[5], widths=widths[0])
     catalog = ppcl_rt.Catalog(
         family="qwen-image",
-        shape=ppcl_rt.Shape(depth=2, dim=32, head_dim=8, width=FULL, outer_params=outer),
+        architecture=ppcl_rt.PPCLQwenImageTransformer2DModel.architecture_of(
+            {"num_layers": 2, "num_attention_heads": HEADS, "attention_head_dim": 8}, outer
+        ),
         blocks=tuple(widths),
         students=(student,),
         checksums={"a": "0", "b": "1"},
@@ -516,11 +526,12 @@ def test_loss_is_the_sum_of_choices(made):
         PlannedBlock(interval=Interval(2, 2), width=FULL.replace(image=17)),
         PlannedBlock(interval=Interval(3, 3), width=FULL),
     )
-    wanted = student.loss + student.widths.heads[2].loss + student.widths.text[2].loss + catalog.blocks[2].image[3].loss
+    of_student = student.widths.of("heads")[2].loss + student.widths.of("text")[2].loss
+    wanted = student.loss + of_student + catalog.blocks[2].of("image")[3].loss
     assert catalog.loss(plan) == pytest.approx(wanted, rel=1e-12)
-    assert np.isnan(catalog.loss(made.plan(*plan.steps[1:])))
+    assert np.isnan(catalog.loss(made.plan(*plan.blocks[1:])))
     odd = PlannedBlock(interval=Interval(3, 3), width=FULL.replace(image=18))
-    assert np.isnan(catalog.loss(made.plan(*plan.steps[:2], odd)))
+    assert np.isnan(catalog.loss(made.plan(*plan.blocks[:2], odd)))
 
 
 def test_schedule(made):

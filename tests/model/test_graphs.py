@@ -113,14 +113,16 @@ def model(loaded):
 
 def fewer_heads(model):
     """The dense plan with fewer heads."""
-    steps = [step.model_copy(update={"width": step.width.replace(heads=2)}) for step in model.catalog.dense.steps]
-    return model.catalog.dense.model_copy(update={"steps": tuple(steps)})
+    blocks = [
+        planned.model_copy(update={"width": planned.width.replace(heads=2)}) for planned in model.catalog.dense.blocks
+    ]
+    return model.catalog.dense.model_copy(update={"blocks": tuple(blocks)})
 
 
 def student(model):
     """The plan of the student."""
-    step = PlannedBlock(interval=Interval(0, 1), width=Width(heads=3, image=50, text=64, modulation=32), student=True)
-    return ppcl_rt.Plan(checkpoint=model.catalog.fingerprint, depth=2, steps=(step,))
+    block = PlannedBlock(interval=Interval(0, 1), width=Width(heads=3, image=50, text=64, modulation=32), student=True)
+    return ppcl_rt.Plan(checkpoint=model.catalog.fingerprint, depth=2, blocks=(block,))
 
 
 @pytest.fixture
@@ -376,7 +378,7 @@ def test_stale_weights_are_refused(model, build_inputs, check, change):
 
 def test_trim_drops_graphs(model, build_inputs, check):
     """`trim` frees the memory of graphs too, at once."""
-    model._prepare(student(model))
+    model.prepare(student(model))
     assert check(model, build_inputs()) == 2
     model.set_plan(student(model))
     assert check(model, build_inputs()) == 2 and len(model.graphs.captured) == 2
@@ -399,7 +401,7 @@ def test_moving_drops_graphs(model, build_inputs, check, change):
 
 def test_other_plans_weights_may_go(model, build_inputs, check):
     """Weights that the program does not read may be replaced without a new capture."""
-    model._prepare(student(model))
+    model.prepare(student(model))
     assert check(model, build_inputs()) == 2
     layer = model.students["0-1"].attn.to_q
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
@@ -872,7 +874,7 @@ def test_threads(model, build_inputs, run):
 
 def test_text_runs(mapped, build_inputs, check):
     """Linear maps of text runs are outside the blocks, and are compared too."""
-    plan = ppcl_rt.Plan.of(mapped.catalog.fingerprint, 4, [(n, FULL) for n in range(4)], text_runs=[Interval(0, 2)])
+    plan = mapped.catalog.compose([(n, FULL) for n in range(4)], text_runs=[Interval(0, 2)])
     model = ppcl_rt.load(mapped.folder, plan=plan)
     model._graphs = Graphs(True, backend=Recorder())
     assert check(model, build_inputs()) == 2
@@ -880,10 +882,10 @@ def test_text_runs(mapped, build_inputs, check):
     layer.weight = nn.Parameter(layer.weight * 2)
     assert check(model, build_inputs()) == 2 and model.graphs.captures == 2
     generation = model.graphs.generation
-    model._make_resident(plan)
+    model.make_resident(plan)
     assert model.graphs.generation == generation
     del model.text_runs["0-2"]
-    model._make_resident(plan)
+    model.make_resident(plan)
     assert model.graphs.generation > generation
 
 

@@ -241,8 +241,8 @@ def test_schedule_per_thread(made, model, build_inputs, run, same):
 def test_resident_bytes(made):
     """A smaller plan takes less memory: what its parameters come to, no more."""
     small, whole = ppcl_rt.load(made.folder, 0.6), ppcl_rt.load(made.folder, 1.0)
-    assert whole.resident_bytes == 4 * made.catalog.shape.dense_params
-    assert small.resident_bytes == 4 * made.catalog.shape.params(small.plan) <= 0.6 * whole.resident_bytes
+    assert whole.resident_bytes == 4 * made.catalog.architecture.dense_params
+    assert small.resident_bytes == 4 * made.catalog.architecture.params(small.plan) <= 0.6 * whole.resident_bytes
     everything = ppcl_rt.load(made.folder, 0.6, resident="all")
     assert everything.resident_bytes > whole.resident_bytes and everything.plan == small.plan
 
@@ -254,7 +254,7 @@ def test_trim(made, model, build_inputs, run, same, at_ratio):
     model.trim()
     assert model.resident_bytes < before
     kept = [*model.transformer_blocks, *model.students.values()]
-    assert len(kept) == len(model.plan.steps)
+    assert len(kept) == len(model.plan.blocks)
     same(run(model, build_inputs()), at_ratio[0.6])
     for ratio in (1.0, 0.7, 0.6):
         model.set_ratio(ratio)
@@ -266,7 +266,9 @@ def test_trim_keeps_a_schedule(made, model, build_inputs, run, same):
     """`trim` with a schedule keeps what any of its phases runs."""
     model.set_schedule(Schedule(phases=((0, 0.75), (1, 0.6))))
     model.trim()
-    wanted = {step.blocks for ratio in (0.75, 0.6) for step in model.planner.plan(ratio).steps if not step.student}
+    wanted = {
+        planned.interval for ratio in (0.75, 0.6) for planned in model.planner.plan(ratio).blocks if not planned.student
+    }
     assert {int(key) for key in model.transformer_blocks._modules} == {blocks.first for blocks in wanted}
     inputs = build_inputs()
     for timestep, group in zip((0.95, 0.3), denoise(model, inputs, run, (0.95, 0.3)), strict=True):
@@ -295,7 +297,7 @@ def test_trim_inside_at(made, model, build_inputs, run, same, at_ratio):
         model.trim()
     same(run(model, build_inputs()), at_ratio[1.0])
     held = {id(module) for module in model.modules()}
-    assert all(id(step.module) in held for step in model._program().steps)
+    assert all(id(call.block) in held for call in model._program().calls)
 
 
 def test_load_reads_what_the_plan_needs(made, reads):
@@ -320,7 +322,7 @@ def test_load_reads_fitted_layers_it_needs(compensated, reads):
         PlannedBlock(interval=Interval(2, 2), width=Width(heads=3, image=128, text=31, modulation=32))
     )
     ppcl_rt.load(compensated.folder, plan=plan)
-    narrow = {name.split("narrow.")[1].split(".")[0] for name in reads if ".narrow." in name}
+    narrow = {name.split("replacements.")[1].split(".")[0] for name in reads if ".replacements." in name}
     assert narrow == {"attn_image_3", "attn_text_3", "mlp_text_31"}
     assert not {f"transformer_blocks.2.{path}.weight" for path in ("attn.to_out.0", "txt_mlp.net.2")} & set(reads)
     assert "transformer_blocks.2.img_mlp.net.2.weight" in reads
@@ -457,8 +459,8 @@ def test_hooked_layers_are_called(made, model, build_inputs, run, same):
         if isinstance(module, torch.nn.Linear) and name.startswith(("transformer_blocks.", "students.")):
             handles.append(module.register_forward_hook(lambda module, _args, _out: called.append(module)))
     same(run(model, inputs), wanted)
-    for step in model._program().steps:
-        linears = [module for module in step.module.modules() if isinstance(module, torch.nn.Linear)]
+    for call in model._program().calls:
+        linears = [module for module in call.block.modules() if isinstance(module, torch.nn.Linear)]
         assert len(linears) == 14 and all(any(each is module for each in called) for module in linears)
     for handle in handles:
         handle.remove()
@@ -535,7 +537,7 @@ def test_projections_lie_side_by_side(made, build_inputs, run, same, tmp_path):
         return [
             side_by_side([block.get_submodule(path).weight for path in paths]) is not None
             for block in (*model.transformer_blocks, *model.students.values())
-            for paths in model.layout.side_by_side
+            for paths in block.side_by_side
         ]
 
     assert packed(model) and all(packed(model))

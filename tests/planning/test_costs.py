@@ -5,15 +5,19 @@ import json
 import pytest
 
 from ppcl_rt import Interval, Plan, PlannedBlock, Width
+from ppcl_rt.families.qwen_image import block_spec
 from ppcl_rt.planning.milliseconds import CostRow, CostTable
 
-FULL = Width(heads=24, image=12288, text=12288, modulation=3072)
+SPEC = block_spec(dim=3072, heads=24, head_dim=128)
+FULL = SPEC.full
+# Of a block that does not update the text stream.
+SKIPPING = FULL.without({"text"})
 SHAPE = {"image_tokens": 4096, "text_tokens": 512, "batch": 1}
 
 
 def row(kind, ms, width=None, full_ms=2.0, **more):
     timed = {"ms": ms, "full_ms": full_ms, "host_ms": 0.1, "repeats": 7, "agrees": True}
-    return {"kind": kind, **SHAPE, "width": width, **timed, **more}
+    return {"kind": kind, **SHAPE, "width": None if width is None else dict(width), **timed, **more}
 
 
 ROWS = [
@@ -27,14 +31,14 @@ ROWS = [
     row("block", 1.9, FULL.replace(text=4096)),
     row("block", 1.95, FULL.replace(modulation=256)),
     row("block", 1.93, FULL.replace(modulation=64)),
-    row("still", 1.7, FULL.replace(text=0)),
-    row("still", 1.2, FULL.replace(text=0, heads=12)),
+    row("text_not_updated", 1.7, SKIPPING),
+    row("text_not_updated", 1.2, SKIPPING.replace(heads=12)),
     row("map", 0.05),
     row("outer", 0.3),
     row("block", 0.001, FULL.replace(heads=18), agrees=False),
 ]
 TABLE = {
-    "format": 1,
+    "format": 2,
     "device": "NVIDIA H100 80GB HBM3",
     "versions": {"torch": "2.11.0", "cudnn": None},
     "commit": None,
@@ -43,9 +47,7 @@ TABLE = {
     "command": "python bench/suites/bench_gpu_model.py",
     "dtype": "bfloat16",
     "backend": "auto",
-    "dim": 3072,
-    "head_dim": 128,
-    "full": FULL,
+    "spec": SPEC.model_dump(),
     "blocks": 6,
     "complete": True,
     "left_out": {"block 2-12288-12288-3072 at 512": "RuntimeError: out of memory"},
@@ -89,10 +91,10 @@ def test_costs_are_linear_between_counts_and_add_up_over_groups(costs, width, ms
     assert costs.ms(width) == pytest.approx(ms)
 
 
-def test_a_still_block_goes_by_its_own_rows_where_it_has_them(costs):
-    assert costs.ms(FULL.replace(text=0), not_updated={"text"}) == pytest.approx(1.7)
-    assert costs.ms(FULL.replace(text=0, heads=18), not_updated={"text"}) == pytest.approx(1.45)
-    assert costs.ms(FULL.replace(text=0, image=6144), not_updated={"text"}) == pytest.approx(1.7 - 0.5)
+def test_a_block_that_does_not_update_the_text_goes_by_its_own_rows_where_it_has_them(costs):
+    assert costs.ms(SKIPPING, not_updated={"text"}) == pytest.approx(1.7)
+    assert costs.ms(SKIPPING.replace(heads=18), not_updated={"text"}) == pytest.approx(1.45)
+    assert costs.ms(SKIPPING.replace(image=6144), not_updated={"text"}) == pytest.approx(1.7 - 0.5)
     assert costs.counts("image") == [0, 2048, 6144, 12288]
 
 
@@ -116,10 +118,9 @@ def test_nothing_is_said_outside_of_what_was_measured(costs, width):
 def test_a_plan_costs_its_blocks_its_maps_and_what_is_around_them(costs):
     half = FULL.replace(heads=12)
     runs = [Interval(1, 3)]
-    # Blocks 0 to 4 of 6, of which 2 and 3 leave the text alone; maps for those, and one for how the text goes on.
-    plan = Plan.of(
-        "", 6, [(n, half) for n in range(5)], [PlannedBlock(interval=Interval(5, 5), width=FULL, student=True)], runs
-    )
+    # Blocks 0 to 4 of 6, of which 2 and 3 do not update the text; maps for those, and one for how the text goes on.
+    kept = [(n, half.without({"text"}) if n in (2, 3) else half) for n in range(5)]
+    plan = Plan.of("", 6, kept, [PlannedBlock(interval=Interval(5, 5), width=FULL, student=True)], runs)
     assert costs.plan_ms(plan) == pytest.approx(0.3 + 3 * 1.4 + 2 * 1.2 + 2.0 + 3 * 0.05)
 
 
@@ -129,24 +130,24 @@ def test_a_shape_that_was_not_measured_is_refused(read):
     table = read(rows=[each for each in ROWS if each["kind"] in ("block", "map")])
     with pytest.raises(ValueError, match="no row of kind outer"):
         table.at(4096, 512).plan_ms(Plan.of("", 2, ()))
-    with pytest.raises(ValueError, match="no full row of kind still"):
-        table.at(4096, 512).ms(FULL.replace(text=0), not_updated={"text"})
+    with pytest.raises(ValueError, match="no full row of kind text_not_updated"):
+        table.at(4096, 512).ms(SKIPPING, not_updated={"text"})
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": 2}, "format"),
+        ({"format": 1}, "format"),
         ({"rows": [row("block", -1.0, FULL)]}, "rows.0.ms"),
         ({"rows": [row("block", 1.0)]}, "rows of blocks have a width"),
         ({"rows": [row("map", 1.0, FULL)]}, "others have none"),
-        ({"rows": [row("still", 1.0, FULL)]}, "its text width is 0"),
-        ({"rows": [row("block", 1.0, FULL.replace(heads=0))]}, "heads and modulation are 1 or more"),
+        ({"rows": [row("text_not_updated", 1.0, FULL)]}, "names the groups"),
+        ({"rows": [row("block", 1.0, FULL.replace(heads=0))]}, "heads is 1 or more"),
         ({"rows": [row("block", 1.0, FULL.replace(heads=25))]}, "wider than the full block"),
         ({"rows": [row("block", 1.0, FULL)] * 2}, "listed twice"),
         ({"rows": [row("norm", 1.0)]}, "rows.0.kind"),
         ({"watts": 700}, "watts"),
-        ({"full": None}, "full"),
+        ({"spec": None}, "spec"),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(read, changes, said):
@@ -155,7 +156,7 @@ def test_bad_tables_are_refused_in_one_line(read, changes, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"format": 2}'])
 def test_what_is_no_table_is_refused_in_one_line(tmp_path, text):
     path = tmp_path / "sweep.json"
     path.write_text(text)

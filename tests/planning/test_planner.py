@@ -14,15 +14,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, LegalCount, LegalWidths, Planner, Schedule, Shape, Student, TextRun, Width
+from ppcl_rt import Catalog, Interval, LegalCount, LegalWidths, Planner, Schedule, Student, TextRun, Width
+from ppcl_rt.families.qwen_image import block_spec
+from ppcl_rt.planning.architecture import Architecture, BlockList
+from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED
 
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def architecture(depth: int, full: Width, head_dim: int, outer_params: int) -> Architecture:
+    """Two-stream blocks of any counts."""
+    dim = full["modulation"]
+    return Architecture(
+        lists=(BlockList(path="transformer_blocks", kind="two-stream", depth=depth),),
+        kinds={"two-stream": block_spec(dim, full["heads"], head_dim, full["image"], full["text"])},
+        dim=dim,
+        outer_params=outer_params,
+    )
 
 
 def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: tuple[float, float] = (0.01, 1.0)):
     """A catalog with two counts a group; losses spread evenly over the orders of magnitude between two bounds."""
     dim = 24
-    full = Width(*(int(n) for n in rng.integers(2, 30, 3)), dim)
+    heads, image, text = (int(n) for n in rng.integers(2, 30, 3))
+    full = Width(heads=heads, image=image, text=text, modulation=dim)
 
     def loss() -> float:
         return float(np.exp(rng.uniform(*np.log(losses))))
@@ -30,11 +45,11 @@ def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: 
     def widths() -> LegalWidths:
         # Two factors of nearly the full rank hold more than the layer that they stand in for.
         bounds = full.replace(modulation=dim // 2)
-        counts = [int(rng.integers(group in ("heads", "modulation"), n)) for group, n in bounds._asdict().items()]
+        counts = [int(rng.integers(group in ("heads", "modulation"), n)) for group, n in bounds.items()]
         return LegalWidths(
             **{
                 group: (LegalCount(full_count, 0.0), LegalCount(count, loss()))
-                for (group, full_count), count in zip(full._asdict().items(), counts, strict=True)
+                for (group, full_count), count in zip(full.items(), counts, strict=True)
             }
         )
 
@@ -44,7 +59,7 @@ def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: 
     runs = [long[n] for n in sorted(rng.permutation(len(long))[:students])]
     return Catalog(
         family="qwen-image",
-        shape=Shape(depth=depth, dim=dim, head_dim=8, width=full, outer_params=int(rng.integers(0, 20000))),
+        architecture=architecture(depth, full, 8, outer_params=int(rng.integers(0, 20000))),
         blocks=tuple(widths() for _ in range(depth)),
         students=tuple(Student(interval=i, start="first", loss=loss(), widths=widths()) for i in chosen),
         text_runs=tuple(TextRun(interval=i, loss=loss()) for i in runs),
@@ -53,7 +68,7 @@ def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: 
 
 def coverings(catalog: Catalog, block: int = 0) -> Iterator[list[Interval]]:
     """Every set of disjoint students."""
-    if block == catalog.shape.depth:
+    if block == catalog.architecture.depth:
         yield []
         return
     yield from coverings(catalog, block + 1)
@@ -76,22 +91,22 @@ def runs_beside(catalog: Catalog, students: list[Interval]) -> Iterator[list[Tex
 
 def all_plans(catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
     """Parameters and predicted loss of every plan there is."""
-    shape, params, losses = catalog.shape, [], []
+    whole, params, losses = catalog.architecture, [], []
     for students in coverings(catalog):
-        kept = [n for n in range(shape.depth) if not any(n in interval for interval in students)]
+        kept = [n for n in range(whole.depth) if not any(n in interval for interval in students)]
         for runs in runs_beside(catalog, students):
-            still = {block for run in runs for block in run.interval if block != run.interval.first}
-            runnable = [(catalog.blocks[n], n in still) for n in kept]
-            runnable += [(catalog.student(interval).widths, False) for interval in students]
-            total = np.array([shape.outer_params + sum(shape.run_params(run.interval) for run in runs)])
+            skipping = {block for run in runs for block in run.interval if block != run.interval.first}
+            runnable = [(catalog.blocks[n], TEXT_NOT_UPDATED if n in skipping else ALL_UPDATED) for n in kept]
+            runnable += [(catalog.student(interval).widths, ALL_UPDATED) for interval in students]
+            total = np.array([whole.outer_params + sum(whole.run_params(run.interval) for run in runs)])
             lost = np.array([sum(catalog.student(i).loss for i in students) + sum(run.loss for run in runs)])
-            for widths, stands_still in runnable:
-                total = total + shape.fixed_params
-                for group in Width._fields:
-                    options = ((0, 0.0),) if group == "text" and stands_still else widths.of(group)
-                    counts = [shape.group_params(group, n, stands_still) for n, *_ in options]
+            for widths, not_updated in runnable:
+                spec = whole.spec(0)
+                total = total + spec.fixed_params(not_updated)
+                for group in spec.groups_without(not_updated):
+                    counts = [spec.group_params(group, n, not_updated) for n, *_ in widths.of(group)]
                     total = np.add.outer(total, counts).ravel()
-                    lost = np.add.outer(lost, [option[1] for option in options]).ravel()
+                    lost = np.add.outer(lost, [legal.loss for legal in widths.of(group)]).ravel()
             params.append(total)
             losses.append(lost)
     return np.concatenate(params), np.concatenate(losses)
@@ -99,7 +114,7 @@ def all_plans(catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
 
 def check_exact(catalog: Catalog, ratios: np.ndarray) -> None:
     planner, (params, losses) = Planner(catalog), all_plans(catalog)
-    dense = catalog.shape.dense_params
+    dense = catalog.architecture.dense_params
     assert losses.min() == 0 and params[losses.argmin()] == dense
     assert planner.smallest == params.min() / dense
     for ratio in map(float, ratios):
@@ -110,7 +125,7 @@ def check_exact(catalog: Catalog, ratios: np.ndarray) -> None:
             continue
         plan = planner.plan(ratio)
         assert not plan.skipped and plan.checkpoint == catalog.fingerprint
-        assert catalog.shape.params(plan) <= ratio * dense
+        assert catalog.architecture.params(plan) <= ratio * dense
         # Both are sums of the same numbers, perhaps in another order: 16 additions of float64.
         assert catalog.loss(plan) == pytest.approx(losses[fits].min(), rel=1e-14)
 
@@ -144,25 +159,25 @@ def test_a_plan_is_found_at_its_own_ratio(seed):
                     LegalCount(n, 0.0),
                     *(LegalCount(c, n / c - 1 + rng.random() / 99) for c in (n * 3 // 4, n // 2 - 3)),
                 )
-                for group, n in full._asdict().items()
+                for group, n in full.items()
             }
         )
 
     catalog = Catalog(
         family="qwen-image",
-        shape=Shape(depth=4, dim=3072, head_dim=128, width=full, outer_params=10**7),
+        architecture=architecture(4, full, 128, outer_params=10**7),
         blocks=tuple(widths() for _ in range(4)),
         students=(Student(interval=Interval(1, 2), start="first", loss=0.7, widths=widths()),),
     )
-    planner, dense = Planner(catalog), catalog.shape.dense_params
+    planner, dense = Planner(catalog), catalog.architecture.dense_params
     for ratio in rng.uniform(0.6, 1.0, 5):
         plan = planner.plan(float(ratio))
-        params = catalog.shape.params(plan)
+        params = catalog.architecture.params(plan)
         again = planner.plan(params / dense)
         # The budget is a product of rounded floats, so half a parameter either way is all it can promise.
-        assert catalog.shape.params(again) <= params + 0.5
+        assert catalog.architecture.params(again) <= params + 0.5
         assert catalog.loss(again) <= catalog.loss(plan) * (1 + 1e-12)
-        assert catalog.shape.params(planner.plan((params - 1) / dense)) <= params - 0.5
+        assert catalog.architecture.params(planner.plan((params - 1) / dense)) <= params - 0.5
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -213,22 +228,22 @@ def test_no_ratio(made, ratio):
 
 
 def test_dense_params_are_those_of_stock(made):
-    """`Shape.dense_params` counts what the stock model has."""
+    """`Architecture.dense_params` counts what the stock model has."""
     count = sum(parameter.numel() for parameter in made.stock.parameters())
-    assert made.catalog.shape.dense_params == count == made.catalog.shape.params(made.catalog.dense)
+    assert made.catalog.architecture.dense_params == count == made.catalog.architecture.params(made.catalog.dense)
 
 
 @pytest.mark.parametrize("kind", ["made", "compensated"])
 def test_params_are_those_resident(kind, request):
-    """`Shape.params` counts what lies in memory after loading at that plan, with fitted layers or without."""
+    """`Architecture.params` counts what lies in memory after loading at that plan, with fitted layers or without."""
     made = request.getfixturevalue(kind)
     rng = np.random.default_rng(2)
     for n in range(8):
         # A fitted layer takes the place of the full one at its own count.
         plan = made.random_plan(rng, skip=0.1, legal=kind == "compensated" or n % 2 == 0)
         model = ppcl_rt.load(made.folder, plan=plan)
-        assert sum(parameter.numel() for parameter in model.parameters()) == made.catalog.shape.params(plan)
-        assert model.resident_bytes == 4 * made.catalog.shape.params(plan)
+        assert sum(parameter.numel() for parameter in model.parameters()) == made.catalog.architecture.params(plan)
+        assert model.resident_bytes == 4 * made.catalog.architecture.params(plan)
 
 
 @pytest.mark.parametrize("ratio", [0.6, 0.75, 0.9, 1.0])
@@ -237,11 +252,11 @@ def test_budget_holds_in_memory(made, ratio):
     model = ppcl_rt.load(made.folder, ratio=ratio)
     held = sum(parameter.numel() for parameter in model.parameters())
     whole = sum(parameter.numel() for parameter in made.stock.parameters())
-    assert held <= ratio * whole and held == made.catalog.shape.params(model.plan)
+    assert held <= ratio * whole and held == made.catalog.architecture.params(model.plan)
 
 
 def test_flops_are_those_counted(made, build_inputs):
-    """`Shape.flops` = what torch counts in the blocks of a forward."""
+    """`Architecture.flops` = what torch counts in the blocks of a forward."""
     rng, inputs = np.random.default_rng(4), build_inputs(mask="none")
     model = ppcl_rt.load(made.folder, resident="all")
     empty = made.plan()
@@ -254,26 +269,26 @@ def test_flops_are_those_counted(made, build_inputs):
         counts[plan] = counter.get_total_flops()
     outside = counts.pop(empty)
     for plan, count in counts.items():
-        assert made.catalog.shape.flops(plan, image_tokens=15, text_tokens=7, batch=3) == count - outside
+        assert made.catalog.architecture.flops(plan, image_tokens=15, text_tokens=7, batch=3) == count - outside
 
 
 def test_plans_near_a_timestep_go_by_its_band():
     """What loses nothing at high noise and much at low noise is cut there and not here; a schedule takes both."""
     catalog = random_catalog(np.random.default_rng(3), 4, 0)
-    full = catalog.shape.width
+    full = catalog.dense.blocks[0].width
 
     def widths(parts: tuple[float, float]) -> LegalWidths:
-        half = (LegalCount(full.image // 2, sum(parts), parts),)
-        return LegalWidths.only(full).model_copy(update={"image": (LegalCount(full.image, 0.0), *half)})
+        half = (LegalCount(full["image"] // 2, sum(parts), parts),)
+        return LegalWidths({**LegalWidths.only(full).root, "image": (LegalCount(full["image"], 0.0), *half)})
 
     blocks = tuple(widths((1e-6, 0.5) if n % 2 else (0.5, 1e-6)) for n in range(4))
     timed = catalog.model_copy(update={"blocks": blocks, "text_runs": (), "edges": (0.0, 0.5, 1.0)})
     timed = Catalog.model_validate(timed.model_dump())
     planner = Planner(timed)
-    ratio = 1 - 1.5 * (full.image - full.image // 2) * 49 / timed.shape.dense_params
+    ratio = 1 - 1.5 * (full["image"] - full["image"] // 2) * 49 / timed.architecture.dense_params
     for timestep, cut in ((0.1, [1, 3]), (0.9, [0, 2]), (1.0, [0, 2]), (0.0, [1, 3])):
         plan = planner.plan(ratio, timestep)
-        assert [n for n, step in enumerate(plan.steps) if step.width.image < full.image] == cut
+        assert [n for n, block in enumerate(plan.blocks) if block.width["image"] < full["image"]] == cut
     schedule = Schedule.near(planner, ratio, [1.0, 0.9, 0.6, 0.3, 0.05])
     assert [begin for begin, _ in schedule.phases] == [0, 3]
     with pytest.raises(ValueError, match="not measured by timestep"):
@@ -287,3 +302,17 @@ def test_bands_are_checked():
     for edges in ((0.0, 0.5, 1.0), (0.0, 1.0), (0.5, 1.0), (0.0, 1.0, 0.5)):
         with pytest.raises(ValueError, match="band"):
             Catalog.model_validate({**catalog, "edges": edges})
+
+
+def test_spaced_plans_are_the_smallest_and_those_at_every_multiple():
+    catalog = random_catalog(np.random.default_rng(3), 3, 3)
+    planner = Planner(catalog)
+    # A ratio of four digits that can be had, and no more than one unit of the last digit above the smallest.
+    named = planner.smallest_in_digits
+    assert planner.smallest <= named < planner.smallest + 1e-4 and named == round(named, 4)
+    multiples = [n * 0.1 for n in range(1, 11) if named < n * 0.1 <= 1]
+    assert planner.plans(0.1) == [planner.plan(ratio) for ratio in (named, *multiples)]
+    assert planner.plans(0.1)[-1] == catalog.dense
+    assert planner.plans(0.1, least_ratio=0.75) == [planner.plan(ratio) for ratio in (0.75, 8 * 0.1, 9 * 0.1, 1)]
+    # Multiples that do not reach 1: the dense plan is not among them.
+    assert planner.plans(0.4, least_ratio=0.5) == [planner.plan(ratio) for ratio in (0.5, 0.8)]

@@ -1,1 +1,6 @@
-"""Training: from a stock model, or from nothing, to a pluggable checkpoint."""
+"""Training: from a stock model, or from nothing, to a pluggable checkpoint.
+
+Imports point one way; a folder imports only from folders to its left, and from the runtime:
+
+    scenes <- families <- config <- engine <- data <- closed_form <- selectors <- stages <- pipeline <- compare <- cli
+"""

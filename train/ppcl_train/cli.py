@@ -1,4 +1,4 @@
-"""``ppcl train``: one command a stage, one for all."""
+"""``ppcl train``: one command a stage, one for all stages, and commands for caches and the comparison."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ppcl_train.compare.baselines import METHODS, SEEDED
+from ppcl_rt.families import registry
 from ppcl_train.compare.harness import PLOT, RESULTS, compare, show
-from ppcl_train.config.settings import PRESETS, RunConfig, with_changes
+from ppcl_train.compare.methods import METHODS, SEEDED
+from ppcl_train.config.presets import CACHE_FAMILY, PRESETS
+from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import caching, captioned
 from ppcl_train.data.shards import Limits, Manifest
 from ppcl_train.engine.distributed import join
@@ -20,10 +22,10 @@ from ppcl_train.families.base import Encoder
 from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
 from ppcl_train.pipeline import config_of as stored_config
 
-app = typer.Typer(help="Make a pluggable checkpoint: stages that resume where they were stopped.")
+app = typer.Typer(help="Make a pluggable checkpoint, in stages that resume where they were stopped.")
 
 Preset = Annotated[str, typer.Option(help=f"one of: {', '.join(PRESETS)}")]
-Out = Annotated[Path, typer.Option(help="run folder; what is done in it is not done again")]
+Out = Annotated[Path, typer.Option(help="run folder; stages that are done in it are not run again")]
 Teacher = Annotated[Path | None, typer.Option(help="start from this teacher.safetensors instead of training one")]
 Set = Annotated[list[str] | None, typer.Option(help="change a setting: --set students.steps=100")]
 Select = Annotated[
@@ -32,10 +34,12 @@ Select = Annotated[
 
 
 def config_of(preset: str, changes: list[str] | None) -> RunConfig:
-    """A preset with settings changed on the command line.
+    """Return a preset with the settings that the command line changes.
+
+    Parsed here and not by pydantic-settings or tyro: those parse whole command lines, and this one is typer's.
 
     Raises:
-        ValueError: no such preset or setting, or a value that it cannot take.
+        ValueError: there is no such preset or setting, or the setting cannot take the value.
     """
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset}; there are: {', '.join(PRESETS)}")
@@ -54,7 +58,7 @@ def config_of(preset: str, changes: list[str] | None) -> RunConfig:
 def _begin(
     preset: str, out: Path, teacher: Path | None, changes: list[str] | None, select: str | None = None
 ) -> RunConfig:
-    """The config of a run: what the folder was begun with, unless the command line says otherwise."""
+    """Begin a run; returns its config: that of the folder, unless the command line changes settings."""
     if select is not None:
         changes = [*(changes or []), f"select={select}"]
     world = join()
@@ -89,7 +93,7 @@ def config(preset: Preset = "scenes", set: Set = None) -> None:
 def status(
     out: Out = Path("runs/scenes"), as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
 ) -> None:
-    """Say what a run folder has done, where it is and what is next; it may be running."""
+    """Say which stages of a run folder are done, how far the current one is and what is next."""
     settings = stored_config(out)
     stages = progress(out)
     waiting = [stage.stage for stage in stages if stage.state != "done"]
@@ -104,21 +108,21 @@ def status(
     print(f"next: {following}" if following else f"complete: {out / 'checkpoint'}")
 
 
-Family = Annotated[str, typer.Option(help="whose latents and embeddings: qwen-image or scenes")]
+Family = Annotated[str, typer.Option(help=f"whose latents and embeddings: {' or '.join(registry.names())}")]
 Pipeline = Annotated[str, typer.Option(help="folder or hub id of the pipeline; for scenes a checkpoint")]
-CacheOut = Annotated[Path, typer.Option(help="folder of the cache; goes on where it was stopped")]
-Samples = Annotated[int | None, typer.Option(min=1, help="stop at so many samples; may be raised later")]
+CacheOut = Annotated[Path, typer.Option(help="folder of the cache; filling goes on where it was stopped")]
+Samples = Annotated[int | None, typer.Option(min=1, help="stop at this many samples; may be raised later")]
 MaxBytes = Annotated[
-    str | None, typer.Option(help="stop at so many bytes of shards, 800MB or 1.5TB; may be raised later")
+    str | None, typer.Option(help="stop at this many bytes of files, 800MB or 1.5TB; may be raised later")
 ]
-Part = Annotated[str, typer.Option(help="1/8: the first of eight processes that share the work, each with an --out")]
-Strict = Annotated[bool, typer.Option(help="stop at what cannot be used, instead of leaving it out")]
-Dtype = Annotated[str, typer.Option(help="of what is stored and of the pipeline: bfloat16, float16 or float32")]
-Device = Annotated[str | None, typer.Option(help="cuda where there is one")]
+Part = Annotated[str, typer.Option(help="1/8: the first of eight processes that share the work; each has an --out")]
+Strict = Annotated[bool, typer.Option(help="stop at an image or prompt that cannot be used, instead of leaving it out")]
+Dtype = Annotated[str, typer.Option(help="of the cache and of the pipeline: bfloat16, float16 or float32")]
+Device = Annotated[str | None, typer.Option(help="cuda if there is one")]
 
 
 def _opened(family: str, pipeline: str, dtype: str, device: str | None, draws: bool) -> tuple[Encoder, torch.dtype]:
-    """An encoder, and the dtype to store in."""
+    """Open an encoder; returns it and the dtype to store in."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype is bfloat16, float16 or float32, not {dtype}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,11 +148,11 @@ def _say(manifest: Manifest, out: Path) -> None:
 def cache(
     out: CacheOut,
     pipeline: Pipeline = "",
-    family: Family = "qwen-image",
-    images: Annotated[Path | None, typer.Option(help="folder of images, with .txt beside or metadata.jsonl")] = None,
+    family: Family = CACHE_FAMILY,
+    images: Annotated[Path | None, typer.Option(help="folder of images with .txt files or metadata.jsonl")] = None,
     webdataset: Annotated[str | None, typer.Option(help='tar shards: "data-{000..099}.tar" or "data-*.tar"')] = None,
     dataset: Annotated[str | None, typer.Option(help="hub id or folder that `datasets` loads")] = None,
-    scenes: Annotated[int | None, typer.Option(min=1, help="make so many scenes (--family scenes)")] = None,
+    scenes: Annotated[int | None, typer.Option(min=1, help="make this many scenes (--family scenes)")] = None,
     split: Annotated[str, typer.Option(help="of the dataset")] = "train",
     image_column: Annotated[str, typer.Option(help="of the dataset")] = "image",
     caption_column: Annotated[str, typer.Option(help="of the dataset, metadata.jsonl or .json in a tar")] = "text",
@@ -160,7 +164,7 @@ def cache(
     dtype: Dtype = "bfloat16",
     device: Device = None,
 ) -> None:
-    """Encode captioned images: VAE latents and prompt embeddings, in shards that training reads."""
+    """Encode captioned images into VAE latents and prompt embeddings, in shards that training reads."""
     given = [value for value in (images, webdataset, dataset, scenes) if value is not None]
     if len(given) != 1:
         raise ValueError("give one of --images, --webdataset, --dataset and --scenes")
@@ -199,8 +203,8 @@ def generate(
     out: CacheOut,
     pipeline: Pipeline,
     prompts: Annotated[Path, typer.Option(help='a prompt a line, or .jsonl with a "prompt" a line')],
-    family: Family = "qwen-image",
-    size: Annotated[list[str] | None, typer.Option(help="pixels, 1024x768; several take turns")] = None,
+    family: Family = CACHE_FAMILY,
+    size: Annotated[list[str] | None, typer.Option(help="pixels, 1024x768; several sizes take turns")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 50,
     guidance: Annotated[float, typer.Option(min=0, help="true classifier-free guidance; 1 for none")] = 4.0,
     negative: Annotated[str, typer.Option(help="negative prompt")] = " ",
@@ -212,7 +216,7 @@ def generate(
     dtype: Dtype = "bfloat16",
     device: Device = None,
 ) -> None:
-    """Draw a picture for every prompt with the teacher itself, and keep the pairs in shards that training reads."""
+    """Draw a picture for every prompt with the teacher itself, and write the pairs to shards that training reads."""
     limits = Limits(samples, None if max_bytes is None else caching.bytes_of(max_bytes))
     texts = caching.read_prompts(prompts)
     where, (encoder, kind) = _part(part), _opened(family, pipeline, dtype, device, draws=True)
@@ -240,10 +244,12 @@ def generate(
 def compare_methods(
     teacher: Annotated[Path, typer.Option(help="a teacher.safetensors, or a checkpoint folder that holds the teacher")],
     preset: Preset = "scenes",
-    out: Annotated[Path, typer.Option(help="folder of the comparison; what is done in it is not done again")] = Path(
+    out: Annotated[Path, typer.Option(help="folder of the comparison; what is done in it is not run again")] = Path(
         "runs/compare"
     ),
-    ratios: Annotated[str | None, typer.Option(help="parameters kept / parameters, with commas between")] = None,
+    ratios: Annotated[
+        str | None, typer.Option(help="parameters kept / those of the teacher, with commas between")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="training steps of every method for a ratio")] = None,
     prompts: Annotated[int | None, typer.Option(help="unseen prompts to judge on")] = None,
     seeds: Annotated[int | None, typer.Option(help=f"training seeds of {' and '.join(SEEDED)}")] = None,
@@ -251,7 +257,7 @@ def compare_methods(
     device: Annotated[str, typer.Option(help="where to train and judge, for instance cuda")] = "cpu",
     set: Set = None,
 ) -> None:
-    """Compare ways to make a model smaller at equal steps: a table, a plot and results.json."""
+    """Compare methods that make a model smaller, at equal steps: a table, a plot and results.json."""
     given = {"steps": steps, "prompts": prompts, "seeds": seeds}
     changes = [f"compare.{name}={value}" for name, value in given.items() if value is not None]
     if ratios is not None:

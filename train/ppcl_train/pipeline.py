@@ -1,4 +1,4 @@
-"""The stages of a run in order, each done once: a stage whose output is there is not run again."""
+"""The stages of a run, in order. A stage whose output file is there is done, and is not run again."""
 
 from __future__ import annotations
 
@@ -12,53 +12,42 @@ from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 
-from ppcl_rt.files import one_line as line
+from ppcl_rt.files import one_line, replacing
 from ppcl_rt.planning.frozen import read_json
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.data.teacher_file import check_teacher, extract_teacher
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import (
-    Log,
-    in_use,
-    locked,
-    making,
-    read_log,
-    read_note,
-    replacing,
-    state_files,
-    write_json,
-)
-from ppcl_train.selectors import cost_table as table
-from ppcl_train.selectors import eq5 as probes
-from ppcl_train.selectors import selection
-from ppcl_train.stages import measure, recover, students, teacher, width
+from ppcl_train.engine.files import read_note, state_files, write_json
+from ppcl_train.engine.lock import in_use, locked
+from ppcl_train.engine.log import Log, read_log
+from ppcl_train.engine.provenance import making
+from ppcl_train.stages import measure, pack, recover, select, students, teacher, width
 
 
 class Stage(NamedTuple):
-    """A stage: what it is called, what it writes last, and what runs it."""
+    """A stage.
+
+    Attributes:
+        name: of the stage, in commands and in the log.
+        output: the file that it writes last, in the run folder.
+        run: runs it, or goes on with it.
+        parallel: whether all processes run it; the other stages run in the process of rank 0 alone.
+    """
 
     name: str
     output: str
     run: Callable[[RunConfig, Path], None]
-    # Whether all processes run it; rank 0 alone runs the others.
     parallel: bool = False
 
 
-def select(run: RunConfig, folder: Path) -> None:
-    """Choose the intervals that get students; writes ``selected.json``."""
-    if run.select == "eq5":
-        probes.fit(run, folder)
-    else:
-        table.measure(run, folder)
-
-
 STAGES = (
-    Stage("teacher", "teacher.safetensors", teacher.train),
-    Stage("select", selection.OUTPUT, select),
-    Stage("students", "students.safetensors", students.distil, parallel=True),
-    Stage("width", "width.safetensors", width.prune),
+    Stage("teacher", teacher.OUTPUT, teacher.train),
+    Stage("select", select.OUTPUT, select.select),
+    Stage("students", students.OUTPUT, students.distil, parallel=True),
+    Stage("width", width.OUTPUT, width.prune),
     Stage("recover", recover.OUTPUT, recover.recover, parallel=True),
-    Stage("measure", "sensitivities.json", measure.measure),
-    Stage("pack", "checkpoint/run.json", measure.pack),
+    Stage("measure", measure.OUTPUT, measure.measure),
+    Stage("pack", pack.OUTPUT, pack.pack),
 )
 
 CONFIG = "config.json"
@@ -68,8 +57,10 @@ def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> 
     """Make a run folder, or check that it belongs to this config.
 
     Args:
-        teacher_file: a trained teacher to start from, in place of the first stage; or a checkpoint folder, whose
-            teacher is taken out.
+        config: of the run.
+        folder: of the run.
+        teacher_file: a trained teacher to start from, instead of the first stage; or a checkpoint folder that holds the
+            teacher.
 
     Raises:
         ValueError: the folder was begun with another config, the teacher is of another architecture, or another
@@ -78,30 +69,30 @@ def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> 
     if teacher_file is not None and teacher_file.is_dir():
         with tempfile.TemporaryDirectory() as temporary:
             extracted = Path(temporary) / "teacher.safetensors"
-            teacher.extract(config, teacher_file, extracted)
+            extract_teacher(config, teacher_file, extracted)
             return begin(config, folder, extracted)
     trained = folder / STAGES[0].output
     _check(config, folder)
     if teacher_file is not None:
-        teacher.check(config, teacher_file)
+        check_teacher(config, teacher_file)
         if trained.exists() and not filecmp.cmp(trained, teacher_file, shallow=False):
             raise ValueError(f"{folder} has another teacher already: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        # Again, now that nobody else can begin it.
+        # Checked again, now that no other process can begin it.
         _check(config, folder)
         if not (folder / CONFIG).exists():
             write_json(folder / CONFIG, config.model_dump(mode="json"))
         if teacher_file is not None and not trained.exists():
-            with replacing(trained) as beside:
-                shutil.copyfile(teacher_file, beside)
+            with replacing(trained) as temporary:
+                shutil.copyfile(teacher_file, temporary)
 
 
 def config_of(folder: Path) -> RunConfig:
-    """The config that a run folder was begun with.
+    """Read the config that a run folder was begun with.
 
     Raises:
-        ValueError: it is no run folder, or the config is cut or altered.
+        ValueError: the folder is no run folder, or its config is cut or altered.
     """
     stored = folder / CONFIG
     if not stored.exists():
@@ -110,15 +101,15 @@ def config_of(folder: Path) -> RunConfig:
 
 
 def is_done(stage: Stage, folder: Path) -> bool:
-    """Whether a stage's output is there."""
+    """Whether the output of a stage is there."""
     return (folder / stage.output).exists()
 
 
 def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None:
-    """Run what is not done yet, up to and including the stage ``last``; every process of a world calls this.
+    """Run the stages that are not done, up to and including the stage ``last``; every process of a world calls this.
 
     Raises:
-        ValueError: another process writes the folder, or a stage cannot go on; what had been written is kept.
+        ValueError: another process writes the folder, or a stage cannot go on; all files that are complete are kept.
     """
     world = join()
     with locked(folder):
@@ -130,10 +121,10 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
                         stage.run(config, folder)
                     except (OSError, SafetensorError) as error:
                         raise ValueError(
-                            f"{stage.name} stopped: {line(error)}; what was done before is kept"
+                            f"{stage.name} stopped: {one_line(error)}; what was done before is kept"
                         ) from error
             world.wait()
-            # Only now: a kill in between would otherwise lose the stage.
+            # Deleted only after the output is there: a kill in between would otherwise lose the stage.
             for state in state_files(folder, stage.name) if world.is_main else []:
                 state.unlink()
             if stage.name == last:
@@ -141,12 +132,13 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
 
 
 class Progress(NamedTuple):
-    """Where a stage is.
+    """How far a stage is.
 
     Attributes:
         stage: its name.
-        state: ``running`` while a process works on it, ``begun`` where one was stopped.
-        step: steps that are saved, ``of`` so many; both 0 for a stage that has none.
+        state: ``running`` while a process works on it, ``begun`` if a process was stopped in it.
+        step: the steps that are saved; 0 for a stage without steps.
+        of: the steps in all; 0 for a stage without steps.
         output: the file that it writes last.
     """
 
@@ -158,7 +150,7 @@ class Progress(NamedTuple):
 
 
 def progress(folder: Path) -> list[Progress]:
-    """Say where every stage of a run folder is, at any time, whether a process is at work in it or not."""
+    """Return how far every stage of a run folder is, at any time: also while a process writes the folder."""
     begun = {event.get("stage") for event in read_log(folder) if event.get("begun")}
     busy, found = in_use(folder), []
     for stage in STAGES:
@@ -167,7 +159,7 @@ def progress(folder: Path) -> list[Progress]:
             found.append(Progress(stage.name, "done", step, of, stage.output))
             continue
         for state in state_files(folder, stage.name):
-            # A stage that ends now takes its state with it.
+            # A stage that ends at this moment deletes its state.
             with contextlib.suppress(ValueError):
                 note = read_note(state)
                 step, of = step + note["step"], of + note["of"]
@@ -187,7 +179,7 @@ def _check(config: RunConfig, folder: Path) -> None:
 
 
 def _difference(before: Any, now: Any, path: str = "") -> str:
-    """The first setting that differs, as ``name = value``; ``""`` where none does."""
+    """Return the first setting that differs, as ``name = value``, or ``""``."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             if found := _difference(before.get(key), now.get(key), f"{path}.{key}" if path else key):

@@ -21,12 +21,14 @@ from safetensors import safe_open
 
 from ppcl_rt.cli import main as cli
 from ppcl_train import pipeline
-from ppcl_train.config.settings import PRESETS, RunConfig, with_changes
-from ppcl_train.data import caching, captioned, shards, states
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import RunConfig, with_changes
+from ppcl_train.data import caching, calibration, captioned, shards, streams
 from ppcl_train.data import source as data
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_note
 from ppcl_train.families import base as family
-from ppcl_train.scenes import scenes
+from ppcl_train.scenes import encoding, judging, language, rendering
 from ppcl_train.selectors import selection
 from ppcl_train.stages import teacher
 from ppcl_train.stages.draft import open_draft, write_draft
@@ -219,7 +221,7 @@ def test_sources_that_are_not_there_say_so(tmp_path):
         "holds no prompts": lambda: caching.read_prompts(tmp_path / "none.txt"),
         "bytes is like": lambda: caching.bytes_of("many"),
         "size is like": lambda: caching.size_of("32"),
-        "reads a cache": lambda: states.inputs(PRESETS["qwen-image"], 1, 0),
+        "reads a cache": lambda: calibration.inputs(PRESETS["qwen-image"], 1, 0),
     }
     (tmp_path / "none.txt").write_text("\n\n")
     for message, act in wrong.items():
@@ -264,7 +266,7 @@ def test_a_cache_of_something_else_is_refused(images, encoder, cache, tmp_path):
     # The same again does nothing.
     assert cached(captioned.Folder(images), folder, encoder).samples == 8 and files(folder) == before
     with pytest.raises(ValueError, match=r"cache of qwen-image, the run's task is scenes"):
-        states.inputs(with_changes(PRESETS["scenes"], {"data.cache": str(folder)}), 1, 0)
+        calibration.inputs(with_changes(PRESETS["scenes"], {"data.cache": str(folder)}), 1, 0)
     (folder / "00001.safetensors").write_bytes(before["00001.safetensors"][:-1])
     with pytest.raises(ValueError, match=r"00001\.safetensors is missing or not whole"):
         shards.Shards(folder)
@@ -321,7 +323,7 @@ def test_batches_are_of_one_shape_and_padded(cache, qwen_folder):
     held = shards.Shards(cache)
     assert len(held) == 8 and len(held.buckets) > 2
     for seed in range(20):
-        batch = states.inputs(run, 3, seed)
+        batch = calibration.inputs(run, 3, seed)
         (shape,) = {tuple(shapes[0]) for shapes in batch.call["img_shapes"]}
         assert batch.x.shape == (3, shape[1] * shape[2], 16) and shape in held.buckets
         mask, embeddings = batch.mask, batch.call["encoder_hidden_states"]
@@ -333,7 +335,7 @@ def test_batches_are_of_one_shape_and_padded(cache, qwen_folder):
 
 def test_shapes_and_samples_are_drawn_as_often_as_they_are(cache, qwen_folder):
     run, held = config(cache, qwen_folder), shards.Shards(cache)
-    drawn = [tuple(states.inputs(run, 1, seed).call["img_shapes"][0][0]) for seed in range(400)]
+    drawn = [tuple(calibration.inputs(run, 1, seed).call["img_shapes"][0][0]) for seed in range(400)]
     for shape, places in held.buckets.items():
         share = len(places) / len(held)
         # Four standard deviations of a count of 400 draws.
@@ -342,15 +344,15 @@ def test_shapes_and_samples_are_drawn_as_often_as_they_are(cache, qwen_folder):
 
 def test_a_seed_alone_decides_a_batch(cache, qwen_folder):
     run = config(cache, qwen_folder)
-    first, again, other = (states.inputs(run, 2, seed) for seed in (7, 7, 8))
+    first, again, other = (calibration.inputs(run, 2, seed) for seed in (7, 7, 8))
     data._opened.cache_clear()
-    fresh = states.inputs(run, 2, 7)
+    fresh = calibration.inputs(run, 2, 7)
     for same in (again, fresh):
         assert torch.equal(first.x, same.x) and torch.equal(first.t, same.t)
         assert torch.equal(first.call["encoder_hidden_states"], same.call["encoder_hidden_states"])
     assert not torch.equal(first.t, other.t)
     another = with_changes(run, {"seed": 1})
-    assert not torch.equal(first.t, states.inputs(another, 2, 7).t)
+    assert not torch.equal(first.t, calibration.inputs(another, 2, 7).t)
     # Which samples are drawn follows the run's seed too: of ten batches not all are the same.
     shapes = [[data.source(config).samples(1, seed).latents.sum() for seed in range(10)] for config in (run, another)]
     assert shapes[0] != shapes[1]
@@ -358,11 +360,11 @@ def test_a_seed_alone_decides_a_batch(cache, qwen_folder):
 
 def test_noise_is_as_the_config_says_and_velocity_points_at_the_sample(cache, qwen_folder):
     run = config(cache, qwen_folder, **{"time_mean": 0.69, "time_std": 0.5})
-    t = torch.cat([states.inputs(run, 64, seed).t for seed in range(20)])
+    t = torch.cat([calibration.inputs(run, 64, seed).t for seed in range(20)])
     logits = torch.logit(t)
     # 1,280 draws: four standard errors are 0.056 and 0.04.
     assert abs(logits.mean() - 0.69) < 0.056 and abs(logits.std() - 0.5) < 0.04
-    batch = states.inputs(run, 2, 3)
+    batch = calibration.inputs(run, 2, 3)
     assert batch.predicts == "velocity"
     clean = [latents for latents, _ in samples(cache).values() if latents.shape == batch.x.shape[1:]]
     noise_free = batch.clean(torch.zeros_like(batch.x))
@@ -382,7 +384,7 @@ def test_captions_are_dropped_for_the_empty_prompt(cache, qwen_folder, encoder):
     run = config(cache, qwen_folder, **{"teacher.drop_caption": 0.5})
     empty, dropped = encoder.embed(""), 0
     for seed in range(50):
-        batch = states.inputs(run, 2, seed)
+        batch = calibration.inputs(run, 2, seed)
         for embeddings, mask in zip(batch.call["encoder_hidden_states"], batch.mask):
             dropped += len(empty) == mask.sum() and torch.equal(embeddings[mask], empty)
     assert 30 <= dropped <= 70
@@ -395,26 +397,26 @@ def test_scenes_from_a_cache_are_scenes(tmp_path):
     caching.cache("scenes", encoder, reader, tmp_path / "made", settings={}, dtype=torch.float32)
     direct = with_changes(PRESETS["scenes"], {"teacher.drop_caption": 0.0, "time_std": 1e-3, "time_mean": -14})
     run = with_changes(direct, {"data.cache": str(tmp_path / "made")})
-    made, held = (states.inputs(config, 40, 5) for config in (direct, run))
+    made, held = (calibration.inputs(config, 40, 5) for config in (direct, run))
     # The seed decides the same timesteps and noise; at t = 1e-6 what is left is the picture.
     assert torch.equal(made.t, held.t) and made.predicts == held.predicts == "clean"
     assert made.call.keys() == held.call.keys() and made.call["img_shapes"] == held.call["img_shapes"]
     right = {}
     for item in reader.read(0):
         picture, caption = item.open()
-        right[caption] = scenes.to_tokens(picture[None])[0]
+        right[caption] = encoding.to_tokens(picture[None])[0]
     for x, embeddings, mask in zip(held.x, held.call["encoder_hidden_states"], held.mask):
         (caption,) = [c for c, tokens in right.items() if (tokens - x).abs().max() < 1e-4] or [None]
-        words, word_mask = scenes.encode([caption])
+        words, word_mask = encoding.encode([caption])
         assert torch.equal(embeddings[mask], words[0, word_mask[0]])
     # Captions of 7 words at most, padded to the longest there is, which changes nothing.
-    model = teacher.initial(TINY.teacher, 0).eval()
+    model = teacher.initial(TINY).eval()
     with torch.no_grad():
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1)
         output = model(**held.call)[0]
         longer = {**held.call}
-        extra = scenes.MAX_TOKENS + 3 - held.mask.shape[1]
+        extra = language.MAX_TOKENS + 3 - held.mask.shape[1]
         longer["encoder_hidden_states"] = torch.nn.functional.pad(held.call["encoder_hidden_states"], (0, 0, 0, extra))
         longer["encoder_hidden_states_mask"] = torch.nn.functional.pad(held.mask, (0, extra))
         assert torch.allclose(output, model(**longer)[0], atol=1e-5)
@@ -425,9 +427,9 @@ def test_scenes_from_image_files(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    captions = [scenes.training_caption(rng) for _ in range(12)]
+    captions = [language.training_caption(rng) for _ in range(12)]
     for n, caption in enumerate(captions):
-        pixels = (scenes.render(caption, rng) + 1) * 127.5
+        pixels = (rendering.render(caption, rng) + 1) * 127.5
         Image.fromarray(pixels.round().astype(np.uint8)).save(folder / f"{n:02d}.png")
         (folder / f"{n:02d}.txt").write_text(str(caption))
     (folder / "zz.png").write_bytes((folder / "00.png").read_bytes())
@@ -438,8 +440,8 @@ def test_scenes_from_image_files(tmp_path):
     )
     assert made.samples == 12 and made.skipped.count == 1 and made.skipped.first[0].startswith("zz.png: ")
     held = samples(tmp_path / "cache")
-    images = scenes.to_images(torch.stack([held[str(caption)][0] for caption in captions]))
-    assert (scenes.judge(captions, images) == 1).all()
+    images = encoding.to_images(torch.stack([held[str(caption)][0] for caption in captions]))
+    assert (judging.judge(captions, images) == 1).all()
 
 
 def test_the_teacher_draws_its_own_pairs(qwen_folder, tmp_path):
@@ -489,18 +491,18 @@ def test_the_teacher_draws_its_own_pairs(qwen_folder, tmp_path):
 def test_a_checkpoint_draws_scenes_into_a_cache(tmp_path):
     """The shipped checkpoint's own pictures, through the same command: the judge finds in them what was asked for."""
     encoder = family.of("scenes").open(str(EXAMPLE), device="cpu", dtype=torch.float32, draws=True)
-    captions = scenes.held_out_captions(1, seed=3)
+    captions = language.held_out_captions(1, seed=3)
     prompts = [*map(str, captions), "a photograph of a cat"]
     settings = {"settings": {}, "dtype": torch.float32, "sizes": [(16, 16)], "steps": 8, "guidance": 1.3}
     made = caching.generate("scenes", encoder, prompts, tmp_path / "cache", negative=" ", **settings)
     assert made.samples == 5 and made.skipped.count == 1 and made.skipped.first[0].startswith("prompt 6: ")
     held = samples(tmp_path / "cache")
-    images = scenes.to_images(torch.stack([held[str(caption)][0] for caption in captions]))
+    images = encoding.to_images(torch.stack([held[str(caption)][0] for caption in captions]))
     # The checkpoint's soft score is 0.98; pictures of other captions score less than half.
-    assert scenes.judge(captions, images).mean() > 0.8
-    assert scenes.judge(captions[1:], images[:-1]).mean() < 0.5
+    assert judging.judge(captions, images).mean() > 0.8
+    assert judging.judge(captions[1:], images[:-1]).mean() < 0.5
     run = with_changes(PRESETS["scenes"], {"data.cache": str(tmp_path / "cache")})
-    assert states.inputs(run, 4, 0).x.shape == (4, 16, 48)
+    assert calibration.inputs(run, 4, 0).x.shape == (4, 16, 48)
     with pytest.raises(ValueError, match="16x16"):
         caching.generate("scenes", encoder, prompts, tmp_path / "b", negative=" ", **{**settings, "sizes": [(32, 32)]})
 
@@ -511,20 +513,20 @@ def test_a_pretrained_teacher_runs_on_cached_batches(cache, qwen_folder, tmp_pat
     teacher.train(run, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10_000
     assert pipeline.is_done(pipeline.STAGES[0], tmp_path)
-    model = teacher.load(run, tmp_path)
+    model = load_teacher(run, tmp_path)
     stock = QwenImagePipeline.from_pretrained(qwen_folder).transformer
-    for batch in states.batches(run, 8, states.PROBES):
+    for batch in calibration.batches(run, 8, calibration.PROBES):
         with torch.no_grad():
             output, wanted = model(**batch.call)[0], stock(**batch.call)[0]
         assert torch.isfinite(output).all() and torch.allclose(output, wanted, atol=1e-4)
-        passed = states.trace(model, batch)
-        assert len(passed.states) == 1 + len(model.transformer_blocks)
+        passed = streams.trace(model, batch)
+        assert len(passed.streams) == 1 + len(model.transformer_blocks)
     # The transformer's own folder does as well, and in bfloat16 it computes in bfloat16.
     half = config(cache, qwen_folder / "transformer", **{"storage": "bfloat16", "teacher.dtype": "bfloat16"})
     teacher.train(half, tmp_path / "half")
-    batch = states.inputs(half, 2, 0)
+    batch = calibration.inputs(half, 2, 0)
     assert batch.x.dtype == torch.float32 and batch.call["hidden_states"].dtype == torch.bfloat16
-    assert teacher.load(half, tmp_path / "half")(**batch.call)[0].dtype == torch.bfloat16
+    assert load_teacher(half, tmp_path / "half")(**batch.call)[0].dtype == torch.bfloat16
     # A draft of it is a checkpoint that names no judge.
     selection.write(tmp_path, [])
     catalog = write_draft(run, tmp_path, {})
@@ -551,12 +553,12 @@ def test_another_teacher_than_the_run_began_with_is_refused(cache, qwen_folder, 
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     # Another date alone is no other teacher; one bit is.
     weights.touch()
-    teacher.load(run, tmp_path / "run")
+    load_teacher(run, tmp_path / "run")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match="is not the teacher that"):
-        teacher.load(run, tmp_path / "run")
+        load_teacher(run, tmp_path / "run")
     with pytest.raises(ValueError, match="pluggable checkpoint"):
         teacher.train(config(cache, made.folder), tmp_path / "other")
     with pytest.raises(ValueError, match="neither a checkpoint folder nor"):

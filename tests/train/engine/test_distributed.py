@@ -12,7 +12,9 @@ from torch import nn
 
 from ppcl_rt import Interval
 from ppcl_train import pipeline
-from ppcl_train.config.settings import PRESETS, with_changes
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import ALONE, World, owners
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.selectors import selection
@@ -37,7 +39,7 @@ INTERVALS = (Interval(0, 1), Interval(0, 2), Interval(1, 3))
 
 def prepare(folder):
     """A run folder with a teacher of random weights and a selection."""
-    model = teacher.initial(TINY.teacher, 0)
+    model = teacher.initial(TINY)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     write_tensors(folder / "teacher.safetensors", dict(model.named_parameters()), {})
@@ -49,27 +51,29 @@ def prepare(folder):
 WORKER = """
 import json, os, sys, torch
 from pathlib import Path
-from ppcl_train import distributed, states, students
+from ppcl_train.data import calibration
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine import distributed
+from ppcl_train.stages import students
 
 class Killed(BaseException): pass
 
 torch.set_num_threads(1)
-world, inputs = distributed.join(), states.inputs
+world, inputs = distributed.join(), calibration.inputs
 for name, config, killed_at in json.loads(sys.argv[1]):
     def given(run, size, seed):
-        if seed == states.STUDENTS + killed_at:
+        if seed == calibration.STUDENTS + killed_at:
             raise Killed
         return inputs(run, size, seed)
     folder = Path(name)
     if killed_at is not None:
-        states.inputs = given
+        calibration.inputs = given
         try:
             students.distil(RunConfig.model_validate(config), folder)
         except Killed:
             world.wait()
             assert not (folder / "students.safetensors").exists()
-        states.inputs = inputs
+        calibration.inputs = inputs
     students.distil(RunConfig.model_validate(config), folder)
     world.wait()
 # What is tested is over. As the interpreter is taken down gloo's threads abort now and then (2 of 7 runs seen).
@@ -140,11 +144,11 @@ def test_processes_with_students_of_their_own_train_what_one_process_does(traine
 
 
 def test_processes_that_share_batches_train_what_one_process_does_with_the_whole(trained, tmp_path):
-    blocks = teacher.load(TINY, prepare(tmp_path)).transformer_blocks
+    blocks = load_teacher(TINY, prepare(tmp_path)).transformer_blocks
     start = {
         f"students.{selected.interval.key}.{name}": parameter
         for selected in selection.read(tmp_path)
-        for name, parameter in selection.begin(blocks, selected).named_parameters()
+        for name, parameter in selection.new_student(blocks, selected).named_parameters()
     }
     # A gradient is a sum over some 100 tokens, in another order: sqrt(100) roundings of 6e-8 are 6e-7. Adam divides it
     # by its own size, so that the relative error of a step is the same, and entries that nearly cancel have more.

@@ -19,11 +19,13 @@ from tiny import TINY
 from torch import nn
 
 from ppcl_train import pipeline
-from ppcl_train.config.settings import LoopConfig, RunConfig
+from ppcl_train.config.settings import RunConfig, with_changes
+from ppcl_train.config.stages import LoopConfig
 from ppcl_train.engine import files as runs
-from ppcl_train.engine import loop
+from ppcl_train.engine import lock, loop, provenance
+from ppcl_train.engine import log as logs
 
-RUN = RunConfig(save_every=5, tracker="none")
+RUN = with_changes(TINY, {"save_every": 5, "tracker": "none"})
 LOOP = LoopConfig(steps=20, lr=0.1, warmup=0)
 
 
@@ -56,7 +58,7 @@ def regression(parameters, scale=1.0, batch=8):
 def train(folder, config=LOOP, run=RUN, wrap=lambda step_loss: step_loss, scale=1.0, stage="students", batch=8):
     parameters = two_students()
     step_loss = wrap(regression(parameters, scale, batch))
-    return loop.train_loop(run, config, runs.Log(folder, stage), parameters, step_loss)
+    return loop.train_loop(run, config, logs.Log(folder, stage), parameters, step_loss)
 
 
 class Stopped(Exception):
@@ -167,7 +169,7 @@ def test_curves_lie_in_the_run_folder(tmp_path):
     events = EventAccumulator(str(tmp_path / "tracking" / "students"))
     events.Reload()
     assert {"loss", "lr", "loss/students.0-1", "loss/students.2-3"} <= set(events.Tags()["scalars"])
-    logged = [event for event in runs.read_log(tmp_path) if "loss" in event][-1]
+    logged = [event for event in logs.read_log(tmp_path) if "loss" in event][-1]
     assert events.Scalars("loss/students.2-3")[-1].value == pytest.approx(logged["losses"]["students.2-3"])
 
 
@@ -319,7 +321,7 @@ def test_cut_files_of_a_run_are_one_line(begun, ppcl, name):
 
 def test_outputs_say_what_made_them(begun):
     with safe_open(begun / "teacher.safetensors", "pt") as file:
-        made = json.loads(file.metadata()["note"])[runs.MADE_BY]
+        made = json.loads(file.metadata()["note"])[provenance.MADE_BY]
     assert made["stage"] == "teacher" and RunConfig.model_validate(made["config"]) == TINY and made["seed"] == TINY.seed
     assert made["versions"]["torch"] == torch.__version__ and {"python", "diffusers", "ppcl-rt"} <= set(
         made["versions"]
@@ -328,9 +330,9 @@ def test_outputs_say_what_made_them(begun):
     if (root / ".git").exists():
         commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         assert made["commit"].removesuffix("-dirty") == commit
-    with runs.making(TINY, "some"):
+    with provenance.making(TINY, "some"):
         runs.write_json(begun / "x.json", {"a": 1})
-    assert json.loads((begun / "x.json").read_text())[runs.MADE_BY]["stage"] == "some"
+    assert json.loads((begun / "x.json").read_text())[provenance.MADE_BY]["stage"] == "some"
     assert runs.read_content(begun / "x.json") == {"a": 1}
     # What is written outside a stage says nothing.
     runs.write_json(begun / "y.json", {"a": 1})
@@ -371,32 +373,32 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(begun, ppc
     holder = os.fork()
     if not holder:
         try:
-            with runs.locked(begun):
+            with lock.locked(begun):
                 os.write(holding, b"held")
                 signal.pause()
         finally:
             os._exit(1)
     try:
         assert os.read(held, 4) == b"held"
-        assert runs.in_use(begun)
+        assert lock.in_use(begun)
         for command in ("run", pipeline.STAGES[1].name):
             status, _, err = ppcl("train", command, "--out", begun)
             assert status == 2 and f"written by process {holder}" in err and err.count("\n") == 1
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-    assert (begun / ".lock").exists() and not runs.in_use(begun)
-    with runs.locked(begun):
-        assert runs.in_use(begun)
+    assert (begun / ".lock").exists() and not lock.in_use(begun)
+    with lock.locked(begun):
+        assert lock.in_use(begun)
 
 
 def test_a_cut_line_of_the_log_spoils_no_other(tmp_path):
-    log = runs.Log(tmp_path, "teacher")
+    log = logs.Log(tmp_path, "teacher")
     log(a=1)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"stage": "teac')
-    runs.Log(tmp_path, "teacher")(b=2)
-    assert [event.get("a") or event.get("b") for event in runs.read_log(tmp_path)] == [1, 2]
+    logs.Log(tmp_path, "teacher")(b=2)
+    assert [event.get("a") or event.get("b") for event in logs.read_log(tmp_path)] == [1, 2]
 
 
 def test_kills_leave_the_bytes_of_a_run_that_nothing_disturbed():

@@ -8,7 +8,8 @@ from diffusers import QwenImagePipeline
 
 import ppcl_rt
 from ppcl_train import pipeline
-from ppcl_train.config.settings import PRESETS, with_changes
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
 from ppcl_train.engine.files import read_note, read_tensors
 
 if find_spec("webdataset") is None or find_spec("datasets") is None:

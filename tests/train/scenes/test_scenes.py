@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl_train.scenes import scenes
+from ppcl_train.scenes import encoding, judging, language, rendering
 from ppcl_train.scenes.sampling import Sampler, noise_for
 
 
-def drawn(count: int, seed: int) -> list[scenes.Caption]:
+def drawn(count: int, seed: int) -> list[language.Caption]:
     rng = np.random.default_rng(seed)
-    return [scenes.draw_caption(kind, rng) for kind in itertools.islice(itertools.cycle(scenes.KINDS), count)]
+    return [language.draw_caption(kind, rng) for kind in itertools.islice(itertools.cycle(language.KINDS), count)]
 
 
 def test_parse_undoes_str():
     for caption in drawn(2000, 0):
-        assert scenes.Caption.parse(str(caption)) == caption
-        assert len(scenes.words_of(str(caption))) <= scenes.MAX_TOKENS
+        assert language.Caption.parse(str(caption)) == caption
+        assert len(language.words_of(str(caption))) <= language.MAX_TOKENS
 
 
 def test_templates_are_far_apart():
-    for names, least in ((scenes.SHAPES, 4), (scenes.GLYPHS, 3)):
+    for names, least in ((language.SHAPES, 4), (language.GLYPHS, 3)):
         for a, b in itertools.combinations(names.values(), 2):
             assert sum(x != y for x, y in zip(a, b)) >= least, (a, b)
 
@@ -30,71 +30,71 @@ def test_templates_are_far_apart():
 def test_judge_passes_every_ground_truth():
     captions = drawn(4000, 1)
     rng = np.random.default_rng(2)
-    images = np.stack([scenes.render(caption, rng) for caption in captions])
-    assert (scenes.judge(captions, images) == 1).all()
+    images = np.stack([rendering.render(caption, rng) for caption in captions])
+    assert (judging.judge(captions, images) == 1).all()
     # Noise well inside half the distance to the nearest palette colour (0.87) changes nothing.
-    assert (scenes.judge(captions, images + rng.uniform(-0.4, 0.4, images.shape)) == 1).all()
+    assert (judging.judge(captions, images + rng.uniform(-0.4, 0.4, images.shape)) == 1).all()
 
 
 def test_judge_refuses_shuffled_captions():
     captions = drawn(20_000, 3)
     rng = np.random.default_rng(4)
-    images = np.stack([scenes.render(caption, rng) for caption in captions])
+    images = np.stack([rendering.render(caption, rng) for caption in captions])
     shuffled = [captions[n] for n in rng.permutation(len(captions))]
-    shares = scenes.judge(shuffled, images)
+    shares = judging.judge(shuffled, images)
     assert (shares == 1).mean() < 0.002
     assert shares.mean() < 0.02
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", language.KINDS)
 def test_one_wrong_pixel_fails_strictly_and_little_softly(kind):
     rng = np.random.default_rng(5)
-    caption = scenes.draw_caption(kind, rng)
-    image = scenes.render(caption, rng)
+    caption = language.draw_caption(kind, rng)
+    image = rendering.render(caption, rng)
     image[0, 0] = -image[0, 0] if caption.ground != "grey" else 1.0
-    share = scenes.judge([caption], image[None])[0]
+    share = judging.judge([caption], image[None])[0]
     assert share < 1
-    blank = np.broadcast_to(np.float32(scenes.GROUNDS[caption.ground]), image.shape)
-    assert scenes.judge([caption], blank[None])[0] == 0
+    blank = np.broadcast_to(np.float32(language.GROUNDS[caption.ground]), image.shape)
+    assert judging.judge([caption], blank[None])[0] == 0
 
 
 def test_relation_needs_more_than_the_two_things():
-    right = scenes.Caption.parse("a red square left of a blue ring")
-    wrong = scenes.Caption.parse("a red square right of a blue ring")
-    image = scenes.render(wrong, np.random.default_rng(0))
-    assert scenes.judge([right], image[None])[0] == pytest.approx(2 / 3)
+    right = language.Caption.parse("a red square left of a blue ring")
+    wrong = language.Caption.parse("a red square right of a blue ring")
+    image = rendering.render(wrong, np.random.default_rng(0))
+    assert judging.judge([right], image[None])[0] == pytest.approx(2 / 3)
 
 
 def test_training_never_draws_what_is_held_out():
     rng = np.random.default_rng(6)
-    trained = {str(scenes.training_caption(rng)) for _ in range(5000)}
-    held_out = {str(caption) for caption in scenes.held_out_captions(400, seed=1)}
+    trained = {str(language.training_caption(rng)) for _ in range(5000)}
+    held_out = {str(caption) for caption in language.held_out_captions(400, seed=1)}
     assert len(held_out) == 2000
     assert not trained & held_out
-    assert not any(scenes.Caption.parse(text).held_out for text in trained)
+    assert not any(language.Caption.parse(text).held_out for text in trained)
 
 
 def test_held_out_captions_are_even_over_kinds_and_fixed_by_seed():
-    captions = scenes.held_out_captions(20, seed=3)
-    assert [caption.kind for caption in captions] == [kind for kind in scenes.KINDS for _ in range(20)]
-    assert captions == scenes.held_out_captions(20, seed=3) != scenes.held_out_captions(20, seed=4)
+    captions = language.held_out_captions(20, seed=3)
+    assert [caption.kind for caption in captions] == [kind for kind in language.KINDS for _ in range(20)]
+    assert captions == language.held_out_captions(20, seed=3) != language.held_out_captions(20, seed=4)
 
 
 def test_tokens_and_images_are_inverse():
     images = np.random.default_rng(7).random((3, 16, 16, 3), dtype=np.float32)
-    assert np.array_equal(scenes.to_images(scenes.to_tokens(images)), images)
+    assert np.array_equal(encoding.to_images(encoding.to_tokens(images)), images)
     # A token is a cell: the first token holds the top left 4x4 pixels.
-    assert np.array_equal(scenes.to_tokens(images)[0, 0].reshape(4, 4, 3), images[0, :4, :4])
+    assert np.array_equal(encoding.to_tokens(images)[0, 0].reshape(4, 4, 3), images[0, :4, :4])
 
 
 def test_batches_depend_on_their_seed_alone():
-    one, same, other = (scenes.training_batch(8, (0, step), drop=0.5) for step in (1, 1, 2))
+    one, same, other = (encoding.training_batch(8, (0, step), drop=0.5) for step in (1, 1, 2))
     assert torch.equal(one.latents, same.latents) and torch.equal(one.embeddings, same.embeddings)
     assert not torch.equal(one.latents, other.latents)
 
 
 def test_equal_words_have_equal_vectors_everywhere():
-    embeddings, mask = scenes.encode(["two red squares", "a red ring", ""])
+    embeddings, mask = encoding.encode(["two red squares", "a red ring", ""])
     assert torch.equal(embeddings[0, 1], embeddings[1, 0])
     assert mask.sum(1).tolist() == [3, 2, 1]
     # The frozen embedding of a word: another value would break every checkpoint that was ever trained.
@@ -119,13 +119,13 @@ def test_equal_words_have_equal_vectors_everywhere():
 )
 def test_what_is_no_scene_is_refused_in_one_line(prompt):
     with pytest.raises(ValueError) as error:
-        scenes.Caption.parse(prompt)
+        language.Caption.parse(prompt)
     assert "\n" not in str(error.value)
 
 
 def test_score_intervals_hold_the_mean_and_shrink():
     rng = np.random.default_rng(8)
-    few, many = (scenes.Score.of((rng.random(n) < 0.7).astype(float)) for n in (50, 5000))
+    few, many = (judging.Score.of((rng.random(n) < 0.7).astype(float)) for n in (50, 5000))
     for score in (few, many):
         assert score.strict_ci[0] <= score.strict <= score.strict_ci[1]
     width = [score.strict_ci[1] - score.strict_ci[0] for score in (few, many)]

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from ppcl_rt import Interval, Streams
-from ppcl_train.config.settings import PRESETS, with_changes
-from ppcl_train.data import states
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import with_changes
+from ppcl_train.data import calibration, stream_cache, streams
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.live_bytes import LiveBytes
-from ppcl_train.engine.loop import adamw
+from ppcl_train.engine.optimisers import adamw
+from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students, teacher
 
@@ -33,12 +36,12 @@ INTERVALS = (Interval(0, 1), Interval(0, 2), Interval(1, 2), Interval(1, 4), Int
 
 def prepare(folder, intervals=INTERVALS, config=TINY):
     """A run folder with a teacher of random weights and a selection; returns the teacher."""
-    model = teacher.initial(config.teacher, 0)
+    model = teacher.initial(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     write_tensors(folder / "teacher.safetensors", dict(model.named_parameters()), {})
     selection.write(folder, [selection.Selected(interval, "last") for interval in intervals])
-    return teacher.load(config, folder)
+    return load_teacher(config, folder)
 
 
 def distilled(folder, changes):
@@ -52,18 +55,20 @@ def distilled(folder, changes):
 def test_distilling_on_the_way_is_distilling_on_kept_states(tmp_path):
     model, config = prepare(tmp_path), TINY.students
     learners = {
-        selected.interval: selection.begin(model.transformer_blocks, selected) for selected in selection.read(tmp_path)
+        selected.interval: selection.new_student(model.transformer_blocks, selected)
+        for selected in selection.read(tmp_path)
     }
     # One optimiser for all, which steps when all have their gradients.
-    optimiser = adamw(torch.optim.AdamW, config, [p for student in learners.values() for p in student.parameters()])
+    trained = [p for student in learners.values() for p in student.parameters()]
+    optimiser = adamw(trained, lr=config.lr, weight_decay=config.weight_decay)
     for step in range(config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        batch = states.inputs(TINY, config.batch, states.STUDENTS + step)
-        passed = states.trace(model, batch)
+        batch = calibration.inputs(TINY, config.batch, calibration.STUDENTS + step)
+        passed = streams.trace(model, batch)
         for interval, student in learners.items():
-            out = states.run_block(student, passed.states[interval.first], passed.context)
-            students.matching_loss(out, passed.states[interval.last + 1], batch.mask, config.magnitude).backward()
+            out = streams.run_block(student, passed.streams[interval.first], passed.context)
+            matching_loss(out, passed.streams[interval.last + 1], batch.mask, config.magnitude).backward()
         optimiser.step()
         optimiser.zero_grad()
     students.distil(TINY, tmp_path)
@@ -75,22 +80,24 @@ def test_distilling_on_the_way_is_distilling_on_kept_states(tmp_path):
 
 def test_intervals_are_visited_at_their_end_and_only_open_ones_are_held(tmp_path):
     model = prepare(tmp_path)
-    given = states.inputs(TINY, 3, 5)
-    passed = states.trace(model, given)
-    visited, bytes_of = [], 4 * sum(stream.numel() for stream in passed.states[0])
+    given = calibration.inputs(TINY, 3, 5)
+    passed = streams.trace(model, given)
+    visited, bytes_of = [], 4 * sum(stream.numel() for stream in passed.streams[0])
 
     def visit(interval, before, after, context):
         visited.append(interval)
-        for mine, theirs in zip([*before, *after], [*passed.states[interval.first], *passed.states[interval.last + 1]]):
+        for mine, theirs in zip(
+            [*before, *after], [*passed.streams[interval.first], *passed.streams[interval.last + 1]]
+        ):
             assert torch.equal(mine, theirs)
         assert context["temb"] is not None and "width" not in context
 
-    states.walk_intervals(model, given, INTERVALS, visit)
+    streams.walk_intervals(model, given, INTERVALS, visit)
     assert [interval.last for interval in visited] == [1, 2, 2, 4, 5] and set(visited) == set(INTERVALS)
     peaks = []
     for intervals in ([Interval(0, 0)], [Interval(n, n) for n in range(6)], [Interval(n, 5) for n in range(6)]):
         with LiveBytes() as live:
-            states.walk_intervals(model, given, intervals, lambda *_: None)
+            streams.walk_intervals(model, given, intervals, lambda *_: None)
         peaks.append(live.peak)
     # The last holds the inputs of all blocks until the end; of the first no more than a pass holds anyway.
     assert peaks[0] == peaks[1] and peaks[2] >= peaks[0] + 3 * bytes_of
@@ -102,10 +109,10 @@ def test_memory_is_that_of_a_teacher_pass_and_one_student_whatever_their_number(
         {"teacher.architecture": {**TINY.teacher.architecture, "num_layers": 12}, "students.batch": 16},
     )
     model = prepare(tmp_path, config=config)
-    batch = states.inputs(config, 16, 5)
+    batch = calibration.inputs(config, 16, 5)
 
     def learner(interval):
-        block = selection.begin(model.transformer_blocks, selection.Selected(interval, "first"))
+        block = selection.new_student(model.transformer_blocks, selection.Selected(interval, "first"))
         return students.Learner(block, config.students, 1.0)
 
     def peak(intervals):
@@ -115,22 +122,22 @@ def test_memory_is_that_of_a_teacher_pass_and_one_student_whatever_their_number(
         def learn(interval, before, after, context):
             learners[interval].learn(before, after, context, batch.mask)
 
-        states.walk_intervals(model, batch, intervals, learn)
+        streams.walk_intervals(model, batch, intervals, learn)
         with LiveBytes() as live:
-            states.walk_intervals(model, batch, intervals, learn)
+            streams.walk_intervals(model, batch, intervals, learn)
         return live.peak
 
     with LiveBytes() as forward:
-        states.walk(model, batch, lambda *_: None)
-    passed, alone = states.trace(model, batch), learner(Interval(0, 1))
-    alone.learn(passed.states[0], passed.states[2], passed.context, batch.mask)
+        streams.walk(model, batch, lambda *_: None)
+    passed, alone = streams.trace(model, batch), learner(Interval(0, 1))
+    alone.learn(passed.streams[0], passed.streams[2], passed.context, batch.mask)
     with LiveBytes() as training:
-        alone.learn(passed.states[0], passed.states[2], passed.context, batch.mask)
+        alone.learn(passed.streams[0], passed.streams[2], passed.context, batch.mask)
     pairs = [Interval(n, n + 1) for n in range(0, 12, 2)]
     peaks = [peak(pairs[:1]), peak(pairs[:3]), peak(pairs)]
     assert max(peaks) <= 1.3 * (forward.peak + training.peak)
     # Flat: what is still to be collected may be a stream more or less, and where intervals overlap another is held.
-    stream = 4 * sum(stream.numel() for stream in passed.states[0])
+    stream = 4 * sum(stream.numel() for stream in passed.streams[0])
     assert max(peaks) - min(peaks) <= stream
     assert peak([Interval(n, n + 1) for n in range(11)]) <= min(peaks) + 2 * stream
 
@@ -161,15 +168,15 @@ def test_checkpointing_changes_nothing_and_precision_a_little(tmp_path, precisio
 
 def test_bfloat16_learns_what_float32_learns(tmp_path, monkeypatch):
     model, config = prepare(tmp_path), with_changes(TINY, {"students.precision": "bf16"}).students
-    batch = states.inputs(TINY, 4, 5)
+    batch = calibration.inputs(TINY, 4, 5)
     gradients = []
     for precise in (TINY.students, config):
         learner = students.Learner(
-            selection.begin(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise, 1.0
+            selection.new_student(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise, 1.0
         )
         monkeypatch.setattr(learner.optimiser, "zero_grad", lambda: None)
-        passed = states.trace(model, batch)
-        learner.learn(passed.states[0], passed.states[2], passed.context, batch.mask)
+        passed = streams.trace(model, batch)
+        learner.learn(passed.streams[0], passed.streams[2], passed.context, batch.mask)
         gradients.append(torch.cat([p.grad.flatten() for p in learner.student.parameters()]))
     # bfloat16 rounds by up to 2^-9 = 0.2 %, at each of some ten products one behind the other, forth and back.
     assert 1e-4 < (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 0.05
@@ -184,19 +191,21 @@ def test_a_loss_that_is_not_finite_names_student_and_step_and_changes_nothing(tm
 
 def test_states_on_disk_are_those_of_the_teacher(tmp_path):
     model = prepare(tmp_path)
-    batches = [states.inputs(TINY, 3, seed) for seed in range(3)]
-    cache = states.StateCache(tmp_path / "states", torch.float32)
+    batches = [calibration.inputs(TINY, 3, seed) for seed in range(3)]
+    cache = stream_cache.StreamCache(tmp_path / "states", torch.float32)
     assert 0 not in cache and cache.fill(model, batches, 10**9) == 3
     for number, given in enumerate(batches):
-        passed, context = states.trace(model, given), cache.context(number)
-        for block, streams in enumerate(passed.states):
-            assert all(torch.equal(a, b) for a, b in zip(cache.read(number, block), streams, strict=True))
+        passed, context = streams.trace(model, given), cache.context(number)
+        for block, stored in enumerate(passed.streams):
+            assert all(torch.equal(a, b) for a, b in zip(cache.read(number, block), stored, strict=True))
         assert context.keys() == passed.context.keys() and torch.equal(context["temb"], passed.context["temb"])
-        out = states.run_block(model.transformer_blocks[2], cache.read(number, 2), context)
-        assert torch.equal(out.image, passed.states[3].image)
+        out = streams.run_block(model.transformer_blocks[2], cache.read(number, 2), context)
+        assert torch.equal(out.image, passed.streams[3].image)
 
     def visit(interval, before, after, context):
-        for mine, theirs in zip([*before, *after], [*passed.states[interval.first], *passed.states[interval.last + 1]]):
+        for mine, theirs in zip(
+            [*before, *after], [*passed.streams[interval.first], *passed.streams[interval.last + 1]]
+        ):
             assert torch.equal(mine, theirs)
         seen.append(interval)
 
@@ -207,20 +216,22 @@ def test_states_on_disk_are_those_of_the_teacher(tmp_path):
 
 def test_a_cache_keeps_to_its_budget_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     model = prepare(tmp_path)
-    batches = [states.inputs(TINY, 3, seed) for seed in range(4)]
-    cache = states.StateCache(tmp_path / "states", torch.bfloat16)
-    all_of_them = states.StateCache(tmp_path / "all", torch.bfloat16)
+    batches = [calibration.inputs(TINY, 3, seed) for seed in range(4)]
+    cache = stream_cache.StreamCache(tmp_path / "states", torch.bfloat16)
+    all_of_them = stream_cache.StreamCache(tmp_path / "all", torch.bfloat16)
     assert all_of_them.fill(model, batches, 10**9) == 4 and cache.fill(model, batches[:1], 10**9) == 1
     sizes = [all_of_them.bytes_of(number) for number in range(4)]
     budget, written = sizes[0] + sizes[1] + sizes[2] // 2, []
-    monkeypatch.setattr(states, "write_tensors", lambda path, *rest: (written.append(path), write_tensors(path, *rest)))
+    monkeypatch.setattr(
+        stream_cache, "write_tensors", lambda path, *rest: (written.append(path), write_tensors(path, *rest))
+    )
     assert cache.fill(model, batches, budget) == 2
     assert {path.parent.name for path in written} == {"000001"}
     assert [cache.bytes_of(number) for number in range(4)] == [*sizes[:2], 0, 0]
     # A batch whose last file is missing is made again.
     written[-1].unlink()
     assert 1 not in cache and cache.fill(model, batches, budget) == 2 and 1 in cache
-    rounded = states.trace(model, batches[1]).states[4]
+    rounded = streams.trace(model, batches[1]).streams[4]
     assert isinstance(cache.read(1, 4), Streams) and cache.read(1, 4).image.dtype == torch.bfloat16
     assert torch.equal(cache.read(1, 4).image, rounded.image.bfloat16())
 

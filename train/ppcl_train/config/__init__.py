@@ -1,1 +1,1 @@
-"""Settings of a training run."""
+"""What decides a training run: settings, and presets of them."""

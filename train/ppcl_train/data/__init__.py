@@ -1,1 +1,1 @@
-"""Where batches come from: sources, caches, shards."""
+"""Where batches come from: sources and caches, calibration inputs, and the streams of a teacher."""

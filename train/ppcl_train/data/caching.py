@@ -1,4 +1,4 @@
-"""Fill caches: from captioned images, or with what the teacher itself draws from prompts."""
+"""What caches are filled with: captioned images, or pictures that the teacher itself draws from prompts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ppcl_train.data.captioned import Captioned, Reader, buckets, every, fit
-from ppcl_train.data.shards import NO_LIMITS, Limits, Manifest, Recipe, Sample, Skipped, fill
+from ppcl_train.data.filling import Recipe, Sample, fill
+from ppcl_train.data.shards import NO_LIMITS, Limits, Manifest, Skipped
 from ppcl_train.families.base import Encoder, Picture, Unreadable
 
-# Samples of a shard. A kill loses what belongs to one: seconds where images are encoded, minutes where they are drawn.
+# Samples of a shard. A kill loses the shard that is being filled: seconds of encoding images, minutes of drawing them.
 PER_SHARD, PER_SHARD_DRAWN = 64, 8
 
 # Threads that read and decode images.
@@ -46,8 +48,8 @@ def cache(
     """Encode captioned images into a cache, or go on encoding.
 
     Args:
-        settings: what else decides the samples, for the manifest: which pipeline.
-        area: pixels of an image; it is resized and cropped to the nearest of `buckets`. None for the encoder's own.
+        settings: all else that decides the samples, for the manifest: the pipeline.
+        area: pixels of an image, which is resized and cropped to the nearest of `buckets`; None for the encoder's own.
         part: ``(p, n)``: every n-th image, from the p-th; n processes with a part each share the work.
 
     Raises:
@@ -62,14 +64,14 @@ def cache(
 
     def sample(name: str, given: Future[tuple[Picture, str]]) -> Sample:
         picture, caption = given.result()
-        # The caption first: it is the cheaper of the two, should it be no prompt of this family.
+        # The caption first: if the family cannot take it, the more expensive encoding of the picture is saved.
         embeddings = encoder.embed(caption)
         latents, shape = encoder.encode(picture)
         return _sample(name, caption, latents, embeddings, shape, dtype)
 
     def recipes(position: int) -> Iterator[Recipe]:
         for item, given in _ahead(every(reader, position, *part), read):
-            yield item.name, lambda name=item.name, given=given: sample(name, given)  # type: ignore[misc]
+            yield item.name, partial(sample, item.name, given)
 
     begun = _begun(family, {**settings, **reader.settings, "area": area, "dtype": str(dtype), "part": part}, limits)
     count = None if reader.count is None else len(range(part[0], reader.count, part[1]))
@@ -105,10 +107,10 @@ def generate(
 ) -> Manifest:
     """Draw a picture for every prompt with the teacher and cache the pairs, or go on drawing.
 
-    Prompt ``i`` is drawn at size ``i`` (modulo their number) from noise that (seed, i) alone decides.
+    Prompt ``i`` is drawn at size ``i`` (modulo the number of sizes), from noise that (seed, i) alone decides.
 
     Raises:
-        ValueError: a size is not a multiple of what the family takes; else as `fill`.
+        ValueError: the sides of a size are not multiples of what the family takes; else as `fill`.
     """
     for width, height in sizes:
         if width % encoder.multiple or height % encoder.multiple:
@@ -126,7 +128,7 @@ def generate(
 
     def recipes(position: int) -> Iterator[Recipe]:
         for number in numbers[position:]:
-            yield f"prompt {number + 1}", lambda number=number: sample(number)  # type: ignore[misc]
+            yield f"prompt {number + 1}", partial(sample, number)
 
     asked = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     made = {"prompts": asked, "sizes": sizes, "steps": steps, "guidance": guidance, "negative": negative, "seed": seed}
@@ -144,10 +146,10 @@ def generate(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: one a line, or objects with a ``prompt`` or ``text`` in a ``.jsonl``; empty lines are none.
+    """Read prompts: one a line, or in a ``.jsonl`` objects with a ``prompt`` or ``text``; empty lines are passed over.
 
     Raises:
-        ValueError: the file cannot be read, or holds none.
+        ValueError: the file cannot be read, or holds no prompts.
     """
     try:
         lines = [text.strip() for text in path.read_text(encoding="utf-8").splitlines()]
@@ -170,10 +172,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def bytes_of(text: str) -> int:
-    """Bytes of ``800MB``, ``1.5 TB`` (powers of 1,000) or a plain number.
+    """Return the number of bytes that ``800MB``, ``1.5 TB`` (powers of 1,000) or a plain number says.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is none of these.
     """
     found = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     try:
@@ -184,10 +186,10 @@ def bytes_of(text: str) -> int:
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """Width and height of ``1024x768``.
+    """Return the width and height that ``1024x768`` says.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: the text is no size.
     """
     found = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
     if found is None:
@@ -206,7 +208,8 @@ def _sample(
 def _ahead(
     items: Iterator[Captioned], read: Callable[[Captioned], tuple[Picture, str]]
 ) -> Iterator[tuple[Captioned, Future[tuple[Picture, str]]]]:
-    """Items in order with what ``read`` makes of them, read in threads a few ahead: decoding waits for no encoder."""
+    """Yield items in order with the result of ``read``, which runs a few items ahead in threads: decoding then overlaps
+    with encoding."""
     with ThreadPoolExecutor(_READERS) as pool:
         waiting: deque[tuple[Captioned, Future[tuple[Picture, str]]]] = deque()
         for item in items:
@@ -224,7 +227,7 @@ def _begun(family: str, settings: dict[str, Any], limits: Limits) -> Manifest:
 
 @contextlib.contextmanager
 def _progress(stage: str, count: int | None, limits: Limits) -> Iterator[Callable[[int, int, Skipped], None]]:
-    """A progress bar as `fill` reports to it."""
+    """Show a progress bar; yields what `fill` reports to."""
     totals = [total for total in (count, limits.samples) if total is not None]
     columns = (
         TextColumn("{task.description}"),

@@ -1,7 +1,7 @@
 """Captioned images from a folder, from tar shards of webdataset, or from a dataset of `datasets`; and their sizes.
 
-Every reader yields the same images in the same order whenever it is asked, from any position on. What is wrong with
-one image or caption is found out when that image is opened, and concerns it alone.
+A reader yields the same images in the same order every time, from any position on. A damaged image or caption is found
+when that image is opened, and no other image is affected.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,9 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ppcl_rt.files import one_line as line
+from ppcl_rt.files import one_line
 from ppcl_train.families.base import Picture, Unreadable
-from ppcl_train.scenes import scenes
+from ppcl_train.scenes.language import training_caption
+from ppcl_train.scenes.rendering import render
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Width over height of the buckets.
@@ -32,8 +34,8 @@ class Captioned(NamedTuple):
     """A captioned image that has not been opened yet.
 
     Attributes:
-        name: names it in messages.
-        open: returns picture and caption, or raises `Unreadable`.
+        name: what messages call it.
+        open: returns the picture and its caption, or raises `Unreadable`.
     """
 
     name: str
@@ -44,8 +46,8 @@ class Reader(Protocol):
     """Where captioned images come from.
 
     Attributes:
-        settings: what decides the images, as JSON.
-        count: how many there are; None where counting would mean reading all of it.
+        settings: all that decides the images, as JSON.
+        count: how many images there are; None if counting them would mean reading all of them.
     """
 
     settings: dict[str, Any]
@@ -56,7 +58,7 @@ class Reader(Protocol):
 
 
 def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
-    """Sizes (width, height) near an area in pixels, sides multiples of ``multiple``, between 1:2 and 2:1."""
+    """List sizes (width, height) near an area in pixels, between 1:2 and 2:1; sides are multiples of ``multiple``."""
 
     def side(length: float) -> int:
         return max(1, round(length / multiple)) * multiple
@@ -65,7 +67,7 @@ def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
 
 
 def fit(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
-    """Resize an image to the size of the nearest aspect ratio, and crop what stands over, equally on both sides."""
+    """Resize an image to the size of the nearest aspect ratio, and crop the rest, equally on both sides."""
     aspect = image.width / image.height
     return ImageOps.fit(
         image, min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / aspect))), Image.Resampling.LANCZOS
@@ -76,7 +78,7 @@ def picture_of(content: bytes) -> Image.Image:
     """Decode an image file: upright, RGB.
 
     Raises:
-        Unreadable: it is none, or not whole.
+        Unreadable: it is no image of a known format, or damaged.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -84,14 +86,14 @@ def picture_of(content: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise Unreadable("no image of a known format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"cannot be decoded ({line(error)})") from None
+        raise Unreadable(f"cannot be decoded ({one_line(error)})") from None
 
 
 def caption_of(value: Any) -> str:
-    """A caption; of a list of captions the first.
+    """Return a caption without spaces around it; of a list of captions, the first.
 
     Raises:
-        Unreadable: it is missing, empty or no text.
+        Unreadable: the caption is missing, empty or no text.
     """
     if isinstance(value, list | tuple) and value:
         value = value[0]
@@ -106,9 +108,9 @@ def caption_of(value: Any) -> str:
 
 
 class Folder:
-    """Image files, each with a text file of the same name beside it, or all listed in ``metadata.jsonl``.
+    """Image files, each with a text file of the same name next to it, or all listed in ``metadata.jsonl``.
 
-    ``metadata.jsonl`` has an object a line: ``{"file_name": "a.png", "text": "a red square"}``.
+    Each line of ``metadata.jsonl`` is an object: ``{"file_name": "a.png", "text": "a red square"}``.
 
     Raises:
         ValueError: there are no images, or the metadata cannot be read.
@@ -143,7 +145,7 @@ class Folder:
     def read(self, start: int) -> Iterator[Captioned]:
         """See `Reader.read`."""
         for name in self.names[start:]:
-            yield Captioned(name, lambda name=name: self._open(name))  # type: ignore[misc]
+            yield Captioned(name, partial(self._open, name))
 
     def _open(self, name: str) -> tuple[Picture, str]:
         path = self.folder / name
@@ -153,7 +155,7 @@ class Folder:
             else:
                 caption = caption_of(path.with_suffix(".txt").read_bytes())
         except OSError:
-            raise Unreadable(f"has no {path.with_suffix('.txt').name} beside it") from None
+            raise Unreadable(f"has no {path.with_suffix('.txt').name} next to it") from None
         try:
             return picture_of(path.read_bytes()), caption
         except OSError as error:
@@ -161,7 +163,7 @@ class Folder:
 
 
 class Tars:
-    """Tar shards of webdataset: files of one name are one sample, an image and a ``.txt`` or ``.json``.
+    """Tar shards of webdataset: files of the same name make a sample, an image and a ``.txt`` or ``.json``.
 
     The pattern is what webdataset takes (``data-{000..099}.tar``, a URL, ``pipe:`` and a command) or one with ``*``.
 
@@ -185,7 +187,7 @@ class Tars:
         """See `Reader.read`."""
         import webdataset
 
-        # One by one and in order: no shuffling, no splitting among workers.
+        # One by one and in order: webdataset would otherwise shuffle and split among workers.
         stages = (webdataset.SimpleShardList(self.urls), webdataset.tarfile_to_samples())
         samples = iter(webdataset.DataPipeline(*stages))
         seen = 0
@@ -193,14 +195,14 @@ class Tars:
             try:
                 sample = next(samples, None)
             except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-                # webdataset adds the shard's name to what went wrong.
+                # webdataset adds the name of the shard to the arguments of the error.
                 said = " ".join(part for part in error.args if isinstance(part, str))
-                raise ValueError(f"a shard, behind sample {seen}, cannot be read: {said}") from None
+                raise ValueError(f"a shard, after sample {seen}, cannot be read: {said}") from None
             if sample is None:
                 return
             seen += 1
             if seen > start:
-                yield Captioned(sample["__key__"], lambda sample=sample: self._open(sample))  # type: ignore[misc]
+                yield Captioned(sample["__key__"], partial(self._open, sample))
 
     def _open(self, sample: Mapping[str, Any]) -> tuple[Picture, str]:
         images = [name for name in sample if f".{name.rpartition('.')[2].lower()}" in SUFFIXES]
@@ -216,7 +218,7 @@ class Tars:
 
 
 class Dataset:
-    """A dataset of `datasets`: a hub id, a folder that it reads, or one that ``save_to_disk`` wrote.
+    """A dataset of `datasets`: a hub id, a folder that the library reads, or one that ``save_to_disk`` wrote.
 
     Raises:
         ValueError: it cannot be loaded, or has no such columns.
@@ -232,10 +234,10 @@ class Dataset:
             data: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
             data = data[split] if isinstance(data, dict) else data
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"the dataset {name}, split {split}, cannot be loaded: {line(error)}") from None
+            raise ValueError(f"the dataset {name}, split {split}, cannot be loaded: {one_line(error)}") from None
         if lost := sorted({image_column, caption_column} - set(data.column_names)):
             raise ValueError(f"{name} has no column {lost[0]}; it has: {', '.join(data.column_names)}")
-        # Not decoded by `datasets`: a broken image would end the reading.
+        # Not decoded by `datasets`: there, a damaged image ends the reading.
         self.data = data.cast_column(image_column, datasets.Image(decode=False))
         self.image, self.caption = image_column, caption_column
         self.count: int | None = len(self.data)
@@ -250,9 +252,10 @@ class Dataset:
     def read(self, start: int) -> Iterator[Captioned]:
         """See `Reader.read`."""
         for number in range(start, len(self.data)):
-            yield Captioned(f"row {number}", lambda number=number: self._open(self.data[number]))  # type: ignore[misc]
+            yield Captioned(f"row {number}", partial(self._open, number))
 
-    def _open(self, row: Mapping[str, Any]) -> tuple[Picture, str]:
+    def _open(self, number: int) -> tuple[Picture, str]:
+        row = self.data[number]
         caption, held = caption_of(row[self.caption]), row[self.image] or {}
         content = held.get("bytes")
         try:
@@ -265,7 +268,7 @@ class Dataset:
 
 
 class MadeScenes:
-    """Scenes, made: image ``i`` depends on (seed, i) alone."""
+    """Scenes that are made on the spot: image ``i`` depends on (seed, i) alone."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         self.count: int | None = count
@@ -275,14 +278,14 @@ class MadeScenes:
     def read(self, start: int) -> Iterator[Captioned]:
         """See `Reader.read`."""
         for number in range(start, self.count or 0):
-            yield Captioned(f"scene {number}", lambda number=number: self._open(number))  # type: ignore[misc]
+            yield Captioned(f"scene {number}", partial(self._open, number))
 
     def _open(self, number: int) -> tuple[Picture, str]:
         rng = np.random.default_rng((self.seed, number))
-        caption = scenes.training_caption(rng)
-        return scenes.render(caption, rng), str(caption)
+        caption = training_caption(rng)
+        return render(caption, rng), str(caption)
 
 
 def every(reader: Reader, start: int, part: int, parts: int) -> Iterator[Captioned]:
-    """Images ``start, start + 1, ..`` of one part: part ``p`` has images ``p, p + parts, ..`` of the reader."""
+    """Yield images ``start, start + 1, ..`` of a part: part ``p`` has images ``p, p + parts, ..`` of the reader."""
     return islice(reader.read(part + start * parts), 0, None, parts)

@@ -1,39 +1,21 @@
-"""Where a run's batches come from: scenes made on the spot, or samples that were cached in shards.
+"""Where a run's batches come from: samples that the family makes on the spot, or samples that were cached in shards.
 
-A source has the samples of a seed; (run.seed, seed) alone decides them, so that a run that was killed goes on with the
-batches that it would have had.
+A source returns the samples of a seed; (run.seed, seed) alone decides them, so that a run that was killed goes on with
+the batches that it would have had.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import shards
-from ppcl_train.families.base import ImageShape
-from ppcl_train.scenes import scenes
-from ppcl_train.scenes.sampling import IMAGE_SHAPE
-
-
-class Samples(NamedTuple):
-    """Samples of one shape, without noise.
-
-    Attributes:
-        latents: ``[N, S, C]`` float32, normalised and packed.
-        embeddings: ``[N, S_text, E]`` float32.
-        mask: ``[N, S_text]``, true on words.
-        shape: of every image.
-    """
-
-    latents: torch.Tensor
-    embeddings: torch.Tensor
-    mask: torch.Tensor
-    shape: ImageShape
+from ppcl_train.families.base import Samples
 
 
 class Source(Protocol):
@@ -44,16 +26,12 @@ class Source(Protocol):
 
 
 def source(run: RunConfig) -> Source:
-    """The source of a run.
+    """Return the source of a run.
 
     Raises:
         ValueError: the run's cache is missing, not complete or of another family.
     """
-    if run.data.cache is not None:
-        return Cached(run, _opened(run.data.cache))
-    if run.task != "scenes":
-        raise ValueError(f"{run.task} reads a cache: make one with `ppcl train cache`, then --set data.cache=FOLDER")
-    return Made(run)
+    return Made(run) if run.data.cache is None else Cached(run, _opened(run.data.cache))
 
 
 @lru_cache(maxsize=4)
@@ -62,22 +40,25 @@ def _opened(folder: str) -> shards.Shards:
 
 
 class Made:
-    """Scenes, made anew for every batch."""
+    """Samples that the family makes anew for every batch (`Family.make`)."""
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
 
     def samples(self, size: int, seed: int) -> Samples:
-        """See `Source.samples`."""
-        batch = scenes.training_batch(size, (self.run.seed, seed), drop=self.run.teacher.drop_caption)
-        return Samples(batch.latents, batch.embeddings, batch.mask, IMAGE_SHAPE)
+        """See `Source.samples`.
+
+        Raises:
+            ValueError: samples of this family come from a cache.
+        """
+        return self.run.family.make(size, (self.run.seed, seed), self.run.teacher.drop_caption)
 
 
 class Cached:
-    """Samples of a cache, drawn at random; all of a batch have one shape, drawn by how many samples have it.
+    """Samples of a cache, drawn at random. All samples of a batch have one shape, drawn by how many samples have it.
 
-    A batch holds no sample twice unless it is larger than its bucket. Batches are drawn independently: over a whole
-    training each sample is seen about equally often, but there are no epochs.
+    A batch holds no sample twice unless the batch is larger than its bucket. Batches are drawn independently: over a
+    whole training each sample is seen about equally often, but there are no epochs.
     """
 
     def __init__(self, run: RunConfig, cache: shards.Shards) -> None:
@@ -102,6 +83,6 @@ class Cached:
 
 
 def padded(texts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings ``[S_text, E]`` of several lengths as ``[N, longest, E]`` float32, zeros behind, and their mask."""
+    """Pad embeddings ``[S_text, E]`` with zeros at the end: ``[N, longest, E]`` float32, and their mask."""
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in texts], True)
     return torch.nn.utils.rnn.pad_sequence([text.float() for text in texts], True), mask

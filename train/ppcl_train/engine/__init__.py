@@ -1,1 +1,1 @@
-"""The training loop, processes, and the files of a run."""
+"""How stages train: the loop, its optimisers and state, processes, and the files of a run folder."""

@@ -1,7 +1,8 @@
 """Processes that train together: who they are, how they share samples, gradients and students.
 
-A process alone is the trivial world, so callers never ask how many there are. Worlds are started from outside, one
-process a device: ``torchrun --nproc_per_node 2 -m ppcl_rt.cli train run``, or ``accelerate launch`` on GPUs.
+A single process is a world of size 1, so callers never ask how many processes there are. A world is started from
+outside, one process a device: ``torchrun --nproc_per_node 2 -m ppcl_rt.cli train run``, or ``accelerate launch`` on
+GPUs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 Value = TypeVar("Value")
 
-# A stage that one process runs keeps the others waiting for as long as it takes; one that dies is noticed at once.
+# In a stage that one process runs, the others wait as long as it takes. A process that dies is noticed at once.
 _PATIENCE = timedelta(days=30)
 
 
@@ -33,9 +34,9 @@ class World:
     Every method but `share` is called by all processes, in the same order.
 
     Attributes:
-        rank: which process this is; rank 0 alone writes files.
-        size: how many there are.
-        device: where this one computes.
+        rank: the number of this process; rank 0 alone writes files.
+        size: how many processes there are.
+        device: the device of this process.
     """
 
     rank: int = 0
@@ -44,16 +45,16 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     @property
     def alone(self) -> World:
-        """This process as if there were no other: what computes with it exchanges nothing."""
+        """This process as a world of its own: computing with it exchanges nothing."""
         return World(device=self.device)
 
     def share(self, samples: int) -> slice:
-        """Which samples of a batch are this process's; shares differ by one sample at most.
+        """Return which samples of a batch this process takes; shares differ by one sample at most.
 
         Raises:
             ValueError: fewer samples than processes.
@@ -65,10 +66,10 @@ class World:
         return slice(first, first + each + (self.rank < more))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over processes, the same bits on all; no gradient flows through it.
+        """Average over processes, with the same bits in all of them; no gradient flows through the result.
 
-        A loss that is a sum over tokens, divided by the mean over processes of their counts of tokens, averages to the
-        loss of the whole batch, however uneven the shares are.
+        Take a loss that is a sum over tokens, divided by the mean over processes of their token counts: averaged over
+        processes, it is the loss of the whole batch, however uneven the shares are.
         """
         if self.size == 1:
             return values
@@ -85,7 +86,7 @@ class World:
                     parameter.grad /= self.size
 
     def agree(self, value: Value) -> Value:
-        """What rank 0 holds, on all processes; any object that pickles."""
+        """Return in all processes the value of rank 0, which is pickled."""
         if self.size == 1:
             return value
         held: list[Any] = [value]
@@ -93,16 +94,16 @@ class World:
         return held[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; returns once every process has asked."""
+        """Return whether the flag is set in any process, once every process has called this."""
         return bool(self.mean(torch.tensor(float(flag))) > 0)
 
     def wait(self) -> None:
-        """Return once every process is here."""
-        # Not a barrier: with NCCL that would keep a GPU spinning for as long as rank 0 is busy.
+        """Return once every process has called this."""
+        # Not a barrier: with NCCL, a barrier keeps the waiting GPUs busy for as long as rank 0 works.
         self.any(False)
 
     def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Bring together by name on rank 0 what it lacks and another process holds, on the CPU; empty elsewhere."""
+        """Return on rank 0 the tensors of all processes by name, those of others on the CPU; ``{}`` elsewhere."""
         whole = dict(tensors)
         forms = self._collect({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
         known = set(forms[0])
@@ -118,7 +119,7 @@ class World:
         return whole if self.is_main else {}
 
     def union(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """What all processes hold by name, on all of them; anything that pickles. The first that has a name says it."""
+        """Return in all processes what all of them hold by name; the lowest rank wins a name. Values are pickled."""
         return {name: value for held in reversed(self._collect(dict(values))) for name, value in held.items()}
 
     def _collect(self, value: Value) -> list[Value]:
@@ -130,11 +131,11 @@ class World:
     def shard(self, model: Any) -> None:
         """Spread a frozen model's weights over all processes (FSDP2), on their devices.
 
-        A block is whole only while it runs; the streams between blocks stay what they were, bit for bit.
+        A block is whole in a process only while it runs. The streams between blocks are the same bits as without.
         """
         if self.size > 1:
             mesh = init_device_mesh(self.device.type, (self.size,))
-            for module in (*model.transformer_blocks, model):
+            for module in (*model.blocks(), model):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
@@ -143,7 +144,7 @@ ALONE = World()
 
 @functools.cache
 def join() -> World:
-    """The world that this process was started in, as torchrun and accelerate say it in the environment."""
+    """Return the world that this process was started in, from the environment that torchrun and accelerate set."""
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if size == 1:
@@ -152,13 +153,16 @@ def join() -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-        # Its threads must not outlive the interpreter, which would then abort.
+        # The threads of the group must end before the interpreter does, or the process aborts.
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), size, device)
 
 
 def owners(costs: Sequence[float], size: int) -> list[int]:
-    """Who of ``size`` processes owns what, balanced by cost: the dearest first, each to whom has least."""
+    """Assign items to ``size`` processes, balanced by cost; returns the process of each item.
+
+    The most expensive item goes first, each item to the process with the least cost so far.
+    """
     load, chosen = [0.0] * size, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         chosen[item] = min(range(size), key=load.__getitem__)

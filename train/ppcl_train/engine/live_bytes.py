@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, counted operation by operation: the same on every machine and in every run."""
+"""Bytes of tensors that are alive, counted after every operation: the same on every machine and in every run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside ``with LiveBytes() as live:``, counts storages that come into being, and ``live.peak`` is the most alive.
+    """Counts the storages that are created inside ``with LiveBytes() as live:``; ``live.peak`` is their peak in bytes.
 
-    What was there before (weights, an optimiser's state) does not count. Scratch memory inside one operation does not
-    either.
+    Not counted: what was there before (weights, an optimiser's state), and scratch memory inside one operation.
     """
 
     def __init__(self) -> None:
@@ -23,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and look at what it made."""
+        """Run an operation and count the storages that it created."""
         out = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
         self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}

@@ -1,1 +1,1 @@
-"""What training has to know of a model family, one file each."""
+"""What training knows of a model family; one file a family."""

@@ -1,43 +1,63 @@
-"""What training and caching have to know of a model family; one file a family, listed in `of`.
+"""What training and caching ask of a model family, and the one door to all families: `of`.
 
-Training asks a `Family` for two things: how its transformer is called and what it predicts. Making a cache asks for its
-pipeline, opened as an `Encoder`. FLUX or SD3 would be one more file each.
+Training asks a `Family` how its transformer is built and called, and what the transformer predicts. Making a cache asks
+for the family's pipeline, opened as an `Encoder`. A new family is one more file here, one in the runtime, and an entry
+in `ppcl_rt.families.registry`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ppcl_rt.families import registry
+
 # (frames, rows, columns) of an image, in tokens.
 ImageShape = tuple[int, int, int]
-# Arrays are already of the size and in the range that the family's encoder takes.
+# Arrays already have the size and the range of values that the family's encoder takes.
 Picture = Image.Image | np.ndarray
 
 
 class Unreadable(ValueError):
-    """One captioned image that cannot be used; says why, without its name."""
+    """A captioned image that cannot be used; the message says why, without the name of the image."""
+
+
+class Samples(NamedTuple):
+    """Samples of one shape, without noise.
+
+    Attributes:
+        latents: ``[N, S, C]`` float32, normalised and packed.
+        embeddings: ``[N, S_text, E]`` float32.
+        mask: ``[N, S_text]``, true on words.
+        shape: of every image.
+    """
+
+    latents: torch.Tensor
+    embeddings: torch.Tensor
+    mask: torch.Tensor
+    shape: ImageShape
 
 
 class Encoder(Protocol):
     """An opened pipeline.
 
     Attributes:
-        multiple: pixels; sides of images are multiples of it.
-        area: pixels of an image where nobody says otherwise.
+        multiple: pixels; the sides of images are multiples of it.
+        area: pixels of an image, unless the caller says otherwise.
     """
 
     multiple: int
     area: int
 
     def embed(self, prompt: str) -> torch.Tensor:
-        """Embed one prompt, ``[S_text, E]``, no padding.
+        """Embed one prompt, ``[S_text, E]``, without padding.
 
         Raises:
-            Unreadable: it is no prompt of this family.
+            Unreadable: the family cannot take this prompt.
         """
 
     def encode(self, picture: Picture) -> tuple[torch.Tensor, ImageShape]:
@@ -57,17 +77,30 @@ class Family(Protocol):
     """A model family.
 
     Attributes:
-        predicts: what the transformer's output is, as in `states.Inputs`.
-        judged: whether the project can sample and judge its checkpoints (`ppcl_rt.cli.task`).
+        predicts: what the transformer's output is, as in `calibration.Inputs`.
+        judged: whether the project can sample and judge checkpoints of this family (`ppcl_rt.cli.task`).
     """
 
     predicts: Literal["clean", "velocity"]
     judged: bool
 
+    def build(self, architecture: Mapping[str, Any]) -> Any:
+        """Build the dense model, a pluggable one. Under ``torch.device("meta")``, this checks an architecture.
+
+        Raises:
+            TypeError, ValueError, RuntimeError, ZeroDivisionError: no model has this architecture.
+        """
+
+    def initialise(self, model: Any) -> None:
+        """Prepare a built model for training from nothing: modulations and output become zero (adaLN-zero)."""
+
+    def hidden_matrices(self, model: Any) -> list[str]:
+        """Names of the matrices that Muon trains, sorted: those inside blocks, without modulations."""
+
     def arguments(
         self, x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor, shape: ImageShape
     ) -> dict[str, Any]:
-        """What the transformer is called with.
+        """Return what the transformer is called with.
 
         Args:
             x: noisy latents ``[N, S, C]``.
@@ -77,24 +110,31 @@ class Family(Protocol):
             shape: of every image in the batch.
         """
 
-    def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> Encoder:
-        """Open a pipeline folder or hub id; with the transformer only if it ``draws``.
+    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
+        """Make samples, on the CPU; the seed alone decides them.
+
+        Args:
+            size: how many.
+            seed: (of the run, of the batch).
+            drop: share of the captions that is replaced by the empty prompt.
 
         Raises:
-            ValueError: it cannot be opened.
+            ValueError: samples of this family come from a cache.
+        """
+
+    def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> Encoder:
+        """Open a pipeline folder or hub id; the transformer is loaded only if the encoder ``draws``.
+
+        Raises:
+            ValueError: the pipeline cannot be opened.
         """
 
 
 def of(name: str) -> Family:
-    """The family of this name.
+    """Return the family of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be trained.
     """
-    from ppcl_train.families.qwen_image import QwenImage
-    from ppcl_train.families.scenes import Scenes
-
-    families: dict[str, Family] = {"qwen-image": QwenImage(), "scenes": Scenes()}
-    if name not in families:
-        raise ValueError(f"there is no family {name}; there are: {', '.join(families)}")
-    return families[name]
+    family: Family = registry.training(name)
+    return family

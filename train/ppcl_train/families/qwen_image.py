@@ -1,20 +1,46 @@
-"""Qwen-Image in training: its pipeline's embeddings and latents, and how its transformer is called.
+"""Qwen-Image in training: how its transformer is built and called, and its pipeline's embeddings and latents.
 
-Everything that training knows of Qwen-Image stands here; `QwenImagePipeline` itself embeds prompts and packs latents.
+Prompts are embedded and latents packed by diffusers' `QwenImagePipeline` itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from PIL import Image
+from torch import nn
 
-from ppcl_rt.files import one_line as line
-from ppcl_train.families.base import ImageShape, Picture
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
+from ppcl_rt.files import one_line
+from ppcl_train.families.base import ImageShape, Picture, Samples
 
 
-class QwenImage:
+class QwenImageTransformer:
+    """The part of a `Family` that follows from the transformer alone."""
+
+    def build(self, architecture: Mapping[str, Any]) -> Any:
+        """See `Family.build`."""
+        return PPCLQwenImageTransformer2DModel(**architecture)
+
+    def initialise(self, model: Any) -> None:
+        """See `Family.initialise`."""
+        zeroed = [modulation[1] for block in model.transformer_blocks for modulation in (block.img_mod, block.txt_mod)]
+        for layer in (*zeroed, model.norm_out.linear, model.proj_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def hidden_matrices(self, model: Any) -> list[str]:
+        """See `Family.hidden_matrices`."""
+        return sorted(
+            name
+            for name, parameter in model.named_parameters()
+            if name.startswith("transformer_blocks.") and parameter.ndim == 2 and "_mod." not in name
+        )
+
+
+class QwenImage(QwenImageTransformer):
     """The family ``qwen-image``."""
 
     predicts: Literal["clean", "velocity"] = "velocity"
@@ -33,16 +59,20 @@ class QwenImage:
             "return_dict": False,
         }
 
+    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
+        """See `Family.make`; there are none without a cache."""
+        raise ValueError("qwen-image reads a cache: make one with `ppcl train cache`, then --set data.cache=FOLDER")
+
     def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> QwenImageEncoder:
         """See `Family.open`."""
         from diffusers import QwenImagePipeline
 
-        # Left out unless it draws: 40 GB that caching has no use for.
+        # Not loaded unless it draws: 40 GB that caching does not use.
         left_out = {} if draws else {"transformer": None}
         try:
             pipe = QwenImagePipeline.from_pretrained(pipeline, torch_dtype=dtype, **left_out)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{pipeline} cannot be opened as a Qwen-Image pipeline: {line(error)}") from None
+            raise ValueError(f"{pipeline} cannot be opened as a Qwen-Image pipeline: {one_line(error)}") from None
         pipe.set_progress_bar_config(disable=True)
         return QwenImageEncoder(pipe.to(device))
 
@@ -52,24 +82,24 @@ class QwenImageEncoder:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        # The VAE's scale and the transformer's 2x2 patches.
+        # The VAE's scale times the transformer's 2x2 patches.
         self.multiple = 2 * pipe.vae_scale_factor
         self.area = (pipe.default_sample_size * pipe.vae_scale_factor) ** 2
 
     @torch.no_grad()
     def embed(self, prompt: str) -> torch.Tensor:
         """See `Encoder.embed`; longer prompts are cut at 1,024 tokens, as the pipeline does."""
-        # One at a time: there is no padding, whose side and length would show in the last bits.
+        # One prompt at a time: the side and length of padding would change the last bits.
         embeddings, _ = self.pipe.encode_prompt([prompt], device=self.pipe.device)
         return embeddings[0]
 
     @torch.no_grad()
     def encode(self, picture: Picture) -> tuple[torch.Tensor, ImageShape]:
-        """See `Encoder.encode`; the mode of the VAE's posterior, so that a picture has one encoding."""
+        """See `Encoder.encode`; takes the mode of the VAE's posterior, so that a picture has one encoding."""
         assert isinstance(picture, Image.Image), "arrays are for families whose latents are pixels"
         vae = self.pipe.vae
         pixels = self.pipe.image_processor.preprocess(picture, height=picture.height, width=picture.width)
-        # The VAE is one of videos: [B, C, frames, H, W].
+        # The VAE takes videos: [B, C, frames, H, W].
         latents = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode().float()
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
@@ -92,7 +122,7 @@ class QwenImageEncoder:
             height=height,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed),
-            # Before the VAE: normalised and packed, as `encode` would give them back.
+            # Latents before the VAE decodes them: normalised and packed, as `encode` returns them.
             output_type="latent",
         ).images
         return drawn[0], (1, height // self.multiple, width // self.multiple)

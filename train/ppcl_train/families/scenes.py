@@ -1,4 +1,7 @@
-"""Scenes as a family: latents are pixels, embeddings are hashed words, and nothing has to be downloaded."""
+"""Scenes as a family: Qwen-Image's transformer, latents that are pixels, embeddings that are hashed words.
+
+Nothing has to be downloaded.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import torch
 from PIL import Image
 
 import ppcl_rt
-from ppcl_train.families.base import ImageShape, Picture, Unreadable
-from ppcl_train.scenes import scenes
+from ppcl_train.families.base import ImageShape, Picture, Samples, Unreadable
+from ppcl_train.families.qwen_image import QwenImageTransformer
+from ppcl_train.scenes.encoding import encode, to_tokens, training_batch
+from ppcl_train.scenes.language import SIDE
 from ppcl_train.scenes.sampling import IMAGE_SHAPE, Sampler, arguments, noise_for
 
 
-class Scenes:
+class Scenes(QwenImageTransformer):
     """The family ``scenes``."""
 
     predicts: Literal["clean", "velocity"] = "clean"
@@ -28,16 +33,21 @@ class Scenes:
             raise ValueError(f"scenes are {IMAGE_SHAPE} tokens, this cache holds {shape}: cache with --family scenes")
         return arguments(x, t, embeddings, mask)
 
+    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
+        """See `Family.make`."""
+        batch = training_batch(size, seed, drop=drop)
+        return Samples(batch.latents, batch.embeddings, batch.mask, IMAGE_SHAPE)
+
     def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> ScenesEncoder:
-        """See `Family.open`; the pipeline is a checkpoint folder, and none is read unless it draws."""
+        """See `Family.open`; the pipeline is a checkpoint folder, which is read only if the encoder draws."""
         return ScenesEncoder(ppcl_rt.load(pipeline, dtype=dtype, device=device) if draws else None)
 
 
 class ScenesEncoder:
     """Words and pixels, and a checkpoint to draw with."""
 
-    multiple = scenes.SIDE
-    area = scenes.SIDE**2
+    multiple = SIDE
+    area = SIDE**2
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -45,7 +55,7 @@ class ScenesEncoder:
     def embed(self, prompt: str) -> torch.Tensor:
         """See `Encoder.embed`."""
         try:
-            embeddings, mask = scenes.encode([prompt])
+            embeddings, mask = encode([prompt])
         except ValueError as error:
             raise Unreadable(str(error)) from None
         return embeddings[0, mask[0]]
@@ -55,15 +65,15 @@ class ScenesEncoder:
         pixels = picture
         if isinstance(picture, Image.Image):
             pixels = np.asarray(picture, dtype=np.float32) / 127.5 - 1
-        return scenes.to_tokens(np.asarray(pixels)[None])[0], IMAGE_SHAPE
+        return to_tokens(np.asarray(pixels)[None])[0], IMAGE_SHAPE
 
     def draw(
         self, prompt: str, size: tuple[int, int], seed: int, steps: int, guidance: float, negative: str
     ) -> tuple[torch.Tensor, ImageShape]:
-        """See `Encoder.draw`; the sampler's shift is the checkpoint's own, and scenes know no negative prompt."""
-        if size != (scenes.SIDE, scenes.SIDE):
-            raise ValueError(f"scenes are {scenes.SIDE}x{scenes.SIDE} pixels, not {size[0]}x{size[1]}")
-        # Before anything is drawn.
+        """See `Encoder.draw`; the sampler's shift is the checkpoint's own, and negative prompts are not used."""
+        if size != (SIDE, SIDE):
+            raise ValueError(f"scenes are {SIDE}x{SIDE} pixels, not {size[0]}x{size[1]}")
+        # Checks the prompt before anything is drawn.
         self.embed(prompt)
         own = (self.model.catalog.task or {}).get("sampler", {})
         sampler = Sampler.model_validate({**own, "steps": steps, "guidance": guidance})

@@ -15,13 +15,15 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from ppcl_rt.planning.frozen import Frozen
-from ppcl_train.scenes import scenes
+from ppcl_train.scenes.encoding import encode, to_images
+from ppcl_train.scenes.judging import judge
+from ppcl_train.scenes.language import CELL, CELLS, GRID, Caption
 
-IMAGE_SHAPE = (1, scenes.GRID, scenes.GRID)
+IMAGE_SHAPE = (1, GRID, GRID)
 
 
 def arguments(x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """What the transformer is called with, for ``x [N, 16, 48]`` at ``t [N]`` in [0, 1]."""
+    """Return what the transformer is called with, for ``x [N, 16, 48]`` at ``t [N]`` in [0, 1]."""
     return {
         "hidden_states": x,
         "encoder_hidden_states": embeddings,
@@ -33,7 +35,7 @@ def arguments(x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: 
 
 
 class Sampler(Frozen):
-    """Euler steps on a shifted grid of t, with classifier-free guidance where ``guidance`` is not 1."""
+    """Euler steps on a shifted grid of t, with classifier-free guidance if ``guidance`` is not 1."""
 
     steps: PositiveInt = 16
     shift: PositiveFloat = 1.5
@@ -48,7 +50,7 @@ class Sampler(Frozen):
     def sample(self, model: nn.Module, prompts: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
         """Denoise ``noise [N, 16, 48]`` under N prompts; returns ``x_0``, same shape, clipped to [-1, 1]."""
         guided = self.guidance != 1.0
-        embeddings, mask = scenes.encode([*prompts, *([""] * len(prompts) if guided else [])])
+        embeddings, mask = encode([*prompts, *([""] * len(prompts) if guided else [])])
         embeddings, mask = embeddings.to(noise), mask.to(noise.device)
         x, times = noise, self.times()
         for now, then in pairwise(times):
@@ -62,14 +64,12 @@ class Sampler(Frozen):
 
 
 def noise_for(count: int, seed: int) -> torch.Tensor:
-    """Noise of samples 0..count-1 under a seed; sample ``i`` gets the same noise whatever ``count`` is."""
+    """Noise of samples 0..count-1 for a seed; sample ``i`` gets the same noise for every ``count``."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(scenes.CELLS, scenes.CELL**2 * 3, generator=generator) for _ in range(count)])
+    return torch.stack([torch.randn(CELLS, CELL**2 * 3, generator=generator) for _ in range(count)])
 
 
-def judged(
-    model: nn.Module, sampler: Sampler, captions: Sequence[scenes.Caption], seed: int, batch: int = 250
-) -> np.ndarray:
+def judged(model: nn.Module, sampler: Sampler, captions: Sequence[Caption], seed: int, batch: int = 250) -> np.ndarray:
     """Sample every caption once and return the share of it that came out right, ``[N]``."""
     like = next(model.parameters())
     noise = noise_for(len(captions), seed).to(like)
@@ -77,5 +77,5 @@ def judged(
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
         clean = sampler.sample(model, [str(caption) for caption in part], noise[start : start + batch])
-        shares.append(scenes.judge(part, scenes.to_images(clean)))
+        shares.append(judge(part, to_images(clean)))
     return np.concatenate(shares)

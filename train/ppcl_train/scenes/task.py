@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ppcl_train.scenes import scenes
+from ppcl_train.scenes.encoding import to_images, training_batch
+from ppcl_train.scenes.judging import Score
+from ppcl_train.scenes.language import CELLS, KINDS, MAX_TOKENS, Caption, held_out_captions
 from ppcl_train.scenes.sampling import Sampler, arguments, judged, noise_for
 
 
 class ScenesTask:
     """Sampling and judging on scenes."""
 
-    image_tokens = scenes.CELLS
-    text_tokens = scenes.MAX_TOKENS
+    image_tokens = CELLS
+    text_tokens = MAX_TOKENS
     demo_prompts = (
         "a red square at b2",
         "three blue rings in row 2",
@@ -31,28 +33,28 @@ class ScenesTask:
         self.sampler = Sampler.model_validate(sampler)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise ValueError where a prompt is not a scene."""
+        """Raise ValueError if a prompt is not a scene."""
         for prompt in prompts:
-            scenes.Caption.parse(prompt)
+            Caption.parse(prompt)
 
     def sample(self, model: Any, prompts: Sequence[str], seed: int) -> list[Image.Image]:
         """Draw a 16x16 picture for every prompt; prompt ``i`` has the same noise whatever the ratio."""
         self.check(prompts)
         noise = noise_for(len(prompts), seed).to(device=model.device, dtype=model.dtype)
-        images = scenes.to_images(self.sampler.sample(model, prompts, noise))
+        images = to_images(self.sampler.sample(model, prompts, noise))
         return [Image.fromarray(pixels) for pixels in ((images + 1) / 2 * 255 + 0.5).astype(np.uint8)]
 
     def example(self, batch: int) -> dict[str, Any]:
         """Arguments of one forward over ``batch`` samples."""
-        made = scenes.training_batch(batch, (0, 0))
+        made = training_batch(batch, (0, 0))
         return arguments(torch.randn_like(made.latents), torch.full((batch,), 0.5), made.embeddings, made.mask)
 
     def judge(self, model: Any, prompts: int, seed: int) -> dict[str, Any]:
         """Scores over ``prompts`` held-out captions, equally many of each kind."""
-        if prompts < len(scenes.KINDS) or prompts % len(scenes.KINDS):
-            raise ValueError(f"prompts are spread over {len(scenes.KINDS)} kinds: ask for a multiple, not {prompts}")
-        captions = scenes.held_out_captions(prompts // len(scenes.KINDS), seed)
+        if prompts < len(KINDS) or prompts % len(KINDS):
+            raise ValueError(f"prompts are spread over {len(KINDS)} kinds: ask for a multiple, not {prompts}")
+        captions = held_out_captions(prompts // len(KINDS), seed)
         shares = judged(model, self.sampler, captions, seed)
         kinds = np.array([caption.kind for caption in captions])
-        scores = asdict(scenes.Score.of(shares))
-        return scores | {"kinds": {kind: asdict(scenes.Score.of(shares[kinds == kind])) for kind in scenes.KINDS}}
+        scores = asdict(Score.of(shares))
+        return scores | {"kinds": {kind: asdict(Score.of(shares[kinds == kind])) for kind in KINDS}}

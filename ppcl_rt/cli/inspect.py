@@ -1,0 +1,84 @@
+"""``ppcl info`` and ``ppcl plan``: what a checkpoint can do, without loading its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+import ppcl_rt
+from ppcl_rt.cli.options import AsJson, Checkpoint, Ratio, catalog_of
+from ppcl_rt.cli.output import print_table, writing
+from ppcl_rt.cli.picture import draw_plan
+
+
+def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """Say what a checkpoint can do."""
+    catalog = catalog_of(checkpoint)
+    smallest = ppcl_rt.Planner(catalog).smallest
+    if as_json:
+        content = catalog.model_dump(mode="json", exclude={"checksums"})
+        print(json.dumps({**content, "fingerprint": catalog.fingerprint, "smallest_ratio": smallest}, indent=1))
+        return
+    architecture = catalog.architecture
+    print(f"family {catalog.family}, checkpoint {catalog.fingerprint}")
+    for each in architecture.lists:
+        spec = architecture.kinds[each.kind]
+        groups = ", ".join(f"{group} {count}" for group, count in spec.full.items())
+        print(f"{each.path}: {each.depth} {each.kind} blocks of width {spec.dim}, heads of {spec.head_dim}: {groups}")
+    print(f"{architecture.dense_params:,} parameters at ratio 1; the smallest plan has ratio {smallest:.3f}")
+    for table in _tables(catalog):
+        print_table(table)
+
+
+def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
+    """Students, text runs and legal widths, with the loss of each."""
+    students = Table("stands for", "copied from", "loss", title="students")
+    for student in catalog.students:
+        students.add_row(str(student.interval), student.start, f"{student.loss:.5f}")
+    text_runs = Table("over", "loss", title="text runs")
+    for run in catalog.text_runs:
+        text_runs.add_row(str(run.interval), f"{run.loss:.5f}")
+    groups = tuple(dict.fromkeys(group for spec in catalog.architecture.kinds.values() for group in spec.groups))
+    widths = Table("block", *groups, title="widths (loss)")
+    for block, legal in enumerate(catalog.blocks):
+        # Kinds of blocks have different groups: an empty cell is a group that the block has not.
+        by_group = {
+            group: "  ".join(f"{each.units} ({each.loss:.4f})" for each in legal.of(group)) for group in legal.groups
+        }
+        widths.add_row(str(block), *(by_group.get(group, "") for group in groups))
+    return students, text_runs, widths
+
+
+def plan(
+    checkpoint: Checkpoint,
+    ratio: Ratio = 0.5,
+    out: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
+    picture: Annotated[Path | None, typer.Option(help="draw what the plan removes into this PNG")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the plan with the least predicted loss at a ratio."""
+    with contextlib.ExitStack() as files:
+        # Both are opened before anything is written: a bad path leaves no other file.
+        plan_file, picture_file = (files.enter_context(writing(path)) if path else None for path in (out, picture))
+        catalog = catalog_of(checkpoint)
+        made = ppcl_rt.Planner(catalog).plan(ratio)
+        if plan_file is not None:
+            plan_file.write_text(made.to_json() + "\n")
+        if picture_file is not None:
+            draw_plan(catalog, made).save(picture_file, format="PNG")
+    if as_json:
+        print(made.to_json())
+        return
+    print(f"ratio {catalog.ratio(made):.4f} of parameters, predicted loss {catalog.loss(made):.5f}")
+    for planned in made.blocks:
+        what = f"student of {planned.interval}" if planned.student else f"block {planned.interval.first}"
+        full = catalog.spec(planned.interval.first).full
+        width = ", ".join(f"{group} {count}/{full[group]}" for group, count in planned.width.items())
+        print(f"{what:>20}  {width}")
+    for run in made.text_runs:
+        print(f"{'text not updated':>20}  over blocks {run}")
