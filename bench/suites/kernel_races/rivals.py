@@ -30,9 +30,8 @@ def rivals(case: Case, setting: Setting, preset: Preset) -> dict[str, Callable[[
             made["flex"] = functools.partial(_flex, call)
         return made
     if compiles:
-        made["compiled"] = lambda: functools.partial(
-            _compiled(functools.partial(operation.run, implementation=TORCH)), call
-        )
+        in_torch = functools.partial(operation.run, implementation=TORCH)
+        made["compiled"] = lambda: functools.partial(_compiled(in_torch), call)
     if operation.name == "ada_layer_norm":
         copy = torch.empty_like(call.x)
         made["copy"] = lambda: lambda: copy.copy_(call.x)
