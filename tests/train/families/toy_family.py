@@ -30,18 +30,10 @@ def spec_of(kind, heads, head_dim, channels):
         groups[group] = Group(count=channels)
         qkv = tuple(Segment("heads", n * dim, head_dim) for n in range(3))
         gate_up = (Segment(group, 3 * dim, 1), Segment(group, 3 * dim + channels, 1))
-        read = (Segment("heads", 0, head_dim), Segment(group, dim, 1))
+        read, joint = (Segment("heads", 0, head_dim), Segment(group, dim, 1)), {"columns": dim + channels}
         parts += [
             Part(path=f"{stream}_in", rows=wide, columns=dim, axis=0, segments=qkv + gate_up, stream=stream),
-            Part(
-                path=f"{stream}_out",
-                name=stream,
-                rows=dim,
-                columns=dim + channels,
-                axis=1,
-                segments=read,
-                stream=stream,
-            ),
+            Part(path=f"{stream}_out", name=stream, rows=dim, axis=1, segments=read, stream=stream, **joint),
             Part(path=f"{stream}_mod", name=f"{stream}_mod", rows=dim, columns=dim, stream="sample", factored="rank"),
         ]
     groups["rank"] = Group(count=dim, is_rank=True)
