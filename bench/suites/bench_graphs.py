@@ -83,7 +83,7 @@ def measure():
         assert model.graphs.captures == 1, model.graphs.eager_reason
         calls = {
             "check": weights.unchanged,
-            "conditions": lambda: model._conditions(program),
+            "conditions": lambda: model._graph_settings(program),
             "forward": lambda: model(**inputs),
         }
         return [{"operation": name, "us": microseconds(call)} for name, call in calls.items()]

@@ -97,7 +97,7 @@ def block_spec(
         parts=tuple(parts),
         # The norms of q and k, of both streams.
         other_params=4 * head_dim,
-        may_skip=("text",),
+        may_leave=("text",),
     )
 
 
@@ -207,7 +207,8 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
             self.attention_input(image_stream), text_input, encoder_hidden_states_mask, image_rotary_emb, width
         )
         updated = self.add_attention(updated, attended, width)
-        image, text = (*self.add_feed_forward(updated, width), text)[:2]
+        image, *updated_text = self.add_feed_forward(updated, width)
+        text = updated_text[0] if updated_text else text
         if image.dtype == torch.float16:
             image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
         return text, image
@@ -466,11 +467,11 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def _conditions(self, program: Program) -> Hashable:
+    def _graph_settings(self, program: Program) -> Hashable:
         """Attention backends, as set on the blocks and by diffusers' context manager."""
         blocks: list[Any] = [call.block for call in program.calls]
         chosen = tuple(block.attn.processor._attention_backend for block in blocks)
-        return (super()._conditions(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
+        return (super()._graph_settings(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
 
     def _walk(  # type: ignore[override]  # names the inputs of `Pluggable._walk`
         self,
@@ -498,14 +499,14 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
         temb = self.time_text_embed(timestep, image, additional_t_cond)
 
-        done, kept_input = 0, text
+        next_block, first_input = 0, text
         for call in program.calls:
-            image = self._add_control(image, controlnet_block_samples, range(done, call.interval.first))
+            image = self._add_control(image, controlnet_block_samples, range(next_block, call.interval.first))
             text_input = None
             if call.text_run is not None and call.text_run.is_first:
-                kept_input = call.block.text_input(text, temb, call.width)
+                first_input = call.block.text_input(text, temb, call.width)
             elif call.text_run is not None and call.text_run.input_map is not None:
-                text_input = kept_input + call.text_run.input_map(kept_input)
+                text_input = first_input + call.text_run.input_map(first_input)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, image = self._gradient_checkpointing_func(
                     call.block, image, text, mask, temb, rope, attention_kwargs, modulate_index, call.width, text_input
@@ -525,9 +526,9 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
                 )
             if call.text_run is not None and call.text_run.exit_map is not None:
                 text = text + call.text_run.exit_map(text)
-            done = call.interval.last + 1
+            next_block = call.interval.last + 1
             image = self._add_control(image, controlnet_block_samples, call.interval)
-        image = self._add_control(image, controlnet_block_samples, range(done, program.plan.depth))
+        image = self._add_control(image, controlnet_block_samples, range(next_block, program.plan.depth))
 
         output: torch.Tensor = self.proj_out(self.norm_out(image, temb[: len(image)]))
         return output

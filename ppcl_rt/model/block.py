@@ -100,7 +100,7 @@ class PluggableBlock(nn.Module):
 
     def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
         """What the block projects the text's q, k and v from, ``[B, S_text, D]``; the blocks after it in a text run
-        read a linear map of it. Only for blocks that can leave the text stream as it was (`BlockSpec.may_skip`).
+        read a linear map of it. Only for blocks that can leave the text stream as it was (`BlockSpec.may_leave`).
         """
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 A family mixes `Pluggable` into diffusers' own class and says what its blocks are made of; nothing here knows which
 family it serves. The jobs lie in files of their own: `residency` holds weights, `switching` chooses what runs, `folder`
-loads and saves; this file walks programs.
+loads and saves; this file runs a program: it replays a CUDA graph, or calls the family's `_walk`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Pluggable(CheckpointFolder):
     and a ``forward`` that calls `_program` and `_run`; and ends its ``__init__`` with `become_pluggable`.
 
     Attributes:
-        condition: keyword under which blocks are given what their modulations depend on.
-        head: path of the module that follows the last block.
+        condition: keyword under which blocks are given what their modulations depend on, the timestep embedding.
+        after_blocks: path of the module that follows the last block.
     """
 
     condition: ClassVar[str] = "temb"
-    head: ClassVar[str] = "norm_out"
+    after_blocks: ClassVar[str] = "norm_out"
 
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
@@ -44,10 +44,10 @@ class Pluggable(CheckpointFolder):
         self.text_runs = nn.ModuleDict()
 
     def _walk(self, program: Program, **inputs: Any) -> torch.Tensor:
-        """Run a program; all that it reads is in ``inputs``, in `_reads` and in `_conditions`."""
+        """Run a program; all that it reads is in ``inputs``, in `_reads` and in `_graph_settings`."""
         raise NotImplementedError
 
-    def _conditions(self, program: Program) -> Hashable:
+    def _graph_settings(self, program: Program) -> Hashable:
         """What a program's kernels depend on besides weights and inputs."""
         return (backend(), self.training)
 
@@ -66,7 +66,7 @@ class Pluggable(CheckpointFolder):
             program=program,
             model=self,
             modules=lambda: self._reads(program),
-            conditions=lambda: self._conditions(program),
+            conditions=lambda: self._graph_settings(program),
             obstacle=self._obstacle,
         )
         return output

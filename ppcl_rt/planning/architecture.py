@@ -40,7 +40,7 @@ class Architecture(Frozen):
     Attributes:
         lists: of blocks, in the order in which they run.
         kinds: what a block of each kind is made of.
-        dim: width D of the streams.
+        dim: size D of a token in the streams.
         outer_params: parameters outside the blocks.
     """
 

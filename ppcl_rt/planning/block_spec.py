@@ -114,13 +114,13 @@ class BlockSpec(Frozen):
     """One kind of block.
 
     Attributes:
-        dim: width D of the streams.
+        dim: size D of a token in the streams.
         head_dim: channels E of a head.
         heads: the group of the attention heads; None for a block without attention.
         groups: by name, in the order in which they are shown and planned.
         parts: all linear layers.
         other_params: parameters of all else (norms), which every width has.
-        may_skip: streams that the block can leave as they were (PPCL eq. 8).
+        may_leave: streams that the block can leave as they were (PPCL eq. 8).
     """
 
     dim: int = Field(ge=1)
@@ -129,7 +129,7 @@ class BlockSpec(Frozen):
     groups: dict[str, Group] = Field(min_length=1)
     parts: tuple[Part, ...]
     other_params: int = Field(0, ge=0)
-    may_skip: tuple[Stream, ...] = ()
+    may_leave: tuple[Stream, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> BlockSpec:

@@ -70,7 +70,7 @@ class Catalog(Frozen):
             if len({choice.interval for choice in choices}) != len(choices):
                 raise ValueError(f"an interval has two {name}s: drop one")
         for run in self.text_runs:
-            if "text" not in self.architecture.spec(run.interval.first).may_skip:
+            if "text" not in self.architecture.spec(run.interval.first).may_leave:
                 raise ValueError(f"text run {run.interval}: these blocks cannot leave the text stream as it was")
         return self
 
@@ -125,9 +125,14 @@ class Catalog(Frozen):
     ) -> Plan:
         """Build a plan for this checkpoint; blocks of text runs lose the groups that only the text stream needs."""
         runs = tuple(text_runs)
-        skipping = {block for run in runs for block in run if block != run.first}
+        not_updating = {block for run in runs for block in run if block != run.first}
         narrowed = (
-            (n, Width({g: width[g] for g in self.spec(n).groups_without(TEXT_NOT_UPDATED)}) if n in skipping else width)
+            (
+                n,
+                Width({g: width[g] for g in self.spec(n).groups_without(TEXT_NOT_UPDATED)})
+                if n in not_updating
+                else width,
+            )
             for n, width in kept
         )
         return Plan.of(self.fingerprint, self.architecture.depth, narrowed, students, runs)

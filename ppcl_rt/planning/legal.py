@@ -16,7 +16,7 @@ Start = Literal["first", "middle", "last", "average"]
 
 
 class LegalCount(NamedTuple):
-    """A count that a group may have, and the loss of the teacher's velocity when this group alone is narrowed to it.
+    """A count that a group may have, and the velocity error of the dense model with this group alone narrowed to it.
 
     Attributes:
         units: the count.
@@ -80,7 +80,7 @@ class Student(Frozen):
     Attributes:
         interval: the blocks that it replaces, all of one list.
         start: the teacher block of the interval that it was copied from.
-        loss: of the teacher's velocity with this student alone plugged in, at full width.
+        loss: velocity error of the dense model with this student alone plugged in, at full width.
         widths: its own legal widths.
         bands: as in `LegalCount`.
     """
@@ -97,7 +97,7 @@ class TextRun(Frozen):
 
     Attributes:
         interval: two or more blocks; the first updates the text stream as ever.
-        loss: of the teacher's velocity with this run alone.
+        loss: velocity error of the dense model with this run alone.
         bands: as in `LegalCount`.
     """
 

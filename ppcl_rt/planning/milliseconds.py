@@ -1,7 +1,7 @@
 """Milliseconds of a transformer's blocks as they were measured on one device, and what they say a plan takes.
 
 ``bench/suites/bench_gpu_model.py`` writes the table (``sweep.json``, docs/formats.md). Plain data, no torch: a planner
-for milliseconds adds up `Costs.change` as it adds up parameters.
+for milliseconds adds up `BlockTimes.change` as it adds up parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ppcl_rt.planning.width import LINEAR_MAP, Width
 Kind = Literal["block", "text_not_updated", "map", "outer"]
 
 
-class CostRow(Frozen):
+class TimeRow(Frozen):
     """One measurement.
 
     Attributes:
@@ -53,7 +53,7 @@ class CostRow(Frozen):
     agrees: bool
 
     @model_validator(mode="after")
-    def _sound(self) -> CostRow:
+    def _sound(self) -> TimeRow:
         if (self.width is not None) != (self.kind in ("block", "text_not_updated")):
             raise ValueError(f"rows of blocks have a width, others have none: {self.kind} {self.width}")
         return self
@@ -64,7 +64,7 @@ class CostRow(Frozen):
         return TEXT_NOT_UPDATED if self.kind == "text_not_updated" else ALL_UPDATED
 
 
-class CostTable(Frozen):
+class TimeTable(Frozen):
     """What was measured on a device.
 
     Attributes:
@@ -91,10 +91,10 @@ class CostTable(Frozen):
     blocks: int = Field(ge=1)
     complete: bool
     left_out: dict[str, str] = Field(default_factory=dict)
-    rows: tuple[CostRow, ...]
+    rows: tuple[TimeRow, ...]
 
     @model_validator(mode="after")
-    def _once(self) -> CostTable:
+    def _once(self) -> TimeTable:
         seen = set()
         for row in self.rows:
             key = (row.kind, row.image_tokens, row.text_tokens, row.batch, row.width)
@@ -111,7 +111,7 @@ class CostTable(Frozen):
         return self
 
     @classmethod
-    def read(cls, path: str | Path) -> CostTable:
+    def read(cls, path: str | Path) -> TimeTable:
         """Read a file.
 
         Raises:
@@ -120,7 +120,7 @@ class CostTable(Frozen):
         """
         return read_json(cls, Path(path).read_bytes(), f"{path} is not a table of costs")
 
-    def at(self, image_tokens: int, text_tokens: int, batch: int = 1) -> Costs:
+    def at(self, image_tokens: int, text_tokens: int, batch: int = 1) -> BlockTimes:
         """Return the costs at one shape.
 
         Raises:
@@ -129,7 +129,7 @@ class CostTable(Frozen):
         shape = (image_tokens, text_tokens, batch)
         rows = [row for row in self.rows if row.agrees]
         here = tuple(row for row in rows if (row.image_tokens, row.text_tokens, row.batch) == shape)
-        costs = Costs(self.spec, here, shape)
+        costs = BlockTimes(self.spec, here, shape)
         if not any((row.kind, row.width) == ("block", self.spec.full) for row in here):
             there = sorted({(row.image_tokens, row.text_tokens, row.batch) for row in rows})
             raise ValueError(
@@ -139,7 +139,7 @@ class CostTable(Frozen):
 
 
 @dataclass(frozen=True)
-class Costs:
+class BlockTimes:
     """Milliseconds at one shape: a sum over the groups of a width, so that a linear program can count with them.
 
     ``ms(width) = ms(full) + sum over groups of (ms(full but for this group) - ms(full))``, linear between the counts
@@ -148,7 +148,7 @@ class Costs:
     """
 
     spec: BlockSpec
-    rows: tuple[CostRow, ...]
+    rows: tuple[TimeRow, ...]
     shape: tuple[int, int, int]
 
     def ms(self, width: Width, not_updated: Collection[Stream] = ALL_UPDATED) -> float:
@@ -203,7 +203,7 @@ class Costs:
         """Return the counts at which a group was measured, ascending."""
         return sorted(self._curve("block", group))
 
-    def _only(self, kind: Kind) -> CostRow:
+    def _only(self, kind: Kind) -> TimeRow:
         for row in self.rows:
             if row.kind == kind:
                 return row

@@ -12,10 +12,11 @@ from ppcl_rt.planning.planner import Planner, check_ratio
 
 
 class Schedule(Frozen):
-    """Phases ``(first step, ratio or plan)``; a phase lasts until the next begins.
+    """Phases ``(first denoising step, ratio or plan)``; a phase lasts until the next begins.
 
     Raises:
-        ValueError: the first phase does not begin at step 0, steps do not rise, or a ratio is out of range.
+        ValueError: the first phase does not begin at denoising step 0, phases do not follow one another, or a ratio is
+            out of range.
     """
 
     phases: tuple[tuple[int, float | Plan], ...]
@@ -25,7 +26,7 @@ class Schedule(Frozen):
     def _rising(cls, phases: tuple[tuple[int, float | Plan], ...]) -> tuple[tuple[int, float | Plan], ...]:
         begins = [begin for begin, _ in phases]
         if not begins or begins[0] != 0 or begins != sorted(set(begins)):
-            raise ValueError(f"phases begin at step 0 and then rise, not {begins}")
+            raise ValueError(f"phases begin at denoising step 0 and then rise, not {begins}")
         for _, choice in phases:
             if not isinstance(choice, Plan):
                 check_ratio(choice)
@@ -52,12 +53,12 @@ class Schedule(Frozen):
             ValueError: as `Planner.plan`, or there is no timestep.
         """
         phases: list[tuple[int, Plan]] = []
-        for step, timestep in enumerate(timesteps):
+        for denoising_step, timestep in enumerate(timesteps):
             plan = planner.plan(ratio, float(timestep))
             if not phases or plan != phases[-1][1]:
-                phases.append((step, plan))
+                phases.append((denoising_step, plan))
         return cls(phases=tuple(phases))
 
-    def at(self, step: int) -> float | Plan:
-        """What runs at denoising step ``step``, counted from 0."""
-        return [choice for begin, choice in self.phases if begin <= step][-1]
+    def at(self, denoising_step: int) -> float | Plan:
+        """What runs at a denoising step, counted from 0."""
+        return [choice for begin, choice in self.phases if begin <= denoising_step][-1]

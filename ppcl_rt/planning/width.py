@@ -15,7 +15,7 @@ LINEAR_MAP = 0
 class Width(Mapping[str, int]):
     """How much of a block runs: for each group of units, the first so many in rank order.
 
-    The groups are those of the block's kind (`ppcl_rt.planning.architecture.BlockSpec`). A count of `LINEAR_MAP` is a
+    The groups are those of the block's kind (`ppcl_rt.planning.block_spec.BlockSpec`). A count of `LINEAR_MAP` is a
     linear map in place of an MLP. A group is absent where the block does not run it at all: the text MLP of a block
     that does not update the text stream (PPCL eq. 8).
     """

@@ -18,7 +18,7 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from ppcl_rt import Width
 from ppcl_rt.ops.agreement import agree
-from ppcl_rt.planning.milliseconds import CostRow, CostTable
+from ppcl_rt.planning.milliseconds import TimeRow, TimeTable
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,7 +141,7 @@ def test_everything_is_measured_but_what_fails_and_is_killed(forked, tmp_path):
         ("time ratio over planned ratio", "plans-1024", "mixed", 0.5),
     } <= asked
 
-    table = CostTable.read(tmp_path / "sweep.json")
+    table = TimeTable.read(tmp_path / "sweep.json")
     assert list(table.left_out) == ["block 2-256-256-64 at 512"] and "SIGKILL" in table.left_out.popitem()[1]
     assert table.complete and table.device == content["device"] and table.dtype == "float32"
     assert {row.kind for row in table.rows} == {"block", "text_not_updated", "map", "outer"} and all(
@@ -164,7 +164,7 @@ PARTS = {"qkv_projection", "joint_attention", "out", "up", "down", "map"}
 def test_fields_are_documented(forked, tmp_path):
     assert forked("--only", "short-512") == 0
     content, said = read(tmp_path), (ROOT / "docs" / "formats.md").read_text()
-    names = {*content, *CostTable.model_fields, *CostRow.model_fields}
+    names = {*content, *TimeTable.model_fields, *TimeRow.model_fields}
     names |= {name for row in content["results"] for name in row} | {name for row in content["ratios"] for name in row}
     names |= {name for plan in content["planned"].values() for name in plan}
     assert sorted(name for name in names if f"`{name}`" not in said) == []

@@ -6,7 +6,7 @@ import pytest
 
 from ppcl_rt import Interval, Plan, PlannedBlock, Width
 from ppcl_rt.families.qwen_image import block_spec
-from ppcl_rt.planning.milliseconds import CostRow, CostTable
+from ppcl_rt.planning.milliseconds import TimeRow, TimeTable
 
 SPEC = block_spec(dim=3072, heads=24, head_dim=128)
 FULL = SPEC.full
@@ -62,7 +62,7 @@ def read(tmp_path):
     def _read(**changes):
         path = tmp_path / "sweep.json"
         path.write_text(json.dumps({**TABLE, **changes}))
-        return CostTable.read(path)
+        return TimeTable.read(path)
 
     return _read
 
@@ -161,11 +161,11 @@ def test_what_is_no_table_is_refused_in_one_line(tmp_path, text):
     path = tmp_path / "sweep.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"sweep\.json is not a table of costs") as refused:
-        CostTable.read(path)
+        TimeTable.read(path)
     assert "\n" not in str(refused.value)
 
 
 def test_rows_go_to_json_and_back(read):
     table = read()
-    assert CostTable.model_validate_json(table.model_dump_json()) == table
-    assert CostRow.model_validate(ROWS[1]).width == FULL.replace(heads=12)
+    assert TimeTable.model_validate_json(table.model_dump_json()) == table
+    assert TimeRow.model_validate(ROWS[1]).width == FULL.replace(heads=12)

@@ -21,7 +21,7 @@ from ppcl_rt.files import one_line
 from ppcl_rt.ops.agreement import agree
 from ppcl_rt.ops.implementation import backend as asked_backend
 from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED
-from ppcl_rt.planning.milliseconds import CostRow, CostTable, Kind
+from ppcl_rt.planning.milliseconds import Kind, TimeRow, TimeTable
 from ppcl_rt.planning.width import Width
 
 
@@ -81,7 +81,7 @@ def _without_text(width: Width, preset: Preset) -> Width:
 
 
 class Sweep:
-    """Measures blocks by kind, width and shape, for `ppcl_rt.planning.milliseconds.CostTable`."""
+    """Measures blocks by kind, width and shape, for `ppcl_rt.planning.milliseconds.TimeTable`."""
 
     def __init__(self, job: dict[str, Any], models: Models, report: Report) -> None:
         self.job, self.models, self.report, self.preset = job, models, report, models.preset
@@ -130,7 +130,7 @@ class Sweep:
 
     def _predicted(self) -> dict[str, dict[str, float]]:
         """Return the milliseconds that the table predicts for each plan: size -> plan -> ms, where it can."""
-        table = CostTable.model_validate(self.table)
+        table = TimeTable.model_validate(self.table)
         predicted: dict[str, dict[str, float]] = {}
         for size, (rows, columns) in self.preset.sizes.items():
             predicted[str(size)] = of_size = {}
@@ -174,7 +174,7 @@ class Sweep:
 
         return chain
 
-    def _measure(self, point: Point) -> CostRow:
+    def _measure(self, point: Point) -> TimeRow:
         chain, full = self._chain(point), self._chain(point._replace(kind="block", width=self.preset.full))
         with backend("torch"):
             wanted = chain()
@@ -190,7 +190,7 @@ class Sweep:
         agrees = agrees and agree(chain(), wanted)
         units = {"outer": 1, "map": len(self.models.maps)}.get(point.kind, self.preset.blocks)
         rows, columns = self.preset.sizes[point.size]
-        return CostRow(
+        return TimeRow(
             kind=point.kind,
             image_tokens=rows * columns,
             text_tokens=self.preset.text,

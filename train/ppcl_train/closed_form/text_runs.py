@@ -26,7 +26,7 @@ def later_blocks(model: Any, longest: int) -> dict[int, int]:
     for first in range(architecture.depth - 1):
         lasts = range(first + 1, min(first + longest, architecture.depth))
         later = sum(architecture.one_kind(Interval(first, last)) for last in lasts)
-        if later and "text" in architecture.spec(first).may_skip:
+        if later and "text" in architecture.spec(first).may_leave:
             counts[first] = later
     return counts
 

@@ -128,7 +128,9 @@ def run_from(model: Any, block: int, entering: Streams, batch: Inputs) -> torch.
         return (entering.image.to(args[0]), *args[1:]), kwargs
 
     module, enter = (
-        (model.blocks()[block], enter_block) if block < depth else (model.get_submodule(model.head), enter_after)
+        (model.blocks()[block], enter_block)
+        if block < depth
+        else (model.get_submodule(model.after_blocks), enter_after)
     )
     hook = module.register_forward_pre_hook(enter, with_kwargs=True)
     try:

@@ -4,7 +4,7 @@ Everything here is least squares on what the teacher's own blocks read (calibrat
 timesteps), one pass of the teacher for all blocks:
 
     heads, channels    optimal brain surgery (`closed_form.surgery`): the unit that costs least is removed, the
-                       remaining weights compensate, and so on; the order of removal is the rank order
+                       remaining weights compensate, and so on; what goes last comes first in the rank order
     linear maps        ``g + l(g)`` for an MLP (PPCL eq. 9), regression of what the MLP adds on what it reads
     modulations        the map from timestep embedding to modulations, truncated where the embeddings are
     text runs          what blocks read, and how the text stream changes, where it is not updated (PPCL eq. 8);
