@@ -81,14 +81,15 @@ def _leave_out_long(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept, left_out, begun = [], [], set()
     for item in items:
         path, function = path_of(item), function_of(item)
-        long = path in NOT_QUICK_FILES or function in NOT_QUICK
+        long = path in NOT_QUICK_FILES or function in NOT_QUICK or item.get_closest_marker("slow")
         (left_out if long or (path, function) in begun else kept).append(item)
         begun.add((path, function))
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 
 
-@pytest.hookimpl(trylast=True)
+# pytest-xdist reads the groups in the same hook, so they are set first.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Name each test's group for pytest-xdist, and sort the longest groups to the front."""
     if config.getoption("--quick"):

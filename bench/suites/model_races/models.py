@@ -113,8 +113,7 @@ class Models:
         model._catalog = self.catalog
         model.requires_grad_(False).eval()
         model.set_plan(plan)
-        if hasattr(model, "set_graphs"):
-            model.set_graphs(graphs)
+        model.set_graphs(graphs)
         return model
 
     def stock(self, plan: Plan, real_rope: bool = False) -> QwenImageTransformer2DModel:
