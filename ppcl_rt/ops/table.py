@@ -5,7 +5,7 @@ A kernel that loses is not used. The fastest implementation is taken from the fi
 1. what was measured on this machine at this shape: a file in the user's cache folder, one file for each combination of
    device, torch, triton and kernel sources;
 2. the table that the package ships for the device, at this shape;
-3. a neighbouring shape in either (`Key.distance`);
+3. the closest neighbouring shape in either (`Key.distance`); at equal distance what was measured on this machine;
 4. a measurement, whose result is kept in that file.
 
 What was measured elsewhere (2 and 3) is compared with plain torch before it is taken.
@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,10 @@ class ImplementationTable:
             return self._chosen[key]
         available = {str(each): each for each in implementations()}
         tables = [self._read(self.path), self._read(self.shipped)]
-        for find in (_fastest_at, _fastest_near):
-            for table in tables:
-                if (found := find(key, available, table)) is not None:
-                    return found
-        return None
+        for table in tables:
+            if (found := _fastest_at(key, available, table)) is not None:
+                return found
+        return _fastest_near(key, available, tables)
 
     def measure(self, key: Key, implementations: Iterable[Implementation], run: Run) -> dict[str, float]:
         """Time the implementations that agree with plain torch, and keep the times.
@@ -192,11 +191,15 @@ def _fastest_at(key: Key, available: Mapping[str, Implementation], table: Mappin
 
 
 def _fastest_near(
-    key: Key, available: Mapping[str, Implementation], table: Mapping[Key, Entry]
+    key: Key, available: Mapping[str, Implementation], tables: Sequence[Mapping[Key, Entry]]
 ) -> Implementation | None:
-    """Return the fastest implementation of the closest neighbour for which it can run here; None if there is none."""
-    for distance, neighbour in sorted((key.distance(other), other) for other in table):
-        found = available.get(table[neighbour]["fastest"])
+    """Return the fastest implementation of the closest neighbour for which it can run here; None if there is none.
+
+    Neighbours of all tables are compared; of two at the same distance, that of the earlier table is taken.
+    """
+    neighbours = ((key.distance(other), place, other) for place, table in enumerate(tables) for other in table)
+    for distance, place, neighbour in sorted(neighbours):
+        found = available.get(tables[place][neighbour]["fastest"])
         if distance < math.inf and found is not None:
             return found
     return None

@@ -216,6 +216,22 @@ def test_shipped_table_comes_before_the_clock(make_table, tmp_path):
     assert make(shipped=shipped).look_up(KEY, lambda: MILLISECONDS) == TORCH
 
 
+def test_the_closest_neighbour_of_both_tables_is_taken(make_table, tmp_path):
+    """A far neighbour that was measured here does not hide a near one of the shipped table; at equal distance it does."""
+    make, timed = make_table
+    shipped = tmp_path / "nvidia-h100.json"
+    entries = {str(sized(1, 4100, 64, 64)): {"fastest": str(LARGE)}, str(sized(1, 2047, 64, 64)): {"fastest": "torch"}}
+    shipped.write_text(json.dumps({"about": {}, "implementations": entries}))
+    make().measure(sized(1, 2047, 64, 64), [CUBLAS], itself)
+    timed.clear()
+    table = make(shipped=shipped)
+    assert table.look_up(sized(1, 4000, 64, 64), lambda: MILLISECONDS) == LARGE
+    assert table.look_up(sized(1, 2000, 64, 64), lambda: MILLISECONDS) == CUBLAS
+    # What the user's table names cannot run here.
+    assert table.look_up(sized(1, 2000, 64, 64), lambda: [TORCH, SMALL]) == TORCH
+    assert not timed
+
+
 def test_choices_are_counted(make_table):
     """A forward during which the count does not rise ran only implementations that were chosen before."""
     make, _ = make_table
