@@ -83,7 +83,7 @@ class ImplementationTable:
             run: runs the call with one implementation.
 
         Raises:
-            RuntimeError: every implementation failed.
+            RuntimeError: every implementation failed, or memory ran out (`ran_out_of_memory`). Nothing is kept then.
         """
         global _choices_made
         if key in self._chosen:
@@ -140,6 +140,8 @@ class ImplementationTable:
                 return True
             reason: object = "its result is not that of plain torch"
         except Exception as error:
+            if ran_out_of_memory(error):
+                raise
             reason = error
         _log.warning("%s: %s, measured elsewhere, failed and is left out: %s", key, chosen, reason)
         return False
@@ -158,6 +160,9 @@ class ImplementationTable:
                 # Checked again, because a race may show only when the device is busy.
                 check(implementation)
             except Exception as error:
+                if ran_out_of_memory(error):
+                    # No verdict: timing takes a filler of 256 MB, a comparison takes float32 copies of results.
+                    raise
                 # Compilers and drivers raise exceptions of many types. The other implementations can still run.
                 _log.warning("%s: %s failed and is left out: %s", key, name, error)
                 continue
@@ -183,6 +188,11 @@ class ImplementationTable:
             temporary.replace(self.path)
         except OSError as error:
             _log.warning("cannot keep measurements in %s (%s): they are measured again next time", self.path, error)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the device is full: torch's own, or the driver's in its text."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _fastest_at(key: Key, available: Mapping[str, Implementation], table: Mapping[Key, Entry]) -> Implementation | None:

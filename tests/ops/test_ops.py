@@ -243,6 +243,26 @@ def test_a_shape_is_prepared_once(monkeypatch):
     assert len(LINEARS._prepared) == 1
 
 
+def test_full_memory_does_not_end_a_forward(monkeypatch, caplog):
+    """Plain torch runs once, and nothing is prepared; the next call chooses again. Other errors are passed on."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    choose, errors = LINEARS.choose, [torch.OutOfMemoryError("full"), RuntimeError("nothing works")]
+
+    def fails(call):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(LINEARS, "choose", fails)
+    call = CALLS["up"]()
+    LINEARS._prepared.clear()
+    close(LINEARS(call), LINEARS.run(call, TORCH))
+    assert not LINEARS._prepared and "memory ran out while implementations were compared" in caplog.text
+    with pytest.raises(RuntimeError, match="nothing works"):
+        LINEARS(call)
+    monkeypatch.setattr(LINEARS, "choose", choose)
+    close(LINEARS(call), LINEARS.run(call, TORCH))
+    assert len(LINEARS._prepared) == 1
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_compiler_sees_one_op(monkeypatch, name):
     """The op that torch.compile records passes `opcheck`, and its result is that of the operation."""
