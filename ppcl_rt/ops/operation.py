@@ -81,6 +81,10 @@ class Operation(ABC, Generic[C, R]):
     def run(self, call: C, implementation: Implementation) -> R:
         """Run the call with one implementation, with all checks."""
 
+    def checked(self, call: C) -> C:
+        """Return the call whose result is compared with that of plain torch, with the same launches as ``call``."""
+        return call
+
     def prepare(self, call: C, implementation: Implementation) -> Callable[[C], R]:
         """Bind one implementation to the shapes and the weights of a call.
 
@@ -163,7 +167,11 @@ class Operation(ABC, Generic[C, R]):
         if torch.cuda.is_current_stream_capturing():
             # Nothing can be timed during a capture.
             return table.look_up(key, implementations) or implementations()[0]
-        return table.fastest(key, implementations, functools.partial(self.run, call))
+
+        def run_checked(implementation: Implementation) -> R:
+            return self.run(self.checked(call), implementation)
+
+        return table.fastest(key, implementations, functools.partial(self.run, call), run_checked)
 
 
 def forget() -> None:

@@ -72,7 +72,7 @@ class ImplementationTable:
     shipped: Path | None = None
     _chosen: dict[Key, Implementation] = field(default_factory=dict, repr=False)
 
-    def fastest(self, key: Key, implementations: Listing, run: Run) -> Implementation:
+    def fastest(self, key: Key, implementations: Listing, run: Run, run_checked: Run | None = None) -> Implementation:
         """Look up which implementation is the fastest, or measure all of them.
 
         An implementation that raises, or whose result differs from that of plain torch, is left out; the log says so.
@@ -80,7 +80,8 @@ class ImplementationTable:
         Args:
             key: what the time depends on.
             implementations: lists what could run.
-            run: runs the call with one implementation.
+            run: runs the call with one implementation; this is timed.
+            run_checked: runs what is compared with plain torch (`Operation.checked`); None for ``run``.
 
         Raises:
             RuntimeError: every implementation failed, or memory ran out (`ran_out_of_memory`). Nothing is kept then.
@@ -90,13 +91,14 @@ class ImplementationTable:
             return self._chosen[key]
         _choices_made += 1
         available = {str(each): each for each in implementations()}
+        run_checked = run_checked or run
         chosen = _fastest_at(key, available, self._read(self.path))
         if chosen is None:
             chosen = self.look_up(key, available.values)
-            if chosen is not None and not self._agrees_with_torch(key, chosen, available, run):
+            if chosen is not None and not self._agrees_with_torch(key, chosen, available, run_checked):
                 chosen = None
         if chosen is None:
-            times = self.measure(key, available.values(), run)
+            times = self.measure(key, available.values(), run, run_checked)
             if not times:
                 raise RuntimeError(f"no implementation of {key} works here: the log says why each of them failed")
             chosen = available[min(times, key=times.__getitem__)]
@@ -114,13 +116,15 @@ class ImplementationTable:
                 return found
         return _fastest_near(key, available, tables)
 
-    def measure(self, key: Key, implementations: Iterable[Implementation], run: Run) -> dict[str, float]:
-        """Time the implementations that agree with plain torch, and keep the times.
+    def measure(
+        self, key: Key, implementations: Iterable[Implementation], run: Run, run_checked: Run | None = None
+    ) -> dict[str, float]:
+        """Time the implementations that agree with plain torch, and keep the times; arguments are as in `fastest`.
 
         Returns:
             Milliseconds by the name of the implementation.
         """
-        times = dict(self._times(key, {str(each): each for each in implementations}, run))
+        times = dict(self._times(key, {str(each): each for each in implementations}, run, run_checked or run))
         if times:
             self.keep(key, min(times, key=times.__getitem__), times)
         return times
@@ -130,13 +134,13 @@ class ImplementationTable:
         self._write(key, {"fastest": fastest, "milliseconds": {name: round(ms, 4) for name, ms in times.items()}})
 
     def _agrees_with_torch(
-        self, key: Key, chosen: Implementation, available: Mapping[str, Implementation], run: Run
+        self, key: Key, chosen: Implementation, available: Mapping[str, Implementation], run_checked: Run
     ) -> bool:
         """Compare, on this machine, an implementation that was measured elsewhere with plain torch."""
         if chosen == TORCH or TORCH not in available.values():
             return True
         try:
-            if agree(run(chosen), run(TORCH)):
+            if agree(run_checked(chosen), run_checked(TORCH)):
                 return True
             reason: object = "its result is not that of plain torch"
         except Exception as error:
@@ -146,11 +150,13 @@ class ImplementationTable:
         _log.warning("%s: %s, measured elsewhere, failed and is left out: %s", key, chosen, reason)
         return False
 
-    def _times(self, key: Key, available: Mapping[str, Implementation], run: Run) -> Iterator[tuple[str, float]]:
-        wanted = run(TORCH) if TORCH in available.values() else None
+    def _times(
+        self, key: Key, available: Mapping[str, Implementation], run: Run, run_checked: Run
+    ) -> Iterator[tuple[str, float]]:
+        wanted = run_checked(TORCH) if TORCH in available.values() else None
 
         def check(implementation: Implementation) -> None:
-            if implementation != TORCH and wanted is not None and not agree(run(implementation), wanted):
+            if implementation != TORCH and wanted is not None and not agree(run_checked(implementation), wanted):
                 raise RuntimeError("its result is not that of plain torch")
 
         for name, implementation in available.items():

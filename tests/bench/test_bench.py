@@ -397,6 +397,9 @@ class Faulty:
     def __init__(self):
         self.calls = 0
 
+    def checked(self, call):
+        return call
+
     def key(self, call):
         return Key(f"faulty {call}", (1, 2))
 
