@@ -15,17 +15,22 @@ from typing import Annotated
 
 import typer
 
-from ppcl_rt import Plan
+from ppcl_rt import BlockSpec, Width
 from ppcl_rt.cli.task import task_of
 from ppcl_train import pipeline
 from ppcl_train.engine.files import read_tensors
+from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors import selection
 from ppcl_train.stages.draft import open_draft, write_draft
-from ppcl_train.stages.measure import VelocityError
-from ppcl_train.stages.width import legal_counts
 
 
-def main(run_folder: Path, prompts: Annotated[int, typer.LegalCount(min=5)] = 2000, seed: int = 1) -> None:
+def _half_of_channels(spec: BlockSpec) -> Width:
+    """The full width, with half of the channels of every MLP."""
+    channels = [group for group in spec.unit_groups if group != spec.heads]
+    return spec.full.replace(**{group: spec.full[group] // 2 for group in channels})
+
+
+def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:
     """Print the velocity error, and the scores next to those of the teacher."""
     run = pipeline.config_of(run_folder)
     width = {n: t for n, t in read_tensors(run_folder / "width.safetensors").items() if not n.startswith("students.")}
@@ -33,12 +38,11 @@ def main(run_folder: Path, prompts: Annotated[int, typer.LegalCount(min=5)] = 20
         folder = Path(temporary)
         shutil.copyfile(run_folder / "teacher.safetensors", folder / "teacher.safetensors")
         selection.write(folder, [])
-        full = write_draft(run, folder, {}).shape.width
-        write_draft(run, folder, width, legal_counts(run, full))
+        write_draft(run, folder, width, narrower=True)
         model = open_draft(run, folder)
         catalog = model.catalog
-        half = full.replace(image=full.image // 2, text=full.text // 2)
-        plan = Plan.of(catalog.fingerprint, catalog.shape.depth, [(n, half) for n in range(catalog.shape.depth)])
+        depth = catalog.architecture.depth
+        plan = catalog.compose((n, _half_of_channels(catalog.spec(n))) for n in range(depth))
         print(f"half of all MLP channels: velocity error {sum(VelocityError(model, run).of(plan)):.6f} relative")
         for name, chosen in (("teacher", catalog.dense), ("half", plan)):
             with model.at(plan=chosen):

@@ -24,6 +24,7 @@ from ppcl_train.config.stages import StudentsConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.engine.distributed import World
 from ppcl_train.engine.live_bytes import LiveBytes
+from ppcl_train.engine.optimisers import autocast
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students
 
@@ -76,7 +77,7 @@ class Distilling:
         nn.Module.to(self.model, place, torch.bfloat16 if config.precision == "bf16" else torch.float32)
 
     def _learner(self, interval: Interval) -> students.Learner:
-        block = selection.begin(self.model.transformer_blocks, selection.Selected(interval, "first"))
+        block = selection.new_student(self.model.blocks(), selection.Selected(interval, "first"))
         return students.Learner(block.float().to(self.place), self.config, 1.0, self.world)
 
     def distil(self, intervals: list[Interval]) -> None:
@@ -85,17 +86,17 @@ class Distilling:
         def learn(interval: Interval, before: Streams, after: Streams, context: dict) -> None:
             self.learners[interval].learn(before, after, context, self.given.mask)
 
-        with students.precise(self.config, self.world):
+        with autocast(self.config.precision, self.world.device.type, keeps_casts=False):
             streams.walk_intervals(self.model, self.given, intervals, learn)
 
     def teacher_pass(self) -> None:
         """Run the teacher alone."""
-        with students.precise(self.config, self.world):
+        with autocast(self.config.precision, self.world.device.type, keeps_casts=False):
             streams.walk(self.model, self.given, lambda *_: None)
 
     def first_student(self) -> Callable[[], object]:
         """Return one step of the first student, on states of the teacher that are already there."""
-        with students.precise(self.config, self.world):
+        with autocast(self.config.precision, self.world.device.type, keeps_casts=False):
             passed = streams.trace(self.model, self.given)
         learn = self.learners[Interval(0, 1)].learn
         return functools.partial(learn, passed.streams[0], passed.streams[2], passed.context, self.given.mask)

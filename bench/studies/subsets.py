@@ -4,7 +4,7 @@
 
 Evaluates all sets of disjoint students if there are at most ``--most`` of them. Otherwise it evaluates the empty set,
 the largest set, and sets drawn at random with seed 0, ``--most`` together. The velocity error is that of
-`ppcl_train.stages.measure`, the scores are those of ``ppcl eval``.
+`ppcl_train.losses.velocity_error`, the scores are those of ``ppcl eval``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ppcl_kernels.tools.machine import write_json
 from ppcl_rt import Catalog, Interval, Plan, PlannedBlock
 from ppcl_rt.cli.task import task_of
 from ppcl_train.config.presets import PRESETS
-from ppcl_train.stages.measure import VelocityError
+from ppcl_train.losses.velocity_error import VelocityError
 
 
 def disjoint(intervals: tuple[Interval, ...]) -> Iterator[tuple[Interval, ...]]:
@@ -39,24 +39,20 @@ def disjoint(intervals: tuple[Interval, ...]) -> Iterator[tuple[Interval, ...]]:
 
 def plan_of(catalog: Catalog, chosen: tuple[Interval, ...]) -> Plan:
     """Make the plan that runs these students and all other blocks at full width."""
-    width, depth = catalog.shape.width, catalog.shape.depth
-    kept = [(n, width) for n in range(depth) if not any(n in interval for interval in chosen)]
-    return Plan.of(
-        catalog.fingerprint,
-        depth,
-        kept,
-        [PlannedBlock(interval=interval, width=width, student=True) for interval in chosen],
-    )
+    depth = catalog.architecture.depth
+    kept = [(n, catalog.spec(n).full) for n in range(depth) if not any(n in interval for interval in chosen)]
+    students = [PlannedBlock(interval=i, width=catalog.student(i).widths.full, student=True) for i in chosen]
+    return catalog.compose(kept, students)
 
 
 def main(
     checkpoint: str,
-    most: Annotated[int, typer.LegalCount(min=2)] = 64,
+    most: Annotated[int, typer.Option(min=2)] = 64,
     prompts: Annotated[
-        int, typer.LegalCount(min=0, help="unseen prompts to judge on; 0 for the velocity error alone")
+        int, typer.Option(min=0, help="unseen prompts to judge on; 0 for the velocity error alone")
     ] = 100,
     seed: int = 1,
-    json_file: Annotated[Path | None, typer.LegalCount("--json")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Evaluate sets of students, and print their losses by the number of blocks that are gone."""
     model = ppcl_rt.load(checkpoint, dtype=torch.float32, resident="all").requires_grad_(False)

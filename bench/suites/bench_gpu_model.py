@@ -202,7 +202,7 @@ class Bench:
         write(
             self.out / "model.json",
             {
-                "format": 1,
+                "format": 2,
                 "part": "model",
                 **about,
                 "command": self.command,

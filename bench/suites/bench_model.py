@@ -23,7 +23,7 @@ from diffusers.utils import logging as diffusers_logging
 import ppcl_rt
 from ppcl_rt.cli.task import task_of
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
-from ppcl_rt.planning.plan import Width
+from ppcl_rt.planning.width import Width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "scenes"
@@ -46,16 +46,17 @@ def device_name() -> str:
 
 
 def about(model, task) -> dict:
-    shape = model.catalog.shape
+    architecture = model.catalog.architecture
     return {
         "command": " ".join(["python -m pytest", *sys.argv[1:]]),
         "device": device_name(),
         "dtype": str(model.dtype),
-        "shape": f"batch {BATCH}, {task.image_tokens} image and {task.text_tokens} text tokens, width {shape.dim}",
+        "shape": f"batch {BATCH}, {task.image_tokens} image and {task.text_tokens} text tokens, "
+        f"width {architecture.dim}",
         "torch": torch.__version__,
-        "params": shape.params(model.plan),
+        "params": architecture.params(model.plan),
         "params_ratio": round(model.catalog.ratio(model.plan), 4),
-        "flops": shape.flops(model.plan, task.image_tokens, task.text_tokens, BATCH),
+        "flops": architecture.flops(model.plan, task.image_tokens, task.text_tokens, BATCH),
         "bytes": model.resident_bytes,
     }
 
@@ -178,7 +179,7 @@ def test_block(benchmark, blocks, monkeypatch, contestant, width):
     whose, how, *graph = contestant.split()
     if DEVICE == "cpu" and (graph or how not in ("auto", "torch")):
         pytest.skip("needs a GPU")
-    model, options = ours, {"width": Width(*(count * width // 100 for count in ours.width))}
+    model, options = ours, {"width": Width({group: n * width // 100 for group, n in ours.width.items()})}
     if whose == "stock":
         if width != 100:
             pytest.skip("the stock block has one width")

@@ -1,7 +1,7 @@
 """A driver without a device, on which triton runs all its python; C functions only record what they receive.
 
-Triton binds, specialises, expands descriptors and calls its own `CudaLauncher`; nothing is compiled. Tensors lie in the
-CPU's memory. Works with the launchers of triton 3.6 (one C function for each signature) and 3.9 (one for all).
+Triton binds, specialises, expands descriptors and calls its own `CudaLauncher`; nothing is compiled. Tensors are in
+CPU memory. Works with the launchers of triton 3.6 (one C function for each signature) and 3.9 (one for all).
 """
 
 from __future__ import annotations

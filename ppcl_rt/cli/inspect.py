@@ -24,13 +24,13 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         content = catalog.model_dump(mode="json", exclude={"checksums"})
         print(json.dumps({**content, "fingerprint": catalog.fingerprint, "smallest_ratio": smallest}, indent=1))
         return
-    shape = catalog.shape
+    architecture = catalog.architecture
     print(f"family {catalog.family}, checkpoint {catalog.fingerprint}")
-    print(
-        f"{shape.depth} blocks of width {shape.dim}: "
-        f"{shape.width.heads} heads x {shape.head_dim}, MLP {shape.width.image}"
-    )
-    print(f"{shape.dense_params:,} parameters at ratio 1; the smallest plan has ratio {smallest:.3f}")
+    for each in architecture.lists:
+        spec = architecture.kinds[each.kind]
+        groups = ", ".join(f"{group} {count}" for group, count in spec.full.items())
+        print(f"{each.path}: {each.depth} {each.kind} blocks of width {spec.dim}, heads of {spec.head_dim}: {groups}")
+    print(f"{architecture.dense_params:,} parameters at ratio 1; the smallest plan has ratio {smallest:.3f}")
     for table in _tables(catalog):
         print_table(table)
 
@@ -43,11 +43,14 @@ def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
     text_runs = Table("over", "loss", title="text runs")
     for run in catalog.text_runs:
         text_runs.add_row(str(run.interval), f"{run.loss:.5f}")
-    groups = ppcl_rt.Width._fields
+    groups = tuple(dict.fromkeys(group for spec in catalog.architecture.kinds.values() for group in spec.groups))
     widths = Table("block", *groups, title="widths (loss)")
     for block, legal in enumerate(catalog.blocks):
-        counts = ("  ".join(f"{each.count} ({each.loss:.4f})" for each in legal.of(group)) for group in groups)
-        widths.add_row(str(block), *counts)
+        # Kinds of blocks have different groups: an empty cell is a group that the block has not.
+        by_group = {
+            group: "  ".join(f"{each.units} ({each.loss:.4f})" for each in legal.of(group)) for group in legal.groups
+        }
+        widths.add_row(str(block), *(by_group.get(group, "") for group in groups))
     return students, text_runs, widths
 
 
@@ -72,12 +75,10 @@ def plan(
         print(made.to_json())
         return
     print(f"ratio {catalog.ratio(made):.4f} of parameters, predicted loss {catalog.loss(made):.5f}")
-    for step in made.steps:
-        what = f"student of {step.blocks}" if step.student else f"block {step.blocks.first}"
-        width = ", ".join(
-            f"{group} {count}/{full}"
-            for group, count, full in zip(step.width._fields, step.width, catalog.shape.width, strict=True)
-        )
+    for planned in made.blocks:
+        what = f"student of {planned.interval}" if planned.student else f"block {planned.interval.first}"
+        full = catalog.spec(planned.interval.first).full
+        width = ", ".join(f"{group} {count}/{full[group]}" for group, count in planned.width.items())
         print(f"{what:>20}  {width}")
     for run in made.text_runs:
         print(f"{'text not updated':>20}  over blocks {run}")

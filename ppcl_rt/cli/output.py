@@ -10,13 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ppcl_rt.files import replacing
+
 # Columns that tables need. Narrower terminals wrap lines, which is better than numbers that are cut off.
 _TABLE_WIDTH = 150
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a file next to ``path`` to write to; it is renamed to ``path`` at the end, or removed after an error.
+    """Yield a temporary path to write to, as `ppcl_rt.files.replacing`, but refuse a bad ``path`` before any work.
 
     Raises:
         ValueError: at once, where ``path`` cannot be written.
@@ -25,12 +27,8 @@ def writing(path: Path) -> Iterator[Path]:
     writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
     if not writable or (path.exists() and not path.is_file()):
         raise ValueError(f"cannot write {path}: name a file in a folder that exists and can be written to")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        yield temporary
 
 
 def print_table(table: Table) -> None:

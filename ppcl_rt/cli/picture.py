@@ -10,16 +10,16 @@ from ppcl_rt.planning.plan import Plan
 # Pixels that a pixel of a small sample is drawn with.
 _ZOOM = 12
 _COLUMN, _GAP, _LEFT, _TOP = 46, 6, 86, 26
-# About as each counts in parameters.
-_HEIGHTS = {"heads": 66, "image": 66, "text": 66, "modulation": 66}
+# Pixels of a row: one row a group of units.
+_ROW = 66
 _KEPT, _STUDENT, _REMOVED = (66, 113, 176), (214, 125, 44), (228, 228, 228)
-_LABELS = {"heads": "heads", "image": "image MLP", "text": "text MLP", "modulation": "modulation"}
 
 
 def draw_plan(catalog: Catalog, plan: Plan) -> Image.Image:
-    """Draw a plan: a column a block, filled as far as each part is kept; students span their interval."""
-    depth = plan.depth
-    height = _TOP + sum(_HEIGHTS.values()) + len(_HEIGHTS) * _GAP + 40
+    """Draw a plan: a column a block, filled as far as each group is kept; a line spans a student's interval."""
+    depth, kinds = plan.depth, catalog.architecture.kinds.values()
+    groups = {name: group for spec in kinds for name, group in spec.groups.items()}
+    height = _TOP + len(groups) * (_ROW + _GAP) + 40
     sheet = Image.new("RGB", (_LEFT + depth * (_COLUMN + _GAP) + _GAP, height), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -28,20 +28,24 @@ def draw_plan(catalog: Catalog, plan: Plan) -> Image.Image:
 
     for block in range(depth):
         pen.text((left(block) + _COLUMN // 2 - 6, 6), str(block), fill="black")
+    for planned in plan.blocks:
+        if planned.student:
+            ends = left(planned.interval.first), left(planned.interval.last) + _COLUMN
+            pen.line((ends[0], _TOP - 4, ends[1], _TOP - 4), fill=_STUDENT, width=3)
     top = _TOP
-    for group, tall in _HEIGHTS.items():
-        pen.text((4, top + tall // 2 - 6), _LABELS[group], fill="black")
+    for group, units in groups.items():
+        pen.text((4, top + _ROW // 2 - 6), f"{group} MLP" if units.mappable else group, fill="black")
         for block in range(depth):
-            pen.rectangle((left(block), top, left(block) + _COLUMN, top + tall), fill=_REMOVED)
-        for step in plan.steps:
-            share = getattr(step.width, group) / getattr(catalog.shape.width, group)
+            if group in catalog.spec(block).groups:
+                pen.rectangle((left(block), top, left(block) + _COLUMN, top + _ROW), fill=_REMOVED)
+        for planned in plan.blocks:
             # A student is one block wide; the rest of its interval is what it removes.
-            x = left(step.blocks.first)
-            box = (x, top + round(tall * (1 - share)), x + _COLUMN, top + tall)
-            pen.rectangle(box, fill=_STUDENT if step.student else _KEPT)
-            if step.student and group == "heads":
-                pen.line((x, _TOP - 4, left(step.blocks.last) + _COLUMN, _TOP - 4), fill=_STUDENT, width=3)
-        top += tall + _GAP
+            first = planned.interval.first
+            share = planned.width.get(group, 0) / units.count
+            box = (left(first), top + round(_ROW * (1 - share)), left(first) + _COLUMN, top + _ROW)
+            if group in catalog.spec(first).groups:
+                pen.rectangle(box, fill=_STUDENT if planned.student else _KEPT)
+        top += _ROW + _GAP
     x = _LEFT
     for colour, text in ((_KEPT, "kept"), (_STUDENT, "student of the interval above it"), (_REMOVED, "removed")):
         pen.rectangle((x, top + 8, x + 12, top + 20), fill=colour)

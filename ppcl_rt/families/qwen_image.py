@@ -134,6 +134,11 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
     width without one uses a prefix of the full layer), linear maps in place of MLPs, and modulations of a low rank.
     """
 
+    # Of the stock block.
+    attn: Any
+    dim: int
+    attention_head_dim: int
+
     side_by_side = (
         ("attn.to_q", "attn.to_k", "attn.to_v"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -155,9 +160,11 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         norm = getattr(self, f"{_MODULES[stream.name]}_norm1")
         return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
 
-    def text_input(self, text: torch.Tensor, temb: torch.Tensor, width: Width) -> torch.Tensor:
-        """What this block projects the text's q, k and v from, ``[B, S_text, D]``."""
-        return self.attention_input(UpdatedStream("text", text, *self.modulations("text", temb[: len(text)], width)))
+    def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
+        """See `PluggableBlock.text_input`; the condition is the timestep embedding ``[B, D]``."""
+        return self.attention_input(
+            UpdatedStream("text", text, *self.modulations("text", condition[: len(text)], width))
+        )
 
     def forward(
         self,
@@ -298,6 +305,18 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     Built by hand it is the dense model; `load` (or ``from_pretrained``) reads a checkpoint at a ratio. Arguments are
     those of the diffusers class.
     """
+
+    # Of the stock class.
+    transformer_blocks: torch.nn.ModuleList
+    img_in: torch.nn.Module
+    txt_in: torch.nn.Module
+    txt_norm: torch.nn.Module
+    pos_embed: torch.nn.Module
+    time_text_embed: torch.nn.Module
+    norm_out: torch.nn.Module
+    proj_out: torch.nn.Module
+    _gradient_checkpointing_func: Any
+    gradient_checkpointing: bool
 
     family = "qwen-image"
     stock_name = "QwenImageTransformer2DModel"

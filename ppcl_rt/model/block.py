@@ -98,6 +98,12 @@ class PluggableBlock(nn.Module):
         shared = F.linear(x, down.weight[:rank], down.bias[:rank])
         return F.linear(shared, up.weight[:, :rank], up.bias)
 
+    def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
+        """What the block projects the text's q, k and v from, ``[B, S_text, D]``; the blocks after it in a text run
+        read a linear map of it. Only for blocks that can leave the text stream as it was (`BlockSpec.may_skip`).
+        """
+        raise NotImplementedError
+
     def modulation_input(self, condition: torch.Tensor) -> torch.Tensor:
         """What the factored parts read, given what the block is conditioned on: ``silu`` of it."""
         return F.silu(condition)

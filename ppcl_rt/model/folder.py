@@ -37,6 +37,9 @@ class CheckpointFolder(Switching):
         depth_settings: entries of the config that count the blocks of each of ``block_lists``.
     """
 
+    # Of diffusers' ConfigMixin, which the family's class inherits.
+    extract_init_dict: ClassVar[Any]
+    register_to_config: Any
     stock_name: ClassVar[str]
     depth_settings: ClassVar[tuple[str, ...]] = ("num_layers",)
 
@@ -202,9 +205,12 @@ class CheckpointFolder(Switching):
             tensor = self._source.read(name)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             if name in held:
-                prefix = next((prefix for prefix in blocks if name.startswith(prefix)), None)
-                inside = None if prefix is None else name.removeprefix(prefix)
-                state[name] = held[name] if inside is None else restore(state[name], held[name], inside, blocks[prefix])
+                prefix = next((prefix for prefix in blocks if name.startswith(prefix)), "")
+                state[name] = (
+                    restore(state[name], held[name], name.removeprefix(prefix), blocks[prefix])
+                    if prefix
+                    else held[name]
+                )
         return state
 
     def _blocks_by_prefix(self) -> Mapping[str, Any]:

@@ -93,9 +93,25 @@ class Planner:
             if excess <= 0.5:
                 return plan
             room -= max(2 * excess, 2 * _ROW_TOLERANCE * max(choice.params for choice in self._choices))
-        # Rounded up, so that the ratio that is named can be had.
-        smallest = math.ceil(self.smallest * 1e4) / 1e4
-        raise ValueError(f"ratio {ratio:g} is below the smallest plan of this checkpoint, {smallest:.4f}")
+        raise ValueError(
+            f"ratio {ratio:g} is below the smallest plan of this checkpoint, {self.smallest_in_digits:.4f}"
+        )
+
+    def plans(self, spacing: float, least_ratio: float = 0.0) -> list[Plan]:
+        """The best plans at evenly spaced ratios: first the smallest plan, then one at each multiple of ``spacing``.
+
+        Args:
+            spacing: between ratios.
+            least_ratio: take no ratio below this; the first plan is then the best one at this ratio.
+        """
+        smallest = max(self.smallest_in_digits, least_ratio)
+        multiples = (n * spacing for n in range(1, round(1 / spacing) + 1))
+        return [self.plan(ratio) for ratio in [smallest, *(ratio for ratio in multiples if smallest < ratio <= 1)]]
+
+    @property
+    def smallest_in_digits(self) -> float:
+        """`smallest`, rounded up to four digits: a ratio that a message can name and `plan` can meet."""
+        return math.ceil(self.smallest * 1e4) / 1e4
 
     @property
     def smallest(self) -> float:

@@ -1,4 +1,4 @@
-"""What races and what is judged, the parts of a GPU run, and what reads their results; no kernel is timed here."""
+"""Races of kernels, the parts of a GPU run, and the report of their results; no kernel is timed here."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ H200 = {"device": "NVIDIA H200", "status": 0, "command": "bash bench/gpu.sh choo
 
 
 def rows_of(op, times, taken, **case):
-    """Rows of one race, as bench_kernels writes them."""
+    """Rows of one race in the form that bench_kernels writes."""
     about = {"op": op, **MAIN, **case, "dtype": "torch.bfloat16"}
     about["key"] = f"{op} {list(about.values())}"
     return [{**about, "contestant": name, "ms": ms, "taken": name == taken} for name, ms in times.items()]
@@ -64,7 +64,7 @@ def test_report_without_results_has_measured_nothing(tmp_path):
 
 
 def test_docs_hold_the_targets_and_what_was_measured():
-    """Written by ``ppcl bench report --markdown``."""
+    """docs/kernels.md holds what ``ppcl bench report --markdown`` prints."""
     for line in ask(ROOT / "bench" / "results", "--markdown").splitlines():
         assert line in (ROOT / "docs" / "kernels.md").read_text().splitlines()
 
@@ -73,13 +73,13 @@ def test_report_judges_the_worst_case_of_each_target(tmp_path):
     attention = {"triton 1": 1.2, "triton 2": 1.5, "flash": 0.95, "cudnn": 0.9, "torch": 0.1}
     rows = [
         *rows_of("joint_attention", attention, "cudnn"),
-        # Missed: FlashAttention was twice as fast as what was taken.
+        # A missed target: FlashAttention was twice as fast as the implementation that was taken.
         *rows_of("joint_attention", {**attention, "cudnn": None, "flash": 0.6}, "triton 1", batch=2),
         *rows_of("joint_attention", {"triton 1": 0.5}, "triton 1", batch=2, width=50),
         *rows_of("joint_attention", {"cudnn": 1.0}, "cudnn", masked=True),
         *rows_of("up_gelu", {"triton 1": 1.0, "cublaslt": 2.0, "torch": 1.1}, "triton 1"),
         *rows_of("up_gelu", {"triton 1": 1.0, "torch": 1.02}, "triton 1", width=50),
-        # Another shape than that of the targets.
+        # The targets are not about this shape.
         *rows_of("up_gelu", {"triton 1": 1.0, "torch": 0.5}, "triton 1", image=1024),
         *rows_of("ada_layer_norm", {"triton 1": 1.0, "copy": 0.95, "torch": 5.0}, "triton 1"),
         *rows_of("qkv_projection", {"packed": 1.0, "torch": 9.0}, "packed"),
@@ -87,7 +87,7 @@ def test_report_judges_the_worst_case_of_each_target(tmp_path):
     write(tmp_path, "choose", rows)
     fit_row = {"kernel": "linear", "tile": "64x64", "ok": True, "limit": 0.004, "error_max": 0.001}
     errors = [fit_row | {"form": form, "error_rms": rms} for form, rms in (("up", 0.001), ("down", 0.002))]
-    # A kernel that died has no error to show.
+    # A kernel that died has no error.
     write(tmp_path, "fit", [*errors, fit_row | {"form": "out", "ok": False, "error_rms": None}])
     found = targets(tmp_path)
     wanted = {
@@ -121,7 +121,7 @@ def ratio(what, value, contestant="ours", size=1024, plan="dense", share=1.0, gr
 def test_report_judges_models(tmp_path):
     ratios = [
         ratio("speed to eager", 1.6),
-        # Without graphs at 512, with graphs at 1024, and with a short text: other questions.
+        # No target is about 512 without graphs, 1024 with graphs, or a short text.
         ratio("speed to eager", 0.1, size=512),
         ratio("speed to eager", 0.2, "ours graphs"),
         ratio("speed to eager", 0.3, group="short-1024"),
@@ -173,7 +173,7 @@ def test_report_is_a_group_of_commands():
 
 
 def test_script_runs_the_runner(tmp_path):
-    """With the package's folders first on the path, and nothing of it installed."""
+    """The script puts the package's folders first on the path, since the package may not be installed."""
     fake = tmp_path / "python"
     fake.write_text('#!/bin/bash\necho "$PYTHONPATH $*"\nexit 7\n')
     fake.chmod(0o755)
@@ -194,7 +194,7 @@ def test_runner_refuses_in_one_line(arguments, said, monkeypatch, capsys):
 
 
 def test_device_is_asked_for_in_a_process_of_its_own(monkeypatch, capsys):
-    """What that process runs, and what is made of how it ends."""
+    """The script of that process, and how the result of the process is read."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(AssertionError):
         exec(gpu_run._ASK, {})
@@ -209,13 +209,13 @@ def test_device_is_asked_for_in_a_process_of_its_own(monkeypatch, capsys):
 
 
 def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, capfd):
-    """One that fails, one that hangs in its children too, one that dies with nothing written, one that is well."""
+    """Parts that fail, hang together with a child, die before they write, and succeed."""
 
     def part(number, seconds, script):
         return gpu_run.Part(number, seconds, lambda folder, planned: ["-c", script.format(folder=folder)])
 
     leave = "import json, os, sys, time; open('{folder}/%s.json', 'w').write(json.dumps(dict(results=[1], got=%s)))\n"
-    # Its child is told of nothing.
+    # No signal is sent to the child by name.
     fork = "os.fork() or open('{folder}/child', 'w').write(str(os.getpid())); time.sleep(60)"
     parts = {
         "fit": part("1", 60, leave % ("fit", "1") + "open('{folder}/allowed.json', 'w').write('x'); sys.exit(3)"),
@@ -245,7 +245,7 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
     assert found["model"]["command"] == "bash bench/gpu.sh model"
     child = Path(f"/proc/{(folder / 'child').read_text()}/status")
     assert not child.exists() or "\nState:\tZ" in child.read_text(), "a child outlived its part"
-    # What part 1 found holds for those after it.
+    # The result of part 1 applies to later parts.
     assert found["choose"]["got"] == str(folder / "allowed.json") and found["tests"]["got"] == "native"
     assert capfd.readouterr().out.count(" ended with status ") == 4
     assert gpu_run.main(["--results", str(tmp_path), "tests"]) == 0
@@ -268,7 +268,7 @@ def test_never_runs(): pass
     monkeypatch.setenv("PPCL_TESTS_JSON", str(tmp_path / "tests.json"))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     command, ended = ["-p", "ppcl_kernels.tools.pytest_log", f"--rootdir={tmp_path}", str(tmp_path)], []
-    # A fork, which has torch already.
+    # A fork, in which torch is already imported.
     run_all([Job("tests", 60, lambda say: pytest.main(command))], 1, time.monotonic() + 60, ended.append)
     assert ended[0].status == 9, ended
     content = json.loads((tmp_path / "tests.json").read_text())
@@ -285,7 +285,7 @@ def test_never_runs(): pass
 
 @pytest.fixture(scope="module")
 def bench():
-    """bench_kernels and the modules that it is made of, which find each other as scripts do: by their folder."""
+    """bench_kernels and its modules, imported from their folder, as when the script runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "bench" / "suites")
         names = (
@@ -303,7 +303,7 @@ def without_gradients():
 
 @pytest.fixture
 def sm90(monkeypatch):
-    """An H100 without a device: tensors are meta tensors."""
+    """The target of an H100, without a device: tensors are meta tensors."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: TARGETS["sm_90"]))
 
@@ -325,7 +325,7 @@ def test_shapes_that_matter_come_first(bench):
 
 
 def test_every_target_asks_about_a_case_that_is_raced(bench, sm90):
-    """The calls of a block on meta tensors, with their real keys; each key is raced once."""
+    """Calls of a block on meta tensors have their real keys, and each key is raced once."""
     preset = dataclasses.replace(bench.presets.PRESETS["full"], device="meta")
     block, rows, keys, compiled = bench.cases.Block(preset), [], set(), 0
     for setting in bench.presets.settings(preset):
@@ -342,7 +342,7 @@ def test_every_target_asks_about_a_case_that_is_raced(bench, sm90):
             rows += [row | {"key": key} for row in rows_of(case.op, times, "torch", **setting._asdict())]
             flops, size = bench.cases.work_of(case, [torch.empty(4, device="meta")])
             assert size > 0 and (flops > 0) == (case.operation.name != "ada_layer_norm")
-    # A compile takes up to 10 s of the 500.
+    # A compile takes up to 10 of the 500 s.
     assert 8 <= compiled <= 20 and 100 < len(keys) < 180
     places = {row["op"] for row in rows}
     assert places == {
@@ -356,11 +356,11 @@ def test_every_target_asks_about_a_case_that_is_raced(bench, sm90):
 def test_work_counts_what_cannot_be_spared(bench):
     preset = bench.presets.PRESETS["tiny"]
     cases = {case.op: case for case in bench.cases.Block(preset).cases(bench.presets.Setting(96, 9, 3, 1, 50))}
-    # 12 tokens by 16 x 32, of 64 channels; their weights and biases once, in float32.
+    # 12 tokens by 16 x 32 of 64 channels; the weights of both streams and all their biases, in float32.
     flops, size = bench.cases.work_of(cases["up_gelu"], [torch.empty(12, 32)])
     assert flops == 2 * 12 * 16 * 32
     assert size == 4 * (12 * 16 + 2 * 16 * 32 + 2 * 64 + 12 * 32)
-    # One of two heads of 8 channels.
+    # One of two heads, of 8 channels each.
     flops, size = bench.cases.work_of(cases["joint_attention"], [torch.empty(12, 8)])
     assert flops == 4 * 12 * 12 * 8 and size == 4 * 4 * 12 * 8
     assert bench.cases.work_of(cases["qkv_projection"], [])[0] == 2 * 12 * 16 * 3 * 8
@@ -375,7 +375,7 @@ def test_contestants_are_timed_in_turn(bench):
 
 
 def test_stock_chain_compiles_as_one_graph(bench):
-    """A rival with a break in it would be no rival."""
+    """A compiled chain with a graph break would be slower than it has to be."""
     cases = {
         case.op: case
         for case in bench.cases.Block(bench.presets.PRESETS["tiny"]).cases(bench.presets.Setting(96, 9, 3, 1, 50))
@@ -390,7 +390,7 @@ FAST, GARBAGE, LATE, DIES = (Implementation("triton", (number,)) for number in r
 
 
 class Faulty:
-    """An operation with implementations of every fault."""
+    """An operation whose implementations have every kind of fault."""
 
     name = "faulty"
 
@@ -423,7 +423,7 @@ class Faulty:
 
 
 def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd):
-    """Garbage before and after timing, a death, a hang, an exception: all others are timed, and the winner kept."""
+    """Wrong results before and after timing, a death, a hang, an exception; the rest is timed, the winner kept."""
     faulty = Faulty()
     cases = [bench.cases.Case("first", faulty, 0), bench.cases.Case("second", faulty, 1)]
     monkeypatch.setattr(bench.race, "Block", lambda preset: mock.Mock(cases=lambda setting: iter(cases)))
@@ -443,7 +443,7 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
     }
     assert [name for name, row in second.items() if row["taken"]] == ["triton 0"] and second["torch"]["to_torch"] == 1
     assert content["left_out"] == {"faulty 1 1x2: triton 3": "killed by SIGKILL", "faulty 1 1x2: cudnn": "hangs"}
-    # The case before it was raced once, though two processes ended.
+    # The first case was raced once, though two processes ended.
     assert [row["contestant"] for row in content["results"] if row["op"] == "first"] == ["triton 0", "torch"]
     assert content["complete"] and content["command"] == "a command" and content["ceilings"]["gbs"] > 0
     table = ImplementationTable(tmp_path / "implementations.json", {}, lambda call: pytest.fail("timed"))
@@ -454,7 +454,7 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
 
 
 def test_races_stop_when_time_is_over(bench, tmp_path, monkeypatch):
-    """What was raced until then is there, and the exit status says that it is not all."""
+    """The file holds what was raced until then, and the exit status says that it is incomplete."""
     monkeypatch.setattr(bench.race, "Block", lambda preset: time.sleep(60))
     assert bench.bench_kernels.race_all(bench.presets.PRESETS["tiny"], tmp_path, 0.5, 30, "a command") == 1
     content = json.loads((tmp_path / "choose.json").read_text())

@@ -1,4 +1,4 @@
-"""Part 3 of the GPU run, tiny and on a CPU: what fails is named, all else is written, plans are what they say."""
+"""Part 3 of the GPU run, tiny and on a CPU: failures are named, everything else is written, plans are correct."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def modules():
-    """The modules of the bench, which find each other as scripts do: by their folder."""
+    """The modules of the bench, imported from their folder, as when the script runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "bench" / "suites")
         names = ("plans", "presets", "models", "contestants", "race", "real_rope", "report", "worker")
@@ -46,7 +46,7 @@ def models(modules):
 
 
 class Forked:
-    """A process as `subprocess.Popen` gives it, without the seconds that imports take."""
+    """A forked process with the interface of `subprocess.Popen`, without the seconds that imports take."""
 
     def __init__(self, run):
         read, write = os.pipe()
@@ -87,7 +87,7 @@ def failures(content):
 
 @pytest.fixture
 def forked(bench, modules, monkeypatch, tmp_path):
-    """Run the bench with processes that are forked from this one."""
+    """Run the bench with processes forked from this one."""
 
     def start(self):
         child = Forked(modules.worker.main)
@@ -97,7 +97,7 @@ def forked(bench, modules, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.Bench, "_start", start)
 
     def run(*arguments):
-        status = bench.main(["--tiny", "--out", str(tmp_path), "--seconds", "60", *arguments])
+        status = bench.main(["--tiny", "--out", str(tmp_path), "--seconds", "240", *arguments])
         assert not list(tmp_path.glob(".*")), "nothing but the results is left"
         return status
 
@@ -126,7 +126,7 @@ def test_everything_is_measured_but_what_fails_and_is_killed(forked, tmp_path):
             assert row["ms"] is row["host_ms"] is row["device_ms"] is None
         else:
             assert min(row["ms"], row["host_ms"], row["device_ms"]) > 0 and row["rounds"] == 2 and row["agrees"]
-            # Float32: the order of summation.
+            # In float32 only the order of summation differs.
             assert row["difference"] < 1e-5
     measured = {key for key, row in rows.items() if row["ms"]}
     assert {("short-512", f"{name}, dense 1") for name in ("eager", "ours")} <= measured
@@ -144,14 +144,18 @@ def test_everything_is_measured_but_what_fails_and_is_killed(forked, tmp_path):
     table = CostTable.read(tmp_path / "sweep.json")
     assert list(table.left_out) == ["block 2-256-256-64 at 512"] and "SIGKILL" in table.left_out.popitem()[1]
     assert table.complete and table.device == content["device"] and table.dtype == "float32"
-    assert {row.kind for row in table.rows} == {"block", "still", "map", "outer"} and all(r.agrees for r in table.rows)
+    assert {row.kind for row in table.rows} == {"block", "text_not_updated", "map", "outer"} and all(
+        r.agrees for r in table.rows
+    )
     for image_tokens in (24, 12):
         costs = table.at(image_tokens, 7)
         assert (
             costs.counts("image") == [0, 16, 128, 256]
             and costs.ms(Width(heads=4, image=256, text=256, modulation=64)) > 0
         )
-    assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.full == (4, 256, 256, 64)
+    assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.spec.full == Width(
+        heads=4, image=256, text=256, modulation=64
+    )
 
 
 PARTS = {"qkv_projection", "joint_attention", "out", "up", "down", "map"}
@@ -166,7 +170,7 @@ def test_fields_are_documented(forked, tmp_path):
     assert sorted(name for name in names if f"`{name}`" not in said) == []
 
 
-# Stands in for the process that measures: four contestants, of which three bring it down, each in another way.
+# Takes the place of the measuring process: of its contestants three end it, each in another way.
 FAKE = """
 import json, os, pathlib, signal, sys, time
 spec = json.loads(sys.stdin.readline())
@@ -240,7 +244,7 @@ def test_a_machine_without_a_device_is_refused_in_one_line(bench, fake, capfd):
     assert bench.main(["--out", str(fake), "--only", "short-512", "--seconds", "30"]) == 2
     said = capfd.readouterr().err
     assert "no CUDA device" in said and len(said.splitlines()) == 1
-    # A process that cannot even import is no endless loop.
+    # A process that fails at an import does not lead to an endless loop.
     (fake.parent / "fake.py").write_text("import nothing_of_that_name")
     assert bench.main(["--out", str(fake), "--only", "short-512", "--seconds", "30"]) == 1
 
@@ -262,7 +266,7 @@ def test_ratios_compare_within_a_group_alone(bench):
         row("plans-1024", "ours", 88.0, "width", 0.7),
         row("plans-1024", "compiled", 88.0, "width", 0.7),
         row("plans-1024", "ours", None, "mixed", 0.7),
-        # Nobody to compare with in its group; and one that is not to be believed.
+        # No rival in the same group; and a row that failed.
         row("short-1024", "ours", 50.0),
         row("short-512", "eager", 50.0),
         row("short-512", "ours", 50.0, failed="it was wrong"),
@@ -283,21 +287,21 @@ def test_ratios_compare_within_a_group_alone(bench):
 
 
 def test_plans_are_within_their_ratio(modules):
-    """At the real widths, for which nothing has to be built."""
+    """At the real sizes; no model has to be built for that."""
     preset = modules.presets.REAL
     catalog = modules.plans.catalog_of(preset, 40_000_000)
-    shape = catalog.shape
-    dense = shape.flops(catalog.dense, 4096, 512)
+    architecture = catalog.architecture
+    dense = architecture.flops(catalog.dense, 4096, 512)
     for name in modules.plans.PLANS:
         kind, ratio, plan = modules.plans.plan_of(name, preset, catalog)
         assert catalog.check(plan) == plan and catalog.ratio(plan) <= ratio
-        assert 0.85 * ratio <= shape.flops(plan, 4096, 512) / dense <= ratio, name
-        assert len(plan.skipped) == (60 - len(plan.steps) if kind == "depth" else 0)
-        assert any(step.student for step in plan.steps) == (kind == "mixed")
+        assert 0.85 * ratio <= architecture.flops(plan, 4096, 512) / dense <= ratio, name
+        assert len(plan.skipped) == (60 - len(plan.blocks) if kind == "depth" else 0)
+        assert any(block.student for block in plan.blocks) == (kind == "mixed")
 
 
 def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypatch):
-    """Both are checked against each other wherever a plan is timed; here, that neither computes what it leaves out."""
+    """The outputs are compared whenever a plan is timed; this test checks that the stock model really is cut."""
     call = modules.presets.inputs(models.preset, 512, models.preset.text)
     with torch.no_grad():
         for name in ("width 0.7", "depth 0.5"):
@@ -305,10 +309,11 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
             stock = models.stock(plan)
             params = {id(p): p.numel() for p in stock.transformer_blocks.parameters()}
             # Blocks are walked several times; factors of modulations are shared by streams in ours alone.
-            kinds = {(step.blocks.first % models.preset.blocks, step.width) for step in plan.steps}
-            width = plan.steps[0].width
-            shared = width.modulation * (models.preset.dim + 1) if width.modulation < models.preset.dim else 0
-            assert sum(params.values()) == len(kinds) * (models.catalog.shape.block_params(width) + shared)
+            kinds = {(planned.interval.first % models.preset.blocks, planned.width) for planned in plan.blocks}
+            width = plan.blocks[0].width
+            rank, dim = width["modulation"], models.preset.dim
+            shared = rank * (dim + 1) if rank < dim else 0
+            assert sum(params.values()) == len(kinds) * (models.preset.spec.params(width) + shared)
             assert torch.allclose(stock(**call)[0], models.ours(plan)(**call)[0], atol=1e-5)
             monkeypatch.setattr(transformer_qwenimage, "apply_rotary_emb_qwen", modules.real_rope.rotate)
             assert torch.allclose(stock(**call)[0], models.stock(plan, real_rope=True)(**call)[0], atol=1e-5)
@@ -317,7 +322,7 @@ def test_sliced_stock_models_are_as_narrow_as_they_say(modules, models, monkeypa
 
 
 def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, tmp_path, monkeypatch):
-    spec = {"group": "short-512", "inject": {}, "leave_out": {}}
+    job = {"group": "short-512", "inject": {}, "leave_out": {}}
     calls = []
 
     def contest(kind, size, of, call):
@@ -325,7 +330,7 @@ def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, 
             def run(**given):
                 calls.append(number)
                 out = right(**given)[0].clone()
-                # One row of tokens.
+                # One token is wrong.
                 out[:, -1] *= -1.0 if calls.count(number) > number else 1.0
                 return (out,)
 
@@ -338,7 +343,7 @@ def test_a_wrong_contestant_fails_before_and_after_it_is_timed(modules, models, 
 
     monkeypatch.setattr(modules.race, "contestants", contest)
     with torch.no_grad():
-        race = modules.race.Race(spec, models, modules.report.Report(tmp_path / "state.json"))
+        race = modules.race.Race(job, models, modules.report.Report(tmp_path / "state.json"))
         race.run(time.monotonic() + 60)
     found = failures(json.loads((tmp_path / "state.json").read_text()))
     assert found["wrong, dense 1"].startswith("RuntimeError: before it was timed its output was off by")

@@ -1,4 +1,4 @@
-"""Kernels with the faults that a fit run has to find: small, real, and run in triton's interpreter."""
+"""Small, real kernels with the faults that a fit run has to find; they run in triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FAULTS = ("fine", "hangs", "dies", "garbage", "flaky", "spills over", "writes no
 
 @triton.jit
 def _double_kernel(x, y, runs, FAULT: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write ``2 x`` of ``[SIDE, SIDE]``, a program a tile."""
+    """Write ``2 x`` of ``[SIDE, SIDE]``, one tile for each thread block."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = rows[:, None] * SIDE + cols[None, :]
     value = 2 * tl.load(x + at)
     last = tl.program_id(0) + tl.program_id(1) == 2
     if FAULT == "hangs":
-        # Until somebody raises a flag that nobody raises.
+        # Wait for a flag that is never set.
         while tl.load(runs) < 1:
             value += 0
     if FAULT == "dies":
@@ -32,7 +32,7 @@ def _double_kernel(x, y, runs, FAULT: tl.constexpr, SIDE: tl.constexpr, BLOCK: t
     if FAULT == "garbage" and last:
         value = value * 0 + 0.5
     if FAULT == "flaky" and last:
-        # The last bit of a few values, from the second run on: far below any limit.
+        # From the second run on the last bit of some values changes, which is far below any limit.
         value += 2e-7 * (tl.atomic_add(runs, 1) > 0)
     tl.store(y + at, value)
     if FAULT == "spills over" and last:
@@ -54,8 +54,8 @@ def _work(setting: Setting, fault: str) -> Work:
 
 
 def cases(setting: Setting) -> list[Case]:
-    """One kernel; its faults are its tiles, numbered as in `FAULTS`."""
-    # Where this runs there are no diffusers and no pydantic: these do without, too.
+    """Cases of one kernel, whose tiles are the faults, numbered as in `FAULTS`."""
+    # diffusers and pydantic cannot be imported here, and these modules do not need them.
     import ppcl_kernels.tools.gpu_run
     import ppcl_kernels.tools.pytest_log
     import ppcl_kernels.tools.report  # noqa: F401
@@ -64,10 +64,10 @@ def cases(setting: Setting) -> list[Case]:
 
 
 def one_that_hangs(setting: Setting) -> list[Case]:
-    """One that is fine, and one after it that hangs."""
+    """Cases of a fine kernel, and after it of one that hangs."""
     return cases(setting)[:2]
 
 
 def fine(setting: Setting) -> list[Case]:
-    """One kernel without a fault."""
+    """The case without a fault."""
     return cases(setting)[:1]

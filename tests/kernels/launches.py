@@ -1,6 +1,7 @@
-"""What triton's C launcher receives from prepared launches, in a process of its own: triton must not interpret here.
+"""Check what triton's C launcher receives from prepared launches; a program of its own, as triton must not interpret.
 
-Prints a JSON object, an error or "" for each check; `test_prepared` reads it. Set PYTHONPATH to try another triton.
+Prints a JSON object with an error, or "", for each check; `test_prepared` reads it. Set PYTHONPATH to try another
+triton.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from ppcl_kernels.tools import aot
 
 BF16 = torch.bfloat16
 calls: list[tuple] = []
-# What is recorded is a copy: a list that is written again later would hide it.
+# Arguments are copied when they are recorded, since a list may be overwritten later.
 driver = fake_driver.install(
     lambda *taken: calls.append(tuple(list(part) if isinstance(part, list) else part for part in taken)),
     lambda *about: ("descriptor", about),
@@ -53,12 +54,12 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def make(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    # Pages that nobody touches cost nothing.
+    # The memory is never touched, so it is never paged in.
     return torch.empty(*shape, dtype=dtype)
 
 
 def plain(value: Any) -> Any:
-    """An argument as the device would see it: an address for a tensor, nothing for hooks that are not there."""
+    """Return an argument as the device would see it: an address for a tensor, None for an empty chain of hooks."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
     if isinstance(value, HookChain) and not value.calls:
@@ -69,7 +70,7 @@ def plain(value: Any) -> Any:
 
 
 def taken() -> tuple:
-    """The one call of the C function since the last time."""
+    """Return the one call of the C function since the last `taken`."""
     assert len(calls) == 1, f"{len(calls)} launches"
     return calls.pop()
 
@@ -97,7 +98,7 @@ def fresh(launch: Launch, names: list[str]) -> list[torch.Tensor]:
 
 
 def bind(launch: Launch, names: list[str]) -> Callable[..., None]:
-    """What launches with other tensors under these names; its ``bound`` is what is tested."""
+    """Return a function that launches with other tensors under these names; its ``bound`` is tested."""
     bound = Bound([(name,) for name in names])
 
     def call(*tensors: torch.Tensor) -> None:
@@ -120,7 +121,7 @@ def bound_linear() -> tuple[Launch, list[str], Callable[..., None]]:
 
 @check
 def every_case():
-    """Every launch that is compiled for sm_90: the same arguments as through triton, at other addresses."""
+    """Every launch that is compiled for sm_90 passes the same arguments as the JIT would, at other addresses."""
     kernels = set()
     for case in aot.cases(TARGETS["sm_90"]):
         launch = case.launch()
@@ -138,7 +139,7 @@ def every_case():
         assert plain(direct) != plain(before), case
         addresses = set(leaves(plain(direct)))
         assert {t.data_ptr() for t in second} <= addresses and not {t.data_ptr() for t in first} & addresses, case
-        # Neither tensors, which the C function would ask CUDA about, nor hooks.
+        # No tensors, about which the C function would ask CUDA, and no hooks.
         assert not any(isinstance(leaf, torch.Tensor | HookChain) for leaf in leaves(direct)), case
         kernels.add(case.kernel)
     assert kernels >= {"linear", "qkv_projection", "joint_attention", "key_ranges", "norm_rope", "ada_layer_norm"}
@@ -161,7 +162,7 @@ def rope(kind: str, tokens: int) -> Any:
 
 
 def operations() -> Iterator[tuple[str, Any, Callable[[], tuple]]]:
-    """Name, prepared operation, and what makes it arguments."""
+    """Yield name, prepared operation, and a function that makes arguments for it."""
     w, bias = make(64, 32), make(64)
     for gate, index, tokens in (
         (False, False, (24, 5)),
@@ -224,7 +225,7 @@ def operations() -> Iterator[tuple[str, Any, Callable[[], tuple]]]:
 
 @check
 def every_operation():
-    """Each operation, prepared: every launch with other tensors is the one that triton would make of them."""
+    """Every launch of every prepared operation equals the launch that the JIT makes of the same tensors."""
     seen: list[tuple] = []
     through = Bound.__call__
 
@@ -249,7 +250,7 @@ def every_operation():
 
 @check
 def memory():
-    """What is prepared keeps no tensor alive."""
+    """A prepared operation keeps no tensor alive."""
     w, bias, x = make(64, 32), make(64), make(1, 8, 32)
     prepared = prepare_linear([pk.Linear(x, w[:48], bias[:48], 40)])
     outputs = [prepared([pk.Linear(make(1, 8, 32), w[:48], bias[:48], 40)]) for _ in range(3)]
@@ -262,7 +263,7 @@ def memory():
 
 @check
 def alignment():
-    """A tensor that is no longer on 16 bytes is launched through triton, with the kernel for such addresses."""
+    """A tensor that no longer starts at a multiple of 16 bytes goes through the JIT, to a kernel for such addresses."""
     launch, names, bound = bound_linear()
     for strayed in ("gate0", "y0"):
         tensors = fresh(launch, names)
@@ -274,9 +275,9 @@ def alignment():
         bound(*tensors)
         detoured = plain(taken())
         with_tensors(launch, dict(zip(names, tensors))).run()
-        # The handle of the kernel differs: it was compiled anew.
+        # The handle of the kernel differs, since another kernel was compiled.
         assert detoured == plain(taken()) and detoured[4] != usual[4]
-    # Compiled for any address: takes any.
+    # A kernel compiled for any address takes any.
     bound = bind(launch, names)
     bound(*tensors)
     for moved in (tensors, fresh(launch, names)):
@@ -285,7 +286,7 @@ def alignment():
         assert plain(calls[0])[4] == detoured[4]
         assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves(calls[0]))
     taken()
-    # A descriptor has to begin on 16 bytes: the operation takes the kernel that reads by pointers.
+    # A descriptor has to start at a multiple of 16 bytes; else the operation takes the kernel that uses pointers.
     w = make(64, 32)
     prepared = prepare_linear([pk.Linear(make(1, 8, 32), w)])
     strayed = torch.empty(8 * 32 + 1, dtype=BF16)[1:].view(1, 8, 32)
@@ -297,7 +298,7 @@ def alignment():
 
 @check
 def presence():
-    """A gate where there was none, or none where there was one, is another launch."""
+    """A gate where there was none is another launch; no gate where there was one is an error."""
     w, x, gate = make(64, 32), make(1, 8, 32), make(1, 64)
     prepared = prepare_linear([pk.Linear(x, w)])
     for given in (None, None, gate, None):
@@ -317,7 +318,7 @@ def presence():
 
 @check
 def hooks():
-    """Hooks around launches see them, and cost only as long as they are there."""
+    """Hooks around launches are called, and slow launches down only while they are installed."""
     launch, names, bound = bound_linear()
 
     def hook(metadata: Any) -> None: ...
@@ -340,7 +341,7 @@ def hooks():
 
 @check
 def fallbacks():
-    """Where triton is not as known, or wants more, every launch goes through it, and is the same."""
+    """With an unknown launcher, or one that needs more, every launch goes through the JIT with the same result."""
     usual = driver.launcher_cls
 
     class Scratch(usual):
@@ -408,7 +409,7 @@ def fallbacks():
 
 @check
 def devices():
-    """A launch goes to the device and the stream of its tensors, whichever is current."""
+    """A launch goes to the device of its tensors, current or not, and to the current stream of that device."""
     launch, names, bound = bound_linear()
     driver.device, driver.stream = 1, 9
     entered = []
@@ -430,7 +431,7 @@ def devices():
 
 @check
 def threads():
-    """Two threads that call one prepared launch do not mix their tensors, from the first call on."""
+    """Threads that call one prepared launch do not mix their tensors, from the first call on."""
     launch, names, _ = bound_linear()
     bound, errors = bind(launch, names), []
     sys.setswitchinterval(1e-6)
@@ -441,7 +442,7 @@ def threads():
         try:
             for _ in range(200):
                 bound(*tensors)
-        except BaseException as error:  # told to the test
+        except BaseException as error:  # reported to the test
             errors.append(error)
 
     workers = [threading.Thread(target=work, args=(tensors,)) for tensors in own]
@@ -459,10 +460,10 @@ def threads():
 
 @check
 def bench():
-    """`bench_host` measures nine launches and their sum, all straight to the compiled kernel; it says where not."""
+    """`bench_host` measures nine launches and their sum, and fails if one does not go straight to the kernel."""
     import bench_host
 
-    # What was compiled for this file's driver would be launched by it.
+    # A kernel compiled for this file's driver would be launched by this file's driver.
     for module in [m for name, m in sys.modules.items() if name.startswith("ppcl_kernels.")]:
         for kernel in vars(module).values():
             if isinstance(kernel, triton.runtime.JITFunction):
@@ -483,7 +484,7 @@ def main() -> None:
         try:
             function()
             results[name] = ""
-        except Exception:  # told to the test
+        except Exception:  # reported to the test
             results[name] = traceback.format_exc()
     print(json.dumps({"triton": triton.__version__, "results": results}, indent=1))
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compiles: what runs on sm_80 and sm_90 compiles, without spills, within shared memory, with wgmma."""
+"""Ahead-of-time compiles: kernels compile for sm_80 and sm_90, do not spill, fit shared memory, and use wgmma."""
 
 import json
 import os
@@ -13,7 +13,7 @@ COMPILING = {name: value for name, value in os.environ.items() if name != "TRITO
 
 
 def run(*arguments: str, script: str | None = None) -> subprocess.CompletedProcess:
-    """Compile in a process of its own: in this one triton interprets."""
+    """Compile in a new process: in this one triton interprets."""
     command = [sys.executable, *(["-m", "ppcl_kernels.tools.aot", *arguments] if script is None else ["-c", script])]
     return subprocess.run(command, env=COMPILING, capture_output=True, text=True)
 
@@ -33,7 +33,7 @@ def test_every_kernel_compiles():
         assert r["shared_bytes"] <= TARGETS[r["arch"]].shared_bytes, r
 
 
-# A tile whose accumulator alone takes 256 registers a thread, and one that asks for 8 stages.
+# Among them a tile whose accumulator alone takes 256 registers of a thread, and one with 8 stages.
 @pytest.mark.parametrize(
     ("tile", "arch", "problem"),
     [
@@ -44,7 +44,7 @@ def test_every_kernel_compiles():
     ],
 )
 def test_finds_fault(tile, arch, problem):
-    """Exit status 1 and the reason, for a tile that should never be chosen."""
+    """A tile that must never be chosen gives exit status 1 and the reason."""
     script = f"""
 import sys
 from ppcl_kernels.tools import aot
@@ -61,7 +61,7 @@ sys.exit(aot.main(["--arch", "{arch}", "--kernel", "linear", "--json"]))
 
 
 def test_no_width_compiles_anew():
-    """One source, so one compiled kernel, for every count of heads, channels and tokens, at batch 1 as at 2."""
+    """Every count of heads, channels and tokens has the same source, so the same compiled kernel, at batch 1 and 2."""
     script = """
 import torch
 from ppcl_kernels.joint_attention import Tile as AttentionTile, launch_joint_attention
@@ -93,11 +93,11 @@ print({name: len(different) for name, different in sources.items()})
 
 
 def test_compiles_what_would_run():
-    """`Launch.source` specialises as triton's JIT does: else what was compiled ahead is not what runs.
+    """`Launch.source` specialises as triton's JIT does, so what is compiled ahead of time is what runs.
 
-    Every launch goes through the JIT, up to where it would compile; its driver is fake, so no device is needed. Shapes
-    are those of the ahead-of-time compiles, then small and odd ones, then starts off
-    16 bytes and strides beyond 32 bits.
+    Every launch goes through the JIT up to the compilation; its driver is fake, so no device is needed. The shapes are
+    those of the ahead-of-time compiles, then small and odd ones, then starts that are not multiples of 16 bytes, and
+    strides beyond 32 bits.
     """
     script = """
 import torch, triton
@@ -114,7 +114,7 @@ triton.runtime.driver.set_active(Driver())
 
 def by_jit(launch):
     compiled = []
-    # Attributes that say nothing count too: the cache of compiled kernels goes by all of it.
+    # Empty attributes are compared too: the cache of compiled kernels depends on them.
     launch.kernel._do_compile = lambda key, signature, device, constants, options, attributes, *_, **__: (
         compiled.append((signature, constants, attributes))
     )
@@ -147,7 +147,7 @@ print(len(launches), len(found))
     done = run(script=script)
     assert done.returncode == 0, done.stderr[-2000:]
     launches, different = map(int, done.stdout.split())
-    # Descriptors, pointers, numbers and None, each aligned and not.
+    # Descriptors, pointers, numbers and None, aligned and not.
     assert launches > 150 and different > 30
 
 

@@ -1,4 +1,4 @@
-"""Fit runs: kernels with faults are named and left out, all else is written, and nothing of it needs diffusers."""
+"""Fit runs: kernels with faults are named and left out, everything else is written, and diffusers is not needed."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from ppcl_kernels.tools.check import check, poisoned, same
 from ppcl_kernels.tools.children import NOT_REACHED, Job, run_all
 from ppcl_kernels.tools.judge import SIDE, Limit, judge
 
-# A machine without a CUDA device: these runs are of triton's interpreter.
+# Without a CUDA device, fit runs use triton's interpreter.
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 HIDDEN = ("diffusers", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "importlib_metadata")
 HIDE = f"""
@@ -35,9 +35,9 @@ sys.meta_path.insert(0, Hidden)
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a fit run into ``tmp_path / "out"`` where what a GPU machine lacks cannot be imported."""
+    """Start a fit run into ``tmp_path / "out"``, in which packages that a GPU machine lacks cannot be imported."""
     (tmp_path / "site").mkdir()
-    # Every python of this environment runs it first, children included.
+    # Every python process with this path runs it first, children included.
     (tmp_path / "site" / "sitecustomize.py").write_text(HIDE)
     path = [str(tmp_path / "site"), str(Path(__file__).parent), *filter(None, sys.path)]
 
@@ -58,9 +58,9 @@ def read(folder, name):
 
 
 def test_faults_are_named_and_left_out(start, tmp_path):
-    """Hangs, dies, one garbage tile of four, differs from run to run, writes beyond: each in a kernel of its own."""
+    """Kernels that hang, die, get one tile of four wrong, differ from run to run, or write outside their results."""
     sanitizer = tmp_path / "compute-sanitizer"
-    # In place of the real one, which finds something in the last kernel's process: so it is not run for long.
+    # Replaces the real tool; it finds an error in the last tile.
     sanitizer.write_text(
         """#!/bin/bash
 while [ "$1" != --lines ]; do shift; done
@@ -91,18 +91,18 @@ exit 99
         assert why in verdicts[name]["why"], name
         assert f"left out: double {faulty_kernels.FAULTS.index(name)}: {name}: " in output
     content = read(tmp_path, "fit.json")
-    # Every kernel that ended by itself has its row.
+    # Every kernel that ended by itself has a row.
     rows = {row["form"]: row["ok"] for row in content["results"]}
     assert rows == {name: name.startswith("fine") for name in faulty_kernels.FAULTS if name not in ("hangs", "dies")}
     assert content["status"] == 1 and content["command"].endswith(" ".join(arguments))
-    # What parts after this one import is missing, and said to be.
+    # Modules of later parts that are missing are reported.
     assert content["imports"]["diffusers"].startswith("missing: No module named 'diffusers' here")
     assert content["imports"]["ppcl_rt"].startswith("missing") and content["imports"]["torch"] == torch.__version__
     assert content["torch"] == torch.__version__ and content["device"].startswith("CPU")
 
 
 def test_a_compile_that_is_not_reached_is_no_verdict(tmp_path):
-    """Without time to compile everything first, what is left is compiled by whoever checks it."""
+    """Without time to compile everything first, the rest is compiled when it is checked."""
     run = fit._Fit(fit._parser().parse_args(["--out", str(tmp_path), "--seconds", "0"]), faulty_kernels.cases, "")
     run.target = TARGETS["sm_90"]
     units = dict.fromkeys((case.kernel, case.tile) for case in aot.cases(run.target))
@@ -114,9 +114,9 @@ def test_a_compile_that_is_not_reached_is_no_verdict(tmp_path):
 
 
 def test_trouble_of_the_sanitizer_is_laid_to_no_kernel(start, tmp_path):
-    """Errors outside of kernels, and a tool that cannot run here, leave what is fit as it is."""
+    """Errors outside kernels, and a tool that cannot run here, change no verdict."""
     sanitizer = tmp_path / "compute-sanitizer"
-    # What it does by default, with what libraries ask the driver in vain; and it does not know the device.
+    # By default the tool reports what libraries ask of the driver in vain; and this one does not know the device.
     sanitizer.write_text(
         """#!/bin/bash
 [[ "$*" == *"--report-api-errors no"* ]] && asked=1
@@ -137,7 +137,7 @@ exit 1
 
 
 def test_killed_midway_leaves_what_it_has(start, tmp_path):
-    """SIGKILL in the middle: valid files, what was checked is fit, the other may not run, and no child is left."""
+    """After SIGKILL the files are valid, the checked tile is fit, the other may not run, and no child is left."""
     run = start("--cases", "faulty_kernels:one_that_hangs", "--at-once", "1")
     found = tmp_path / "out" / "allowed.json"
     give_up = time.monotonic() + 60
@@ -195,13 +195,13 @@ def tiny(dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def best_tiles():
-    """The cases of the first tile of each kernel."""
+    """Cases of the first tile of each kernel."""
     cases, first = all_cases(tiny()), {}
     return [case for case in cases if first.setdefault(case.kernel, case.tile) == case.tile]
 
 
 def test_every_kernel_is_checked_and_is_fit(best_tiles):
-    """In every form, in the interpreter."""
+    """Every form of every kernel passes, in the interpreter."""
     kernels = {
         "linear",
         "qkv_projection",
@@ -222,7 +222,7 @@ def test_every_kernel_is_checked_and_is_fit(best_tiles):
 
 
 def test_key_ranges_are_those_of_the_kernel():
-    """What a fit run takes for right, on masks with several runs of whole tiles, with none, and without any key."""
+    """The expected ranges of a fit run, on masks with several runs of whole tiles, with none, and without any key."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(7, 37, generator=generator) < torch.tensor([0.2, 0.6, 0.8, 0.9, 0.95, 1.0, 0.0])[:, None]
     ranges = torch.empty(len(mask), 4, dtype=torch.int32)
@@ -232,7 +232,7 @@ def test_key_ranges_are_those_of_the_kernel():
 
 
 def test_one_rounding_is_within_every_limit_and_none_is_loose(best_tiles):
-    """What bf16 costs at least is 0.05 to 0.8 of a form's limit: of the RMS a rounding takes 0.4, of two 0.2."""
+    """One bf16 rounding is 0.15 to 0.7 of every limit: 0.4 of a limit for one rounding, 0.2 of a limit for two."""
     for case in best_tiles:
         work = case.make()
         if work.roundings == 0:
@@ -263,14 +263,14 @@ def one_value(tile):
 
 
 def short_sum(tile):
-    """As if 64 of 12,288 terms were left out: a variance of 1 / 192."""
+    """Add the error of a sum that misses 64 of 12,288 terms: a variance of 1 / 192."""
     tile += torch.randn(tile.shape, generator=torch.Generator().manual_seed(1)) * 192**-0.5
 
 
 @pytest.mark.parametrize("damage", [zeros, nan, one_value, short_sum], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("at", [(0, 0, 0), (1, 64, 128), (1, 128, 192)], ids=str)
 def test_judge_finds_one_wrong_tile(at, damage):
-    """In a corner, in the middle, and at the edge, where a tile is 2 x 8."""
+    """A wrong tile in a corner, in the middle, and at the edge, where a tile is 2 x 8."""
     sample, row, col = at
     got = EXACT.bfloat16()
     assert judge(got, EXACT, BF16)["wrong"] == 0
@@ -299,7 +299,7 @@ def test_results_are_poisoned_amid_poison():
     assert parts[0].isnan().all() and parts[1].isnan().all() and parts[2].unique().tolist() == [-(2**31)]
     for buffer, part in zip(buffers, parts):
         part.zero_()
-        # Around it nothing changed.
+        # The poison around the result is unchanged.
         assert buffer.count_nonzero() == buffer.numel() - part.numel() >= 100
 
 
@@ -309,7 +309,7 @@ def test_equal_means_bit_by_bit():
 
 
 def test_time_that_is_over_leaves_jobs_out():
-    """The one that runs is killed, the others are not started; a deadline in the past starts none."""
+    """At the deadline the running job is killed, and the others are not started."""
     ended = []
     jobs = [Job(name, 60, lambda say: time.sleep(60)) for name in ("first", "second")]
     started = time.monotonic()
@@ -320,13 +320,13 @@ def test_time_that_is_over_leaves_jobs_out():
 
 
 def test_first_the_best_guess_of_each_kernel(monkeypatch):
-    """What is not reached may not run: so time that runs out costs the tiles that are least likely to win."""
+    """A tile that is not reached may not run, so the least likely winners come last."""
     monkeypatch.setattr(Target, "of", classmethod(lambda cls, device: TARGETS["sm_90"]))
     cases = all_cases(Setting(torch.device("cuda"), torch.bfloat16, FULL))
     units = list(dict.fromkeys(map(fit._unit, cases)))
     order = fit._in_turn(units)
     kernels = list(dict.fromkeys(kernel for kernel, _ in units))
     assert [kernel for kernel, _ in order[: len(kernels)]] == kernels and sorted(order) == sorted(units)
-    # All that a run checks is compiled before it, and none that takes its whole time keeps the others from theirs.
+    # Everything that is checked is compiled before, and all checks fit the time even if each takes all of its own.
     assert set(units) <= {(case.kernel, case.tile) for case in aot.cases(TARGETS["sm_90"])}
     assert -(-len(units) // 4) * 25 <= 0.65 * 240

@@ -1,4 +1,4 @@
-"""The Triton kernels against their references: on a GPU where there is one, else in triton's interpreter."""
+"""The Triton kernels against their references: on a GPU if there is one, otherwise in triton's interpreter."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.matmul import Tile
 from ppcl_kernels.qkv_projection import tile_candidates
 
-# The package exports functions of the same names as its modules.
+# The package exports functions with the names of its modules.
 ada_module, residual_module, linear_module, qkv_module, attention_module = (
     importlib.import_module(f"ppcl_kernels.{name}")
     for name in ("ada_layer_norm", "gated_residual", "linear", "qkv_projection", "joint_attention")
 )
 AdaTile, AttentionTile = ada_module.Tile, attention_module.Tile
 
-# exp of what a mask or a sigmoid drives far out; numpy warns in the interpreter.
+# In the interpreter numpy warns of overflows of exp, under a mask and in a sigmoid.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The interpreter's bfloat16 dot is wrong.
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if CUDA else ()))
-# Half the distance of neighbouring numbers around 1: what one rounding moves a value by.
+# The most that one rounding changes a value, relative to the value: half the distance between neighbours above 1.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TOKENS = (1, 7, 63, 64, 65)
-# The tiny preset: model width, head_dim, and what its plans keep.
+# The tiny preset: model dimension, head dimension, and the counts that its plans keep.
 DIM, HEAD_DIM, HEADS, CHANNELS = 96, 16, (6, 5, 4, 3), (384, 288, 192, 96)
 SMALL_TILES = (Tile(16, 16, 16, 4, 2), Tile(16, 32, 16, 4, 2, 2), Tile(32, 64, 16, 4, 2, 4), Tile(32, 32, 32, 4, 2))
-# Examples are small as they are; to shrink them takes minutes in the interpreter.
+# Examples are small already, and shrinking them takes minutes in the interpreter.
 sampled = settings(
     max_examples=15,
     deadline=None,
@@ -53,7 +53,7 @@ MARGIN = 64
 
 @pytest.fixture(autouse=True, scope="module")
 def poisoned() -> Iterator[None]:
-    """Fill what is allocated without a value with NaN, so that an element that no kernel writes shows."""
+    """Fill uninitialised memory with NaN, so that elements which no kernel writes are found."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -64,7 +64,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def margins(poisoned: None) -> Iterator[list[torch.Tensor]]:
-    """Allocate every output amid NaN, and see that the NaN around it are left alone."""
+    """Allocate every output amid NaN, and check that the NaN around it do not change."""
     original, buffers = torch.Tensor.new_empty, []
 
     def amid(self: torch.Tensor, *shape, **options) -> torch.Tensor:
@@ -82,7 +82,7 @@ def margins(poisoned: None) -> Iterator[list[torch.Tensor]]:
 
 
 def test_outputs_are_poisoned(margins):
-    """The fixtures do what they are for: fresh memory is NaN, also inside a custom op."""
+    """The fixtures work: uninitialised memory is NaN, also inside a custom op."""
     x = make(2, 3, 8)
     assert x.new_empty(5).isnan().all() and x.half().new_empty((2, 3)).isnan().all() and len(margins) == 2
     with mock.patch.object(Launch, "run", lambda self: None):
@@ -92,25 +92,25 @@ def test_outputs_are_poisoned(margins):
 
 
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, size: float = 1.0) -> torch.Tensor:
-    """Normal values; the same on every device. Seeded by the shape too, so that no two operands are alike."""
+    """Normal values, the same on every device; the seed depends on the shape, so that operands differ."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     return (torch.randn(*shape, generator=generator) * size).to(DEVICE, dtype)
 
 
 def weight(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A weight that keeps products at size 1."""
+    """A weight whose products have values of size 1."""
     return make(n, k, seed=seed, dtype=dtype, size=k**-0.5)
 
 
 def amid_nan(whole: torch.Tensor, *part: slice) -> torch.Tensor:
-    """A part of a tensor, all around which is NaN: what a kernel reads there shows."""
+    """A part of a tensor that is NaN everywhere else, so that reads outside the part are found."""
     values = whole[part].clone()
     whole.fill_(float("nan"))[part] = values
     return whole[part]
 
 
 def double(value):
-    """The same arguments in float64: what the kernel was given, already rounded. Tables stay float32, see rope."""
+    """The same arguments, which are already rounded, in float64. (Rope tables are used as float32, see rope.)"""
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
@@ -120,13 +120,13 @@ def double(value):
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, terms: int = 1, roundings: int = 1, size: float = 1.0) -> None:
-    """Assert a result in its dtype near a float64 one, at its worst element and in the mean square.
+    """Assert that a result in its dtype is near a float64 one, at its worst element and in the mean square.
 
-    Inputs are normal and weights scaled by the width, so results and what they are summed from are of ``size`` 1. A sum
-    of ``terms`` products in float32 rounds once a term, either way: the errors add up like a random walk, to about
-    ``2**-24 * sqrt(terms)`` of the size; the worst of some thousand elements is 4 deviations out. The few float32
-    operations that follow (gelu, norm, rotation, softmax) count as 16 terms more. ``roundings`` to the dtype itself (1
-    for the result; what a kernel rounds on its way comes on top) move a value by half a last place each.
+    Inputs are normal and weights are scaled by the number of inputs, so results and their terms have values of ``size``
+    1. A sum of ``terms`` products in float32 rounds once for each term, up or down. These errors add up like a random
+    walk, to about ``2**-24 * sqrt(terms)`` of the size; the worst of some thousand elements is 4 deviations out. The
+    few float32 operations that follow (gelu, norm, rotation, softmax) count as 16 more terms. Each of the ``roundings``
+    to the dtype itself (1 for the result, plus those inside a kernel) changes a value by half a last place.
     """
     assert actual.shape == expected.shape and actual.is_contiguous()
     assert torch.isfinite(actual).all()
@@ -141,7 +141,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, terms: int = 1, rounding
 
 @contextlib.contextmanager
 def operands(tma: bool) -> Iterator[None]:
-    """Load operands by descriptors where their strides allow it, or all by pointers."""
+    """Load operands by descriptors if their strides allow it, or all by pointers."""
     with contextlib.ExitStack() as stack:
         for module in () if tma else (linear_module, qkv_module, attention_module):
             stack.enter_context(mock.patch.object(module, "takes_tma", lambda *_: False))
@@ -149,12 +149,12 @@ def operands(tma: bool) -> Iterator[None]:
 
 
 def token_index(batch: int, tokens: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Zeros and ones in no pattern that a tile or a sample repeats."""
+    """Zeros and ones, in a pattern that neither tiles nor samples repeat."""
     return (torch.arange(batch * tokens).mul(7).remainder(11) < 5).view(batch, tokens).to(DEVICE, dtype)
 
 
 def modulation(batch: int, width: int, seed: int, dtype: torch.dtype, chunk: int = 2) -> torch.Tensor:
-    """``[B, D]`` as a model has it: one of six chunks of a wider tensor, so not contiguous."""
+    """A modulation ``[B, D]`` as in a model: one of six chunks of a wider tensor, so not contiguous."""
     return make(batch, 6 * width, seed=seed, dtype=dtype).chunk(6, dim=-1)[chunk]
 
 
@@ -168,16 +168,16 @@ def modulation(batch: int, width: int, seed: int, dtype: torch.dtype, chunk: int
     [*((s, w, r) for s, w, r in zip(TOKENS, (33, 96, 17, 50, 1), (None, 4, 16, 1, 4))), (7, 1025, None), (33, 96, 16)],
 )
 def test_ada_layer_norm(dtype, indexed, tokens, width, rows):
-    """Slices of joint tensors, whole blocks of rows and ragged ones."""
+    """Slices of joint tensors, whole tiles of rows and ragged ones."""
     batch = 2
     joint = make(batch, tokens + 3, width + 5, seed=1, dtype=dtype)
-    # Rows further apart than they are wide.
+    # Rows that are further apart than their length.
     x = amid_nan(joint, slice(None), slice(3, None), slice(width))
     index = token_index(batch, tokens, torch.int32) if indexed else None
     scale, shift = (modulation(batch * (1 + indexed), width, 3, dtype, chunk) for chunk in range(2))
     tile = None if rows is None else AdaTile(rows, 4)
     y = pk.ada_layer_norm(x, scale, shift, index, tile=tile)
-    # Values reach some 4 deviations times 1 + scale; LayerNorm sums over the width twice.
+    # Values reach about 4 deviations times 1 + scale; LayerNorm sums over D twice.
     close(y, pk.ada_layer_norm_reference(*double((x, scale, shift)), index), terms=2 * width)
 
 
@@ -188,7 +188,7 @@ def test_ada_layer_norm(dtype, indexed, tokens, width, rows):
     [(1, 33, None), (7, 96, 32), (63, 17, 16), (64, 50, 32), (65, 1, None), (7, 1025, None)],
 )
 def test_gated_residual(dtype, indexed, tokens, width, cols):
-    """Slices of joint tensors; rows in several pieces, whole and ragged."""
+    """Slices of joint tensors, rows in several pieces, whole tiles and ragged ones."""
     batch = 2
     x = amid_nan(make(batch, tokens + 3, width + 5, seed=1, dtype=dtype), slice(None), slice(3, None), slice(width))
     h = amid_nan(make(batch, tokens + 2, width + 3, seed=2, dtype=dtype), slice(None), slice(tokens), slice(3, None))
@@ -200,7 +200,7 @@ def test_gated_residual(dtype, indexed, tokens, width, cols):
 
 
 def test_ada_layer_norm_many_tokens():
-    """More tokens than tiles of rows want: chosen tiles with several rows a block."""
+    """So many tokens that tiles of several rows are chosen."""
     tokens = 1025
     x, scale, shift = make(1, tokens, 50), make(1, 50, seed=1), make(1, 50, seed=2)
     assert CUDA or AdaTile.choose(Target.of(DEVICE), torch.float32, 1, tokens, 50).rows > 1
@@ -208,18 +208,18 @@ def test_ada_layer_norm_many_tokens():
 
 
 def test_ada_layer_norm_far_from_zero():
-    """The variance is that of centred values: a large mean costs no more than its own rounding."""
+    """The variance is that of centred values, so a large mean costs only its own rounding."""
     x, scale, shift = make(1, 3, 64) + 100, make(1, 64, seed=1), make(1, 64, seed=2)
     y = pk.ada_layer_norm(x, scale, shift, eps=1e-3)
-    # The mean, of size 100, is rounded in float32.
+    # The mean, which is about 100, is rounded in float32.
     close(y, pk.ada_layer_norm_reference(*double((x, scale, shift)), eps=1e-3), terms=128, size=100.0)
     small = x * 1e-3 - 0.1
-    # eps counts: of size 1e-3, values have a variance beneath it.
+    # eps matters: values of size 1e-3 have a smaller variance.
     close(pk.ada_layer_norm(small, scale, shift, eps=1e-3), pk.ada_layer_norm_reference(small, scale, shift, eps=1e-3))
 
 
 def test_no_tokens():
-    """A stream without tokens gives a result without."""
+    """A stream without tokens gives a result without tokens."""
     x, m = make(2, 0, 8), make(2, 8)
     assert pk.ada_layer_norm(x, m, m).shape == (2, 0, 8) and pk.gated_residual(x, m, x).shape == (2, 0, 8)
     assert pk.linear(x, weight(5, 8)).shape == (2, 0, 5)
@@ -243,7 +243,7 @@ def check_groups(groups: Sequence[pk.Linear], gelu: bool = False, tile: Tile | N
 
 
 def group(batch, tokens, k, n, dtype, seed=0, kept=None, gate="none", bias=True, residual=False, more=0) -> pk.Linear:
-    """A group whose x is a slice of a joint tensor; x and weight have ``more`` columns than are kept."""
+    """A layer whose x is a slice of a joint tensor; x and weight have ``more`` columns than are kept."""
     kept = n if kept is None else kept
     x, w = make(batch, tokens + 5, k + more, seed=seed, dtype=dtype), weight(n, k + more, seed + 1, dtype)
     b = make(n, seed=seed + 2, dtype=dtype)
@@ -265,7 +265,7 @@ def group(batch, tokens, k, n, dtype, seed=0, kept=None, gate="none", bias=True,
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("k", "n"), [(33, 50), (96, 17), (16, 136)])
 def test_linear_sizes(dtype, tma, tokens, k, n):
-    """Token counts and widths around the edges of tiles, also such that TMA does not take."""
+    """Counts of tokens and channels around the edges of tiles, also with strides that TMA does not take."""
     with operands(tma):
         check_groups([group(2, tokens, k, n, dtype)])
 
@@ -276,7 +276,7 @@ def test_linear_sizes(dtype, tma, tokens, k, n):
 @pytest.mark.parametrize("residual", [False, True])
 @dtypes
 def test_linear_epilogue(bias, gelu, gate, residual, dtype):
-    """Every combination of what follows the product."""
+    """Every combination of operations after the product."""
     check_groups([group(2, 19, 32, 40, dtype, gate=gate, bias=bias, residual=residual)], gelu, SMALL_TILES[1])
 
 
@@ -290,7 +290,7 @@ def interpreted_tiles(dtype: torch.dtype) -> list[Tile]:
     ("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in (None, *interpreted_tiles(dtype))], ids=str
 )
 def test_linear_groups(tma, text, dtype, tile):
-    """Two streams that differ in everything, on every tile; programs go on from one group into the other."""
+    """Two streams that differ in everything, on every tile; a thread block continues from one layer to the other."""
     groups = [
         group(2, text, 24, 42, dtype, seed=10, kept=35, gate="sample", more=8),
         group(2, 35, 32, 51, dtype, seed=20, gate="token", residual=True),
@@ -302,7 +302,7 @@ def test_linear_groups(tma, text, dtype, tile):
 
 
 def test_linear_many_tokens():
-    """More row tiles than a band of them: the order of tiles wraps."""
+    """More tiles of rows than a band has, so that the order of tiles wraps."""
     check_groups([group(1, 300, 16, 20, torch.float32)], tile=SMALL_TILES[0])
     check_groups([group(1, 1472, 33, 50, torch.float32)])
 
@@ -310,7 +310,7 @@ def test_linear_many_tokens():
 @pytest.mark.parametrize("heads", HEADS)
 @dtypes
 def test_linear_out_projection(heads, dtype):
-    """The out-projection of the tiny preset: the first heads' columns of a square weight."""
+    """The out-projection of the tiny preset: the columns of the first heads of a square weight."""
     x, w = make(2, 9, heads * HEAD_DIM, dtype=dtype), weight(DIM, DIM, 1, dtype)
     close(pk.linear(x, w), pk.linear_reference(*double((x, w))), terms=heads * HEAD_DIM)
 
@@ -318,7 +318,7 @@ def test_linear_out_projection(heads, dtype):
 @sampled
 @given(data=st.data())
 def test_linear_sampled(data):
-    """Random counts of channels kept on both sides of the product, of tokens and samples."""
+    """Random counts of inputs, outputs, tokens and samples."""
 
     def draw(low, high):
         return data.draw(st.integers(low, high))
@@ -348,14 +348,14 @@ def mlp_group(batch, tokens, width, full, kept, dtype, seed=0, gate="none", resi
 def check_mlps(groups: Sequence[pk.Mlp], **tiles: Tile) -> None:
     for y, g in zip(pk.grouped_mlp(groups, **tiles), groups, strict=True):
         wanted = pk.mlp_reference(*double(g[:6]), gate=double(g.gate), index=g.index, residual=double(g.residual))
-        # The hidden layer is rounded to the dtype on its way; each of its channels once, which averages out below 1.
+        # Each hidden channel is rounded to the dtype once; over the channels this averages to less than 1 rounding.
         close(y, wanted, terms=g.x.shape[-1] + g.down.shape[1], roundings=2)
 
 
 @pytest.mark.parametrize("channels", (*CHANNELS, 50, 1))
 @dtypes
 def test_mlp(channels, dtype):
-    """Every width of the tiny preset, and some that no tile divides."""
+    """Every count of channels of the tiny preset, and some that no tile divides."""
     check_mlps([mlp_group(2, 7, DIM, CHANNELS[0], channels, dtype, gate="sample", residual=True)])
 
 
@@ -363,7 +363,7 @@ def test_mlp(channels, dtype):
 @paths
 @dtypes
 def test_mlp_streams(text, tma, dtype):
-    """Two streams that keep different counts, all channels where none is given, tiles given."""
+    """Two streams that keep different counts, all channels where no count is given, tiles passed by name."""
     groups = [
         mlp_group(2, text, 40, 64, 33, dtype, 10, "token"),
         mlp_group(2, 17, 48, 72, None, dtype, 30, "token", residual=True),
@@ -381,7 +381,7 @@ def test_mlp_streams(text, tma, dtype):
 def rope_of(
     tokens: int, head_dim: int, form: str, seed: int = 0
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
-    """Rotations by any angle: none, table [S, E/2, 2], pairs ([S, E/2] twice), or doubled ([S, E] twice)."""
+    """Rotations by random angles: none, one table [S, E/2, 2], two tables [S, E/2], or two of doubled values [S, E]."""
     angles = make(tokens, head_dim // 2, seed=seed, size=3.0)
     cos, sin = angles.cos(), angles.sin()
     return {
@@ -395,7 +395,7 @@ def rope_of(
 def stream(
     tokens, width, heads, head_dim, dtype, seed, norms=True, biases=True, rope="table", queries=True
 ) -> pk.Stream:
-    """A stream of two samples, a slice of a joint tensor, whose weights hold ``heads`` heads and 8 columns too many."""
+    """A stream of two samples: a slice of a joint tensor, and weights of ``heads`` heads with 8 extra columns."""
     rows = heads * head_dim
     weights = tuple(weight(rows, width + 8, seed + n, dtype) for n in (1, 2, 3))
     for whole in weights:
@@ -426,7 +426,7 @@ def check_qkv(streams, heads, head_dim, tile=None, eps=1e-6) -> None:
 @paths
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 128])
 def test_qkv_head_dims(dtype, tma, head_dim):
-    """Heads narrower than a tile and as wide; eps large enough to count."""
+    """Heads narrower than a tile and as wide as one, and an eps that is large enough to matter."""
     streams = [stream(t, 40, 3, head_dim, dtype, s, rope="pairs") for t, s in ((5, 10), (35, 30))]
     with operands(tma):
         check_qkv(streams, 2, head_dim, eps=0.1)
@@ -437,7 +437,7 @@ def test_qkv_head_dims(dtype, tma, head_dim):
 @pytest.mark.parametrize("rope", ["none", "table", "pairs", "doubled"])
 @pytest.mark.parametrize("text_queries", [False, True])
 def test_qkv_forms(norms, biases, rope, text_queries):
-    """Every combination of what a stream may have; image first or alone too."""
+    """Every combination of what a stream may have, also with the image first or alone."""
     options = {"norms": norms, "biases": biases, "rope": rope}
     text = stream(7, 32, 2, 16, torch.float32, 10, **options, queries=text_queries)
     image = stream(18, 32, 2, 16, torch.float32, 30, **options)
@@ -451,7 +451,7 @@ def test_qkv_forms(norms, biases, rope, text_queries):
     ("head_dim", "parts"), [(16, 1), (24, 2), (64, 1), (64, 2), (64, 4), (24, None)], ids=lambda value: str(value)
 )
 def test_qkv_tiles(dtype, tma, head_dim, parts):
-    """Small tiles, split or not, and every candidate."""
+    """Small tiles, with and without parts, and every candidate."""
     tile = Tile(16, head_cols(head_dim), 16, 4, 2, parts) if parts else None
     image = stream(19, 17 if parts == 1 else 24, 2, head_dim, dtype, 30)
     text = stream(5, image.x.shape[2], 2, head_dim, dtype, 50, queries=parts == 2)
@@ -478,7 +478,7 @@ def test_qkv_tokens(tokens):
 @pytest.mark.parametrize("heads", [*HEADS, [0, 1, 2], [4, 0, 5]], ids=str)
 @dtypes
 def test_qkv_tiny_preset(heads, dtype):
-    """The first heads in rank order, or listed ones in the order of the list."""
+    """The first heads in rank order, or heads by number in the order of the list."""
     streams = [stream(t, DIM, HEADS[0], HEAD_DIM, dtype, s) for t, s in ((3, 10), (12, 30))]
     check_qkv(streams, torch.tensor(heads, device=DEVICE).int() if isinstance(heads, list) else heads, HEAD_DIM)
 
@@ -486,7 +486,7 @@ def test_qkv_tiny_preset(heads, dtype):
 @sampled
 @given(data=st.data())
 def test_qkv_sampled(data):
-    """Random sets of heads, in any order, of random widths."""
+    """Random sets of heads in random orders, of random head dimensions."""
     held = data.draw(st.integers(1, 4))
     chosen = data.draw(st.permutations(range(held)))[: data.draw(st.integers(1, held))]
     heads = torch.tensor(chosen, dtype=torch.int32, device=DEVICE) if data.draw(st.booleans()) else len(chosen)
@@ -508,11 +508,11 @@ def raw_heads(tokens, heads, head_dim, dtype, seed, queries=True):
 )
 @pytest.mark.parametrize(("text", "queries"), [(0, True), (7, False)])
 def test_norm_rope(dtype, head_dim, rope, text, queries):
-    """Norm, rotation and the joint layout after another's products; the image without norms too."""
+    """Norm, rotation and joint layout after given products, also for an image stream without norms."""
     raw = [raw_heads(text, 2, head_dim, dtype, 10, queries), raw_heads(35, 2, head_dim, dtype, 20)]
     norms = [tuple(make(head_dim, seed=n, dtype=dtype) for n in pair) for pair in ((1, 2), (3, 4))]
     ropes = [rope_of(part[1].shape[1], head_dim, rope, n) for n, part in enumerate(raw)]
-    # Of more heads than there are: a prefix counts.
+    # Biases of more heads than there are: a prefix is used.
     biases = [tuple(make(3 * head_dim, seed=n, dtype=dtype) for n in three) for three in ((5, 6, 7), (8, 9, 10))]
     biases[1] = (biases[1][0], None, biases[1][2])
     for both, added in ((norms, None), ([norms[0], (None, None)], None), (norms, biases)):
@@ -523,7 +523,7 @@ def test_norm_rope(dtype, head_dim, rope, text, queries):
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_norm_rope_one_stream(tokens):
-    """One stream alone, any count of heads."""
+    """One stream alone, with several counts of heads."""
     raw, norms = [raw_heads(tokens, 5, 16, torch.float32, 0)], [(make(16, seed=1), make(16, seed=2))]
     ropes = [rope_of(tokens, 16, "table")]
     wanted = pk.norm_rope_reference(double(raw), double(norms), ropes)
@@ -535,7 +535,7 @@ def test_norm_rope_one_stream(tokens):
 
 
 def attention_inputs(queries, keys, heads, head_dim, dtype, batch=2, seed=0):
-    """q, k and v that share nothing; k and v are slices of wider tensors, as of a cache."""
+    """q, k and v with different strides; k and v are slices of wider tensors, as of a cache."""
     q = make(batch, queries, heads, head_dim, seed=seed, dtype=dtype)
     wholes = (make(batch, keys + 3, heads, head_dim, seed=seed + n, dtype=dtype) for n in (1, 2))
     k, v = (amid_nan(whole, slice(None), slice(keys)) for whole in wholes)
@@ -545,9 +545,9 @@ def attention_inputs(queries, keys, heads, head_dim, dtype, batch=2, seed=0):
 def check_attention(q, k, v, key_mask=None, key_lengths=None, scale=None, tile=None) -> torch.Tensor:
     y = pk.joint_attention(q, k, v, key_mask, key_lengths, scale, tile=tile)
     wanted = pk.joint_attention_reference(*double((q, k, v)), key_mask, key_lengths, scale)
-    # Weights of the softmax are rounded to the dtype before they meet v, whose values reach 4: relative to the largest
-    # output, which averaging makes smaller than them, one rounding of size 4 at most. Scores are sums over E, and what
-    # they are off by is taken times the weight; values sum over T.
+    # The softmax weights are rounded to the dtype before the product with v, whose values reach 4: at most one rounding
+    # of size 4, relative to the largest output, which is smaller than v since it is an average. Scores are sums over E,
+    # and their errors are multiplied by the weights; outputs are sums over T.
     close(y, wanted, terms=k.shape[1] + 16 * q.shape[3], roundings=2, size=4.0 if q.dtype != torch.float32 else 1.0)
     return y
 
@@ -558,7 +558,7 @@ def attention_tiles(dtype: torch.dtype, head_dim: int) -> list:
 
 
 def masks(keys: int, step: int) -> torch.Tensor:
-    """Patterns, one a sample, that begin, end and break within tiles of ``step`` keys and at their edges."""
+    """Masks, one for each sample, that begin, end and break inside tiles of ``step`` keys and at their edges."""
     at = torch.arange(keys)
     patterns = (
         *(at < 0, at >= 0, at < keys * 2 // 3, at >= keys // 2, (at >= keys // 4) & (at < keys * 3 // 4)),
@@ -572,7 +572,7 @@ def masks(keys: int, step: int) -> torch.Tensor:
 @paths
 @pytest.mark.parametrize("head_dim", [8, 16, 17, 24, 64, 128])
 def test_attention_head_dims(dtype, tma, head_dim):
-    """Without a mask, with a scale of its own, fewer queries than keys."""
+    """No mask, a scale that is given, fewer queries than keys."""
     q, k, v = attention_inputs(33, 70, 2, head_dim, dtype)
     with operands(tma):
         check_attention(q, k, v)
@@ -588,7 +588,7 @@ def test_attention_tokens(tokens, keys):
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_attention_tiny_preset(heads):
-    """The heads of the tiny preset; also every other head of a wider tensor."""
+    """The heads of the tiny preset, also every second head of a wider tensor."""
     q, k, v = attention_inputs(20, 30, 2 * heads, HEAD_DIM, torch.float32)
     check_attention(q[:, :, :heads], k[:, :, :heads], v[:, :, heads:])
     check_attention(q[:, :, ::2], k[:, :, ::2], v[:, :, 1::2])
@@ -599,7 +599,7 @@ def test_attention_tiny_preset(heads):
     ("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in attention_tiles(dtype, 16)], ids=str
 )
 def test_attention_masks(tma, dtype, tile):
-    """Lengths and masks on every tile: cut within tiles, at their edges, nothing left, nothing cut."""
+    """Lengths and masks on every tile: cut inside tiles and at their edges, all masked, none masked."""
     step = 16 if tile is None else tile.keys
     keys = 2 * step + step // 2 + 1
     mask = masks(keys, step)
@@ -613,7 +613,7 @@ def test_attention_masks(tma, dtype, tile):
 @sampled
 @given(data=st.data())
 def test_attention_laws(data):
-    """Any mask is attention over the keys that count, gathered; a prefix is a length."""
+    """A mask equals attention over the unmasked keys alone; a masked tail equals a length."""
     keys, block = data.draw(st.integers(1, 90)), data.draw(st.sampled_from([1, 1, 8, 16]))
     bits = data.draw(st.lists(st.booleans(), min_size=-(-keys // block), max_size=-(-keys // block)))
     mask = torch.tensor(bits, device=DEVICE).repeat_interleave(block)[:keys]
@@ -622,7 +622,7 @@ def test_attention_laws(data):
     with operands(data.draw(st.booleans())):
         y = check_attention(q, k, v, mask[None], tile=tile)
         if mask.any():
-            # The same sums, in tiles that begin elsewhere.
+            # The same sums, over tiles that begin at other keys.
             gathered = pk.joint_attention(q, k[:, mask], v[:, mask], tile=tile)
             close(y, gathered, terms=keys + 16 * q.shape[3])
         else:
@@ -634,26 +634,26 @@ def test_attention_laws(data):
 
 
 def test_attention_many_keys():
-    """Many tiles of keys, cut off in the midst."""
+    """Many tiles of keys, cut off in the middle."""
     q, k, v = attention_inputs(3, 1472, 1, 16, torch.float32)
     check_attention(q, k, v, key_lengths=torch.tensor([1472, 1025], device=DEVICE))
 
 
 def test_attention_large_scores():
-    """Scores that exp could not take; the maximum moves from tile to tile."""
+    """Scores that overflow exp; the maximum changes from tile to tile."""
     q, k, v = attention_inputs(9, 90, 1, 16, torch.float32)
     k = k * torch.linspace(0.1, 30, 90, device=DEVICE)[:, None, None]
     q, lengths = q * 10, torch.tensor([90, 50], device=DEVICE)
     y = pk.joint_attention(q, k, v, key_lengths=lengths, tile=AttentionTile(16, 16, 4, 2))
-    # Scores reach a thousand: what float32 rounds off them, 2**-24 of that, is relative to a weight.
+    # Scores reach a thousand. Their float32 rounding, 2**-24 of that, is a relative error of a softmax weight.
     close(y, pk.joint_attention_reference(*double((q, k, v)), None, lengths), terms=16, size=1000.0)
 
 
-# What torch asks of an operation.
+# What torch expects of an operation.
 
 
 def samples() -> dict[str, tuple]:
-    """Arguments of every raw operation, two streams where it takes them."""
+    """Arguments of every raw operation, with two streams if it takes two."""
     x, h, m, w = make(2, 5, 16), make(2, 5, 16, seed=1), make(2, 16, seed=2), weight(16, 16, 3)
     token = token_index(2, 5)
     qkv = [stream(t, 16, 2, 8, torch.float32, s) for t, s in ((3, 10), (5, 30))]
@@ -687,7 +687,7 @@ def samples() -> dict[str, tuple]:
 
 @paths
 def test_attention_extreme_lengths(tma):
-    """Lengths below zero count no key, lengths beyond 32 bits all."""
+    """A length below zero masks all keys, a length beyond 32 bits masks none."""
     q, k, v = make(2, 5, 1, 16, seed=1), make(2, 70, 1, 16, seed=2), make(2, 70, 1, 16, seed=3)
     lengths = torch.tensor([-1000, 2**31 + 5], device=DEVICE)
     with operands(tma):
@@ -698,8 +698,8 @@ def test_attention_extreme_lengths(tma):
 
 @pytest.mark.parametrize("name", samples())
 def test_opcheck(name):
-    """Schema, fake implementation, autograd registration and tracing, as torch checks them."""
-    # Outputs of their own again: the margins would be taken for an offset that the fake implementation lacks.
+    """Torch's own checks of schema, fake implementation, autograd registration and tracing."""
+    # Outputs without margins: opcheck would see an offset that the fake implementation does not have.
     with mock.patch.object(torch.Tensor, "new_empty", torch._C.TensorBase.new_empty):
         torch.library.opcheck(getattr(torch.ops.ppcl, name).default, samples()[name])
 
@@ -712,7 +712,7 @@ def leaves(value) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", samples())
 def test_raw_op_has_no_gradient(name):
-    """A kernel asked for a gradient raises, eagerly and traced: it never gives a gradient of zero."""
+    """An operation that needs a gradient raises, eagerly and traced; it never returns a zero gradient."""
     arguments, op = samples()[name], getattr(torch.ops.ppcl, name)
     for leaf in leaves(arguments):
         leaf.requires_grad_()
@@ -726,7 +726,7 @@ def test_raw_op_has_no_gradient(name):
 
 
 def public_calls() -> dict[str, tuple]:
-    """Public function, reference and arguments, which both take alike."""
+    """Public function, reference, and the arguments that both take."""
     x, h, m, w, bias = make(2, 5, 16), make(2, 5, 16, seed=1), make(2, 16, seed=2), weight(16, 16, 3), make(16)
     qkv = [stream(t, 16, 2, 8, torch.float32, s, rope="pairs") for t, s in ((3, 10), (5, 30))]
     raw, norms, ropes = [raw_heads(5, 2, 8, torch.float32, 0)], [(make(8), make(8, seed=1))], [qkv[1].rope]
@@ -764,13 +764,13 @@ def public_calls() -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", public_calls())
 def test_gradients(name):
-    """Where any one input asks for a gradient, the reference gives it; under no_grad the kernel runs all the same."""
+    """If any input needs a gradient, the reference computes it; under no_grad the kernel runs."""
     function, reference, arguments = public_calls()[name]
     inputs = [leaf for leaf in leaves(arguments) if leaf.is_floating_point()]
     with mock.patch.object(Launch, "run", autospec=True, side_effect=Launch.run) as launched:
         for one in inputs:
             if name == "qkv_projection" and one.dim() == 2 and one.shape[-1] == 4:
-                # Tables of angles are not learned.
+                # Rope tables are not trained.
                 continue
             one.requires_grad_()
             got, wanted = (
@@ -789,7 +789,7 @@ def test_gradients(name):
 
 
 def test_compile():
-    """A graph takes the operations whole, at any count of tokens."""
+    """A compiled graph holds the operations whole, for any count of tokens."""
 
     def function(x, w, lengths):
         q = pk.linear(x, w, gelu=True).unflatten(-1, (2, 8))
@@ -822,7 +822,7 @@ def attend(*, q=(2, 5, 2, 8), k=(2, 7, 2, 8), v=(2, 7, 2, 8), **more):
 
 
 def turned(*shape):
-    """The shape, but its last dimension is not the contiguous one."""
+    """A tensor of this shape whose last dimension is not contiguous."""
     return t(*shape).mT.contiguous().mT
 
 
@@ -952,7 +952,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name):
-    """What a kernel cannot compute is refused in one line that says what came and what was wanted."""
+    """What a kernel cannot compute is refused in one line that says what was given and what was wanted."""
     call, words = ERRORS[name]
     with pytest.raises(ValueError, match=words) as caught:
         call()

@@ -1,4 +1,4 @@
-"""Prepared operations: the public functions' results in triton's interpreter, and triton's launches outside it."""
+"""Prepared operations return what the public functions return, and launch what triton would launch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ppcl_kernels.linear import prepare_linear
 from ppcl_kernels.norm_rope import prepare_norm_rope
 from ppcl_kernels.qkv_projection import prepare_qkv_projection
 
-# What a GPU's driver would be handed is looked at without one.
+# What a GPU's driver would receive, checked without a GPU.
 CHECKS = (
     "every_case",
     "every_operation",
@@ -36,7 +36,7 @@ CHECKS = (
     "threads",
     "bench",
 )
-# numpy warns in the interpreter of what a sigmoid drives far out.
+# In the interpreter numpy warns of overflows in a sigmoid.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -51,14 +51,14 @@ def launches() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_launches(launches, name):
-    """What the C launcher receives (`tests/launches.py`, which says what each check asks)."""
+    """What the C launcher receives (`tests/kernels/launches.py` describes each check)."""
     assert set(launches) == set(CHECKS)
     assert not launches[name], launches[name]
 
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Fill what is allocated without a value with NaN, so that an element that no kernel writes shows."""
+    """Fill uninitialised memory with NaN, so that elements which no kernel writes are found."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -82,7 +82,7 @@ def linear_case(index: bool, tokens: tuple[int, ...]) -> tuple[Callable, Callabl
     weights = [(make(33, 17, seed=n), None if n else make(33)) for n in range(len(tokens))]
 
     def arguments(seed: int) -> Arguments:
-        # Gates lie in a wider tensor, as a model has them.
+        # Gates are slices of a wider tensor, as in a model.
         each = [(10 * seed + n, t) for n, t in enumerate(tokens)]
         xs = [make(2, t, 17, seed=n) for n, t in each]
         gates = [make(4 if index else 2, 40, seed=n)[:, 5:36] for n, _ in each]
@@ -117,7 +117,7 @@ def qkv_case(kind: str, queries: bool, chosen: bool) -> tuple[Callable, Callable
     def arguments(seed: int) -> Arguments:
         xs, ropes = [make(2, t, 21, seed=seed) for t in (3, 17)], [rope(t, seed) for t in (3, 17)]
         streams = [pk.Stream(x, w, biases, norms, r, q) for x, w, r, q in zip(xs, weights, ropes, (queries, True))]
-        # Which heads may change from call to call, how many may not.
+        # The choice of heads may change between calls, their number may not.
         return streams, torch.tensor([3, seed % 3], dtype=torch.int32) if chosen else 2
 
     return (
@@ -148,7 +148,7 @@ def attention_case(masked: bool) -> tuple[Callable, Callable, Callable[[int], Ar
     def arguments(seed: int) -> Arguments:
         q, k, v = make(2, 9, 2, 10, seed=seed), make(2, 35, 2, 10, seed=seed), make(2, 35, 2, 10, seed=seed + 1)
         mask = torch.arange(70).mul(4 + seed).remainder(7).gt(2).view(35, 2).t()
-        # Not contiguous: it is copied at each call.
+        # The mask is not contiguous, so each call copies it.
         return q, k, v, mask if masked else None
 
     return prepare_joint_attention, pk.joint_attention, arguments
@@ -187,7 +187,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_public(name):
-    """The public function's result, at other tensors than those of preparation."""
+    """The result is that of the public function, for other tensors than those of the preparation."""
     prepare, public, arguments = CASES[name]
     prepared, given = prepare(*arguments(1)), arguments(2)
     results, wanted = ([r] if isinstance(r, torch.Tensor) else list(r) for r in (prepared(*given), public(*given)))
@@ -197,7 +197,7 @@ def test_equals_public(name):
 
 
 def test_refuses_what_public_refuses():
-    """What the public functions refuse is refused in the same words, when it is prepared."""
+    """Preparation refuses what the public function refuses, in the same words."""
     x, w, m = make(2, 5, 8), make(4, 8), make(2, 8)
     q = make(2, 5, 2, 8)
     both: list[tuple[Callable, Callable]] = [
@@ -228,7 +228,7 @@ def test_refuses_what_public_refuses():
 
 
 def test_bench_host(monkeypatch, capsys):
-    """Before and after by turns, the median of each, and their ratio (`launches.bench` measures for real)."""
+    """Before and after in turn, the median of each, and their ratio (`launches.bench` really measures)."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench" / "suites"))
     bench_host = importlib.import_module("bench_host")
     usual = [{"up": 80.0, "block": 90.0}, {"up": 10.0, "block": 11.0}]

@@ -1,4 +1,4 @@
-"""Which tiles a kernel is offered, and which it takes: pure rules, by hand."""
+"""Which tiles are offered and which are taken: pure rules, checked by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_kernels.qkv_projection import choose_tile, tile_candidates
 from ppcl_kernels.tiles import cheapest, waves
 
-# The package exports functions of the same names as its modules.
+# The package exports functions with the names of its modules.
 AdaTile, ResidualTile, NormRopeTile, AttentionTile = (
     importlib.import_module(f"ppcl_kernels.{name}").Tile
     for name in ("ada_layer_norm", "gated_residual", "norm_rope", "joint_attention")
@@ -28,7 +28,7 @@ INTERPRETER = Target("interpreter", 227 * 1024, 2)
 
 
 def test_takes_tma():
-    """Starts and strides of 16 bytes, on an architecture that has it."""
+    """TMA takes starts and strides that are multiples of 16 bytes, on architectures that have TMA."""
     x = torch.empty(2, 8, 16)
     assert takes_tma(HOPPER, x) and takes_tma(HOPPER, x[:, 1:]) and takes_tma(INTERPRETER, x)
     assert takes_tma(HOPPER, torch.empty(4, 12)) and not takes_tma(HOPPER, torch.empty(4, 12).half())
@@ -40,7 +40,7 @@ def test_takes_tma():
 @pytest.mark.parametrize("target", [*TARGETS.values(), INTERPRETER], ids=lambda t: t.arch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 def test_tiles_fit(target, dtype):
-    """Whatever is chosen is a candidate, and candidates fit: operands in flight, of all blocks that are resident."""
+    """A chosen tile is a candidate, and candidates fit: the operands in flight of all resident thread blocks."""
     for batch, tokens, width in itertools.product((1, 2), (1, 65, 4096), (1, 96, 3072, 16384)):
         tiles = Tile.candidates(target, dtype)
         assert Tile.choose(target, dtype, [tokens, 7], batch, width) in tiles
@@ -56,20 +56,20 @@ def test_tiles_fit(target, dtype):
             tiles = AttentionTile.candidates(target, dtype, head_dim)
             assert AttentionTile.choose(target, dtype, batch, tokens, heads, head_dim) in tiles
             row = head_cols(head_dim) * dtype.itemsize
-            # Queries stay, keys and values are in flight.
+            # The queries stay in shared memory, keys and values are in flight.
             assert all(t.resident * (t.queries + 2 * t.stages * t.keys) * row <= target.shared_bytes for t in tiles)
 
 
 def test_waves():
-    """One block more than run at once is one more wave."""
+    """One thread block more than run at the same time is one more wave."""
     assert [waves(n, HOPPER) for n in (1, 132, 133, 264)] == [1, 1, 2, 2]
     assert [waves(n, HOPPER, 2) for n in (1, 264, 265)] == [1, 1, 2]
 
 
 def test_cheapest():
-    """Waves, times what the blocks of a wave cost; the first of equals, whatever comes after it."""
+    """The cost is waves times the cost of a wave; among equals the first tile is taken."""
     large, small = Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4, resident=2)
-    # 128 x 128 / 0.93 = 17,617 a wave against 2 x 64 x 64 / 0.65 = 12,603.
+    # A wave costs 128 x 128 / 0.93 = 17,617 against 2 x 64 x 64 / 0.65 = 12,603.
     assert cheapest("linear", (large, small), HOPPER, lambda tile: 1) is small
     blocks = {large: 132, small: 4 * 132}
     assert cheapest("linear", (large, small), HOPPER, blocks.__getitem__) is large
@@ -81,53 +81,53 @@ def test_cheapest():
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.arch)
 def test_tiles_fill_the_device(target):
-    """Plenty of work takes the fastest tile; a second wave with little in it, smaller ones than an even one."""
+    """Much work takes the fastest tile; a nearly empty second wave takes smaller tiles than a full one."""
     for dtype in (torch.float32, BF16):
         tiles = Tile.candidates(target, dtype)
         fastest = min(tiles, key=lambda t: t.cost / (t.rows * t.cols))
         assert Tile.choose(target, dtype, [1_000_000], 1, 12288) == fastest
         wide, side = tiles[0], target.multiprocessors
-        # As many tiles as run at once, then one more.
+        # As many tiles as run at the same time, then one more.
         even = Tile.choose(target, dtype, [wide.rows * side * wide.resident], 1, wide.cols)
         odd = Tile.choose(target, dtype, [wide.rows * side * wide.resident + 1], 1, wide.cols)
         assert even == wide and odd.rows * odd.cols <= wide.rows * wide.cols
 
 
 def test_tiles_for_qwen_image():
-    """By hand, for 132 multiprocessors; tokens of 1024 x 1024 or 512 x 512 and of the text, width 3072."""
-    # 432 tiles are 4 waves of 128 x 256 = 131,072; 864 in 4 of 2 x 128 x 128 / 0.93 = 140,938.
+    """By hand, for 132 multiprocessors, model dimension 3072, tokens of the text and of 1024 x 1024 or 512 x 512."""
+    # 432 tiles of 128 x 256 are 4 waves: 131,072. 864 of 128 x 128 are 4 of 2 x 128 x 128 / 0.93: 140,938.
     assert Tile.choose(HOPPER, BF16, [4096, 512], 1, 3072)[:2] == (128, 256)
-    # 144 tiles are 2 waves, 65,536; 288 in 2 of 2, 70,469; 64 x 64: 1152 in 5 x 2 x 4096 / 0.65 = 63,015.
+    # 144 tiles are 2 waves: 65,536. 288 are 2 waves of 2: 70,469. 1152 of 64 x 64 are 5 x 2 x 4096 / 0.65 = 63,015.
     assert Tile.choose(HOPPER, BF16, [1024, 512], 1, 3072)[:2] == (64, 64)
-    # 36 x 72 = 2592 heads are 20 waves of 128 rows, 352,344; 5184 of 64 rows 20 of 2 x 64 x 128 / 0.8, 409,600.
+    # 36 x 72 = 2592 tiles of 128 rows are 20 waves: 352,344. 5184 of 64 rows are 20 of 2 x 64 x 128 / 0.8: 409,600.
     assert choose_tile(HOPPER, BF16, [512, 4096], 1, 24, 128)[:2] == (128, 128)
-    # 12 heads of 512 + 1024 tokens: 144 blocks are 2 waves of 128 queries, 256; 288 of 64 are 3 of 64 / 0.7, 274.
+    # 12 heads of 512 + 1024 tokens: 144 tiles of 128 queries are 2 waves: 256. 288 of 64 are 3 of 64 / 0.7: 274.
     assert AttentionTile.choose(HOPPER, BF16, 1, 1536, 12, 128)[:2] == (128, 128)
-    # 4 heads: 48 blocks of 128 leave most of the device empty, 96 of 64 take 91.
+    # 4 heads: 48 tiles of 128 queries leave most of the device empty, 96 of 64 cost 91.
     assert AttentionTile.choose(HOPPER, BF16, 1, 1536, 4, 128)[:2] == (64, 64)
 
 
 def test_norm_reads_its_modulation_seldom():
-    """Several rows a block at batch 1 too: one alone would read 12 KiB of modulation for each row of 6 KiB."""
+    """A thread block takes several rows at batch 1 too: for one row of 6 KiB it would read 12 KiB of modulation."""
     for batch, tokens in ((1, 4096), (2, 4096), (1, 16384)):
         assert AdaTile.choose(HOPPER, BF16, batch, tokens, 3072).rows > 1
-    # 512 blocks of one row are one wave of the 528 that run at once.
+    # 512 thread blocks of one row are one wave, since 528 run at the same time.
     assert AdaTile.choose(HOPPER, BF16, 1, 512, 3072).rows == 1
 
 
-# What is left out.
+# Refused tiles.
 
 
 @pytest.fixture
 def refuse(tmp_path, monkeypatch):
-    """Write what a check found, as `PPCL_ALLOWED` is read."""
+    """Write the results of a check to the file that `PPCL_ALLOWED` names."""
     path = tmp_path / "allowed.json"
     changed = itertools.count(1)
 
     def write(kernels: dict | str) -> None:
         monkeypatch.setenv("PPCL_ALLOWED", str(path))
         path.write_text(kernels if isinstance(kernels, str) else json.dumps({"device": "any", "kernels": kernels}))
-        # Two writes within one tick of the clock are different all the same.
+        # Two writes within one tick of the clock have to differ too.
         os.utime(path, ns=(0, next(changed)))
 
     return write
@@ -138,7 +138,7 @@ def refused(*tiles) -> dict:
 
 
 def test_refused_tiles_are_left_out(refuse):
-    """Of every kernel; what is ok or not named is offered; a file that was rewritten is read again."""
+    """Refused tiles of every kernel are not offered, all others are; a rewritten file is read again."""
     lists = {
         "linear": lambda: Tile.candidates(HOPPER, BF16),
         "qkv_projection": lambda: tile_candidates(HOPPER, BF16, 128),
@@ -157,7 +157,7 @@ def test_refused_tiles_are_left_out(refuse):
 
 
 def test_kernel_without_tiles(refuse):
-    """It does not run: every public function says so, and asked for by name a tile still runs, to be checked again."""
+    """Every public function raises without an allowed tile; a refused tile that is passed by name still runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, dtype = Target.of(device), torch.float32
     x, m, w = (torch.randn(shape, device=device) for shape in ((1, 3, 16), (1, 16), (16, 16)))
@@ -186,14 +186,14 @@ def test_kernel_without_tiles(refuse):
     "text", ["", "[]", '{"kernels": []}', '{"kernels": {"linear": {"1x2": true}}}', '{"tiles": {}}']
 )
 def test_unreadable_list(refuse, text):
-    """A list that cannot be read allows nothing by accident."""
+    """A list that cannot be read is an error, so that it allows nothing by accident."""
     refuse(text)
     with pytest.raises(ValueError, match="no list of allowed tiles"):
         is_allowed("linear", (1, 2))
 
 
 def test_missing_list(tmp_path, monkeypatch):
-    """A list that was named and is not there is an error, an empty name is no list."""
+    """A list that is named but missing is an error; an empty name means no list."""
     monkeypatch.setenv("PPCL_ALLOWED", str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none.json, which cannot be read \(No such file"):
         is_allowed("linear", (1, 2))

@@ -302,3 +302,17 @@ def test_bands_are_checked():
     for edges in ((0.0, 0.5, 1.0), (0.0, 1.0), (0.5, 1.0), (0.0, 1.0, 0.5)):
         with pytest.raises(ValueError, match="band"):
             Catalog.model_validate({**catalog, "edges": edges})
+
+
+def test_spaced_plans_are_the_smallest_and_those_at_every_multiple():
+    catalog = random_catalog(np.random.default_rng(3), 3, 3)
+    planner = Planner(catalog)
+    # A ratio of four digits that can be had, and no more than one unit of the last digit above the smallest.
+    named = planner.smallest_in_digits
+    assert planner.smallest <= named < planner.smallest + 1e-4 and named == round(named, 4)
+    multiples = [n * 0.1 for n in range(1, 11) if named < n * 0.1 <= 1]
+    assert planner.plans(0.1) == [planner.plan(ratio) for ratio in (named, *multiples)]
+    assert planner.plans(0.1)[-1] == catalog.dense
+    assert planner.plans(0.1, least_ratio=0.75) == [planner.plan(ratio) for ratio in (0.75, 8 * 0.1, 9 * 0.1, 1)]
+    # Multiples that do not reach 1: the dense plan is not among them.
+    assert planner.plans(0.4, least_ratio=0.5) == [planner.plan(ratio) for ratio in (0.5, 0.8)]

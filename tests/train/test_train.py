@@ -9,15 +9,18 @@ from tiny import ARCHITECTURE, TINY
 from torch import nn
 
 import ppcl_rt
-from ppcl_rt import Interval, Plan, Streams
+from ppcl_rt import Interval, Streams
 from ppcl_train import pipeline
+from ppcl_train.closed_form.cka import linear_cka
+from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import calibration, streams
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors
-from ppcl_train.selectors.eq5 import LeastSquares, find_intervals, linear_cka
+from ppcl_train.losses.matching import matching_loss
+from ppcl_train.selectors.eq5 import find_intervals
 from ppcl_train.stages import teacher
-from ppcl_train.stages.measure import used
-from ppcl_train.stages.students import matching_loss
+from ppcl_train.stages.pack import used
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +82,21 @@ def test_matching_loss_is_eq_6():
 
 
 def test_a_trace_is_what_the_model_computes():
-    model = teacher.initial(TINY.teacher, 0).eval()
+    model = teacher.initial(TINY).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
     given = calibration.inputs(TINY, 3, 5)
     passed = streams.trace(model, given)
     assert len(passed.streams) == 5
-    for block, before, after in zip(model.transformer_blocks, passed.streams, passed.streams[1:]):
+    for block, before, after in zip(model.blocks(), passed.streams, passed.streams[1:]):
         again = streams.run_block(block, before, passed.context)
         assert torch.equal(again.image, after.image) and torch.equal(again.text, after.text)
-    assert not model.transformer_blocks[0]._forward_hooks
+    assert not model.blocks()[0]._forward_hooks
 
 
 def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     model = ppcl_rt.load(finished / "checkpoint")
-    stock = teacher.load(TINY, finished)
+    stock = load_teacher(TINY, finished)
     given = calibration.inputs(TINY, 3, 5).call
     wanted = stock(**given)[0]
     # Rank orders permute sums; 4 blocks of float32.
@@ -103,21 +106,22 @@ def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     students, runs = used(catalog)
     assert {s.interval for s in catalog.students} == students
     assert {run.interval for run in catalog.text_runs} == runs
-    assert all(option.loss > 0 for widths in catalog.blocks for option in widths.image[1:])
+    assert all(option.loss > 0 for widths in catalog.blocks for option in widths.of("image")[1:])
 
 
 def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finished):
     catalog = ppcl_rt.load(finished / "checkpoint").catalog
-    half = catalog.shape.width.replace(image=catalog.shape.width.image // 2)
-    plan = Plan.of(catalog.fingerprint, catalog.shape.depth, ((n, half) for n in range(catalog.shape.depth)))
+    full, depth = catalog.spec(0).full, catalog.architecture.depth
+    half = full.replace(image=full["image"] // 2)
+    plan = catalog.compose((n, half) for n in range(depth))
     model = ppcl_rt.load(finished / "checkpoint", plan=plan, dtype=torch.float32)
     plain = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32)
     given = calibration.inputs(TINY, 64, 6)
     dense = plain(**given.call)[0]
     compensated = (model(**given.call)[0] - dense).square().mean()
     # The same plan from the full output layers: one channel more is no count of the catalog's, so it has no layer.
-    wider = half.replace(image=half.image + 1)
-    plain.set_plan(Plan.of(catalog.fingerprint, catalog.shape.depth, ((n, wider) for n in range(catalog.shape.depth))))
+    wider = half.replace(image=half["image"] + 1)
+    plain.set_plan(catalog.compose((n, wider) for n in range(depth)))
     assert compensated < 0.8 * (plain(**given.call)[0] - dense).square().mean()
 
 

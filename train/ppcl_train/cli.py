@@ -10,8 +10,8 @@ import torch
 import typer
 
 from ppcl_rt.families import registry
-from ppcl_train.compare.baselines import METHODS, SEEDED
 from ppcl_train.compare.harness import PLOT, RESULTS, compare, show
+from ppcl_train.compare.methods import METHODS, SEEDED
 from ppcl_train.config.presets import CACHE_FAMILY, PRESETS
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import caching, captioned

@@ -15,15 +15,13 @@ from safetensors import SafetensorError
 from ppcl_rt.files import one_line, replacing
 from ppcl_rt.planning.frozen import read_json
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.data.teacher_file import check_teacher, extract_teacher
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_note, state_files, write_json
 from ppcl_train.engine.lock import in_use, locked
 from ppcl_train.engine.log import Log, read_log
 from ppcl_train.engine.provenance import making
-from ppcl_train.selectors import cost_table as table
-from ppcl_train.selectors import eq5 as probes
-from ppcl_train.selectors import selection
-from ppcl_train.stages import measure, recover, students, teacher, width
+from ppcl_train.stages import measure, pack, recover, select, students, teacher, width
 
 
 class Stage(NamedTuple):
@@ -42,22 +40,14 @@ class Stage(NamedTuple):
     parallel: bool = False
 
 
-def select(run: RunConfig, folder: Path) -> None:
-    """Choose the intervals that get students; writes ``selected.json``."""
-    if run.select == "eq5":
-        probes.fit(run, folder)
-    else:
-        table.measure(run, folder)
-
-
 STAGES = (
-    Stage("teacher", "teacher.safetensors", teacher.train),
-    Stage("select", selection.OUTPUT, select),
-    Stage("students", "students.safetensors", students.distil, parallel=True),
-    Stage("width", "width.safetensors", width.prune),
+    Stage("teacher", teacher.OUTPUT, teacher.train),
+    Stage("select", select.OUTPUT, select.select),
+    Stage("students", students.OUTPUT, students.distil, parallel=True),
+    Stage("width", width.OUTPUT, width.prune),
     Stage("recover", recover.OUTPUT, recover.recover, parallel=True),
-    Stage("measure", "sensitivities.json", measure.measure),
-    Stage("pack", "checkpoint/run.json", measure.pack),
+    Stage("measure", measure.OUTPUT, measure.measure),
+    Stage("pack", pack.OUTPUT, pack.pack),
 )
 
 CONFIG = "config.json"
@@ -79,12 +69,12 @@ def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> 
     if teacher_file is not None and teacher_file.is_dir():
         with tempfile.TemporaryDirectory() as temporary:
             extracted = Path(temporary) / "teacher.safetensors"
-            teacher.extract(config, teacher_file, extracted)
+            extract_teacher(config, teacher_file, extracted)
             return begin(config, folder, extracted)
     trained = folder / STAGES[0].output
     _check(config, folder)
     if teacher_file is not None:
-        teacher.check(config, teacher_file)
+        check_teacher(config, teacher_file)
         if trained.exists() and not filecmp.cmp(trained, teacher_file, shallow=False):
             raise ValueError(f"{folder} has another teacher already: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

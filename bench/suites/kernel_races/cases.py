@@ -10,11 +10,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from kernel_races.presets import Preset, Setting
-from ppcl_rt.families.qwen_image import LAYOUT, PPCLQwenImageTransformerBlock
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
+from ppcl_rt.model.residency import lay_side_by_side
 from ppcl_rt.ops.implementation import TORCH
 from ppcl_rt.ops.operation import Operation
-from ppcl_rt.ops.packing import pack
-from ppcl_rt.planning.plan import Width
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 
 class Case(NamedTuple):
@@ -35,10 +35,9 @@ class Block:
         with torch.device(preset.device):
             self.block = PPCLQwenImageTransformerBlock(dim, preset.heads, preset.head_dim)
             for output in ("mlp_image", "mlp_text"):
-                self.block.narrow[LAYOUT.narrow_name(output, 0)] = torch.nn.Linear(dim, dim)
+                self.block.replacements[self.block.spec.replacement(output, LINEAR_MAP)] = torch.nn.Linear(dim, dim)
         self.block.to(preset.dtype).requires_grad_(False)
-        for names in LAYOUT.side_by_side:
-            pack(*map(self.block.get_submodule, names))
+        lay_side_by_side(self.block)
 
     def cases(self, setting: Setting) -> Iterator[Case]:
         """Run the block once, in plain torch, and yield its calls in their order."""

@@ -12,7 +12,6 @@ import torch
 from model_races.device import Call
 from model_races.models import Models
 from model_races.presets import RATIOS, Preset
-from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_rt.planning.plan import Plan
 
 
@@ -49,23 +48,17 @@ def compiled(model: Any, preset: Preset, **options: Any) -> Any:
     return model
 
 
-def graphed(models: Models, plan: Plan) -> Any:
-    if not hasattr(PPCLQwenImageTransformer2DModel, "set_graphs"):
-        raise Missing("set_graphs is not there")
-    return models.ours(plan, graphs=True)
-
-
 def reduced(model: Any, preset: Preset) -> Call:
     if preset.device != "cuda":
         raise Missing("CUDA graphs need a CUDA device")
     compiled(model, preset, mode="reduce-overhead")
 
-    def step(**call: Any) -> Any:
+    def forward(**call: Any) -> Any:
         # One CUDA graph step for the whole forward: otherwise every block begins a step, which frees its inputs.
         torch.compiler.cudagraph_mark_step_begin()
         return model(**call)
 
-    return step
+    return forward
 
 
 def contestants(kind: str, size: int, models: Models, call: dict[str, Any]) -> list[Contestant]:
@@ -82,7 +75,7 @@ def contestants(kind: str, size: int, models: Models, call: dict[str, Any]) -> l
         return entry("ours", plan, models.ours)
 
     def graphs(plan: str) -> Contestant:
-        return entry("ours graphs", plan, lambda p: graphed(models, p))
+        return entry("ours graphs", plan, functools.partial(models.ours, graphs=True))
 
     def sliced(plan: str) -> Contestant:
         return entry("compiled", plan, lambda p: compiled(models.stock(p), preset))

@@ -18,10 +18,11 @@ from torch import nn
 from model_races.plans import Planned, catalog_of, plan_of
 from model_races.presets import Preset
 from model_races.real_rope import RealRope
-from ppcl_rt.families.qwen_image import LAYOUT, PPCLQwenImageTransformer2DModel, PPCLQwenImageTransformerBlock
-from ppcl_rt.ops.packing import pack
-from ppcl_rt.planning.catalog import text_maps
-from ppcl_rt.planning.plan import Plan, Width
+from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel, PPCLQwenImageTransformerBlock
+from ppcl_rt.model.residency import lay_side_by_side
+from ppcl_rt.model.tensors import has_units
+from ppcl_rt.planning.plan import Plan, text_maps
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 # Weights are 1 / sqrt(inputs) times these factors. Each half of a block then adds a tenth of the size of the streams:
 # the streams stay finite over sixty blocks, and bf16 roundings change the output by 2 %, where
@@ -78,19 +79,19 @@ class Models:
         preset, dim = self.preset, self.preset.dim
         with torch.device(preset.device), default_dtype(preset.dtype):
             block = PPCLQwenImageTransformerBlock(dim, preset.heads, preset.head_dim)
-        rank = max(preset.offered["modulation"])
-        for name, outputs, inputs in (
-            *((f"mlp_{stream}_0", dim, dim) for stream in ("image", "text")),
-            ("modulation_down", rank, dim),
-            *((f"modulation_{stream}", 6 * dim, rank) for stream in ("image", "text")),
-        ):
-            block.narrow[name] = self._linear(inputs, outputs)
+        spec, rank = block.spec, max(preset.offered["modulation"])
+        factored = spec.factored_by("modulation")
+        for output in spec.outputs:
+            if spec.groups[output.segment.group].mappable:
+                block.replacements[spec.replacement(output.name, LINEAR_MAP)] = self._linear(dim, dim)
+        block.replacements[spec.shared_factor("modulation")] = self._linear(dim, rank)
+        for part in factored:
+            block.replacements[part.name] = self._linear(rank, part.rows)
         fill(block, generator)
-        for stream in ("image", "text"):
-            block.narrow[f"modulation_{stream}"].weight.mul_(_MODULATION)
+        for part in factored:
+            block.factor(part.name).weight.mul_(_MODULATION)
         # A block that was loaded or moved has its q, k and v weights packed too.
-        for paths in LAYOUT.side_by_side:
-            pack(*map(block.get_submodule, paths))
+        lay_side_by_side(block)
         return block
 
     def ours(self, plan: Plan, graphs: bool = False) -> Any:
@@ -112,8 +113,7 @@ class Models:
         model._catalog = self.catalog
         model.requires_grad_(False).eval()
         model.set_plan(plan)
-        if hasattr(model, "set_graphs"):
-            model.set_graphs(graphs)
+        model.set_graphs(graphs)
         return model
 
     def stock(self, plan: Plan, real_rope: bool = False) -> QwenImageTransformer2DModel:
@@ -122,11 +122,11 @@ class Models:
             model = QwenImageTransformer2DModel(**self.preset.config)
         self._share(model)
         made: dict[tuple[int, Width], QwenImageTransformerBlock] = {}
-        for step in plan.steps:
-            number = step.blocks.first % len(self.blocks)
-            if (number, step.width) not in made:
-                made[number, step.width] = self._stock_block(self.blocks[number], step.width)
-            model.transformer_blocks.append(made[number, step.width])
+        for planned in plan.blocks:
+            number = planned.interval.first % len(self.blocks)
+            if (number, planned.width) not in made:
+                made[number, planned.width] = self._stock_block(self.blocks[number], planned.width)
+            model.transformer_blocks.append(made[number, planned.width])
         if real_rope:
             model.pos_embed = RealRope(model.pos_embed)
         return model.requires_grad_(False).eval()
@@ -139,26 +139,33 @@ class Models:
     def _stock_block(self, block: PPCLQwenImageTransformerBlock, width: Width) -> QwenImageTransformerBlock:
         with torch.device("meta"):
             made = QwenImageTransformerBlock(self.preset.dim, self.preset.heads, self.preset.head_dim)
-        counts = {**width._asdict(), "heads": width.heads * self.preset.head_dim}
+        spec, rank = block.spec, width["modulation"]
+        parts = {part.path: part for part in spec.parts}
         state = {}
-        for name, tensor in made.state_dict().items():
-            group, axis = LAYOUT.axes.get(name, ("", 0))
+        for name in made.state_dict():
             state[name] = block.get_parameter(name)
-            if group and tensor.shape[axis] != counts[group]:
-                state[name] = state[name].narrow(axis, 0, counts[group]).contiguous()
-        if width.modulation < self.preset.dim:
-            for stream, path in LAYOUT.modulations.items():
-                down, up = block.narrow["modulation_down"], block.narrow[f"modulation_{stream}"]
-                state[f"{path}.0.weight"] = down.weight[: width.modulation].contiguous()
-                state[f"{path}.0.bias"] = down.bias[: width.modulation].contiguous()
-                state[f"{path}.1.weight"] = up.weight[:, : width.modulation].contiguous()
+            part = parts.get(name.rpartition(".")[0])
+            if part is None or part.axis is None or not has_units(part, name):
+                continue
+            # A part of a Qwen-Image block holds one group, from its first row or column on.
+            [segment] = part.segments
+            units = width[segment.group]
+            if units != spec.groups[segment.group].count:
+                state[name] = state[name].narrow(part.axis, 0, units * segment.unit).contiguous()
+        if rank < spec.groups["modulation"].count:
+            down = block.factor(spec.shared_factor("modulation"))
+            for part in spec.factored_by("modulation"):
+                path, up = part.path, block.factor(part.name)
+                state[f"{path}.0.weight"] = down.weight[:rank].contiguous()
+                state[f"{path}.0.bias"] = down.bias[:rank].contiguous()
+                state[f"{path}.1.weight"] = up.weight[:, :rank].contiguous()
                 state[f"{path}.1.bias"] = up.bias
                 del state[f"{path}.weight"], state[f"{path}.bias"]
                 made.set_submodule(path, nn.Sequential(nn.Linear(1, 1, device="meta"), nn.Linear(1, 1, device="meta")))
         for name, tensor in state.items():
-            path, _, part = name.rpartition(".")
+            path, _, which = name.rpartition(".")
             layer = made.get_submodule(path)
-            setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
-            if isinstance(layer, nn.Linear) and part == "weight":
+            setattr(layer, which, nn.Parameter(tensor, requires_grad=False))
+            if isinstance(layer, nn.Linear) and which == "weight":
                 layer.out_features, layer.in_features = tensor.shape
         return made

@@ -16,8 +16,10 @@ from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 def stamped_operations(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
     """Record (part of the block, stamp before, stamp after) of every operation inside the ``with``."""
     seen: list[tuple[str, Any, Any]] = []
-    homes = [(qwen_image.ops, name) for name in ("ada_layer_norm", "qkv_projection", "joint_attention", "linears")]
-    homes.append((PPCLQwenImageTransformerBlock, "_modulation"))
+    homes: list[tuple[Any, str]] = [
+        (qwen_image.ops, name) for name in ("ada_layer_norm", "qkv_projection", "joint_attention", "linears")
+    ]
+    homes.append((PPCLQwenImageTransformerBlock, "modulations"))
 
     def stamped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -38,8 +40,10 @@ def stamped_operations(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
 
 def part(name: str, args: Sequence[Any], kwargs: dict[str, Any], seen: Sequence[tuple[str, Any, Any]]) -> str:
     """Name the part of a block that a call belongs to; of linear layers ``out``, ``up``, ``down`` or ``map``."""
+    if name == "modulations":
+        return "modulation"
     if name != "linears":
-        return name.strip("_")
+        return name
     if kwargs.get("gelu"):
         return "up"
     if args[0][0].gate is None:

@@ -9,28 +9,32 @@ from typing import Any, NamedTuple
 
 from model_races.presets import RATIOS, Preset
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.planning.catalog import Catalog, LegalCount, LegalWidths, Shape, Student, TextRun
-from ppcl_rt.planning.plan import Interval, Plan, Width
+from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.legal import LegalCount, LegalWidths, Student, TextRun
+from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.planner import Planner
+from ppcl_rt.planning.width import Width
 
 
 def catalog_of(preset: Preset, outer_params: int) -> Catalog:
     """Make a catalog with synthetic losses: students of two blocks, text runs of three, all widths on offer."""
     rng = random.Random(0)
     full, depth = preset.full, preset.depth
+    config = {**preset.config, "num_layers": depth}
 
     def widths(scale: float) -> LegalWidths:
         groups = {}
-        for group, whole in full._asdict().items():
+        for group, whole in full.items():
             # Losing half of the units of a group costs a quarter of losing all of them.
             kept = [(count, (1 - count / whole) ** 2) for count in preset.offered[group]]
             weight = scale * {"heads": 1.0, "image": 1.5, "text": 0.4, "modulation": 0.05}[group] * rng.uniform(0.5, 2)
             groups[group] = (LegalCount(whole, 0.0), *(LegalCount(count, weight * loss) for count, loss in kept))
-        return LegalWidths(**groups)
+        return LegalWidths(groups)
 
     return Catalog(
         family=PPCLQwenImageTransformer2DModel.family,
-        shape=Shape(depth=depth, dim=preset.dim, head_dim=preset.head_dim, width=full, outer_params=outer_params),
+        architecture=PPCLQwenImageTransformer2DModel.architecture_of(config, outer_params),
         blocks=tuple(widths(1.0) for _ in range(depth)),
         students=tuple(
             Student(interval=Interval(n, n + 1), start="first", loss=rng.uniform(0.1, 0.8), widths=widths(2.0))
@@ -67,12 +71,12 @@ PLANS = ("dense 1", *(f"{kind} {ratio:g}" for kind in ("width", "depth", "mixed"
 def plan_of(name: str, preset: Preset, catalog: Catalog) -> Planned:
     """Make one of `PLANS`; its ratio limits parameters, and FLOPs at the first size."""
     kind, ratio = name.split()[0], float(name.split()[1])
-    shape, depth, full = catalog.shape, preset.depth, preset.full
+    architecture, depth, full = catalog.architecture, preset.depth, preset.full
     if kind == "width":
-        plan = Plan.dense(catalog.fingerprint, depth, narrowed(preset, ratio))
+        plan = catalog.compose((n, narrowed(preset, ratio)) for n in range(depth))
     elif kind == "depth":
-        kept = int((ratio * shape.dense_params - shape.outer_params) / shape.block_params(full))
-        plan = Plan.of(catalog.fingerprint, depth, [(n * depth // kept, full) for n in range(kept)])
+        kept = int((ratio * architecture.dense_params - architecture.outer_params) / preset.spec.params(full))
+        plan = catalog.compose((n * depth // kept, full) for n in range(kept))
     elif kind == "mixed":
         plan = plan_within(preset, catalog, ratio)
     else:
@@ -82,14 +86,14 @@ def plan_of(name: str, preset: Preset, catalog: Catalog) -> Planned:
 
 def narrowed(preset: Preset, ratio: float) -> Width:
     """Return a width with a share of the heads and channels, and modulations of a low rank."""
-    channels = int(ratio * preset.full.image) // preset.unit * preset.unit
-    return Width(int(ratio * preset.heads), channels, channels, preset.rank)
+    channels = int(ratio * preset.full["image"]) // preset.unit * preset.unit
+    return Width(heads=int(ratio * preset.heads), image=channels, text=channels, modulation=preset.rank)
 
 
 def plan_within(preset: Preset, catalog: Catalog, ratio: float) -> Plan:
     """Plan for fewer and fewer parameters until the FLOPs are within the ratio too."""
     rows, columns = next(iter(preset.sizes.values()))
-    flops = functools.partial(catalog.shape.flops, image_tokens=rows * columns, text_tokens=preset.text)
+    flops = functools.partial(catalog.architecture.flops, image_tokens=rows * columns, text_tokens=preset.text)
     # Modulations are a third of the parameters and hardly any of the FLOPs, and the planner drops them first.
     planner, asked = Planner(catalog), 0.65 * ratio
     while flops(plan := planner.plan(asked)) > ratio * flops(catalog.dense):
@@ -99,19 +103,23 @@ def plan_within(preset: Preset, catalog: Catalog, ratio: float) -> Plan:
 
 def described(planned: Planned, catalog: Catalog) -> dict[str, Any]:
     """Describe a plan for readers of the figures."""
-    plan, shape = planned.plan, catalog.shape
-    steps = len(plan.steps)
-    mean = {group: round(sum(getattr(s.width, group) for s in plan.steps) / steps, 1) for group in Width._fields}
+    plan, architecture = planned.plan, catalog.architecture
+    blocks = len(plan.blocks)
+    # A block that does not update the text has no text MLP: it counts as 0 channels.
+    mean = {
+        group: round(sum(block.width.get(group, 0) for block in plan.blocks) / blocks, 1)
+        for group in architecture.spec(0).groups
+    }
     return {
         "kind": planned.kind,
         "ratio": planned.ratio,
         "how": "planner, synthetic losses" if planned.kind == "mixed" else "explicit",
-        "params": shape.params(plan),
+        "params": architecture.params(plan),
         "params_ratio": round(catalog.ratio(plan), 4),
-        "steps": steps,
-        "students": sum(step.student for step in plan.steps),
-        "text_not_updated": len(plan.still),
+        "blocks": blocks,
+        "students": sum(block.student for block in plan.blocks),
+        "text_not_updated": len(plan.text_not_updated),
         "mean_width": mean,
-        "widths": len({step.width for step in plan.steps}),
+        "widths": len({block.width for block in plan.blocks}),
         "plan": json.loads(plan.model_dump_json(exclude={"checkpoint"})),
     }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from ppcl_rt.planning.plan import Width
+from ppcl_rt.families.qwen_image import block_spec
+from ppcl_rt.planning.block_spec import BlockSpec
+from ppcl_rt.planning.width import Width
 
 RATIOS = (0.7, 0.5)
 
@@ -29,8 +32,8 @@ class Preset:
         rank: of the modulations in plans of the kind ``width``.
         rounds: timed rounds of a race.
         repeats: timed repeats of a row of the sweep.
-        counts: group of `Width` -> counts below the full one that the sweep visits, coarse levels first.
-        still: the same for blocks that do not update the text.
+        counts: group -> counts below the full one that the sweep visits, coarse levels first.
+        text_not_updated: the same for blocks that do not update the text.
         offered: group -> counts that the planner's catalog offers.
         compiled: options of ``compile_repeated_blocks``.
     """
@@ -51,7 +54,7 @@ class Preset:
     rounds: int
     repeats: int
     counts: dict[str, Levels]
-    still: dict[str, Levels]
+    text_not_updated: dict[str, Levels]
     offered: dict[str, tuple[int, ...]]
     compiled: dict[str, Any]
 
@@ -63,9 +66,15 @@ class Preset:
     def depth(self) -> int:
         return self.blocks * self.walks
 
+    @cached_property
+    def spec(self) -> BlockSpec:
+        """What a block is made of."""
+        return block_spec(self.dim, self.heads, self.head_dim)
+
     @property
     def full(self) -> Width:
-        return Width(self.heads, 4 * self.dim, 4 * self.dim, self.dim)
+        """The width of the full block."""
+        return self.spec.full
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,7 +111,7 @@ REAL = Preset(
         "text": ((4096, 1024, 0), (8192, 2816), (11264, 5632)),
         "modulation": ((256, 64), (512,), (128, 1024)),
     },
-    still={"heads": ((12, 2), (18, 6), (22, 16, 11)), "image": ((), (5632, 1024, 0), (8448, 2816))},
+    text_not_updated={"heads": ((12, 2), (18, 6), (22, 16, 11)), "image": ((), (5632, 1024, 0), (8448, 2816))},
     offered={
         "heads": (22, 18, 16, 12, 8, 6),
         "image": (11264, 8448, 5632, 2816, 0),
@@ -129,7 +138,7 @@ TINY = Preset(
     rounds=2,
     repeats=1,
     counts={"heads": ((2, 1),), "image": ((128, 16, 0),), "text": ((128, 16, 0),), "modulation": ((8, 4),)},
-    still={"heads": ((2, 1),), "image": ((128, 16, 0),)},
+    text_not_updated={"heads": ((2, 1),), "image": ((128, 16, 0),)},
     offered={"heads": (2, 1), "image": (128, 0), "text": (128, 0), "modulation": (8, 4)},
     # Inductor would take longer to start than everything else together.
     compiled={"fullgraph": True, "dynamic": False, "backend": "eager"},

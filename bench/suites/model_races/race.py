@@ -15,7 +15,7 @@ from model_races.device import CallClock, backend, end_if_lost
 from model_races.models import Models
 from model_races.presets import inputs
 from model_races.report import InjectedFaults, Report, failure
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line
 from ppcl_rt.ops.agreement import agree
 
 
@@ -27,10 +27,10 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 class Race:
     """One group: all contestants are built, checked against eager diffusers, timed in turn, and checked again."""
 
-    def __init__(self, spec: dict[str, Any], models: Models, report: Report) -> None:
-        kind, size = spec["group"].split("-")
-        self.models, self.report, self.spec = models, report, spec
-        self.preset, self.faults = models.preset, InjectedFaults(spec["inject"])
+    def __init__(self, job: dict[str, Any], models: Models, report: Report) -> None:
+        kind, size = job["group"].split("-")
+        self.models, self.report, self.job = models, report, job
+        self.preset, self.faults = models.preset, InjectedFaults(job["inject"])
         self.clock = CallClock(self.preset.device)
         self.size, self.text = int(size), self.preset.short if kind == "short" else self.preset.text
         self.call = inputs(self.preset, self.size, self.text)
@@ -38,13 +38,13 @@ class Race:
         self.references: dict[str, torch.Tensor] = {}
         rows, columns = self.preset.sizes[self.size]
         before = {row["key"]: row for row in report.content.get("results", [])}
-        shape = models.catalog.shape
+        architecture = models.catalog.architecture
         for each in self.all:
             planned = models.plan(each.plan)
-            flops = shape.flops(planned.plan, rows * columns, self.text)
+            flops = architecture.flops(planned.plan, rows * columns, self.text)
             each.row = before.get(each.key) or {
                 "key": each.key,
-                "group": spec["group"],
+                "group": job["group"],
                 "contestant": each.name,
                 "size": self.size,
                 "image_tokens": rows * columns,
@@ -53,7 +53,7 @@ class Race:
                 "plan": planned.kind,
                 "ratio": planned.ratio,
                 "flops": flops,
-                "flops_ratio": round(flops / shape.flops(models.catalog.dense, rows * columns, self.text), 4),
+                "flops_ratio": round(flops / architecture.flops(models.catalog.dense, rows * columns, self.text), 4),
                 "ms": None,
                 "host_ms": None,
                 "device_ms": None,
@@ -144,9 +144,9 @@ class Race:
             # The device reports a fault only here.
             self.clock.wait()
         except Missing as missing:
-            each.row["skipped"] = line(missing)
+            each.row["skipped"] = one_line(missing)
         except Exception as error:
-            each.row |= failure(f"{type(error).__name__}: {line(error)}"[:400])
+            each.row |= failure(f"{type(error).__name__}: {one_line(error)}"[:400])
             self.report.save()
             end_if_lost(self.clock)
         finally:

@@ -15,13 +15,14 @@ from model_races.machine import machine
 from model_races.models import Models
 from model_races.operations import stamped_operations
 from model_races.plans import PLANS, narrowed
-from model_races.presets import RATIOS, Preset, inputs
+from model_races.presets import RATIOS, Levels, Preset, inputs
 from model_races.report import InjectedFaults, Report
-from ppcl_rt.checkpoint.reader import line
+from ppcl_rt.files import one_line
 from ppcl_rt.ops.agreement import agree
 from ppcl_rt.ops.implementation import backend as asked_backend
-from ppcl_rt.planning.milliseconds import CostRow, CostTable
-from ppcl_rt.planning.plan import Plan, Width
+from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED
+from ppcl_rt.planning.milliseconds import CostRow, CostTable, Kind
+from ppcl_rt.planning.width import Width
 
 
 class Point(NamedTuple):
@@ -30,64 +31,71 @@ class Point(NamedTuple):
     Attributes:
         level: order of the measurement; level 0 comes first, at every size.
         size: pixels a side.
-        kind: ``block``; ``still``: a block that does not update the text; ``map``: a linear map; ``outer``: everything
-            but the blocks.
+        kind: ``block``; ``text_not_updated``: a block that does not update the text; ``map``: a linear map; ``outer``:
+            everything but the blocks.
         width: of a block, None for other kinds.
     """
 
     level: int
     size: int
-    kind: str
+    kind: Kind
     width: Width | None
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {'-'.join(map(str, self.width or ()))} at {self.size}".replace("  ", " ")
+        return f"{self.kind} {'-'.join(map(str, (self.width or Width()).values()))} at {self.size}".replace("  ", " ")
 
 
 def points(preset: Preset) -> list[Point]:
-    """List the rows of the sweep: each group of `Width` alone, and a few widths that test whether the groups add up."""
-    full, made = preset.full, []
+    """List the rows of the sweep: each group alone, and a few widths that test whether the groups add up."""
+    full, made = preset.full, list[Point]()
+    alone: tuple[Kind, ...] = ("outer", "map")
     for size in preset.sizes:
-        made += [Point(0, size, kind, None) for kind in ("outer", "map")]
-        for kind, base, levels in (
+        made += [Point(0, size, kind, None) for kind in alone]
+        swept: tuple[tuple[Kind, Width, dict[str, Levels]], ...] = (
             ("block", full, preset.counts),
-            ("still", full.replace(text=0), preset.still),
-        ):
+            ("text_not_updated", _without_text(full, preset), preset.text_not_updated),
+        )
+        for kind, base, levels in swept:
             made.append(Point(0, size, kind, base))
             made += [
-                Point(level, size, kind, base._replace(**{group: count}))
+                Point(level, size, kind, base.replace(**{group: count}))
                 for group, by_level in levels.items()
                 for level, counts in enumerate(by_level)
                 for count in counts
             ]
         for ratio in RATIOS:
             narrow = narrowed(preset, ratio)
-            made += [Point(1, size, "block", narrow), Point(1, size, "still", narrow._replace(text=0))]
+            made.append(Point(1, size, "block", narrow))
+            made.append(Point(1, size, "text_not_updated", _without_text(narrow, preset)))
     # Python's sort keeps the order within a level. The full block of a size comes before what is compared with it.
     return sorted(
         made, key=lambda point: (point.level, point.width not in (None, full), point.size != max(preset.sizes))
     )
 
 
+def _without_text(width: Width, preset: Preset) -> Width:
+    """Leave out the groups that a block which does not update the text has not."""
+    groups = preset.spec.groups_without(TEXT_NOT_UPDATED)
+    return Width({group: width[group] for group in groups})
+
+
 class Sweep:
     """Measures blocks by kind, width and shape, for `ppcl_rt.planning.milliseconds.CostTable`."""
 
-    def __init__(self, spec: dict[str, Any], models: Models, report: Report) -> None:
-        self.spec, self.models, self.report, self.preset = spec, models, report, models.preset
-        self.clock, self.faults = CallClock(self.preset.device), InjectedFaults(spec["inject"])
+    def __init__(self, job: dict[str, Any], models: Models, report: Report) -> None:
+        self.job, self.models, self.report, self.preset = job, models, report, models.preset
+        self.clock, self.faults = CallClock(self.preset.device), InjectedFaults(job["inject"])
         self.call = {size: inputs(self.preset, size, self.preset.text) for size in self.preset.sizes}
         self.block_call = {size: self._block_call(call) for size, call in self.call.items()}
         about = machine()
         self.table: dict[str, Any] = report.content.get("table") or {
-            "format": 1,
+            "format": 2,
             **{name: about[name] for name in ("device", "versions", "commit", "dirty", "date")},
-            "command": spec["command"],
+            "command": job["command"],
             "dtype": str(self.preset.dtype).removeprefix("torch."),
             "backend": asked_backend(),
-            "dim": self.preset.dim,
-            "head_dim": self.preset.head_dim,
-            "full": self.preset.full,
+            "spec": self.preset.spec.model_dump(mode="json"),
             "blocks": self.preset.blocks,
             "complete": False,
             "left_out": {},
@@ -98,7 +106,7 @@ class Sweep:
     def run(self, deadline: float) -> None:
         """Measure the rows that are missing until the deadline."""
         done = {name_of(row, self.preset) for row in self.table["rows"]}
-        self.table["left_out"] |= self.spec["leave_out"]
+        self.table["left_out"] |= self.job["leave_out"]
         for point in points(self.preset):
             if point.name in done or point.name in self.table["left_out"]:
                 continue
@@ -110,7 +118,7 @@ class Sweep:
                 self.table["rows"].append(self._measure(point).model_dump(mode="json"))
                 self.clock.wait()
             except Exception as error:
-                self.table["left_out"][point.name] = f"{type(error).__name__}: {line(error)}"[:400]
+                self.table["left_out"][point.name] = f"{type(error).__name__}: {one_line(error)}"[:400]
                 self.report.save()
                 end_if_lost(self.clock)
             self.report.running("")
@@ -148,13 +156,12 @@ class Sweep:
         """Make the call that runs every block or every linear map once, or one forward without blocks."""
         models, call = self.models, self.block_call[point.size]
         if point.kind == "outer":
-            empty = Plan.of(models.catalog.fingerprint, self.preset.depth, ())
-            return functools.partial(models.ours(empty), **self.call[point.size])
+            return functools.partial(models.ours(models.catalog.compose(())), **self.call[point.size])
         text, more = call["encoder_hidden_states"], {}
         if point.kind == "map":
             return lambda: [text + layer(text) for layer in models.maps]
         assert point.width is not None
-        if point.kind == "still":
+        if point.kind == "text_not_updated":
             more["text_input"] = models.blocks[0].text_input(text, call["temb"], self.preset.full)
 
         def chain() -> tuple[torch.Tensor, ...]:
@@ -213,4 +220,4 @@ class Sweep:
 def name_of(row: dict[str, Any], preset: Preset) -> str:
     """Return the name of the point that a row was measured for."""
     [size] = (size for size, (rows, columns) in preset.sizes.items() if rows * columns == row["image_tokens"])
-    return Point(0, size, row["kind"], row["width"] and Width(*row["width"])).name
+    return Point(0, size, row["kind"], row["width"] and Width(row["width"])).name

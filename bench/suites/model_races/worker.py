@@ -30,16 +30,16 @@ from model_races.report import Report, failure
 from model_races.sweep import Sweep
 
 
-def work(spec: dict[str, Any]) -> None:
+def work(job: dict[str, Any]) -> None:
     """Run one group.
 
     Args:
-        spec: ``group``; ``file`` to write; ``tiny``; ``seconds`` after which nothing new is begun; ``leave_out``: what
+        job: ``group``; ``file`` to write; ``tiny``; ``seconds`` after which nothing new is begun; ``leave_out``: what
             failed before, name -> why; ``inject``: faults that tests put in; ``command``.
     """
-    deadline = time.monotonic() + spec["seconds"]
-    preset = TINY if spec["tiny"] else REAL
-    report = Report(Path(spec["file"]))
+    deadline = time.monotonic() + job["seconds"]
+    preset = TINY if job["tiny"] else REAL
+    report = Report(Path(job["file"]))
     if report.path.exists():
         # What an earlier process measured until it died.
         report.content = json.loads(report.path.read_text())
@@ -57,13 +57,13 @@ def work(spec: dict[str, Any]) -> None:
             },
         }
         report.save()
-        if spec["group"] == "sweep":
-            Sweep(spec, models, report).run(deadline)
+        if job["group"] == "sweep":
+            Sweep(job, models, report).run(deadline)
         else:
             for row in report.content.get("results", []):
-                if row["key"] in spec["leave_out"]:
-                    row |= failure(spec["leave_out"][row["key"]])
-            race = Race(spec, models, report)
+                if row["key"] in job["leave_out"]:
+                    row |= failure(job["leave_out"][row["key"]])
+            race = Race(job, models, report)
             names = dict.fromkeys(each.plan for each in race.all)
             report.content["planned"] = {name: described(models.plan(name), models.catalog) for name in names}
             race.run(deadline)
@@ -78,12 +78,12 @@ def main() -> None:
     given = sys.stdin.readline()
     if not given:
         return
-    spec = json.loads(given)
+    job = json.loads(given)
     # Ends this process if it hangs after its parent is gone.
-    signal.alarm(int(spec["limit"]) + 5)
-    if not spec["tiny"] and not torch.cuda.is_available():
+    signal.alarm(int(job["limit"]) + 5)
+    if not job["tiny"] and not torch.cuda.is_available():
         sys.exit(2)
-    work(spec)
+    work(job)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
 # Columns that a row may lack.
 _OPTIONAL = ("error_rms", "limit", "ms", "to_torch", "rate", "of_ceiling", "device_ms")
 
-Results = Annotated[Path, typer.LegalCount(help="folder of <device>/<part>.json")]
+Results = Annotated[Path, typer.Option(help="folder of <device>/<part>.json")]
 
 app = typer.Typer(help="What was measured on GPUs, and which targets it meets.")
 
@@ -157,9 +157,9 @@ def _check(content: Row, part: str) -> None:
 @app.command()
 def report(
     results: Results = Path("bench/results"),
-    as_json: Annotated[bool, typer.LegalCount("--json", help="print the targets as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the targets as JSON")] = False,
     as_markdown: Annotated[
-        bool, typer.LegalCount("--markdown", help="print the targets as docs/kernels.md has them")
+        bool, typer.Option("--markdown", help="print the targets as docs/kernels.md has them")
     ] = False,
 ) -> None:
     """Print what was measured, and the targets."""

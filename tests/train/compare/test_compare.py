@@ -8,14 +8,19 @@ import pytest
 import torch
 
 from ppcl_rt import Interval
-from ppcl_train.compare import baselines
+from ppcl_train import pipeline
 from ppcl_train.compare import harness as compare
-from ppcl_train.compare.baselines import METHODS, Entry, Gates, UnreachableError
+from ppcl_train.compare import training, whole_blocks, width_alone
+from ppcl_train.compare.entry import Entry, UnreachableError
 from ppcl_train.compare.harness import Key, Result
+from ppcl_train.compare.methods import METHODS
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration, streams
-from ppcl_train.engine.files import write_tensors
+from ppcl_train.data.teacher_file import check_teacher, extract_teacher
+from ppcl_train.engine.files import read_tensors, write_tensors
+from ppcl_train.selectors.gates import Gates, gated
+from ppcl_train.selectors.uniform import uniform_intervals
 from ppcl_train.stages import teacher
 
 ARCHITECTURE = {**PRESETS["scenes"].teacher.architecture, "num_layers": 4, "num_attention_heads": 2}
@@ -53,7 +58,7 @@ TINY = with_changes(
 
 
 def random_teacher(std=0.2):
-    model = teacher.initial(TINY.teacher, 0).eval()
+    model = teacher.initial(TINY).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +89,7 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
     entry = entry_of(name)
     if name in ("eq5", "sequential"):
         # The reference's probes and students are shared: they are counted by themselves, below.
-        baselines._reference(entry)
+        whole_blocks._eq5_students(entry)
     asked = []
     inputs = calibration.inputs
 
@@ -105,7 +110,7 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
     assert share > 0.6 - 1 / 4 or name in ("eq5", "sequential")
     # What is counted is what is there: whole blocks that were left out are gone.
     if name not in ("magnitude", "random"):
-        assert model.catalog.shape.params(model.plan) == sum(p.numel() for p in model.parameters())
+        assert model.catalog.architecture.params(model.plan) == sum(p.numel() for p in model.parameters())
     assert torch.isfinite(model(**inputs(TINY, 3, 5).call)[0]).all()
 
 
@@ -120,14 +125,15 @@ def test_the_reference_distils_for_the_stated_steps(entry_of, monkeypatch, tmp_p
     entry = Entry(TINY, tmp_path / "a", tmp_path / "shared", teacher_file, 0.9)
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "inputs", counted)
-        first = baselines._reference(entry)
+        first = whole_blocks._eq5_students(entry)
     # Batches of exactly the size that is trained with; calibration takes larger ones.
     trained = [seed for seed, size in asked if size == TINY.compare.batch and seed < calibration.WIDTH]
     assert len(trained) == TINY.compare.distil_steps and len(set(trained)) == len(trained)
-    monkeypatch.setattr(baselines.students, "distil", None)
+    monkeypatch.setattr(pipeline.students, "distil", None)
     # Once a seed, as the paper has it.
     assert (
-        baselines._reference(Entry(TINY, tmp_path / "b", tmp_path / "shared", teacher_file, 0.9)).keys() == first.keys()
+        whole_blocks._eq5_students(Entry(TINY, tmp_path / "b", tmp_path / "shared", teacher_file, 0.9)).keys()
+        == first.keys()
     )
     config = json.loads((tmp_path / "shared" / "eq5" / "config.json").read_text())
     assert config["select"] == "eq5" and config["students"]["steps"] == 1
@@ -137,7 +143,7 @@ def test_training_brings_the_prediction_nearer_to_the_teachers(entry_of):
     run = with_changes(TINY, {"compare.steps": 30, "save_every": 100})
     stock = entry_of("stock")
     losses = [
-        baselines.measured_loss(stock, METHODS[name](entry_of(f"near-{name}", run=run)), stock.teacher())
+        training.calibration_loss(stock, METHODS[name](entry_of(f"near-{name}", run=run)), stock.teacher())
         for name in ("drop", "drop+train")
     ]
     assert losses[1] < 0.9 * losses[0]
@@ -158,8 +164,8 @@ def test_sequential_students_read_the_students_before_them(entry_of, monkeypatch
     entry = entry_of("sequence", run=with_changes(TINY, {"compare.steps": 4, "compare.distil": 0.5}))
     stock = entry.teacher().transformer_blocks[0]
     intervals = (Interval(0, 1), Interval(3, 3))
-    monkeypatch.setattr(baselines, "_reference", lambda entry: {i: stock.state_dict() for i in intervals})
-    monkeypatch.setattr(baselines, "_tuned", lambda entry, model, steps: model)
+    monkeypatch.setattr(whole_blocks, "_eq5_students", lambda entry: {i: stock.state_dict() for i in intervals})
+    monkeypatch.setattr(whole_blocks, "train_end_to_end", lambda entry, model, steps: model)
     calls = []
     run_block = streams.run_block
 
@@ -187,7 +193,7 @@ def test_gates_learn_to_keep_the_block_that_matters(entry_of):
                 modulation[1].bias.zero_()
     write_tensors(entry.folder.parent / "toy.safetensors", dict(model.named_parameters()), {})
     entry = Entry(entry.run, entry.folder, entry.shared, entry.folder.parent / "toy.safetensors", entry.ratio)
-    assert baselines.learn_gates(entry, entry.teacher(), kept=1) == [2]
+    assert whole_blocks.learnt_blocks(entry, entry.teacher(), kept=1) == [2]
 
 
 def test_gates_draw_as_many_as_are_kept_and_pass_gradients():
@@ -203,14 +209,14 @@ def test_gates_draw_as_many_as_are_kept_and_pass_gradients():
         # The last way of each group: its last blocks.
         for logits in gates.logits:
             logits[-1] = 5
-    assert gates.chosen() == [1, 2, 3, 6, 7, 9, 10, 11]
+    assert gates.likeliest() == [1, 2, 3, 6, 7, 9, 10, 11]
 
 
 def test_gates_change_streams_by_their_share():
     blocks, given = random_teacher(), calibration.inputs(TINY, 3, 5)
     passed = streams.trace(blocks, given)
     block = blocks.transformer_blocks[1]
-    with torch.no_grad(), baselines.gated([block], torch.tensor([0.25])):
+    with torch.no_grad(), gated([block], torch.tensor([0.25])):
         out = streams.run_block(block, passed.streams[1], passed.context)
     for mixed, before, after in zip(out, passed.streams[1], passed.streams[2]):
         assert torch.allclose(mixed, 0.75 * before + 0.25 * after, atol=1e-5)
@@ -218,10 +224,10 @@ def test_gates_change_streams_by_their_share():
 
 
 def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
-    monkeypatch.setattr(baselines, "_tuned", lambda entry, model, steps: model)
+    monkeypatch.setattr(width_alone, "train_end_to_end", lambda entry, model, steps: model)
     entry = entry_of("magnitude-order")
     stock, cut = entry.teacher().transformer_blocks[0], METHODS["magnitude"](entry)
-    width = cut.plan.steps[0].width
+    width = cut.plan.blocks[0].width
 
     def size(block):
         return block.img_mlp.net[0].proj.weight.square().sum(1) + block.img_mlp.net[2].weight.square().sum(0)
@@ -229,7 +235,7 @@ def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
     sizes = size(stock) + stock.img_mlp.net[0].proj.bias.square()
     mine = cut.transformer_blocks[0]
     kept = size(mine) + mine.img_mlp.net[0].proj.bias.square()
-    assert torch.allclose(kept[: width.image], sizes.sort(descending=True).values[: width.image])
+    assert torch.allclose(kept[: width["image"]], sizes.sort(descending=True).values[: width["image"]])
     # The order alone changes nothing: at full width it is the teacher.
     cut.set_plan(cut.catalog.dense)
     call = calibration.inputs(TINY, 3, 5).call
@@ -237,30 +243,29 @@ def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
 
 
 def test_widths_fill_the_ratio_and_no_more():
-    shape = random_teacher().catalog.shape
+    architecture = random_teacher().catalog.architecture
+    spec = architecture.spec(0)
     for ratio in (0.95, 0.8, 0.6):
-        width = baselines.width_within(shape, ratio)
-        params = shape.outer_params + shape.depth * shape.block_params(width)
-        more = shape.depth * shape.block_params(width.replace(image=width.image + 1, text=width.text + 1))
-        assert params <= ratio * shape.dense_params < shape.outer_params + more
+        width = width_alone.width_within(architecture, ratio)
+        params = architecture.outer_params + architecture.depth * spec.params(width)
+        more = architecture.depth * spec.params(width.replace(image=width["image"] + 1, text=width["text"] + 1))
+        assert params <= ratio * architecture.dense_params < architecture.outer_params + more
     with pytest.raises(UnreachableError):
-        baselines.width_within(shape, 0.2)
+        width_alone.width_within(architecture, 0.2)
 
 
 def test_equal_intervals_cover_all_blocks():
-    assert baselines.uniform_intervals(12, 5) == [
-        Interval(*ends) for ends in ((0, 1), (2, 4), (5, 6), (7, 9), (10, 11))
-    ]
+    assert uniform_intervals(12, 5) == [Interval(*ends) for ends in ((0, 1), (2, 4), (5, 6), (7, 9), (10, 11))]
     for depth in range(2, 20):
         for count in range(1, depth + 1):
-            lengths = [len(interval) for interval in baselines.uniform_intervals(depth, count)]
+            lengths = [len(interval) for interval in uniform_intervals(depth, count)]
             assert sum(lengths) == depth and max(lengths) - min(lengths) <= 1
 
 
 def test_a_model_that_cannot_be_is_said_to_be_none(entry_of, monkeypatch):
     with pytest.raises(UnreachableError, match="no whole block"):
         METHODS["drop"](entry_of("drop-small", ratio=0.1))
-    monkeypatch.setattr(baselines, "_distilled", lambda folder, run: {})
+    monkeypatch.setattr(whole_blocks, "_distilled", lambda folder, run: {})
     with pytest.raises(UnreachableError, match="more than 2 blocks"):
         METHODS["eq5"](entry_of("eq5-small"))
 
@@ -347,12 +352,12 @@ def test_settings_of_a_comparison_are_checked(teacher_file, tmp_path):
 
 
 def test_a_teacher_is_read_out_of_a_checkpoint(teacher_file, tmp_path):
-    given = baselines.read_tensors(teacher_file)
+    given = read_tensors(teacher_file)
     extra = {"students.0-1.attn.to_q.weight": torch.zeros(2), "transformer_blocks.0.order.heads": torch.zeros(2)}
     write_tensors(tmp_path / "diffusion_pytorch_model.safetensors", {n: t.half() for n, t in given.items()} | extra, {})
-    teacher.extract(TINY, tmp_path, tmp_path / "out" / "teacher.safetensors")
-    teacher.check(TINY, tmp_path / "out" / "teacher.safetensors")
-    found = baselines.read_tensors(tmp_path / "out" / "teacher.safetensors")
+    extract_teacher(TINY, tmp_path, tmp_path / "out" / "teacher.safetensors")
+    check_teacher(TINY, tmp_path / "out" / "teacher.safetensors")
+    found = read_tensors(tmp_path / "out" / "teacher.safetensors")
     assert all(torch.equal(tensor, given[name].half().float()) for name, tensor in found.items())
     with pytest.raises(ValueError, match="lacks"):
-        teacher.extract(TINY, tmp_path / "nowhere", tmp_path / "b.safetensors")
+        extract_teacher(TINY, tmp_path / "nowhere", tmp_path / "b.safetensors")

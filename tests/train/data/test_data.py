@@ -25,6 +25,7 @@ from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import caching, calibration, captioned, shards, streams
 from ppcl_train.data import source as data
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_note
 from ppcl_train.families import base as family
 from ppcl_train.scenes import encoding, judging, language, rendering
@@ -409,7 +410,7 @@ def test_scenes_from_a_cache_are_scenes(tmp_path):
         words, word_mask = encoding.encode([caption])
         assert torch.equal(embeddings[mask], words[0, word_mask[0]])
     # Captions of 7 words at most, padded to the longest there is, which changes nothing.
-    model = teacher.initial(TINY.teacher, 0).eval()
+    model = teacher.initial(TINY).eval()
     with torch.no_grad():
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1)
@@ -512,7 +513,7 @@ def test_a_pretrained_teacher_runs_on_cached_batches(cache, qwen_folder, tmp_pat
     teacher.train(run, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10_000
     assert pipeline.is_done(pipeline.STAGES[0], tmp_path)
-    model = teacher.load(run, tmp_path)
+    model = load_teacher(run, tmp_path)
     stock = QwenImagePipeline.from_pretrained(qwen_folder).transformer
     for batch in calibration.batches(run, 8, calibration.PROBES):
         with torch.no_grad():
@@ -525,7 +526,7 @@ def test_a_pretrained_teacher_runs_on_cached_batches(cache, qwen_folder, tmp_pat
     teacher.train(half, tmp_path / "half")
     batch = calibration.inputs(half, 2, 0)
     assert batch.x.dtype == torch.float32 and batch.call["hidden_states"].dtype == torch.bfloat16
-    assert teacher.load(half, tmp_path / "half")(**batch.call)[0].dtype == torch.bfloat16
+    assert load_teacher(half, tmp_path / "half")(**batch.call)[0].dtype == torch.bfloat16
     # A draft of it is a checkpoint that names no judge.
     selection.write(tmp_path, [])
     catalog = write_draft(run, tmp_path, {})
@@ -552,12 +553,12 @@ def test_another_teacher_than_the_run_began_with_is_refused(cache, qwen_folder, 
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     # Another date alone is no other teacher; one bit is.
     weights.touch()
-    teacher.load(run, tmp_path / "run")
+    load_teacher(run, tmp_path / "run")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match="is not the teacher that"):
-        teacher.load(run, tmp_path / "run")
+        load_teacher(run, tmp_path / "run")
     with pytest.raises(ValueError, match="pluggable checkpoint"):
         teacher.train(config(cache, made.folder), tmp_path / "other")
     with pytest.raises(ValueError, match="neither a checkpoint folder nor"):

@@ -14,6 +14,7 @@ from ppcl_rt import Interval
 from ppcl_train import pipeline
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import ALONE, World, owners
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.selectors import selection
@@ -38,7 +39,7 @@ INTERVALS = (Interval(0, 1), Interval(0, 2), Interval(1, 3))
 
 def prepare(folder):
     """A run folder with a teacher of random weights and a selection."""
-    model = teacher.initial(TINY.teacher, 0)
+    model = teacher.initial(TINY)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     write_tensors(folder / "teacher.safetensors", dict(model.named_parameters()), {})
@@ -143,11 +144,11 @@ def test_processes_with_students_of_their_own_train_what_one_process_does(traine
 
 
 def test_processes_that_share_batches_train_what_one_process_does_with_the_whole(trained, tmp_path):
-    blocks = teacher.load(TINY, prepare(tmp_path)).transformer_blocks
+    blocks = load_teacher(TINY, prepare(tmp_path)).transformer_blocks
     start = {
         f"students.{selected.interval.key}.{name}": parameter
         for selected in selection.read(tmp_path)
-        for name, parameter in selection.begin(blocks, selected).named_parameters()
+        for name, parameter in selection.new_student(blocks, selected).named_parameters()
     }
     # A gradient is a sum over some 100 tokens, in another order: sqrt(100) roundings of 6e-8 are 6e-7. Adam divides it
     # by its own size, so that the relative error of a step is the same, and entries that nearly cancel have more.

@@ -12,10 +12,14 @@ from torch import nn
 
 from ppcl_rt import Interval
 from ppcl_train import cli, pipeline
+from ppcl_train.closed_form.cka import linear_cka
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration, streams
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
+from ppcl_train.engine.log import Log
+from ppcl_train.losses.matching import token_rows
 from ppcl_train.selectors import cost_table as table
 from ppcl_train.selectors import eq5 as probes
 from ppcl_train.selectors import selection
@@ -59,7 +63,7 @@ def idle(block):
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
-    model = teacher.initial(TINY.teacher, 0)
+    model = teacher.initial(TINY)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -71,7 +75,7 @@ def teacher_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(teacher_file):
-    return teacher.load(TINY, teacher_file.parent)
+    return load_teacher(TINY, teacher_file.parent)
 
 
 def begun(config, folder, teacher_file):
@@ -122,33 +126,33 @@ def test_alignment_is_cka_with_probes_composed_by_hand(reference, model):
     for stream in ("image", "text"):
         tokens = [
             torch.cat(
-                [getattr(probes.rows(streams.trace(model, batch).streams[k], batch.mask), stream) for batch in given]
+                [getattr(token_rows(streams.trace(model, batch).streams[k], batch.mask), stream) for batch in given]
             )
             for k in range(5)
         ]
         x = tokens[1]
         for k in (1, 2, 3):
             x = x + x @ fitted[f"probes.{k}.{stream}.weight"].T + fitted[f"probes.{k}.{stream}.bias"]
-        assert alignment[stream][1, 3] == pytest.approx(probes.linear_cka(x, tokens[4]), abs=1e-6)
+        assert alignment[stream][1, 3] == pytest.approx(linear_cka(x, tokens[4]), abs=1e-6)
         # The teacher's idle block is the identity, and so is its probe.
         assert alignment[stream][IDLE, IDLE] == pytest.approx(1, abs=1e-6)
 
 
 def test_tokens_are_thinned_evenly_and_keep_both_ends():
     x = torch.arange(100.0)[:, None]
-    thin = probes.thinned(x, 12).flatten()
+    thin = probes.thin(x, 12).flatten()
     assert len(thin) == 12 and thin[0] == 0 and thin[-1] == 99 and 8 <= thin.diff().min() <= thin.diff().max() <= 10
-    assert probes.thinned(x, 100) is x
+    assert probes.thin(x, 100) is x
 
 
 def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
     # A heavy ridge leaves something to be learnt; least squares alone is the optimum on what it has seen.
     config = with_changes(EQ5, {"probes.ridge": 1.0, "probes.steps": 40, "probes.lr": 3e-3, "probes.batch": 16})
-    fitted = probes.least_squares(config, model)
-    before = probes.error(config, model, fitted)
+    fitted = probes.fit_probes(config, model)
+    before = probes.probe_error(config, model, fitted)
     started = {name: tensor.clone() for name, tensor in fitted.items()}
-    probes.tune(config, tmp_path, model, fitted, probes.Log(tmp_path, "select"))
-    assert probes.error(config, model, fitted) < 0.9 * before
+    probes.tune_probes(config, model, fitted, Log(tmp_path, "select"))
+    assert probes.probe_error(config, model, fitted) < 0.9 * before
     assert all(not torch.equal(tensor, started[name]) for name, tensor in fitted.items() if f".{IDLE}." not in name)
 
 
@@ -186,31 +190,31 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
             assert part.sum() > 500
 
 
-def costs_of(model):
-    held = table.Calibration.traced(model, calibration.batches(TINY, 24, 77))
-    return table.Costs(model, held, bands=3), held
+def loss_of(model):
+    traced = table.TracedBatches(model, calibration.batches(TINY, 24, 77))
+    return table.StudentLoss(model, traced, bands=3), traced
 
 
 def test_a_perfect_student_costs_nothing(model):
-    costs, _ = costs_of(model)
+    loss, _ = loss_of(model)
     blocks = model.transformer_blocks
     perfect = {Interval(IDLE - 1, IDLE): "first", Interval(IDLE, IDLE + 1): "last", Interval(0, 0): "first"}
     for interval, start in perfect.items():
-        assert sum(costs(interval, selection.begin(blocks, Selected(interval, start)))) == 0
+        assert sum(loss.by_band(interval, selection.new_student(blocks, Selected(interval, start)))) == 0
     other = Interval(0, 1)
-    assert sum(costs(other, selection.begin(blocks, Selected(other, "first")))) > 1e-3
+    assert sum(loss.by_band(other, selection.new_student(blocks, Selected(other, "first")))) > 1e-3
 
 
 def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
-    costs, calibration = costs_of(model)
+    loss, traced = loss_of(model)
     for interval in (Interval(0, 1), Interval(0, 2), Interval(2, 3)):
-        student = selection.begin(model.transformer_blocks, Selected(interval, "average"))
+        student = selection.new_student(model.transformer_blocks, Selected(interval, "average"))
         whole = copy.deepcopy(model)
         whole.transformer_blocks[interval.first].load_state_dict(student.state_dict())
         for n in range(interval.first + 1, interval.last + 1):
             idle(whole.transformer_blocks[n])
         error, scale = torch.zeros(3), torch.zeros(3)
-        for given in calibration.inputs:
+        for given in traced.inputs:
             with torch.no_grad():
                 clean, dense = (given.clean(each(**given.call)[0]) for each in (whole, model))
             for band in range(3):
@@ -218,8 +222,8 @@ def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
                 error[band] += (clean - dense)[inside].square().sum()
                 scale[band] += (given.x - dense)[inside].square().sum()
         # Sums of float32 in another order.
-        assert torch.allclose(torch.tensor(costs(interval, student)), error / scale.sum(), rtol=1e-4)
-        assert torch.allclose(torch.tensor(costs.shares), scale / scale.sum(), rtol=1e-4)
+        assert torch.allclose(torch.tensor(loss.by_band(interval, student)), error / scale.sum(), rtol=1e-4)
+        assert torch.allclose(torch.tensor(loss.shares), scale / scale.sum(), rtol=1e-4)
         assert not model.norm_out._forward_pre_hooks and not model.transformer_blocks[3]._forward_pre_hooks
 
 
@@ -251,11 +255,11 @@ def test_the_planner_is_not_asked_below_the_least_ratio(measured, model):
     found = table.read(measured)
     # 0.8 of the parameters takes one student of two blocks out of four, the smallest plan one of three.
     assert [len(choice.intervals[0]) for choice in found.choices] == [2, 3]
-    assert table.choose(model.catalog, found.candidates, 0.02, least_ratio=0.8) == found.choices[:1]
+    assert table.choices_by_ratio(model.catalog, found.candidates, 0.02, least_ratio=0.8) == found.choices[:1]
 
 
 def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tmp_path, teacher_file, monkeypatch):
-    folder, once, asked = begun(TINY, tmp_path / "run", teacher_file), table.measured, []
+    folder, once, asked = begun(TINY, tmp_path / "run", teacher_file), table.measure_candidate, []
 
     def killed(*args):
         asked.append(args[-1])
@@ -263,7 +267,7 @@ def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tm
             raise KeyboardInterrupt
         return once(*args)
 
-    monkeypatch.setattr(table, "measured", killed)
+    monkeypatch.setattr(table, "measure_candidate", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             pipeline.run_stages(TINY, folder, last="select")
@@ -278,10 +282,10 @@ def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tm
 def test_a_candidate_that_diverges_is_named(tmp_path, teacher_file):
     config = with_changes(TINY, {"table.lr": 1e30, "table.warmup": 0})
     with pytest.raises(ValueError, match=r"candidate 0\.\.1 from its first block .* step 1: lower table\.lr"):
-        table.measure(config, begun(config, tmp_path / "run", teacher_file))
+        table.select(config, begun(config, tmp_path / "run", teacher_file))
 
 
-def test_settings_of_the_selection_are_checked():
+def test_settings_of_the_selection_are_checked(model):
     for changes in (
         {"table.lengths": []},
         {"table.lengths": [1, 2]},
@@ -292,7 +296,7 @@ def test_settings_of_the_selection_are_checked():
         with pytest.raises(ValueError):
             with_changes(TINY, changes)
     with pytest.raises(ValueError, match=r"fits into 4 blocks"):
-        table.candidates(4, [5, 6])
+        table.candidate_intervals(model.catalog.architecture, [5, 6])
     # Eq. 6 of the reference sees direction alone, whatever the preset adds to it.
     assert TINY.magnitude == TINY.students.magnitude == 1 and EQ5.magnitude == 0
 
@@ -304,21 +308,21 @@ def test_select_is_short_for_the_setting(tmp_path):
 
 
 def test_a_teacher_in_bfloat16_is_measured_with_students_in_float32(model):
-    costs, calibration = costs_of(model)
+    loss, traced = loss_of(model)
     rough = copy.deepcopy(model).to(torch.bfloat16)
     inputs = []
-    for given in calibration.inputs:
+    for given in traced.inputs:
         call = {
             name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in given.call.items()
         }
         inputs.append(dataclasses.replace(given, call=call))
-    seen = table.Calibration.traced(rough, inputs)
-    attempt = table._Attempt(TINY, rough.transformer_blocks, Selected(Interval(0, 1), "first"))
+    seen = table.TracedBatches(rough, inputs)
+    attempt = table._Trial(TINY, rough.blocks(), Selected(Interval(0, 1), "first"))
     attempt.train(seen, range(2))
     assert all(parameter.dtype == torch.float32 for parameter in attempt.student.parameters())
-    student = selection.begin(model.transformer_blocks, Selected(Interval(0, 1), "first"))
+    student = selection.new_student(model.transformer_blocks, Selected(Interval(0, 1), "first"))
     # bfloat16 rounds to 2^-9; both errors are relative to the same velocity.
-    assert sum(table.Costs(rough, seen, 3)(Interval(0, 1), student)) == pytest.approx(
-        sum(costs(Interval(0, 1), student)), rel=0.1
+    assert sum(table.StudentLoss(rough, seen, 3).by_band(Interval(0, 1), student)) == pytest.approx(
+        sum(loss.by_band(Interval(0, 1), student)), rel=0.1
     )

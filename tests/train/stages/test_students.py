@@ -10,9 +10,11 @@ from ppcl_rt import Interval, Streams
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration, stream_cache, streams
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.live_bytes import LiveBytes
 from ppcl_train.engine.optimisers import adamw
+from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students, teacher
 
@@ -34,12 +36,12 @@ INTERVALS = (Interval(0, 1), Interval(0, 2), Interval(1, 2), Interval(1, 4), Int
 
 def prepare(folder, intervals=INTERVALS, config=TINY):
     """A run folder with a teacher of random weights and a selection; returns the teacher."""
-    model = teacher.initial(config.teacher, 0)
+    model = teacher.initial(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     write_tensors(folder / "teacher.safetensors", dict(model.named_parameters()), {})
     selection.write(folder, [selection.Selected(interval, "last") for interval in intervals])
-    return teacher.load(config, folder)
+    return load_teacher(config, folder)
 
 
 def distilled(folder, changes):
@@ -53,7 +55,8 @@ def distilled(folder, changes):
 def test_distilling_on_the_way_is_distilling_on_kept_states(tmp_path):
     model, config = prepare(tmp_path), TINY.students
     learners = {
-        selected.interval: selection.begin(model.transformer_blocks, selected) for selected in selection.read(tmp_path)
+        selected.interval: selection.new_student(model.transformer_blocks, selected)
+        for selected in selection.read(tmp_path)
     }
     # One optimiser for all, which steps when all have their gradients.
     trained = [p for student in learners.values() for p in student.parameters()]
@@ -65,7 +68,7 @@ def test_distilling_on_the_way_is_distilling_on_kept_states(tmp_path):
         passed = streams.trace(model, batch)
         for interval, student in learners.items():
             out = streams.run_block(student, passed.streams[interval.first], passed.context)
-            students.matching_loss(out, passed.streams[interval.last + 1], batch.mask, config.magnitude).backward()
+            matching_loss(out, passed.streams[interval.last + 1], batch.mask, config.magnitude).backward()
         optimiser.step()
         optimiser.zero_grad()
     students.distil(TINY, tmp_path)
@@ -109,7 +112,7 @@ def test_memory_is_that_of_a_teacher_pass_and_one_student_whatever_their_number(
     batch = calibration.inputs(config, 16, 5)
 
     def learner(interval):
-        block = selection.begin(model.transformer_blocks, selection.Selected(interval, "first"))
+        block = selection.new_student(model.transformer_blocks, selection.Selected(interval, "first"))
         return students.Learner(block, config.students, 1.0)
 
     def peak(intervals):
@@ -169,7 +172,7 @@ def test_bfloat16_learns_what_float32_learns(tmp_path, monkeypatch):
     gradients = []
     for precise in (TINY.students, config):
         learner = students.Learner(
-            selection.begin(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise, 1.0
+            selection.new_student(model.transformer_blocks, selection.Selected(Interval(0, 1), "last")), precise, 1.0
         )
         monkeypatch.setattr(learner.optimiser, "zero_grad", lambda: None)
         passed = streams.trace(model, batch)

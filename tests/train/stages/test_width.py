@@ -8,22 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppcl_rt import Catalog, Interval, LegalWidths, Shape, Student, Width
+from ppcl_rt import Architecture, BlockList, Catalog, Interval, LegalWidths, Student
+from ppcl_rt.families.qwen_image import block_spec
+from ppcl_train.closed_form.block_statistics import BlockStatistics
+from ppcl_train.closed_form.least_squares import LeastSquares
+from ppcl_train.closed_form.low_rank import factor
+from ppcl_train.closed_form.surgery import eliminate
+from ppcl_train.closed_form.text_runs import fit_text_runs
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration, streams
-from ppcl_train.selectors.eq5 import LeastSquares
 from ppcl_train.stages import teacher
+from ppcl_train.stages.draft import legal_counts
 from ppcl_train.stages.recover import Plans, random_plan
-from ppcl_train.stages.width import (
-    Watcher,
-    compress_block,
-    eliminate,
-    factor,
-    fit_text_runs,
-    legal_counts,
-    time_embeddings,
-)
+from ppcl_train.stages.width import compress_block, modulation_inputs
 
 RUN = with_changes(
     PRESETS["scenes"],
@@ -123,7 +121,7 @@ def test_factors_are_the_best_map_of_their_rank_and_nested():
 @pytest.fixture(scope="module")
 def rough():
     """A teacher whose every parameter is far from where it starts."""
-    model = teacher.initial(RUN.teacher, 0).eval().requires_grad_(False)
+    model = teacher.initial(RUN).eval().requires_grad_(False)
     torch.manual_seed(6)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -132,18 +130,18 @@ def rough():
 
 def test_a_block_in_closed_form(rough):
     """What the closed forms of a block are made from: its own inputs, words alone of the text, and its MLPs' share."""
-    block, full = rough.transformer_blocks[1], rough.catalog.shape.width
-    watcher = Watcher(block, rough.layout, rough.catalog.shape.dim)
+    block = rough.blocks()[1]
+    statistics = BlockStatistics(block)
     batches = [calibration.inputs(RUN, 64, n) for n in range(3)]
     for batch in batches:
         passed = streams.trace(rough, batch)
-        watcher.see(passed.streams[1], batch, passed.context)
-    assert watcher.fits["mlp_text"].gram[-1, -1] == sum(int(batch.mask.sum()) for batch in batches)
-    made = compress_block(RUN, watcher, full, time_embeddings(RUN, rough))
-    counts = legal_counts(RUN, full)
+        statistics.add(passed.streams[1], batch, passed.context)
+    assert statistics.inputs["txt_mlp.net.2"].gram[-1, -1] == sum(int(batch.mask.sum()) for batch in batches)
+    made = compress_block(RUN, statistics, modulation_inputs(RUN, rough)[rough.catalog.architecture.kind(1)])
+    counts = legal_counts(RUN, block.spec)
     assert counts == {"heads": [2, 1], "image": [128, 96, 64, 48, 32, 16, 0], "text": [128, 96, 64, 48, 32, 16, 0],
                       "modulation": [32, 6, 3]}  # fmt: skip
-    assert made["narrow.modulation_down.weight"].shape == (6, 32)
+    assert made["replacements.modulation_down.weight"].shape == (6, 32)
     # The map predicts what the MLP adds better than nothing does, and better than its mean does.
     batch = calibration.inputs(RUN, 64, 9)
     passed = streams.trace(rough, batch)
@@ -151,7 +149,7 @@ def test_a_block_in_closed_form(rough):
     g = streams.run_block(block, passed.streams[1], passed.context).image
     handle.remove()
     added = passed.streams[2].image - g
-    mapped = F.linear(g, made["narrow.mlp_image_0.weight"], made["narrow.mlp_image_0.bias"])
+    mapped = F.linear(g, made["replacements.mlp_image_0.weight"], made["replacements.mlp_image_0.bias"])
     error = (mapped - added).square().mean()
     assert error < 0.8 * (added - added.mean((0, 1))).square().mean()
 
@@ -172,7 +170,7 @@ def test_text_runs_are_regressions_on_the_teachers_own_streams(rough):
             texts[n].append(state.text[batch.mask])
             if n < 3:
                 seen = rough.transformer_blocks[n].text_input(
-                    state.text, passed.context["temb"], rough.catalog.shape.width
+                    state.text, passed.context["temb"], rough.blocks()[n].spec.full
                 )
                 reads[n].append(seen[batch.mask])
     reads, texts = ([torch.cat(each).double() if each else None for each in both] for both in (reads, texts))
@@ -190,26 +188,35 @@ def test_text_runs_are_regressions_on_the_teachers_own_streams(rough):
 
 def catalog_of(depth=12):
     widths = LegalWidths(
-        heads=((6, 0), (3, 0.1)),
-        image=((384, 0), (0, 0.2)),
-        text=((384, 0), (96, 0.01)),
-        modulation=((96, 0), (8, 1e-4)),
+        {
+            "heads": ((6, 0), (3, 0.1)),
+            "image": ((384, 0), (0, 0.2)),
+            "text": ((384, 0), (96, 0.01)),
+            "modulation": ((96, 0), (8, 1e-4)),
+        }
     )
     intervals = [Interval(u, u + n - 1) for n in (2, 3) for u in range(depth + 1 - n)]
     rng = np.random.default_rng(0)
     students = [Student(interval=i, start="first", loss=float(rng.uniform(0.1, 1)), widths=widths) for i in intervals]
-    shape = Shape(
-        depth=depth, dim=96, head_dim=16, width=Width(heads=6, image=384, text=384, modulation=96), outer_params=1000
+    architecture = Architecture(
+        lists=(BlockList(path="transformer_blocks", kind="two-stream", depth=depth),),
+        kinds={"two-stream": block_spec(dim=96, heads=6, head_dim=16)},
+        dim=96,
+        outer_params=1000,
     )
     return Catalog(
-        family="qwen-image", shape=shape, blocks=(widths,) * depth, students=tuple(students), compensated=True
+        family="qwen-image",
+        architecture=architecture,
+        blocks=(widths,) * depth,
+        students=tuple(students),
+        compensated=True,
     )
 
 
 def test_random_plans_are_plans():
     catalog = catalog_of()
     plans = [catalog.check(random_plan(catalog, random.Random(seed))) for seed in range(100)]
-    lengths = {len(plan.steps) for plan in plans}
+    lengths = {len(plan.blocks) for plan in plans}
     assert not any(plan.skipped for plan in plans)
     # From half the blocks to all of them.
     assert min(lengths) <= 6 and max(lengths) >= 11
@@ -220,7 +227,7 @@ def test_drawn_plans_hold_the_smallest_and_the_dense_one_only_if_asked():
     plans = Plans(catalog, share=0.7)
     drawn = [plans.draw(random.Random(n), dense=False) for n in range(200)]
     assert catalog.dense not in drawn and len(set(drawn)) > 20
-    least = min(catalog.shape.params(plan) for plan in drawn)
+    least = min(catalog.architecture.params(plan) for plan in drawn)
     # 15 %, and some of the planned and random ones.
-    assert sum(catalog.shape.params(plan) == least for plan in drawn) >= 20
+    assert sum(catalog.architecture.params(plan) == least for plan in drawn) >= 20
     assert sum(plans.draw(random.Random(n), dense=True) == catalog.dense for n in range(200)) >= 30

@@ -1,7 +1,7 @@
 """Quality against ratio for every method, at equal steps and seeds, judged on the same prompts from the same noise.
 
-A comparison is a run folder of entries (method, ratio, seed), each made once: its result is a JSON of its own, and what
-was begun before a kill is gone on with.
+A comparison is a run folder of entries (method, ratio, seed). Each entry is made once and has a JSON file with its
+result; an entry that was begun before a kill is resumed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rich.table import Table
 from ppcl_rt.files import replacing
 from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_train import pipeline
-from ppcl_train.compare.baselines import METHODS, SEEDED, Entry, UnreachableError
+from ppcl_train.compare.entry import Entry, UnreachableError
+from ppcl_train.compare.methods import METHODS, SEEDED
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.files import write_json
 from ppcl_train.engine.log import Log
@@ -36,7 +37,7 @@ _TABLE_WIDTH = 120
 
 
 class Key(NamedTuple):
-    """What names an entry."""
+    """Names an entry."""
 
     method: str
     ratio: float
@@ -47,12 +48,12 @@ class Key(NamedTuple):
 
 
 class Result(Frozen):
-    """What an entry came to.
+    """The scores of an entry.
 
     Attributes:
-        params: parameters that run; ``share`` is these over the teacher's.
-        scores: of each prompt, in [0, 1]; a strict score counts ones.
-        unreachable: why there is no such model; all else is empty then.
+        params: number of parameters that run; ``share`` is this over the teacher's.
+        scores: of each prompt, in [0, 1]; the strict score is the share of prompts with a score of 1.
+        unreachable: why there is no such model; the other fields are empty then.
     """
 
     key: Key
@@ -85,9 +86,9 @@ class Row(Frozen):
     """A method at a ratio, over its training seeds.
 
     Attributes:
-        share: parameters kept, over the teacher's; the mean of the seeds'.
-        strict, soft: of each seed.
-        less: how much more ours scores, on the same prompts; None for ours and where ours is not there.
+        share: parameters kept, over the teacher's; mean over the seeds.
+        strict, soft: mean score of each seed.
+        less: by how much ours scores better on the same prompts; None for ours, and where ours is missing.
     """
 
     method: str
@@ -107,13 +108,13 @@ def compare(
     methods: Sequence[str] = tuple(METHODS),
     device: str = "cpu",
 ) -> list[Row]:
-    """Make and judge all entries that are not there yet; writes ``results.json`` and ``results.png``.
+    """Make and judge all entries that have no result yet; writes ``results.json`` and ``results.png``.
 
     Args:
         teacher_path: a ``teacher.safetensors``, or a checkpoint folder that holds the teacher.
 
     Raises:
-        ValueError: no such method, teacher or device, or the folder was begun with another config or teacher.
+        ValueError: there is no such method, teacher or device, or the folder was begun with another config or teacher.
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"there is no method {unknown[0]}; there are: {', '.join(METHODS)}")
@@ -132,11 +133,12 @@ def compare(
         if method in methods and (n == 0 or method in SEEDED)
     ]
     log = Log(folder, "compare")
-    seen: dict[int, dict[int, torch.Tensor]] = {key.seed: {} for key in keys}
+    # Shared by the entries of a seed (`Entry.clean`).
+    clean: dict[int, dict[int, torch.Tensor]] = {key.seed: {} for key in keys}
     for number, key in enumerate(keys):
         if not _file(folder, key).exists():
             log(entry=str(key), number=number + 1, of=len(keys))
-            result = _make(_entry(run, folder, key, device, seen[key.seed]), key, captions)
+            result = _make(_entry(run, folder, key, device, clean[key.seed]), key, captions)
             write_json(_file(folder, key), result.model_dump(mode="json"))
             log(entry=str(key), **({"soft": float(np.mean(result.scores))} if result.scores else {"not": "reachable"}))
         shutil.rmtree(folder / "entries" / str(key), ignore_errors=True)
@@ -164,7 +166,7 @@ def _file(folder: Path, key: Key) -> Path:
     return folder / "results" / f"{key}.json"
 
 
-def _entry(run: RunConfig, folder: Path, key: Key, device: str, seen: dict[int, torch.Tensor]) -> Entry:
+def _entry(run: RunConfig, folder: Path, key: Key, device: str, clean: dict[int, torch.Tensor]) -> Entry:
     return Entry(
         run=run.model_copy(update={"seed": key.seed}),
         folder=folder / "entries" / str(key),
@@ -172,12 +174,12 @@ def _entry(run: RunConfig, folder: Path, key: Key, device: str, seen: dict[int, 
         teacher_file=folder / pipeline.STAGES[0].output,
         ratio=key.ratio,
         device=device,
-        seen=seen,
+        clean=clean,
     )
 
 
 def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Result:
-    """Make the model of an entry, or go on making it, and judge it."""
+    """Make the model of an entry, or resume making it, and judge the model."""
     started = time.monotonic()
     try:
         model = entry.teacher() if key.method == _TEACHER else METHODS[key.method](entry)
@@ -186,7 +188,7 @@ def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Resul
     scores = judged(model.eval(), entry.run.sampler, captions, entry.run.compare.judge_seed)
     return Result(
         key=key,
-        params=model.catalog.shape.params(model.plan),
+        params=model.catalog.architecture.params(model.plan),
         share=model.catalog.ratio(model.plan),
         seconds=round(time.monotonic() - started, 1),
         scores=tuple(scores.tolist()),
@@ -196,7 +198,8 @@ def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Resul
 def summarise(results: Sequence[Result]) -> list[Row]:
     """Average over seeds and prompts, by ratio and method; intervals are percentile bootstrap.
 
-    Training seeds are drawn anew for each method, prompts once for all: differences are of the same prompts.
+    Prompts are resampled once for all methods, so that differences compare the same prompts; training seeds are
+    resampled for each method.
     """
     order = [_TEACHER, *METHODS]
     reached = sorted(
@@ -209,7 +212,7 @@ def summarise(results: Sequence[Result]) -> list[Row]:
     drawn = np.random.default_rng(0).integers(prompts, size=(_RESAMPLES, prompts))
 
     def resampled(scores: np.ndarray, method: str) -> np.ndarray:
-        """Means ``[1 + _RESAMPLES]`` of ``scores [seeds, prompts]``: of all of them, then of each resample."""
+        """Average ``scores [seeds, prompts]``: over all of them, then over each resample; ``[1 + _RESAMPLES]``."""
         means = np.stack([seed[drawn].mean(1) for seed in scores])
         rng = np.random.default_rng((1, order.index(method)))
         seeds = rng.integers(len(scores), size=(len(scores), _RESAMPLES))
@@ -255,7 +258,7 @@ def summarise(results: Sequence[Result]) -> list[Row]:
 
 
 def show(run: RunConfig, rows: Sequence[Row]) -> None:
-    """Print a table, a section a ratio."""
+    """Print a table with one section for each ratio."""
     config = run.compare
     table = Table(
         "ratio",
@@ -279,7 +282,7 @@ def show(run: RunConfig, rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw both scores against the parameters that are kept.
+    """Draw both scores against the share of parameters that is kept.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -293,13 +296,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     shares = [row.share for row in rows if row.method != _TEACHER] or [1.0]
     for panel, name in zip(panels, Quality.model_fields, strict=True):
         for number, method in enumerate(METHODS):
-            mine = sorted((row for row in rows if row.method == method), key=lambda row: row.share)
-            estimates = [getattr(row.quality, name) for row in mine]
-            if mine:
+            of_method = sorted((row for row in rows if row.method == method), key=lambda row: row.share)
+            estimates = [getattr(row.quality, name) for row in of_method]
+            if of_method:
                 panel.errorbar(
-                    [row.share for row in mine],
+                    [row.share for row in of_method],
                     [e.mean for e in estimates],
-                    # A bootstrap quantile may lie on the wrong side of the mean by rounding.
+                    # By rounding, a bootstrap quantile may lie on the wrong side of the mean.
                     [[max(0, e.mean - e.low) for e in estimates], [max(0, e.high - e.mean) for e in estimates]],
                     label=method,
                     color=f"C{number}",
@@ -315,5 +318,5 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.set_xlim(min(shares) - 0.05, max(shares) + 0.05)
         panel.grid(alpha=0.3)
     panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)

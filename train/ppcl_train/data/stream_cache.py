@@ -67,7 +67,7 @@ class StreamCache:
 
     def _add(self, batch: int, model: Any, given: Inputs, budget: int, writes: bool) -> bool:
         """Write a batch if its streams fit into ``budget`` bytes; returns whether they do."""
-        depth = len(model.blocks)
+        depth = len(model.blocks())
         shared: dict[str, Any] = {}
 
         def keep(number: int, before: Streams, after: Streams, context: dict[str, Any]) -> None:

@@ -47,7 +47,8 @@ def walk(model: Any, given: Inputs, visit: Visit) -> None:
         return hook
 
     hooks = [
-        block.register_forward_hook(after_block(number), with_kwargs=True) for number, block in enumerate(model.blocks)
+        block.register_forward_hook(after_block(number), with_kwargs=True)
+        for number, block in enumerate(model.blocks())
     ]
     try:
         model(**given.call)

@@ -135,7 +135,7 @@ class World:
         """
         if self.size > 1:
             mesh = init_device_mesh(self.device.type, (self.size,))
-            for module in (*model.blocks, model):
+            for module in (*model.blocks(), model):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 

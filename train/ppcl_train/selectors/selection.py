@@ -1,4 +1,4 @@
-"""Which intervals get a student, and where each student starts: what the selecting stage leaves for the next."""
+"""What a selector leaves for the next stage: the intervals that get a student, and where each student starts."""
 
 from __future__ import annotations
 
@@ -41,8 +41,12 @@ def read(folder: Path) -> tuple[Selected, ...]:
     return read_json(_Selection, json.dumps(read_content(path)), f"{path} is no selection").selected
 
 
-def begin(blocks: nn.ModuleList, selected: Selected) -> nn.Module:
-    """Make a student: a copy of a teacher's block, or of the mean of all that it stands for."""
+def new_student(blocks: Sequence[nn.Module], selected: Selected) -> nn.Module:
+    """Make an untrained student: a copy of one of the teacher's blocks, or of the mean of all blocks of the interval.
+
+    Returns:
+        The student, trainable, in float32 whatever the teacher computes in: steps are too small for a coarser dtype.
+    """
     interval = selected.interval
     numbers = {
         "first": [interval.first],
@@ -54,5 +58,4 @@ def begin(blocks: nn.ModuleList, selected: Selected) -> nn.Module:
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(torch.stack([blocks[n].get_parameter(name) for n in numbers]).mean(0))
-    # In float32 whatever the teacher computes in: steps are too small for less.
     return student.float().requires_grad_(True)

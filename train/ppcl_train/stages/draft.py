@@ -1,4 +1,4 @@
-"""Checkpoints on the way: what a run has made so far, put together so that the runtime itself can run it."""
+"""The draft: what a run has made so far, as a checkpoint that the runtime itself can run."""
 
 from __future__ import annotations
 
@@ -10,68 +10,86 @@ from typing import Any
 import torch
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Option, Student, TextRun, Widths
+from ppcl_rt import LINEAR_MAP, BlockSpec, Catalog, Interval, LegalCount, LegalWidths, Student, TextRun
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
-from ppcl_train.families import base as family
 from ppcl_train.selectors import selection
-from ppcl_train.stages.teacher import load
 
-# A choice that nothing has been measured for yet.
+# The loss of a choice that nothing has been measured for yet.
 _UNMEASURED = 1.0
+
+
+def legal_counts(run: RunConfig, spec: BlockSpec) -> dict[str, list[int]]:
+    """List the counts of each group of a kind of block, widest first."""
+    config, counts = run.width, {}
+    for name, group in spec.groups.items():
+        if group.is_rank:
+            narrower = {rank for rank in config.ranks if rank < group.count}
+        else:
+            shares = config.heads if name == spec.heads else config.channels
+            narrower = {max(1, round(share * group.count)) for share in shares}
+            narrower |= {LINEAR_MAP} if group.mappable and config.maps else set()
+        counts[name] = sorted({group.count, *narrower}, reverse=True)
+    return counts
+
+
+def _legal_widths(counts: Mapping[str, list[int]]) -> LegalWidths:
+    return LegalWidths(
+        {
+            group: tuple(LegalCount(count, 0.0 if count == legal[0] else _UNMEASURED) for count in legal)
+            for group, legal in counts.items()
+        }
+    )
 
 
 def write_draft(
     run: RunConfig,
     folder: Path,
-    made: Mapping[str, torch.Tensor],
-    widths: Mapping[str, list[int]] | None = None,
+    tensors: Mapping[str, torch.Tensor],
+    narrower: bool = False,
     dtype: str | None = None,
 ) -> Catalog:
-    """Write ``draft/``: the teacher, and what was made: students and, with ``widths``, all that narrower widths run.
+    """Write ``draft/``: the teacher and the tensors that the run has made.
 
     Args:
-        dtype: of the floats in it; None for what the teacher computes in.
+        tensors: of students, text runs and narrower widths, under the names that they have in a checkpoint.
+        narrower: whether ``tensors`` hold what narrower widths run (`legal_counts`); otherwise every block runs at full
+            width alone.
+        dtype: of the floats in the draft; None for the dtype that the teacher computes in.
     """
-    teacher = load(run, folder)
-    shape = teacher.catalog.shape
-    options = Widths.only(shape.width)
-    if widths:
-        options = Widths(
-            **{
-                group: tuple(Option(count, _UNMEASURED if rank else 0.0) for rank, count in enumerate(counts))
-                for group, counts in widths.items()
-            }
-        )
-    intervals = sorted({Interval.of_key(name.split(".")[1]) for name in made if name.startswith("students.")})
+    teacher = load_teacher(run, folder)
+    architecture = teacher.catalog.architecture
+    widths = {
+        kind: _legal_widths(legal_counts(run, spec)) if narrower else LegalWidths.only(spec.full)
+        for kind, spec in architecture.kinds.items()
+    }
     starts = dict(selection.read(folder))
     catalog = Catalog(
         family=teacher.family,
-        shape=shape,
-        blocks=(options,) * shape.depth,
+        architecture=architecture,
+        blocks=tuple(widths[architecture.kind(n)] for n in range(architecture.depth)),
         students=tuple(
-            Student(
-                interval=interval,
-                start=starts[interval],
-                loss=_UNMEASURED,
-                widths=options,
-            )
-            for interval in intervals
+            Student(interval=i, start=starts[i], loss=_UNMEASURED, widths=widths[architecture.kind(i.first)])
+            for i in _intervals(tensors, "students")
         ),
-        text_runs=tuple(
-            TextRun(interval=interval, loss=_UNMEASURED)
-            for interval in sorted({Interval.of_key(n.split(".")[1]) for n in made if n.startswith("text_runs.")})
-        ),
-        compensated=bool(widths),
-        # What nobody here can judge is a checkpoint for a diffusers pipeline.
-        task={"name": run.task, "sampler": run.sampler.model_dump()} if family.of(run.task).judged else None,
+        text_runs=tuple(TextRun(interval=i, loss=_UNMEASURED) for i in _intervals(tensors, "text_runs")),
+        compensated=narrower,
+        # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
+        task={"name": run.task, "sampler": run.sampler.model_dump()} if run.family.judged else None,
     )
-    tensors = {**teacher.full_state(), **made}
-    kind = getattr(torch, dtype or run.teacher.dtype)
-    stored = {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
-    # What an earlier stage left is of no more use, and where there is nothing to replace, one rename does it.
+    all_tensors = {**teacher.full_state(), **tensors}
+    floats = getattr(torch, dtype or run.teacher.dtype)
+    stored = {name: t.to(floats) if t.is_floating_point() else t for name, t in all_tensors.items()}
+    # The draft of an earlier stage is of no more use, and with nothing to replace, one rename writes the new one.
     shutil.rmtree(folder / "draft", ignore_errors=True)
     return ppcl_rt.write_checkpoint(folder / "draft", teacher.stock_config, catalog, stored)
+
+
+def _intervals(tensors: Mapping[str, torch.Tensor], kind: str) -> list[Interval]:
+    """List the intervals that tensors named ``{kind}.{interval}...`` belong to."""
+    paths = (name.split(".") for name in tensors)
+    return sorted({Interval.of_key(path[1]) for path in paths if path[0] == kind})
 
 
 def open_draft(run: RunConfig, folder: Path) -> Any:

@@ -1,53 +1,37 @@
-"""One student block an interval, distilled on the teacher's own streams."""
+"""The stage *students*: one student block for each selected interval, distilled on the teacher's own streams."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_rt import Interval, Streams
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import StudentsConfig
-from ppcl_train.data import calibration, stream_cache, streams
+from ppcl_train.data import calibration, streams
+from ppcl_train.data.stream_cache import StreamCache
+from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import ALONE, World, join, owners
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
-from ppcl_train.engine.optimisers import adamw, adamw_class
+from ppcl_train.engine.optimisers import adamw, adamw_class, autocast, take_step
+from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
-from ppcl_train.selectors.eq5 import rows
-from ppcl_train.stages.teacher import load
+from ppcl_train.selectors.selection import Selected
 
-
-def matching_loss(
-    student: Streams, teacher: Streams, mask: torch.Tensor, magnitude: float, world: World = ALONE
-) -> torch.Tensor:
-    """``|| n(student) - n(teacher) ||^2`` a token, both streams summed; n is L2 normalisation over features (eq. 6).
-
-    ``magnitude`` times the squared error over the teacher's mean square is added: eq. 6 leaves the residual stream's
-    length free. Over the processes of ``world`` that share a batch, the losses' mean is the loss of the whole batch.
-    """
-    total = torch.zeros((), device=mask.device)
-    for mine, theirs in zip(rows(student, mask), rows(teacher, mask), strict=True):
-        mine, theirs = mine.float(), theirs.float()
-        count, square = world.mean(
-            torch.stack([mask.new_tensor(len(theirs), dtype=torch.float), theirs.square().sum()])
-        )
-        total = total + (F.normalize(mine, dim=-1) - F.normalize(theirs, dim=-1)).square().sum() / count
-        if magnitude:
-            total = total + magnitude * (mine - theirs).square().sum() / square
-    return total
+OUTPUT = "students.safetensors"
 
 
 class Learner:
-    """A student, its optimiser, and what a step of both is.
+    """A student with its optimiser.
 
     Args:
         student: in float32.
@@ -68,16 +52,26 @@ class Learner:
         self.optimiser = adamw(student.parameters(), lr=config.lr, weight_decay=config.weight_decay, kind=kind)
 
     def learn(self, before: Streams, after: Streams, context: dict[str, Any], mask: torch.Tensor) -> float:
-        """Backpropagate the loss of ``before -> after`` and, unless more batches make a step, step; returns the loss.
+        """Backpropagate the loss of ``before -> after``; take the optimiser's step unless more batches make a step.
 
-        Afterwards no activations are left, and gradients only for a step that is still to come.
+        Afterwards no activations are in memory, and gradients only if the step takes more batches.
+
+        Args:
+            before: the teacher's streams at the start of the interval.
+            after: the teacher's streams after the interval.
+            context: keyword arguments that the teacher's blocks were called with.
+            mask: ``[N, S_text]``, true on words.
+
+        Returns:
+            The loss, over all processes.
         """
         config, world = self._config, self._world
         if config.precision == "no":
-            # Whatever the teacher computes in.
+            # In float32 whatever the teacher computes in.
             before, context = Streams(*streams.in_float32(tuple(before))), streams.in_float32(context)
-        with torch.enable_grad(), precise(config, world):
-            # Recomputation takes the block whole: of one block it saves what the loss would hold beside it.
+        # Casts of weights are not kept: they would pile up with the students.
+        with torch.enable_grad(), autocast(config.precision, world.device.type, keeps_casts=False):
+            # The whole block is one checkpoint: of one block this saves what the loss would hold next to it.
             out = (
                 checkpoint(streams.run_block, self.student, before, context, use_reentrant=False)
                 if config.checkpointing
@@ -87,115 +81,162 @@ class Learner:
         with torch.autocast(world.device.type, enabled=False):
             loss.backward()
         mean = world.mean(loss.detach()).item()
-        # A loss that is not finite stops the training; the weights that led there are worth a look.
+        # A loss that is not finite stops the training, with the weights that led to it: they are worth a look.
         if config.accumulate == 1 and math.isfinite(mean):
             self.average()
             if config.clip:
                 nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            take_step([self.optimiser])
         return mean
 
     def average(self) -> None:
-        """Average gradients that are left over processes."""
+        """Average the gradients that are there over the processes."""
         self._world.average(self.student.parameters())
+
+
+class Division(NamedTuple):
+    """How the processes of a world divide the work.
+
+    Attributes:
+        world: all processes.
+        peers: the processes that share each batch with this one; alone where each process trains students of its own
+            on whole batches, with nothing to exchange.
+        own: the students that this process trains.
+    """
+
+    world: World
+    peers: World
+    own: list[Selected]
+
+    @classmethod
+    def of(cls, config: StudentsConfig, world: World, selected: Sequence[Selected]) -> Division:
+        """Divide the samples of each batch, or the students, as ``config.parallel`` says.
+
+        Raises:
+            ValueError: there are more processes than students.
+        """
+        if config.parallel == "data":
+            return cls(world, world, list(selected))
+        if world.size > len(selected):
+            raise ValueError(f"{world.size} processes have {len(selected)} students to train: start no more than that")
+        owner = owners([1] * len(selected), world.size)
+        return cls(world, world.alone, [each for each, rank in zip(selected, owner) if rank == world.rank])
+
+    @property
+    def writes_cache(self) -> bool:
+        """Whether this process writes to its cache; processes that train whole batches all read what rank 0 writes."""
+        return self.world.is_main or self.peers is self.world
+
+
+class TeacherStreams:
+    """Hands the teacher's streams at both ends of every interval to learners: from teacher passes or from a cache."""
+
+    def __init__(self, run: RunConfig, folder: Path, teacher: Any, division: Division) -> None:
+        self._run, self._config, self._teacher, self._division = run, run.students, teacher, division
+        peers = division.peers
+        self._cache = StreamCache(folder / "states" / f"{peers.rank}-{peers.size}")
+        self._cached = self._fill_cache() if self._config.cache_bytes else 0
+
+    def _batch(self, number: int) -> calibration.Inputs:
+        """Make this process's share of a batch."""
+        peers, batch = (
+            self._division.peers,
+            calibration.inputs(self._run, self._config.batch, calibration.STUDENTS + number),
+        )
+        return batch.part(peers.share(self._config.batch)).to(self._division.world.device)
+
+    def _fill_cache(self) -> int:
+        """Write the streams of as many batches as fit; returns how many.
+
+        Raises:
+            ValueError: not one fits.
+        """
+        config, (world, peers, _) = self._config, self._division
+        with autocast(config.precision, world.device.type, keeps_casts=False):
+            batches = map(self._batch, range(config.steps * config.accumulate))
+            budget = config.cache_bytes // peers.size
+            count = self._cache.fill(self._teacher, batches, budget, world, self._division.writes_cache)
+        if not count:
+            raise ValueError(f"students.cache_bytes={config.cache_bytes} does not hold one batch: raise it, or take 0")
+        return count
+
+    def learn(self, number: int, learners: dict[Interval, Learner]) -> dict[Interval, float]:
+        """Let every learner learn from a batch, as soon as the end of its interval is reached; returns the losses."""
+        number = number % self._cached if self._cached else number
+        batch, losses = self._batch(number), {}
+
+        def visit(interval: Interval, before: Streams, after: Streams, context: dict[str, Any]) -> None:
+            losses[interval] = learners[interval].learn(before, after, context, batch.mask)
+
+        if self._cached:
+            self._cache.walk_intervals(number, learners, visit, self._division.world.device)
+        else:
+            with autocast(self._config.precision, self._division.world.device.type, keeps_casts=False):
+                streams.walk_intervals(self._teacher, batch, learners, visit)
+        return losses
+
+    def delete_cache(self) -> None:
+        """Delete the cached streams of all processes."""
+        shutil.rmtree(self._cache.folder.parent, ignore_errors=True)
 
 
 def distil(run: RunConfig, folder: Path) -> None:
     """Train every student on the teacher's streams (eq. 6); writes ``students.safetensors``.
 
-    No student reads another's output, so any subset can be plugged in; one teacher pass a step feeds all. A student
-    learns while the teacher waits at the end of its interval, and takes its optimiser's step at once, so activations
-    and gradients of one student at a time are alive. (With ``accumulate``, gradients of all are, from batch to batch.)
+    No student reads the output of another, so any subset of students can be plugged in, and one teacher pass a step
+    feeds all of them. A student learns while the teacher waits at the end of the student's interval, and takes its
+    optimiser's step at once: activations and gradients of one student at a time are in memory. (With ``accumulate``,
+    the gradients of all students are, from batch to batch.)
 
     Every process of a world calls this.
 
     Raises:
-        ValueError: more processes than students or samples, a cache too small for a batch, a loss that is not finite.
+        ValueError: there are more processes than students or samples, the cache is too small for a batch, or a loss is
+            not finite.
     """
-    config, world = run.students.model_copy(update={"magnitude": run.magnitude}), join()
-    log, chosen, teacher = Log(folder, "students"), selection.read(folder), load(run, folder)
-    apart = config.parallel == "intervals"
-    if apart and world.size > len(chosen):
-        raise ValueError(f"{world.size} processes have {len(chosen)} students to train: start no more than that")
-    # Who trains students of its own exchanges nothing; the others share each batch.
-    peers = world.alone if apart else world
-    owner = owners([1] * len(chosen), world.size) if apart else [world.rank] * len(chosen)
+    config, world = run.students, join()
+    log, selected, teacher = Log(folder, "students"), selection.read(folder), load_teacher(run, folder)
+    division = Division.of(config, world, selected)
     kind = adamw_class(config, log)
-    learners = {
-        selected.interval: Learner(
-            selection.begin(teacher.transformer_blocks, selected).float().to(world.device),
-            config,
-            run.magnitude,
-            peers,
-            kind,
-        )
-        for selected, rank in zip(chosen, owner)
-        if rank == world.rank
-    }
-    named = {
-        f"students.{interval.key}.{name}": parameter
-        for interval, learner in learners.items()
-        for name, parameter in learner.student.named_parameters()
-    }
+    learners = {}
+    for each in division.own:
+        student = selection.new_student(teacher.blocks(), each).to(world.device)
+        learners[each.interval] = Learner(student, config, run.magnitude, division.peers, kind)
     if config.precision == "bf16":
-        # Not diffusers' own, which warns of modules that it would keep in float32, of which there are none.
+        # Not diffusers' `to`, which warns of modules that it would keep in float32; there are none here.
         nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
         world.shard(teacher)
     teacher.to(world.device)
-
-    def batch_of(number: int) -> calibration.Inputs:
-        batch = calibration.inputs(run, config.batch, calibration.STUDENTS + number)
-        return batch.part(peers.share(config.batch)).to(world.device)
-
-    cache, cached = stream_cache.StreamCache(folder / "states" / f"{peers.rank}-{peers.size}"), 0
-    if config.cache_bytes:
-        with precise(config, world):
-            batches = map(batch_of, range(config.steps * config.accumulate))
-            cached = cache.fill(teacher, batches, config.cache_bytes // peers.size, world, world.is_main or not apart)
-        if not cached:
-            raise ValueError(f"students.cache_bytes={config.cache_bytes} does not hold one batch: raise it, or take 0")
+    teacher_streams = TeacherStreams(run, folder, teacher, division)
 
     def step_loss(number: int) -> dict[str, float]:
-        number = number % cached if cached else number
-        given, losses = batch_of(number), {}
-
-        def learn(interval: Interval, before: Streams, after: Streams, context: dict[str, Any]) -> None:
-            losses[interval] = learners[interval].learn(before, after, context, given.mask)
-
-        if cached:
-            cache.walk_intervals(number, learners, learn, world.device)
-        else:
-            with precise(config, world):
-                streams.walk_intervals(teacher, given, learners, learn)
+        losses = teacher_streams.learn(number, learners)
         return {f"students.{interval.key}": losses[interval] for interval in learners}
 
     def average() -> None:
         for learner in learners.values():
             learner.average()
 
-    log(students=len(chosen), intervals=" ".join(str(selected.interval) for selected in chosen))
+    log(students=len(selected), intervals=" ".join(str(each.interval) for each in selected))
     trained = train_loop(
         run,
         config,
         log,
-        named,
+        {
+            f"students.{interval.key}.{name}": parameter
+            for interval, learner in learners.items()
+            for name, parameter in learner.student.named_parameters()
+        },
         step_loss,
         optimisers=[learner.optimiser for learner in learners.values()],
         world=world,
         before_update=average,
     )
-    whole = world.gather(trained)
+    gathered = world.gather(trained)
     if world.is_main:
-        write_tensors(folder / "students.safetensors", whole, {"steps": config.steps})
-    # Not before all have read their last.
+        write_tensors(folder / OUTPUT, gathered, {"steps": config.steps})
+    # Every process has read its last batch before the cache is deleted.
     world.wait()
     if world.is_main:
-        shutil.rmtree(cache.folder.parent, ignore_errors=True)
-
-
-def precise(config: StudentsConfig, world: World) -> torch.autocast:
-    """Autocast as ``precision`` asks; weights that were cast are not kept, or they would pile up with the students."""
-    enabled = config.precision == "bf16"
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        teacher_streams.delete_cache()

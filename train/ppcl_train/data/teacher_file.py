@@ -1,0 +1,130 @@
+"""The teacher of a run: where its weights lie, whether they are the right ones, and loading them.
+
+A teacher that the run trained lies in ``teacher.safetensors`` of the run folder. A pretrained teacher is read where it
+lies; ``teacher.safetensors`` is then a note without tensors, which names the teacher's files with their sizes, dates
+and SHA-256, so that a run resumes with the teacher that it began with or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ppcl_rt
+from ppcl_rt import Checkpoint, locate
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.files import read_note, read_tensors, write_tensors
+from ppcl_train.engine.log import Log
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+def check_teacher(run: RunConfig, file: Path) -> None:
+    """Compare a teacher file with the network that a config asks for.
+
+    Raises:
+        ValueError: there is no such file, its tensors are not those of the network, or the config has a pretrained
+            teacher.
+    """
+    if run.teacher.pretrained is not None:
+        raise ValueError(f"the config's teacher is {run.teacher.pretrained}: leave out --teacher, or set that to null")
+    if not file.is_file():
+        raise ValueError(f"there is no teacher at {file}")
+    if _shapes(run) != {name: tensor.shape for name, tensor in read_tensors(file).items()}:
+        raise ValueError(f"{file} holds other tensors than the teacher of this config has")
+
+
+def _shapes(run: RunConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = run.family.build(run.teacher.architecture)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def extract_teacher(run: RunConfig, checkpoint: Path, file: Path) -> None:
+    """Write the teacher of a checkpoint folder, its stock tensors in float32, as a teacher file.
+
+    The catalog is not read, so a teacher can be extracted from a checkpoint of an older format too. Where kept blocks
+    were trained, the teacher file holds what ratio 1 runs, not the teacher that the checkpoint was made from.
+
+    Raises:
+        ValueError: the folder does not hold all tensors of the network that the config asks for.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        stored |= read_tensors(shard)
+    missing = _shapes(run).keys() - stored
+    if missing:
+        raise ValueError(f"{checkpoint} is no checkpoint of this config's teacher: it lacks {min(missing)}")
+    write_tensors(file, {name: stored[name].float() for name in _shapes(run)}, {"checkpoint": checkpoint.name})
+
+
+def load_teacher(run: RunConfig, folder: Path) -> Any:
+    """Load the teacher, rounded to what the checkpoint will store, in the dtype that the teacher computes in.
+
+    Raises:
+        ValueError: a pretrained teacher is gone, or differs from the one that the run began with.
+    """
+    storage, compute = (getattr(torch, name) for name in (run.storage, run.teacher.dtype))
+    if run.teacher.pretrained is not None:
+        source = find_pretrained(run.teacher.pretrained)
+        _compare_with_note(source, folder)
+        model = ppcl_rt.load(source, dtype=storage)
+        return (model if storage == compute else model.to(compute)).requires_grad_(False)
+    model = run.family.build(run.teacher.architecture)
+    tensors = read_tensors(folder / TEACHER_FILE)
+    model.load_state_dict({name: tensor.to(storage).to(compute) for name, tensor in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def find_pretrained(source: str) -> Path:
+    """Find the folder of a transformer: ``source`` itself, or the transformer of the pipeline that ``source`` is.
+
+    Raises:
+        ValueError: there is none, or it is a pluggable checkpoint already.
+    """
+    try:
+        folder = locate(source, "transformer")
+    except ValueError:
+        folder = locate(source)
+    if Checkpoint(folder).catalog is not None:
+        raise ValueError(f"{folder} is a pluggable checkpoint: a teacher is a stock transformer")
+    return folder
+
+
+def note_pretrained(source: str, folder: Path) -> None:
+    """Write ``teacher.safetensors`` for a pretrained teacher: no tensors, and a note of the teacher's files."""
+    found, log = find_pretrained(source), Log(folder, "teacher")
+    files = {}
+    for path in _files(found):
+        files[path.name] = [*_size_and_date(path), _sha256(path)]
+        log(read=path.name, gigabytes=path.stat().st_size / 1e9)
+    write_tensors(folder / TEACHER_FILE, {}, {"pretrained": source, "files": files})
+
+
+def _compare_with_note(source: Path, folder: Path) -> None:
+    """Compare a pretrained teacher with the note of the run; files are hashed only where the size or date differs."""
+    noted, found = read_note(folder / TEACHER_FILE)["files"], _files(source)
+    same = noted.keys() == {path.name for path in found} and all(
+        noted[path.name][:2] == _size_and_date(path) or noted[path.name][2] == _sha256(path) for path in found
+    )
+    if not same:
+        raise ValueError(f"{source} is not the teacher that {folder} began with: bring it back, or begin a new run")
+
+
+def _size_and_date(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            total.update(part)
+    return total.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors")

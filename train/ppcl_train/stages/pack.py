@@ -1,0 +1,55 @@
+"""The stage *pack*: the measured catalog and the tensors become the checkpoint of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ppcl_rt
+from ppcl_rt import Catalog, Interval, Planner
+from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.files import read_content, write_json
+from ppcl_train.engine.log import Log
+from ppcl_train.stages import measure
+
+# Written last, into the checkpoint: what made it.
+OUTPUT = "checkpoint/run.json"
+# Between the ratios whose plans decide what is packed.
+_SPACING = 0.005
+
+
+def pack(run: RunConfig, folder: Path) -> None:
+    """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
+
+    Students and text runs that no plan takes are left out (`used`).
+    """
+    log = Log(folder, "pack")
+    draft = Checkpoint(folder / "draft")
+    assert draft.catalog is not None, "a draft has a catalog"
+    measured = read_content(folder / measure.OUTPUT)
+    catalog = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
+    students, runs = used(catalog)
+    catalog = catalog.model_copy(
+        update={
+            "students": tuple(s for s in catalog.students if s.interval in students),
+            "text_runs": tuple(r for r in catalog.text_runs if r.interval in runs),
+        }
+    )
+    # Tensors of a student or text run are named ``students.{interval}...`` or ``text_runs.{interval}...``.
+    packed = {("students", i.key) for i in students} | {("text_runs", i.key) for i in runs}
+    kinds = {"students", "text_runs"}
+    paths = {name: name.split(".") for name in draft.names}
+    names = [name for name, path in paths.items() if path[0] not in kinds or tuple(path[:2]) in packed]
+    tensors = {name: draft.read(name) for name in names}
+    catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", draft.config, catalog, tensors)
+    # The note holds what made the checkpoint, and nothing else.
+    write_json(folder / OUTPUT, {})
+    size = sum(path.stat().st_size for path in (folder / "checkpoint").iterdir())
+    log(students=" ".join(map(str, sorted(students))), text_runs=" ".join(map(str, sorted(runs))), megabytes=size / 1e6)
+
+
+def used(catalog: Catalog) -> tuple[set[Interval], set[Interval]]:
+    """Find the students and the text runs that plans take: the smallest plan, and those at ratios 0.005 apart."""
+    plans = Planner(catalog).plans(_SPACING)
+    students = {planned.interval for plan in plans for planned in plan.blocks if planned.student}
+    return students, {run for plan in plans for run in plan.text_runs}
