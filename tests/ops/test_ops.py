@@ -10,8 +10,8 @@ from ppcl_rt import ops
 from ppcl_rt.ops import operation as operation_module
 from ppcl_rt.ops.ada_layer_norm import AdaLayerNorm
 from ppcl_rt.ops.agreement import agree
-from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, PACKED, TORCH, Implementation
-from ppcl_rt.ops.joint_attention import Attention
+from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, CUDNN, PACKED, TORCH, Implementation
+from ppcl_rt.ops.joint_attention import JOINT_ATTENTION, Attention
 from ppcl_rt.ops.linear import LINEARS, Linears
 from ppcl_rt.ops.packing import pack, side_by_side
 from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION
@@ -169,6 +169,26 @@ def test_lt_epilogue(monkeypatch):
         monkeypatch.setattr(torch, "_addmm_activation", product)
     call = CALLS["up"]()
     close(LINEARS.run(call, CUBLASLT), LINEARS.run(call, TORCH), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["joint_attention", "masked attention"])
+def test_cudnn_is_called_without_flags_of_the_process(monkeypatch, name):
+    """Another thread may attend at the same time: the operator is called by name, and takes the mask as a bias."""
+    call = CALLS[name]()
+    # Fewer queries than keys, as where the queries of text are not computed.
+    call = call._replace(q=call.q[:, :IMAGE])
+    wanted = JOINT_ATTENTION.run(call, TORCH)
+    switched = []
+    for switch in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_math_sdp", "enable_cudnn_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, switch, switched.append)
+
+    def attend(q, k, v, bias, compute_log_sumexp):
+        assert bias is None or (bias.shape == (B, 1, IMAGE, TEXT + IMAGE) and bias.dtype == q.dtype)
+        return (torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", attend)
+    close(JOINT_ATTENTION.run(call, CUDNN), wanted)
+    assert not switched
 
 
 def key(call):
