@@ -251,6 +251,19 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
     assert gpu_run.main(["--results", str(tmp_path), "tests"]) == 0
 
 
+def test_gpu_tests_are_named_files(tmp_path):
+    """All files with tests for a GPU, and no other: what else cannot be imported there does not end the run."""
+    command = gpu_run.PARTS["tests"].command(tmp_path, 1.0)
+    assert "--continue-on-collection-errors" in command and "tests" not in command and "-k" not in command
+    assert all((ROOT / file).exists() for file in gpu_run.GPU_TESTS) and set(gpu_run.GPU_TESTS) < set(command)
+    marked = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("*.py") if _has_gpu_tests(file)}
+    assert marked and marked <= set(gpu_run.GPU_TESTS)
+
+
+def _has_gpu_tests(file):
+    return file != Path(__file__) and "mark.gpu" in file.read_text()
+
+
 def test_outcomes_of_tests_are_kept_as_they_come(tmp_path, monkeypatch):
     (tmp_path / "test_some.py").write_text(
         """
