@@ -208,6 +208,45 @@ def test_device_is_asked_for_in_a_process_of_its_own(monkeypatch, capsys):
         assert gpu_run.about_device() == found
 
 
+# What part 1 leaves once it has listed the kernels; doubled braces, since it is formatted.
+LISTED = '{{"kernels": {{"linear": {{"1": {{"ok": false}}}}}}}}'
+
+
+@pytest.mark.parametrize("left", ["", '{{"kernels": {{}}}}', "x", LISTED])
+def test_no_kernel_runs_after_a_part_1_that_listed_none(tmp_path, monkeypatch, capfd, left):
+    """It died early: a missing or an empty list would allow everything, also what hangs."""
+
+    def part(number, script):
+        return gpu_run.Part(number, 60, lambda folder, planned: ["-c", script.format(folder=folder)])
+
+    say = "import json, os; asked = [os.environ.get(n) for n in ('PPCL_BACKEND', 'PPCL_ALLOWED')]\n"
+    leave = say + "open('{folder}/%s.json', 'w').write(json.dumps(dict(results=asked)))"
+    died = f"open('{{folder}}/allowed.json', 'w').write({left!r}); raise SystemExit(9)" if left else "exit(9)"
+    parts = {"fit": part("1", died)} | {name: part(name, leave % name) for name in ("choose", "model", "tests")}
+    monkeypatch.setattr(gpu_run, "PARTS", parts)
+    monkeypatch.setattr(gpu_run, "about_device", lambda: {"device": "NVIDIA H200"})
+    for name in ("PPCL_BACKEND", "PPCL_ALLOWED"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "nvidia-h200"
+    folder.mkdir()
+    # Of another day.
+    (folder / "allowed.json").write_text(LISTED.format())
+    assert gpu_run.main(["--results", str(tmp_path), "fit", "choose", "model", "tests"]) == 1
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in parts}
+    said = capfd.readouterr().out
+    if left == LISTED:
+        assert all(found[name]["results"] == [None, str(folder / "allowed.json")] for name in list(parts)[1:])
+        assert all(found[name]["status"] == 0 for name in list(parts)[1:]) and "left out" not in said
+        return
+    assert [found[name]["status"] for name in parts] == [9, 1, 0, 1]
+    assert [found[name]["results"] for name in parts] == [[], [], ["torch", None], []]
+    assert all("listed the kernels" in found[name]["without_kernels"] for name in list(parts)[1:])
+    assert "choose is left out: part 1 ended" in said and "model runs without our kernels: part 1 ended" in said
+    # A list that was never asked for is not missing.
+    (folder / "allowed.json").unlink(missing_ok=True)
+    assert gpu_run.main(["--results", str(tmp_path), "choose"]) == 0
+
+
 def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, capfd):
     """Parts that fail, hang together with a child, die before they write, and succeed."""
 
@@ -218,7 +257,9 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
     # No signal is sent to the child by name.
     fork = "os.fork() or open('{folder}/child', 'w').write(str(os.getpid())); time.sleep(60)"
     parts = {
-        "fit": part("1", 60, leave % ("fit", "1") + "open('{folder}/allowed.json', 'w').write('x'); sys.exit(3)"),
+        "fit": part(
+            "1", 60, leave % ("fit", "1") + f"open('{{folder}}/allowed.json', 'w').write({LISTED!r}); sys.exit(3)"
+        ),
         "choose": part("2", 1, leave % ("choose", "os.environ['PPCL_ALLOWED']") + fork),
         "model": part("3", 60, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
         "tests": part("tests", 60, leave % ("tests", "os.environ.get('TRITON_INTERPRET', 'native')")),
