@@ -17,7 +17,7 @@ from ppcl_kernels.launch import TARGETS, Target
 from ppcl_kernels.tools import aot, fit
 from ppcl_kernels.tools.cases import FULL, TINY, Setting, _ranges, all_cases
 from ppcl_kernels.tools.check import check, poisoned, same
-from ppcl_kernels.tools.children import NOT_REACHED, Job, run_all
+from ppcl_kernels.tools.children import NOT_REACHED, Job, Outcome, run_all
 from ppcl_kernels.tools.judge import SIDE, Limit, judge
 
 # Without a CUDA device, fit runs use triton's interpreter.
@@ -99,6 +99,31 @@ exit 99
     assert content["imports"]["diffusers"].startswith("missing: No module named 'diffusers' here")
     assert content["imports"]["ppcl_rt"].startswith("missing") and content["imports"]["torch"] == torch.__version__
     assert content["torch"] == torch.__version__ and content["device"].startswith("CPU")
+
+
+def test_nothing_waits_for_the_imports_of_later_parts(tmp_path, monkeypatch):
+    """A slow or missing import costs the compile stage one process of many, and the device is looked at before it."""
+    stages = []
+
+    def run_all(jobs, at_once, deadline, done):
+        stages.append([job.name for job in jobs])
+        target = TARGETS["sm_90"]
+        limits = (target.arch, target.shared_bytes, target.multiprocessors)
+        said = {"kind": "cuda", "target": limits, "units": [], "machine": dict.fromkeys(("torch", "device"))}
+        for job in jobs:
+            found = {"imports": {"ppcl_rt": "there", "diffusers": "missing: no"}}.get(job.name, said | {"why": ""})
+            done(Outcome(job, [found], 0))
+
+    monkeypatch.setattr(fit, "run_all", run_all)
+    run = fit._Fit(fit._parser().parse_args(["--out", str(tmp_path)]), faulty_kernels.cases, "")
+    run.findings.content |= dict.fromkeys(("torch", "triton", "cuda", "cudnn", "driver", "python"))
+    assert run.look() == "" and stages == [["device"]]
+    run.compile()
+    first, *compiled = stages[1]
+    assert first == "imports" and len(compiled) > 10
+    imports = run.findings.content["imports"]
+    assert imports["ppcl_rt"] == "there" and imports["diffusers"] == "missing: no"
+    assert set(fit.LATER) <= set(imports) and len(run.findings.content["compiled"]) == len(compiled)
 
 
 def test_a_compile_that_is_not_reached_is_no_verdict(tmp_path):
