@@ -507,6 +507,37 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
     assert report.operation_tables(content["results"])
 
 
+def one_race(bench, monkeypatch, out, operation, setting=None):
+    """A race of one case, in this process."""
+    write_json(out / "choose.json", {"left_out": {}, "results": []})
+    monkeypatch.setattr(bench.race, "work_of", lambda case, results: (10**6, 10**6))
+    races = bench.race.Races(bench.presets.PRESETS["tiny"], out, time.monotonic() + 60, 60)
+    races.content["ceilings"] = {"tflops": 1.0, "gbs": 1.0}
+    setting = setting or bench.presets.Setting(96, 9, 3, 1, 100)
+    return bench.race._Race(races, bench.cases.Case("a place", operation, 0), "faulty 0 1x2", setting)
+
+
+@pytest.fixture
+def no_alarm():
+    yield
+    signal.alarm(0)
+
+
+def test_a_profiler_that_fails_leaves_times_as_they_are(bench, tmp_path, monkeypatch, no_alarm):
+    """It raises, or it ended an earlier process: the row says so, and the winner stays one."""
+    race = one_race(bench, monkeypatch, tmp_path, Faulty())
+    race.run()
+    times = {name: row["ms"] for name, row in race.rows.items()}
+    monkeypatch.setattr(bench.race, "kernel_names", mock.Mock(side_effect=RuntimeError("CUPTI\nis missing")))
+    race._profile("triton 0")
+    race.races.content["left_out"]["faulty 0 1x2: profile of torch"] = "killed by SIGSEGV"
+    race._profile("torch")
+    assert race.rows["triton 0"]["kernels"] == ["not profiled: RuntimeError: CUPTI is missing"]
+    assert race.rows["torch"]["kernels"] == ["not profiled: killed by SIGSEGV"]
+    assert {name: row["ms"] for name, row in race.rows.items()} == times and race.rows["triton 0"]["taken"]
+    assert not any("failed" in row for row in race.rows.values())
+
+
 def test_races_stop_when_time_is_over(bench, tmp_path, monkeypatch):
     """The file holds what was raced until then, and the exit status says that it is incomplete."""
     monkeypatch.setattr(bench.race, "Block", lambda preset: time.sleep(60))

@@ -115,8 +115,7 @@ class _Race:
             and self.setting == settings(self.preset)[0]
         ):
             for name in list(self.contestants):
-                self.races.alive(f"{self.key}: {name}, profiled")
-                self._guarded(name, functools.partial(self._profile, name))
+                self._profile(name)
         return list(self.rows.values())
 
     def _start(self) -> None:
@@ -156,8 +155,12 @@ class _Race:
         try:
             return what()
         except Exception as error:
-            self.rows[name]["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            self.rows[name]["failed"] = _in_words(error)
             self.contestants.pop(name, None)
+        self._end_if_lost()
+
+    def _end_if_lost(self) -> None:
+        """Wait for the device, and end the process if nothing can run there any more."""
         try:
             self.clock.wait()
         except Exception:
@@ -213,7 +216,23 @@ class _Race:
                 row["to_torch"] = round(plain / row["ms"], 4) if plain else None
 
     def _profile(self, name: str) -> None:
-        self.rows[name].update(kernels=kernel_names(self._call(name)))
+        """Add the names of the kernels that a contestant launches, or why they are not known: its times stand."""
+        running = f"{self.key}: profile of {name}"
+        why = self.races.content["left_out"].get(running)
+        if why is None:
+            self.races.alive(running)
+            try:
+                self.rows[name]["kernels"] = kernel_names(self._call(name))
+                return
+            except Exception as error:
+                why = _in_words(error)
+            self._end_if_lost()
+        self.rows[name]["kernels"] = [f"not profiled: {why}"]
+
+
+def _in_words(error: Exception) -> str:
+    """Name an exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _line(rows: Sequence[Row]) -> str:
