@@ -93,7 +93,7 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
         how = _ENDS.get(outcome.status, outcome.how)
         key, _, names = culprit.partition(": ")
         # Of several that were timed in turn the culprit is not known: all are left out.
-        content["left_out"] |= {culprit: how, **{f"{key}: {name}": how for name in names.split(", ")}}
+        content["left_out"] |= {culprit: how, **{f"{key}: {name}": how for name in names.split(", ") if name}}
         write_json(out / "choose.json", content)
         print(f"left out: {culprit}: {how}", flush=True)
     failed = [row for row in content["results"] if "failed" in row and row["implementation"]]

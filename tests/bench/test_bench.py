@@ -523,6 +523,61 @@ def no_alarm():
     signal.alarm(0)
 
 
+class FailsOnlyInTime(Faulty):
+    """One implementation raises while it is timed, not while it is checked."""
+
+    def checked(self, call):
+        return "checked"
+
+    def implementations(self, call):
+        return [FAST, LATE, TORCH]
+
+    def run(self, call, implementation):
+        if implementation == LATE and call != "checked":
+            raise RuntimeError("too many at once")
+        return torch.ones(1, 128, 128)
+
+
+def test_an_exception_in_a_joint_timing_costs_one_contestant(bench, tmp_path, monkeypatch, no_alarm):
+    race = one_race(bench, monkeypatch, tmp_path, FailsOnlyInTime())
+    rows = {row["contestant"]: row for row in race.run()}
+    assert {name: row.get("failed") for name, row in rows.items()} == {
+        "triton 0": None,
+        "triton 2": "RuntimeError: too many at once",
+        "torch": None,
+    }
+    assert rows["triton 0"]["ms"] is not None and rows["torch"]["ms"] is not None and rows["triton 2"]["ms"] is None
+    assert sum(row["taken"] for row in rows.values()) == 1
+
+
+def test_a_device_that_is_lost_in_a_joint_timing_ends_the_process(bench, tmp_path, monkeypatch, no_alarm):
+    race = one_race(bench, monkeypatch, tmp_path, FailsOnlyInTime())
+    race._start()
+    monkeypatch.setattr(race.clock, "wait", mock.Mock(side_effect=RuntimeError("an illegal access")))
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        race._time()
+    os._exit.assert_called_once_with(bench.race.LOST)
+
+
+def test_a_setting_that_ended_a_process_is_skipped(bench, tmp_path, monkeypatch, no_alarm):
+    """So is a case whose plain torch did; the settings and cases after them are raced."""
+    first, second = (bench.presets.Setting(96, 9, 3, 1, width) for width in (100, 50))
+    write_json(tmp_path / "choose.json", {"left_out": {}, "results": [], "ceilings": {"tflops": 1.0, "gbs": 1.0}})
+    cases = [bench.cases.Case("a place", Faulty(), call) for call in (0, 0.0)]
+    block = mock.Mock(cases=lambda setting: iter(cases) if setting == second else pytest.fail("run again"))
+    monkeypatch.setattr(bench.race, "Block", lambda preset: block)
+    monkeypatch.setattr(bench.race, "settings", lambda preset: [first, second])
+    monkeypatch.setattr(bench.race, "work_of", lambda case, results: (10**6, 10**6))
+    races = bench.race.Races(bench.presets.PRESETS["tiny"], tmp_path, time.monotonic() + 60, 60)
+    races.content["left_out"] |= {
+        f"the block at {first}": "killed",
+        "faulty 0 1x2: plain torch before the race": "killed",
+    }
+    assert races.run()
+    assert {row["key"] for row in races.rows} == {"faulty 0.0 1x2"}
+
+
 def test_a_profiler_that_fails_leaves_times_as_they_are(bench, tmp_path, monkeypatch, no_alarm):
     """It raises, or it ended an earlier process: the row says so, and the winner stays one."""
     race = one_race(bench, monkeypatch, tmp_path, Faulty())

@@ -26,6 +26,8 @@ from ppcl_rt.ops.table import ImplementationTable, table_of
 Call = Callable[[], Any]
 Row = dict[str, Any]
 
+# What runs while the result is made that all others are compared with.
+_PLAIN = "plain torch before the race"
 # Exit status of a process that lost its device.
 LOST = 3
 
@@ -55,10 +57,13 @@ class Races:
             print("ceilings: product {tflops:.0f} TFLOP/s, copy {gbs:.0f} GB/s".format(**self.content["ceilings"]))
         block = Block(self.preset)
         for setting in settings(self.preset):
-            self.alive(f"the block at {setting}")
+            if (running := f"the block at {setting}") in self.content["left_out"]:
+                # It ended an earlier process.
+                continue
+            self.alive(running)
             for case in block.cases(setting):
                 key = str(case.operation.key(case.call))
-                if key in self.done:
+                if key in self.done or f"{key}: {_PLAIN}" in self.content["left_out"]:
                     continue
                 if time.monotonic() > self.deadline:
                     return False
@@ -93,7 +98,7 @@ class _Race:
         self.races, self.case, self.key, self.setting = races, case, key, setting
         self.preset, self.clock = races.preset, races.clock
         operation, call = case.operation, case.call
-        races.alive(f"{key}: torch")
+        races.alive(f"{key}: {_PLAIN}")
         self.checked = operation.checked(call)
         self.wanted = operation.run(self.checked, TORCH)
         self.flops, self.bytes = work_of(case, tree_leaves(self.wanted))
@@ -172,8 +177,19 @@ class _Race:
         return functools.partial(self.contestants[name], self.case.call)
 
     def _timed(self, names: Sequence[str], rounds: int) -> dict[str, float]:
+        """Time contestants in turn; if one raises there, one after the other, so that only that one fails."""
         self.races.alive(f"{self.key}: {', '.join(names)}")
-        return self.clock.paired_ms({name: self._call(name) for name in names}, rounds)
+        try:
+            return self.clock.paired_ms({name: self._call(name) for name in names}, rounds)
+        except Exception as error:
+            print(f"{self.key}: timed one by one: {_in_words(error)}", flush=True)
+        self._end_if_lost()
+        times: dict[str, float] = {}
+        for name in names:
+            self.races.alive(f"{self.key}: {name}")
+            alone = {name: self._call(name)}
+            times |= self._guarded(name, functools.partial(self.clock.paired_ms, alone, rounds)) or {}
+        return times
 
     def _time(self) -> None:
         """Time all contestants for a few rounds, then the best of each kind for many, and check them again."""
