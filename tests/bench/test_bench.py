@@ -7,14 +7,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import faulty_races
 import pytest
 import torch
 import typer
+from faulty_races import FAST, LATE, Faulty
 from typer.testing import CliRunner
 
 from ppcl_kernels.launch import TARGETS, Target
@@ -22,7 +25,7 @@ from ppcl_kernels.tools import goals, gpu_run, report
 from ppcl_kernels.tools.children import Job, run_all
 from ppcl_kernels.tools.machine import slug, write_json
 from ppcl_rt.ops.agreement import agree
-from ppcl_rt.ops.implementation import CUDNN, FLASH, TORCH, Implementation, Key
+from ppcl_rt.ops.implementation import TORCH, Key
 from ppcl_rt.ops.table import ImplementationTable
 
 ROOT = Path(__file__).parents[2]
@@ -321,6 +324,8 @@ def test_never_runs(): pass
     )
     monkeypatch.setenv("PPCL_TESTS_JSON", str(tmp_path / "tests.json"))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    # Loaded for other tests; nothing has used CUDA.
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
     command, ended = ["-p", "ppcl_kernels.tools.pytest_log", f"--rootdir={tmp_path}", str(tmp_path)], []
     # A fork, in which torch is already imported.
     run_all([Job("tests", 60, lambda say: pytest.main(command))], 1, time.monotonic() + 60, ended.append)
@@ -440,50 +445,33 @@ def test_stock_chain_compiles_as_one_graph(bench):
         assert agree(chain(case.call), case.operation.run(case.call, TORCH))
 
 
-FAST, GARBAGE, LATE, DIES = (Implementation("triton", (number,)) for number in range(4))
+# Races of `Faulty` in place of a block's calls.
+FAULTY_RACES = [str(Path(faulty_races.__file__))]
 
 
-class Faulty:
-    """An operation whose implementations have every kind of fault."""
-
-    name = "faulty"
-
-    def __init__(self):
-        self.calls = 0
-
-    def checked(self, call):
-        return call
-
-    def key(self, call):
-        return Key(f"faulty {call}", (1, 2))
-
-    def implementations(self, call):
-        return [FAST, GARBAGE, LATE, DIES, CUDNN, FLASH, TORCH] if call else [FAST, TORCH]
-
-    def run(self, call, implementation):
-        y = torch.ones(1, 128, 128)
-        self.calls += implementation == LATE
-        if implementation == GARBAGE or (implementation == LATE and self.calls > 4):
-            y[0, 64:, 64:] = 0
-        elif implementation == DIES:
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif implementation == CUDNN:
-            time.sleep(60)
-        elif implementation == FLASH:
-            raise RuntimeError("no kernel\nhere")
-        elif implementation == TORCH:
-            time.sleep(0.01)
-        return y
+def test_parent_of_the_races_leaves_cuda_alone(tmp_path):
+    """What asks CUDA for its devices cannot fork: it asks nothing, imports no diffusers, and starts a program."""
+    script = f"""
+import sys, torch
+def asked(*_): raise SystemExit("the driver was asked")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = asked
+sys.path.insert(0, {str(ROOT / "bench" / "suites")!r})
+import bench_kernels
+assert bench_kernels.os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+status = bench_kernels.main(["--out", {str(tmp_path)!r}, "--seconds", "120"])
+assert "diffusers" not in sys.modules, "diffusers was imported"
+sys.exit(status)
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr, done.stderr
 
 
 def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd):
     """Wrong results before and after timing, a death, a hang, an exception; the rest is timed, the winner kept."""
     faulty = Faulty()
-    cases = [bench.cases.Case("first", faulty, 0), bench.cases.Case("second", faulty, 1)]
-    monkeypatch.setattr(bench.race, "Block", lambda preset: mock.Mock(cases=lambda setting: iter(cases)))
-    monkeypatch.setattr(bench.race, "settings", lambda preset: [bench.presets.Setting(96, 9, 3, 1, 100)])
-    monkeypatch.setattr(bench.race, "work_of", lambda case, results: (10**6, 10**6))
-    assert bench.bench_kernels.race_all(bench.presets.PRESETS["tiny"], tmp_path, 60, 1, "a command") == 1
+    assert bench.bench_kernels.race_all("tiny", tmp_path, 120, 1, "a command", FAULTY_RACES) == 1
     content = json.loads((tmp_path / "choose.json").read_text())
     second = {row["contestant"]: row for row in content["results"] if row["op"] == "second"}
     assert {name: row.get("failed") for name, row in second.items()} == {
@@ -496,7 +484,11 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
         "torch": None,
     }
     assert [name for name, row in second.items() if row["taken"]] == ["triton 0"] and second["torch"]["to_torch"] == 1
-    assert content["left_out"] == {"faulty 1 1x2: triton 3": "killed by SIGKILL", "faulty 1 1x2: cudnn": "hangs"}
+    assert content["left_out"] == {
+        "faulty 1 1x2: triton 3": "killed by SIGKILL",
+        "faulty 1 1x2: cudnn": "hangs",
+        f"the block at {bench.presets.Setting(96, 9, 3, 1, 25)}": "killed by SIGKILL",
+    }
     # The first case was raced once, though two processes ended.
     assert [row["contestant"] for row in content["results"] if row["op"] == "first"] == ["triton 0", "torch"]
     assert content["complete"] and content["command"] == "a command" and content["ceilings"]["gbs"] > 0
@@ -595,7 +587,8 @@ def test_a_profiler_that_fails_leaves_times_as_they_are(bench, tmp_path, monkeyp
 
 def test_races_stop_when_time_is_over(bench, tmp_path, monkeypatch):
     """The file holds what was raced until then, and the exit status says that it is incomplete."""
-    monkeypatch.setattr(bench.race, "Block", lambda preset: time.sleep(60))
-    assert bench.bench_kernels.race_all(bench.presets.PRESETS["tiny"], tmp_path, 0.5, 30, "a command") == 1
+    script = tmp_path / "sleeps.py"
+    script.write_text("import time; time.sleep(60)")
+    assert bench.bench_kernels.race_all("tiny", tmp_path, 0.5, 30, "a command", [str(script)]) == 1
     content = json.loads((tmp_path / "choose.json").read_text())
     assert not content["complete"] and content["results"] == [] and content["left_out"] == {}

@@ -195,7 +195,35 @@ def _runs(pid):
         return False
 
 
-def test_bad_usage(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def may_fork(monkeypatch):
+    """Other tests of this process load diffusers; nothing has used CUDA."""
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+
+
+def test_no_fork_after_cuda(monkeypatch, may_fork):
+    """A process that has used CUDA, or may have, starts programs and refuses to fork."""
+    fork = Job("a fork", 60, lambda say: None)
+    program = Job(
+        "a program", 60, command=lambda lines: [sys.executable, "-c", f"open({str(lines)!r}, 'w').write('1')"]
+    )
+    for change, why in (
+        (lambda patch: patch.setitem(sys.modules, "diffusers", torch), "has imported diffusers"),
+        (lambda patch: patch.setattr(torch.cuda, "is_initialized", lambda: True), "has used CUDA"),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch)
+            with pytest.raises(RuntimeError, match=f"cannot fork for a fork: this process {why}"):
+                run_all([fork], 1, time.monotonic() + 60, lambda outcome: None)
+            ended = []
+            run_all([program], 1, time.monotonic() + 60, ended.append)
+            assert ended[0].status == 0 and ended[0].said == [1]
+    ended = []
+    run_all([fork], 1, time.monotonic() + 60, ended.append)
+    assert ended[0].status == 0
+
+
+def test_bad_usage(monkeypatch, tmp_path, capsys, may_fork):
     with pytest.raises(SystemExit) as left:
         fit.main(["--out", str(tmp_path), "--cases", "faulty_kernels:nothing"])
     assert left.value.code == 2 and "wanted module:function" in capsys.readouterr().err
@@ -333,7 +361,7 @@ def test_equal_means_bit_by_bit():
     assert same(nan, nan) and not same(zero, -zero) and not same(zero.bfloat16(), zero.bfloat16() + 1e-30)
 
 
-def test_time_that_is_over_leaves_jobs_out():
+def test_time_that_is_over_leaves_jobs_out(may_fork):
     """At the deadline the running job is killed, and the others are not started."""
     ended = []
     jobs = [Job(name, 60, lambda say: time.sleep(60)) for name in ("first", "second")]

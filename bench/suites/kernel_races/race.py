@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from kernel_races import LOST
 from kernel_races.cases import Block, Case, work_of
 from kernel_races.presets import Preset, Setting, settings
 from kernel_races.rivals import UNCHECKED, Contestant, rivals
@@ -28,8 +29,6 @@ Row = dict[str, Any]
 
 # What runs while the result is made that all others are compared with.
 _PLAIN = "plain torch before the race"
-# Exit status of a process that lost its device.
-LOST = 3
 
 
 class Races:

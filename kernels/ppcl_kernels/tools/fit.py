@@ -35,6 +35,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# Forks need CUDA's driver untouched in this process: torch asks NVML instead, where anything asks for devices.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 import torch
 
 from ppcl_kernels._triton import INTERPRETED, triton
