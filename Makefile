@@ -2,27 +2,57 @@
 
 # The first that really runs (a version manager may leave stubs of versions that are not there).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
-# Pinned so that everybody tests the same torch; the package itself takes 2.11 and up.
-TORCH ?= torch==2.13.0
+# Everything is installed in the versions of constraints.txt, so that everybody tests the same. `make TORCH=torch==2.12.0`
+# takes another torch (the package itself takes 2.11 and up): the constraint on torch is then left out.
+CONSTRAINTS := constraints.txt
+TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+# A second venv for `make lowest`, with the lowest diffusers of pyproject.toml.
+LOWEST := .venv-lowest
+LOWEST_DIFFUSERS := diffusers==0.41.0
+# Two cores, two workers, each with one thread. What shares a worker and what starts first: tests/balance.py.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test kill lint bench gpu clean
+.PHONY: demo test quick full lowest kill lint bench gpu clean
 
-$(VENV)/installed: pyproject.toml Makefile
+$(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	sed '$(if $(filter-out torch,$(TORCH)),/^torch==/d;/^triton/d)' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed
 	$(BIN)/ppcl demo examples/scenes --out demo.png
 
+# All laws and behaviours, in five minutes on two cores.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST) tests
 
-# Fifty SIGKILLs over a whole tiny training run; `make test` has a dozen.
+# One case of each test function that takes less than two seconds: the loop of a day, a minute on two cores.
+quick: $(VENV)/installed
+	$(PYTEST) --quick tests
+
+# The cases that `make test` leaves out: every tile compiled, many kills, large matrices.
+full: $(VENV)/installed
+	$(PYTEST) -m slow tests
+
+# The lowest diffusers brings its own versions of what depends on it, so the constraints on these are left out.
+$(LOWEST)/installed: pyproject.toml Makefile $(CONSTRAINTS)
+	$(PYTHON) -m venv $(LOWEST)
+	grep -vE '^(diffusers|huggingface-hub|transformers|tokenizers|httpx|httpcore)' $(CONSTRAINTS) > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable ".[dev]" $(LOWEST_DIFFUSERS)
+	touch $@
+
+# The runtime's tests with the lowest diffusers that pyproject.toml allows.
+lowest: $(LOWEST)/installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) tests/laws tests/checkpoint tests/model tests/planning
+
+# Fifty SIGKILLs over a whole tiny training run; `make test` has three, `make full` a dozen.
 kill: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills 50
 
@@ -41,4 +71,4 @@ gpu:
 	$(if $(filter file,$(origin PYTHON)),,PYTHON=$(PYTHON)) bash bench/gpu.sh $(PART)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png

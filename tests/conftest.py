@@ -10,6 +10,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import fast_interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    fast_interpreter.speed_up()
+
 import copy
 import json
 import sys
@@ -20,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from balance import pytest_addoption, pytest_collection_modifyitems  # noqa: F401 (hooks of pytest)
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from PIL import Image

@@ -125,7 +125,8 @@ class Bench:
             for name in names:
                 self._file(name).unlink(missing_ok=True)
                 self._file(name).with_suffix(".running").unlink(missing_ok=True)
-        content = read(self.out / "model.json") if found else {"results": [], "complete": False}
+        nothing: dict[str, Any] = {"results": [], "complete": False}
+        content = read(self.out / "model.json") if found else nothing
         for row in content["results"]:
             if "failed" in row:
                 print(f"  {row['key']} at {row['size']}: {row['failed']}", flush=True)
@@ -194,7 +195,7 @@ class Bench:
         parts = {name: read(self._file(name)) for name in self.groups}
         about: dict[str, Any] = next((part["machine"] for part in parts.values() if "machine" in part), {})
         rows = [self._row(name, row) for name, part in parts.items() for row in part.get("results", [])]
-        predicted = next((part["predicted"] for part in parts.values() if "predicted" in part), {})
+        predicted: dict[str, Any] = next((part["predicted"] for part in parts.values() if "predicted" in part), {})
         if table := parts.get("sweep", {}).get("table"):
             self.groups["sweep"]["failed"] |= table["left_out"]
             write(self.out / "sweep.json", {**table, "left_out": self.groups["sweep"]["failed"]})

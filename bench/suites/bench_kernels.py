@@ -103,7 +103,7 @@ def race_all(
         content = json.loads((out / "choose.json").read_text())
         if "complete" in said or outcome.late or not culprit or culprit in content["left_out"]:
             break
-        how = _ENDS.get(outcome.status, outcome.how)
+        how = _ENDS.get(outcome.status or 0, outcome.how)
         key, _, names = culprit.partition(": ")
         # Of several that were timed in turn the culprit is not known: all are left out.
         content["left_out"] |= {culprit: how, **{f"{key}: {name}": how for name in names.split(", ") if name}}

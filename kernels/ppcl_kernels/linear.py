@@ -44,7 +44,7 @@ class Linear(NamedTuple):
     out_features: int | None = None
     gate: torch.Tensor | None = None
     # The field hides tuple.index, which nobody calls.
-    index: torch.Tensor | None = None  # type: ignore[assignment]
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     residual: torch.Tensor | None = None
 
 

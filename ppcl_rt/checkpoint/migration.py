@@ -13,8 +13,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pydantic import ValidationError
+
 from ppcl_rt.families import registry
+from ppcl_rt.files import one_line
 from ppcl_rt.planning.catalog import FORMAT
+from ppcl_rt.planning.frozen import first_error
 
 # Replacements were called "narrow" in format 1.
 _FORMAT_1 = re.compile(r"^(transformer_blocks\.\d+|students\.\d+-\d+)\.narrow\.")
@@ -53,6 +57,8 @@ def _from_format_1(catalog: dict[str, Any], broken: str) -> dict[str, Any]:
         raise ValueError(f"{broken}: family: wanted a name, not {family!r}")
     try:
         architecture = registry.model_class(family).architecture_of_format_1(shape)
+    except ValidationError as error:
+        raise ValueError(first_error(error, f"{broken}: shape")) from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{broken}: shape: {error}") from None
+        raise ValueError(f"{broken}: shape: {one_line(error)}") from None
     return {**content, "architecture": architecture.model_dump(mode="json")}

@@ -13,7 +13,7 @@ from rich.table import Table
 import ppcl_rt
 from ppcl_rt.cli.options import AsJson, Checkpoint, Ratio, catalog_of
 from ppcl_rt.cli.output import print_table, writing
-from ppcl_rt.cli.picture import draw_plan
+from ppcl_rt.cli.picture import draw_plan, groups_of
 
 
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
@@ -26,13 +26,19 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         return
     architecture = catalog.architecture
     print(f"family {catalog.family}, checkpoint {catalog.fingerprint}")
-    for each in architecture.lists:
-        spec = architecture.kinds[each.kind]
-        groups = ", ".join(f"{group} {count}" for group, count in spec.full.items())
-        print(f"{each.path}: {each.depth} {each.kind} blocks of width {spec.dim}, heads of {spec.head_dim}: {groups}")
+    for blocks in architecture.lists:
+        print(f"{blocks.depth} blocks of width {_made_of(architecture.kinds[blocks.kind])}")
     print(f"{architecture.dense_params:,} parameters at ratio 1; the smallest plan has ratio {smallest:.3f}")
     for table in _tables(catalog):
         print_table(table)
+
+
+def _made_of(spec: ppcl_rt.BlockSpec) -> str:
+    """The sizes of a kind of block: ``96: 6 heads x 16, MLP 384``."""
+    sizes = [f"{spec.groups[spec.heads].count} heads x {spec.head_dim}"] if spec.heads else []
+    # The MLPs of both streams are mostly of one size, which is then said once.
+    channels = dict.fromkeys(spec.groups[group].count for group in spec.unit_groups if group != spec.heads)
+    return f"{spec.dim}: {', '.join([*sizes, *(f'MLP {count}' for count in channels)])}"
 
 
 def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
@@ -43,14 +49,13 @@ def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
     text_runs = Table("over", "loss", title="text runs")
     for run in catalog.text_runs:
         text_runs.add_row(str(run.interval), f"{run.loss:.5f}")
-    groups = tuple(dict.fromkeys(group for spec in catalog.architecture.kinds.values() for group in spec.groups))
+    groups = groups_of(catalog)
     widths = Table("block", *groups, title="widths (loss)")
     for block, legal in enumerate(catalog.blocks):
-        # Kinds of blocks have different groups: an empty cell is a group that the block has not.
-        by_group = {
-            group: "  ".join(f"{each.units} ({each.loss:.4f})" for each in legal.of(group)) for group in legal.groups
-        }
-        widths.add_row(str(block), *(by_group.get(group, "") for group in groups))
+        counts = (legal.of(group) if group in legal.groups else () for group in groups)
+        widths.add_row(
+            str(block), *("  ".join(f"{each.units} ({each.loss:.4f})" for each in group) for group in counts)
+        )
     return students, text_runs, widths
 
 
@@ -78,7 +83,8 @@ def plan(
     for planned in made.blocks:
         what = f"student of {planned.interval}" if planned.student else f"block {planned.interval.first}"
         full = catalog.spec(planned.interval.first).full
-        width = ", ".join(f"{group} {count}/{full[group]}" for group, count in planned.width.items())
+        # A group that does not run at all, as the text MLP of a block that does not update the text, counts 0.
+        width = ", ".join(f"{group} {planned.width.get(group, 0)}/{count}" for group, count in full.items())
         print(f"{what:>20}  {width}")
     for run in made.text_runs:
         print(f"{'text not updated':>20}  over blocks {run}")

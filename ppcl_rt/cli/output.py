@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +20,21 @@ _TABLE_WIDTH = 150
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, as `ppcl_rt.files.replacing`, but refuse a bad ``path`` before any work.
+    """Yield a temporary file to write to, which takes the place of ``path`` at the end; after an error it is removed.
 
     Raises:
-        ValueError: at once, where ``path`` cannot be written.
+        ValueError: at once, where ``path`` cannot be written; at the end, where the disk is full.
     """
     path = path.resolve()
     writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
     if not writable or (path.exists() and not path.is_file()):
         raise ValueError(f"cannot write {path}: name a file in a folder that exists and can be written to")
-    with replacing(path) as temporary:
-        yield temporary
+    # Not inside `replacing` itself, which would lay an error that reads another file to this one.
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        yield made
+        with replacing(path) as temporary:
+            shutil.copyfile(made, temporary)
 
 
 def print_table(table: Table) -> None:

@@ -106,8 +106,8 @@ def _costs(model: Any, task: Task) -> dict[str, Any]:
     """Parameters and FLOPs of the plan, bytes held, and milliseconds of a forward over 64 samples (median)."""
     catalog = model.catalog
     return {
-        "params": catalog.shape.params(model.plan),
-        "flops": catalog.shape.flops(model.plan, task.image_tokens, task.text_tokens),
+        "params": catalog.architecture.params(model.plan),
+        "flops": catalog.architecture.flops(model.plan, task.image_tokens, task.text_tokens),
         "bytes": model.resident_bytes,
         "ms": _milliseconds(model, task.example(_TIMED_BATCH)),
     }

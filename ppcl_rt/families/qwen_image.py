@@ -472,7 +472,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         chosen = tuple(block.attn.processor._attention_backend for block in blocks)
         return (super()._conditions(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
 
-    def _walk(  # type: ignore[override]
+    def _walk(  # type: ignore[override]  # names the inputs of `Pluggable._walk`
         self,
         program: Program,
         *,

@@ -13,7 +13,7 @@ from ppcl_rt.ops.ada_layer_norm import ada_layer_norm
 from ppcl_rt.ops.joint_attention import joint_attention
 from ppcl_rt.ops.linear import Layer, linears
 from ppcl_rt.ops.modules import Streams, linear
-from ppcl_rt.ops.operation import OPERATIONS, Operation, forget
+from ppcl_rt.ops.operation import OPERATIONS, Operation, drop_prepared_calls
 from ppcl_rt.ops.qkv_projection import ProjectedStream, Projection, qkv_projection
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "Projection",
     "Streams",
     "ada_layer_norm",
-    "forget",
+    "drop_prepared_calls",
     "joint_attention",
     "linear",
     "linears",

@@ -174,7 +174,7 @@ class Operation(ABC, Generic[C, R]):
         return table.fastest(key, implementations, functools.partial(self.run, call), run_checked)
 
 
-def forget() -> None:
+def drop_prepared_calls() -> None:
     """Drop all prepared calls, so that the next calls choose anew: after a change of tables or of allowed kernels."""
     for operation in OPERATIONS.values():
         operation._prepared.clear()

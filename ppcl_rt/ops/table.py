@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import ppcl_kernels
+from ppcl_rt.files import replacing
 from ppcl_rt.ops.agreement import agree
 from ppcl_rt.ops.implementation import TORCH, Implementation, Key
 from ppcl_rt.ops.timing import cuda_milliseconds
@@ -59,8 +60,8 @@ class ImplementationTable:
     """The fastest implementation of each operation and shape.
 
     Args:
-        path: the file that measurements are kept in. A write merges what other processes have written meanwhile, goes
-            to a temporary file, and renames that.
+        path: the file that measurements are kept in. A write merges what other processes have written meanwhile, and
+            replaces the file as a whole.
         about: the device and the versions that the measurements hold for; written into the file.
         clock: measures the milliseconds that a call takes.
         shipped: the file that the package ships for this device, or None. It may be missing.
@@ -185,15 +186,13 @@ class ImplementationTable:
             return {}
 
     def _write(self, key: Key, entry: Entry) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         entries = {**self._read(self.path), key: entry}
+        content = {"about": self.about, "implementations": {str(k): v for k, v in entries.items()}}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"about": self.about, "implementations": {str(k): v for k, v in entries.items()}}
-            temporary.write_text(json.dumps(content, indent=1))
-            temporary.replace(self.path)
-        except OSError as error:
-            _log.warning("cannot keep measurements in %s (%s): they are measured again next time", self.path, error)
+            with replacing(self.path, many_writers=True) as temporary:
+                temporary.write_text(json.dumps(content, indent=1))
+        except ValueError as error:
+            _log.warning("cannot keep measurements, they are measured again next time: %s", error)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

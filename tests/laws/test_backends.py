@@ -32,7 +32,7 @@ def kernels_of(calls):
         begins_run = call.text_run is not None and call.text_run.is_first
         not_updated = call.text_run is not None and not call.text_run.is_first
         mlps = [call.width["image"]] + ([] if not_updated else [call.width["text"]])
-        maps, norms = mlps.count(0), 1 + (not not_updated) + begins_run
+        maps, norms = mlps.count(ppcl_rt.LINEAR_MAP), 1 + (not not_updated) + begins_run
         counts["ppcl::ada_layer_norm"] += norms + len(mlps) - maps
         counts["ppcl::linear"] += 1 + maps + (2 if maps < len(mlps) else 0)
         counts["ppcl::qkv_projection"] += 1
@@ -79,9 +79,9 @@ def both(monkeypatch, run):
         monkeypatch.setenv("PPCL_BACKEND", "triton")
         with Kernels() as fused:
             got = run(model, inputs)
-        steps = model._program().calls
+        calls = model._program().calls
         assert not plain.counts
-        assert fused.counts == kernels_of(steps if blocks is None else steps[:blocks])
+        assert fused.counts == kernels_of(calls if blocks is None else calls[:blocks])
         return got, wanted
 
     return _both
@@ -142,10 +142,10 @@ def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatc
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     with Kernels() as ran:
         run(model, build_inputs())
-    steps = len(model._program().calls)
+    calls = len(model._program().calls)
     assert called
-    assert ran.counts["ppcl::qkv_projection"] == steps - 1
-    assert ran.counts["ppcl::linear"] == 3 * steps
+    assert ran.counts["ppcl::qkv_projection"] == calls - 1
+    assert ran.counts["ppcl::linear"] == 3 * calls
     handle.remove()
 
 

@@ -110,7 +110,7 @@ def test_graph_captures_a_block(monkeypatch, block, call):
 def test_implementations_are_measured_once(monkeypatch, tmp_path, block, call, width):
     monkeypatch.setenv("PPCL_CACHE", str(tmp_path))
     tables.table_of.cache_clear()
-    ops.forget()
+    ops.drop_prepared_calls()
     results = {}
     with torch.no_grad():
         for backend in ("torch", "triton", "auto"):
@@ -120,7 +120,7 @@ def test_implementations_are_measured_once(monkeypatch, tmp_path, block, call, w
         written = path.read_text()
         monkeypatch.setattr(tables, "cuda_milliseconds", lambda call, device: pytest.fail("measured again"))
         tables.table_of.cache_clear()
-        ops.forget()
+        ops.drop_prepared_calls()
         close(block(**call, width=width), results["auto"])
     assert path.read_text() == written
     table = json.loads(written)
@@ -132,7 +132,7 @@ def test_implementations_are_measured_once(monkeypatch, tmp_path, block, call, w
     close(results["triton"], results["torch"])
     close(results["auto"], results["torch"])
     tables.table_of.cache_clear()
-    ops.forget()
+    ops.drop_prepared_calls()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -216,9 +216,8 @@ def test_graphs_of_a_model(made, build_inputs):
             torch.cuda.synchronize()
             # The same kernels on the same numbers; only the addresses differ.
             assert torch.equal(got, wanted), (got - wanted).abs().max()
-        assert model.graphs.replays > replays and not model.graphs.eager_reason.startswith("capturing failed"), (
-            model.graphs
-        )
+        assert model.graphs.replays > replays, model.graphs
+        assert not model.graphs.eager_reason.startswith("capturing failed"), model.graphs
 
     with torch.no_grad():
         for ratio in (1.0, 0.6):

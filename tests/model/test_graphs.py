@@ -568,11 +568,8 @@ def test_gradients_only_where_something_requires_them(model, build_inputs):
     assert model.graphs.replays == 1
     inputs["hidden_states"].requires_grad_()
     model(**inputs).sample.sum().backward()
-    assert (
-        model.graphs.replays == 1
-        and model.graphs.eager_reason == "gradients"
-        and inputs["hidden_states"].grad is not None
-    )
+    assert model.graphs.replays == 1 and model.graphs.eager_reason == "gradients"
+    assert inputs["hidden_states"].grad is not None
     inputs["hidden_states"].requires_grad_(False)
     model.enable_gradient_checkpointing()
     model(**inputs)
@@ -851,9 +848,8 @@ def test_copies_carry_none(model, build_inputs, check):
 
 def test_threads(model, build_inputs, run):
     """Threads that run one model at different plans replay its graphs, and each gets the results of its plan."""
-    inputs = {
-        plan: build_inputs(seed=n) for n, plan in enumerate((model.catalog.dense, student(model), fewer_heads(model)))
-    }
+    plans = (model.catalog.dense, student(model), fewer_heads(model))
+    inputs = {plan: build_inputs(seed=n) for n, plan in enumerate(plans)}
     kept, model._graphs, wanted, wrong = model._graphs, Graphs(False), {}, []
     for plan in inputs:
         with model.at(plan=plan):

@@ -2,5 +2,6 @@
 
 Imports point one way; a folder imports only from folders to its left, and from the runtime:
 
-    scenes <- families <- config <- engine <- data <- closed_form <- selectors <- stages <- pipeline <- compare <- cli
+    scenes <- families <- config <- engine <- data <- closed_form, losses <- selectors <- stages <- pipeline <- compare
+    <- cli
 """

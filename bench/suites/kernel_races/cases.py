@@ -49,7 +49,7 @@ class Block:
 
         torch.manual_seed(1)
         dim = preset.heads * preset.head_dim
-        like = {"device": preset.device, "dtype": preset.dtype}
+        like: dict[str, Any] = {"device": preset.device, "dtype": preset.dtype}
         image, text = (torch.randn(setting.batch, count, dim, **like) for count in (setting.image, setting.text))
         angles = [
             torch.rand(n, preset.head_dim // 2, device=preset.device) * 6.28 for n in (setting.image, setting.text)

@@ -127,10 +127,10 @@ class _Race:
         content, setting = self.races.content, self.setting
         about: Row = {"op": self.case.op, "key": self.key, **setting._asdict(), "dtype": str(self.preset.dtype)}
         about |= {"flops": self.flops, "bytes": self.bytes, "device": content["device"]}
-        for name, make in {
-            **{n: lambda c=c: c for n, c in self.listed.items()},
-            **rivals(self.case, setting, self.preset),
-        }.items():
+        makers: dict[str, Callable[[], Call]] = {
+            name: functools.partial(_as_it_is, call) for name, call in self.listed.items()
+        }
+        for name, make in (makers | rivals(self.case, setting, self.preset)).items():
             implementation = name in self.listed
             self.rows[name] = {
                 **about,
@@ -248,6 +248,11 @@ class _Race:
 def _in_words(error: Exception) -> str:
     """Name an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _as_it_is(call: Call) -> Call:
+    """Return a call that needs no making."""
+    return call
 
 
 def _line(rows: Sequence[Row]) -> str:

@@ -42,7 +42,8 @@ class RaceClock(Clock):
 
         Three inputs of each take turns, so that none is found in the cache.
         """
-        side, like = self.preset.matrix, {"device": self.preset.device, "dtype": self.preset.dtype}
+        side = self.preset.matrix
+        like: dict[str, Any] = {"device": self.preset.device, "dtype": self.preset.dtype}
         pairs = [(torch.randn(side, side, **like), torch.randn(side, side, **like)) for _ in range(3)]
         sources = [torch.ones(self.preset.copied // 4, dtype=torch.int32, device=self.preset.device) for _ in range(3)]
         target = torch.empty_like(sources[0])
@@ -64,4 +65,4 @@ def kernel_names(call: Call) -> list[str]:
     with profile(activities=[ProfilerActivity.CUDA]) as run:
         call()
         torch.cuda.synchronize()
-    return sorted({event.name for event in run.events() if event.device_type == torch.autograd.DeviceType.CUDA})
+    return sorted({event.name for event in run.events() if event.device_type.name == "CUDA"})

@@ -141,7 +141,7 @@ class Models:
             made = QwenImageTransformerBlock(self.preset.dim, self.preset.heads, self.preset.head_dim)
         spec, rank = block.spec, width["modulation"]
         parts = {part.path: part for part in spec.parts}
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for name in made.state_dict():
             state[name] = block.get_parameter(name)
             part = parts.get(name.rpartition(".")[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 from clock import Clock
 
-from ppcl_rt.families import qwen_image
+from ppcl_rt import ops
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
 
 
@@ -17,7 +17,7 @@ def stamped_operations(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
     """Record (part of the block, stamp before, stamp after) of every operation inside the ``with``."""
     seen: list[tuple[str, Any, Any]] = []
     homes: list[tuple[Any, str]] = [
-        (qwen_image.ops, name) for name in ("ada_layer_norm", "qkv_projection", "joint_attention", "linears")
+        (ops, name) for name in ("ada_layer_norm", "qkv_projection", "joint_attention", "linears")
     ]
     homes.append((PPCLQwenImageTransformerBlock, "modulations"))
 

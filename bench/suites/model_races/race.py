@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,9 @@ class Race:
                 with self._watched(each):
                     self._check(each, "after it was timed")
                     if "graphs" in each.name:
-                        graphs = each.call.func.graphs
+                        assert isinstance(each.call, functools.partial), "a model, bound to its inputs"
+                        model: Any = each.call.func
+                        graphs = model.graphs
                         each.row["graphs"] = str(graphs)[:300]
                         if self.clock.cuda and not graphs.replays:
                             raise RuntimeError(f"no graph was replayed: {graphs}")

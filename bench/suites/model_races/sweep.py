@@ -130,7 +130,8 @@ class Sweep:
 
     def _predicted(self) -> dict[str, dict[str, float]]:
         """Return the milliseconds that the table predicts for each plan: size -> plan -> ms, where it can."""
-        table, predicted = CostTable.model_validate(self.table), {}
+        table = CostTable.model_validate(self.table)
+        predicted: dict[str, dict[str, float]] = {}
         for size, (rows, columns) in self.preset.sizes.items():
             predicted[str(size)] = of_size = {}
             for name in PLANS:

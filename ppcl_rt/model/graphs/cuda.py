@@ -34,7 +34,7 @@ class _CudaGraphHandle:
         # If a graph were destroyed while it runs, and its memory reused meanwhile, results would be wrong in silence.
         torch.cuda.synchronize(self._device)
         self.outputs = None
-        CUDA.forget(self)
+        CUDA.note_closed(self)
         self.graph.reset()
 
 
@@ -145,7 +145,7 @@ class Cuda:
             pool.graphs.add(graph)
         return _CudaGraphHandle(graph, outputs, device)
 
-    def forget(self, handle: _CudaGraphHandle) -> None:
+    def note_closed(self, handle: _CudaGraphHandle) -> None:
         """Note that a graph does not use its pool any more."""
         for pool in self._pools.values():
             pool.graphs.discard(handle.graph)

@@ -401,10 +401,13 @@ def test_a_cut_line_of_the_log_spoils_no_other(tmp_path):
     assert [event.get("a") or event.get("b") for event in logs.read_log(tmp_path)] == [1, 2]
 
 
-def test_kills_leave_the_bytes_of_a_run_that_nothing_disturbed():
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_kills_leave_the_bytes_of_a_run_that_nothing_disturbed(kills):
     # `make kill` does it fifty times.
     script = Path(__file__).parents[2] / "kill.py"
     # Models too small for two threads, which would only wait for each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, "--kills", "12"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, script, "--kills", str(kills)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -82,6 +82,6 @@ def test_what_is_trained_is_trained_in_float32(finished):
     for name, tensor in read_tensors(finished / "students.safetensors").items():
         assert tensor.dtype == torch.float32, name
     before, after = (read_tensors(finished / f"{stage}.safetensors") for stage in ("width", "recovered"))
-    moved = [n for n, t in before.items() if ".narrow." in n and not torch.equal(t, after[n])]
+    moved = [n for n, t in before.items() if ".replacements." in n and not torch.equal(t, after[n])]
     assert len(moved) > len(before) // 4
     assert read_note(finished / "recovered.safetensors")["steps"] == 4

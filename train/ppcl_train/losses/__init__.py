@@ -1,1 +1,1 @@
-"""What students and plans are compared with the teacher by, one file each; selectors and stages use both."""
+"""How far students and plans are from the teacher: one measure a file, shared by selectors and stages."""

@@ -1,0 +1,124 @@
+"""Checkpoints of older formats load, and run as they did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ppcl_rt
+from ppcl_rt.checkpoint import migration
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, WEIGHTS
+from ppcl_rt.planning.catalog import FORMAT
+
+SCENES = Path(__file__).parents[2] / "examples" / "scenes"
+
+
+def as_format_1(folder: Path) -> None:
+    """Rewrite a checkpoint of one file as it was written before widths were mappings and families had specs."""
+
+    def old(name: str) -> str:
+        return name.replace(".replacements.", ".narrow.")
+
+    tensors = load_file(folder / WEIGHTS)
+    save_file({old(name): tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    catalog = config[CATALOG_KEY]
+    architecture = catalog.pop("architecture")
+    [blocks], [spec] = architecture["lists"], architecture["kinds"].values()
+    catalog["shape"] = {
+        "depth": blocks["depth"],
+        "dim": architecture["dim"],
+        "head_dim": spec["head_dim"],
+        "width": [group["count"] for group in spec["groups"].values()],
+        "outer_params": architecture["outer_params"],
+    }
+    catalog["format"] = 1
+    catalog["checksums"] = {old(name): digest for name, digest in catalog["checksums"].items()}
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+@pytest.fixture
+def old(tmp_path, make_checkpoint):
+    """A checkpoint of today, and the same in format 1."""
+    groups = {"heads": (3, 1), "image": (96, 0), "text": (31, 0), "modulation": (7, 1)}
+    made = make_checkpoint(tmp_path / "new", compensated=True, groups=groups, text_runs=((0, 1), (2, 3)))
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    as_format_1(tmp_path / "old")
+    return made, tmp_path / "old"
+
+
+def test_format_1_runs_as_it_did(old, build_inputs, run):
+    """Every plan gives the same bits, and costs and loses the same; a plan file names the old fingerprint."""
+    made, folder = old
+    new, migrated = ppcl_rt.load(made.folder), ppcl_rt.load(folder)
+    assert migrated.catalog.architecture == new.catalog.architecture
+    assert migrated.catalog.fingerprint != new.catalog.fingerprint
+    inputs = build_inputs()
+    for ratio in (1.0, 0.8, 0.6, 0.4, new.planner.smallest):
+        for model in (new, migrated):
+            model.set_ratio(ratio)
+        assert migrated.plan.blocks == new.plan.blocks and migrated.plan.text_runs == new.plan.text_runs
+        assert migrated.catalog.loss(migrated.plan) == new.catalog.loss(new.plan)
+        assert torch.equal(run(migrated, inputs), run(new, inputs))
+
+
+def test_format_1_is_saved_in_the_current_format(old, tmp_path):
+    """Saving is how a checkpoint is converted: new names, and the same tensors."""
+    made, folder = old
+    ppcl_rt.load(folder).save_pretrained(tmp_path / "saved")
+    content = json.loads((tmp_path / "saved" / CONFIG).read_text())[CATALOG_KEY]
+    assert content["format"] == FORMAT and "shape" not in content
+    saved = ppcl_rt.Checkpoint(tmp_path / "saved")
+    assert set(saved.names) == set(made.tensors) and any(".replacements." in name for name in saved.names)
+    assert all(torch.equal(saved.read(name), tensor) for name, tensor in made.tensors.items())
+
+
+def test_the_shipped_checkpoint_is_of_format_1_and_loads():
+    """Nothing on disk was changed for the new format."""
+    assert json.loads((SCENES / CONFIG).read_text())[CATALOG_KEY]["format"] == 1
+    source = ppcl_rt.Checkpoint(SCENES)
+    assert source.catalog is not None and source.catalog.format == FORMAT
+    assert source.catalog.fingerprint == "334ff64baef7b3b3"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shape": None}, "shape"),
+        ({"shape": {"depth": 4}}, "shape"),
+        ({"shape": {"depth": 4, "dim": 32, "head_dim": 8, "width": [4, 128, 128], "outer_params": 1}}, "shape"),
+        ({"shape": {"depth": 4, "dim": 30, "head_dim": 8, "width": [4, 128, 128, 32], "outer_params": 1}}, "shape"),
+        ({"shape": {"depth": "4", "dim": 32, "head_dim": 8, "width": "wide", "outer_params": 1}}, "shape"),
+        ({"family": "unheard-of"}, "there is no family unheard-of"),
+        ({"family": 1}, "family"),
+        ({"format": FORMAT + 1}, f"formats 1 to {FORMAT}"),
+        ({"format": True}, "formats 1"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_broken_catalogs_of_format_1_are_refused_in_one_line(old, change, said):
+    _, folder = old
+    config = json.loads((folder / CONFIG).read_text())
+    config[CATALOG_KEY].update(change)
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError) as refused:
+        ppcl_rt.load(folder)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_names_of_tensors():
+    assert (
+        migration.current_name("students.0-1.narrow.mlp_image_0.bias", 1)
+        == "students.0-1.replacements.mlp_image_0.bias"
+    )
+    assert migration.current_name("transformer_blocks.11.narrow.modulation_down.weight", 1) == (
+        "transformer_blocks.11.replacements.modulation_down.weight"
+    )
+    # Only where blocks are: a layer of the stock model may be called anything.
+    assert migration.current_name("proj.narrow.weight", 1) == "proj.narrow.weight"
+    assert migration.current_name("transformer_blocks.0.narrow.x", 2) == "transformer_blocks.0.narrow.x"
