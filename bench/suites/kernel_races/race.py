@@ -127,8 +127,8 @@ class _Race:
         content, setting = self.races.content, self.setting
         about: Row = {"op": self.case.op, "key": self.key, **setting._asdict(), "dtype": str(self.preset.dtype)}
         about |= {"flops": self.flops, "bytes": self.bytes, "device": content["device"]}
-        makers: dict[str, Callable[[], Call]] = {
-            name: functools.partial(_as_it_is, call) for name, call in self.listed.items()
+        makers: dict[str, Callable[[], Contestant]] = {
+            name: functools.partial(_as_it_is, contestant) for name, contestant in self.listed.items()
         }
         for name, make in (makers | rivals(self.case, setting, self.preset)).items():
             implementation = name in self.listed
@@ -250,9 +250,9 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def _as_it_is(call: Call) -> Call:
-    """Return a call that needs no making."""
-    return call
+def _as_it_is(contestant: Contestant) -> Contestant:
+    """Return a contestant that needs no making."""
+    return contestant
 
 
 def _line(rows: Sequence[Row]) -> str:
