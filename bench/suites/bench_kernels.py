@@ -16,7 +16,7 @@ least that the operation needs: inputs read once, outputs written once.
 
 ``choose.json`` holds every time. ``implementations.json`` holds the winners in the format that `ppcl_rt.ops.table`
 reads; the package ships copies as ``ppcl_rt/ops/tables/<device>.json``. Both files are rewritten after each case. The
-races run in a process of their own (`kernel_races.race`). A contestant that hangs or ends that process is named and
+races run in a program of their own (`kernel_races.worker`). A contestant that hangs or ends that process is named and
 left out, and a new process continues without it.
 
 Exit status: 0 all was measured, 1 something failed or was not reached, 2 bad usage or no device.
@@ -40,28 +40,40 @@ if "--tiny" in sys.argv:
     # Triton reads this when a kernel is defined, which the imports below do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import torch
-from kernel_races.presets import PRESETS, Preset
-from kernel_races.race import LOST, Races
+# This process may not touch the driver of CUDA before it starts others: torch then asks NVML instead.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-from ppcl_kernels.tools.children import Job, Outcome, Say, run_all, terminated_as_exit
+from kernel_races import LOST
+
+from ppcl_kernels.tools.children import Job, Outcome, run_all, terminated_as_exit
 from ppcl_kernels.tools.machine import write_json
 
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = Path(__file__).resolve().parent
+WORKER = SUITES / "kernel_races" / "worker.py"
 _ENDS = {LOST: "a fault of the device", -signal.SIGALRM: "hangs"}
 
 
-def _raced(preset: Preset, out: Path, deadline: float, stall: int, say: Say) -> None:
-    """Race the cases that are left; runs in a child process."""
-    if preset.device == "cuda" and not torch.cuda.is_available():
-        say({"no_device": True})
-        return
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    with torch.no_grad():
-        say({"complete": Races(preset, out, deadline, stall).run()})
+def _program(arguments: Sequence[str], program: Sequence[str], lines: Path) -> list[str]:
+    """Return the command of a process that races; runs in that process, before it becomes the program."""
+    folders = (SUITES, ROOT, ROOT / "kernels", ROOT / "train")
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return [sys.executable, *program, *arguments, str(lines)]
 
 
-def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str) -> int:
+def race_all(
+    preset: str, out: Path, seconds: float, stall: int, command: str, program: Sequence[str] = (str(WORKER),)
+) -> int:
     """Race in child processes until nothing is left; what ended a process is left out of the next.
+
+    Args:
+        preset: its name.
+        out: folder of choose.json and implementations.json.
+        seconds: for everything.
+        stall: seconds that one contestant may take.
+        command: the command line, for the file.
+        program: the python script that races (`kernel_races.worker`).
 
     Returns:
         The exit status.
@@ -74,10 +86,11 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
     running = out / ".choose.running"
     while True:
         ended: list[Outcome] = []
-        work = functools.partial(_raced, preset, out, deadline - 2, stall)
+        arguments = (preset, str(out.resolve()), str(deadline - 2), str(stall))
         running.write_text("")
         # The child prints one line for each case.
-        run_all([Job("races", seconds, work, prints=True)], 1, deadline, ended.append)
+        start = functools.partial(_program, arguments, program)
+        run_all([Job("races", seconds, command=start, prints=True)], 1, deadline, ended.append)
         (outcome,) = ended
         said: dict[str, Any] = {}
         for row in outcome.said:
@@ -93,7 +106,7 @@ def race_all(preset: Preset, out: Path, seconds: float, stall: int, command: str
         how = _ENDS.get(outcome.status or 0, outcome.how)
         key, _, names = culprit.partition(": ")
         # Of several that were timed in turn the culprit is not known: all are left out.
-        content["left_out"] |= {culprit: how, **{f"{key}: {name}": how for name in names.split(", ")}}
+        content["left_out"] |= {culprit: how, **{f"{key}: {name}": how for name in names.split(", ") if name}}
         write_json(out / "choose.json", content)
         print(f"left out: {culprit}: {how}", flush=True)
     failed = [row for row in content["results"] if "failed" in row and row["implementation"]]
@@ -116,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")
     options = parser.parse_args(arguments)
     command = " ".join(["python bench/suites/bench_kernels.py", *(sys.argv[1:] if arguments is None else arguments)])
-    preset = PRESETS["tiny" if options.tiny else "full"]
+    preset = "tiny" if options.tiny else "full"
     with terminated_as_exit(), tempfile.TemporaryDirectory() as folder:
         return race_all(preset, options.out or Path(folder), options.seconds, options.stall, command)
 

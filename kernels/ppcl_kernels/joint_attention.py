@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ppcl_kernels._check import check_like, check_shape, wants_gradient
 from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
+from ppcl_kernels.allowed import is_allowed
 from ppcl_kernels.heads import MAX_HEAD_DIM, head_cols
 from ppcl_kernels.launch import Launch, Target, register_limit
 from ppcl_kernels.matmul import operand, takes_tma
@@ -99,6 +100,8 @@ class Tile(NamedTuple):
             tiles = (cls(128, 128, 8, 2), cls(64, 64, 4, 2))
         else:
             tiles = (cls(128, 64, 8, 3), cls(128, 64, 8, 2), cls(64, 64, 4, 2))
+        # With a mask, a launch of `_key_ranges_kernel` with the same keys comes first.
+        tiles = tuple(tile for tile in tiles if is_allowed("key_ranges", (tile.keys,)))
         return offered("joint_attention", tiles, target, lambda tile: tile.shared_bytes(head_dim, dtype.itemsize))
 
     @classmethod

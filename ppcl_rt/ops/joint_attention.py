@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ppcl_kernels as kernels
 from ppcl_kernels.heads import MAX_HEAD_DIM
@@ -79,18 +78,14 @@ class _JointAttention(Operation[Attention, torch.Tensor]):
         if implementation.kind == "triton":
             return kernels.joint_attention(*call, tile=implementation.tile_as(Tile))
         q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
-        if implementation == CUDNN and call.key_mask is None:
-            # Called directly, because the context manager below sets flags of the whole process.
-            y = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+        if implementation == CUDNN:
+            # Called directly, because torch's context manager for backends sets flags of the whole process.
+            y = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, _bias(call), False)[0]
         elif implementation == FLASH:
             y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
         else:
             mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
-            if implementation == CUDNN:
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            else:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return y.transpose(1, 2)
 
     def prepare(self, call: Attention, implementation: Implementation) -> Callable[[Attention], torch.Tensor]:
@@ -104,6 +99,19 @@ class _JointAttention(Operation[Attention, torch.Tensor]):
 
 
 JOINT_ATTENTION = _JointAttention()
+
+# What is added to the scores of masked keys: the value that torch passes to cuDNN (2.10), which had a fault with -inf;
+# it is the least finite float16.
+_MASKED = -65504.0
+
+
+def _bias(call: Attention) -> torch.Tensor | None:
+    """Return a key mask as cuDNN takes it, added to the scores: ``[B, 1, S, T]``, without a copy along S; or None."""
+    mask = call.key_mask
+    if mask is None:
+        return None
+    bias = torch.zeros(mask.shape, dtype=call.q.dtype, device=mask.device).masked_fill_(~mask, _MASKED)
+    return bias[:, None, None, :].expand(-1, 1, call.q.shape[1], -1)
 
 
 def _run(*arguments: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ without further checks.
 from __future__ import annotations
 
 import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,7 +19,7 @@ import torch
 
 import ppcl_kernels as kernels
 from ppcl_rt.ops.implementation import TORCH, TRITON, Implementation, Key, backend
-from ppcl_rt.ops.table import table_of
+from ppcl_rt.ops.table import ran_out_of_memory, table_of
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -26,6 +27,7 @@ R = TypeVar("R")
 # Prepared calls that an operation keeps, some kilobytes each: 60 blocks x 3 calls at 40 shapes. At the limit all are
 # dropped.
 _MOST_PREPARED = 8192
+_log = logging.getLogger(__name__)
 # Every operation by name; the benches go through them.
 OPERATIONS: dict[str, Operation[Any, Any]] = {}
 
@@ -79,6 +81,10 @@ class Operation(ABC, Generic[C, R]):
     def run(self, call: C, implementation: Implementation) -> R:
         """Run the call with one implementation, with all checks."""
 
+    def checked(self, call: C) -> C:
+        """Return the call whose result is compared with that of plain torch, with the same launches as ``call``."""
+        return call
+
     def prepare(self, call: C, implementation: Implementation) -> Callable[[C], R]:
         """Bind one implementation to the shapes and the weights of a call.
 
@@ -106,11 +112,13 @@ class Operation(ABC, Generic[C, R]):
             return self.run_custom_op(call)
         if type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
             # Tensors without memory (fake tensors, subclasses), or a dispatch mode that has to see every op.
-            return self.run(call, self.choose(call))
+            return self.run(call, self._choose_or_none(call) or TORCH)
         signature = (asked, self.signature(call))
         prepared = self._prepared.get(signature)
         if prepared is None:
-            implementation = self.choose(call)
+            implementation = self._choose_or_none(call)
+            if implementation is None:
+                return self.run(call, TORCH)
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return self.run(call, implementation)
             prepared = self.prepare(call, implementation)
@@ -119,11 +127,24 @@ class Operation(ABC, Generic[C, R]):
             self._prepared[signature] = prepared
         return prepared(call)
 
+    def _choose_or_none(self, call: C) -> Implementation | None:
+        """Choose, or return None if memory ran out: plain torch runs this call, and the next call chooses again."""
+        try:
+            return self.choose(call)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            _log.warning(
+                "%s: memory ran out while implementations were compared: plain torch runs once", self.key(call)
+            )
+            return None
+
     def choose(self, call: C) -> Implementation:
         """Choose the implementation that runs a call here.
 
         Raises:
             ValueError: as `__call__`.
+            RuntimeError: as `ImplementationTable.fastest`.
         """
         asked, x = backend(), self.main_input(call)
         if asked == "triton" and not (x.is_cuda or kernels.can_run(torch.empty(0, device=x.device))):
@@ -146,7 +167,11 @@ class Operation(ABC, Generic[C, R]):
         if torch.cuda.is_current_stream_capturing():
             # Nothing can be timed during a capture.
             return table.look_up(key, implementations) or implementations()[0]
-        return table.fastest(key, implementations, functools.partial(self.run, call))
+
+        def run_checked(implementation: Implementation) -> R:
+            return self.run(self.checked(call), implementation)
+
+        return table.fastest(key, implementations, functools.partial(self.run, call), run_checked)
 
 
 def drop_prepared_calls() -> None:

@@ -5,7 +5,7 @@ A kernel that loses is not used. The fastest implementation is taken from the fi
 1. what was measured on this machine at this shape: a file in the user's cache folder, one file for each combination of
    device, torch, triton and kernel sources;
 2. the table that the package ships for the device, at this shape;
-3. a neighbouring shape in either (`Key.distance`);
+3. the closest neighbouring shape in either (`Key.distance`); at equal distance what was measured on this machine;
 4. a measurement, whose result is kept in that file.
 
 What was measured elsewhere (2 and 3) is compared with plain torch before it is taken.
@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class ImplementationTable:
     shipped: Path | None = None
     _chosen: dict[Key, Implementation] = field(default_factory=dict, repr=False)
 
-    def fastest(self, key: Key, implementations: Listing, run: Run) -> Implementation:
+    def fastest(self, key: Key, implementations: Listing, run: Run, run_checked: Run | None = None) -> Implementation:
         """Look up which implementation is the fastest, or measure all of them.
 
         An implementation that raises, or whose result differs from that of plain torch, is left out; the log says so.
@@ -81,23 +81,25 @@ class ImplementationTable:
         Args:
             key: what the time depends on.
             implementations: lists what could run.
-            run: runs the call with one implementation.
+            run: runs the call with one implementation; this is timed.
+            run_checked: runs what is compared with plain torch (`Operation.checked`); None for ``run``.
 
         Raises:
-            RuntimeError: every implementation failed.
+            RuntimeError: every implementation failed, or memory ran out (`ran_out_of_memory`). Nothing is kept then.
         """
         global _choices_made
         if key in self._chosen:
             return self._chosen[key]
         _choices_made += 1
         available = {str(each): each for each in implementations()}
+        run_checked = run_checked or run
         chosen = _fastest_at(key, available, self._read(self.path))
         if chosen is None:
             chosen = self.look_up(key, available.values)
-            if chosen is not None and not self._agrees_with_torch(key, chosen, available, run):
+            if chosen is not None and not self._agrees_with_torch(key, chosen, available, run_checked):
                 chosen = None
         if chosen is None:
-            times = self.measure(key, available.values(), run)
+            times = self.measure(key, available.values(), run, run_checked)
             if not times:
                 raise RuntimeError(f"no implementation of {key} works here: the log says why each of them failed")
             chosen = available[min(times, key=times.__getitem__)]
@@ -110,19 +112,20 @@ class ImplementationTable:
             return self._chosen[key]
         available = {str(each): each for each in implementations()}
         tables = [self._read(self.path), self._read(self.shipped)]
-        for find in (_fastest_at, _fastest_near):
-            for table in tables:
-                if (found := find(key, available, table)) is not None:
-                    return found
-        return None
+        for table in tables:
+            if (found := _fastest_at(key, available, table)) is not None:
+                return found
+        return _fastest_near(key, available, tables)
 
-    def measure(self, key: Key, implementations: Iterable[Implementation], run: Run) -> dict[str, float]:
-        """Time the implementations that agree with plain torch, and keep the times.
+    def measure(
+        self, key: Key, implementations: Iterable[Implementation], run: Run, run_checked: Run | None = None
+    ) -> dict[str, float]:
+        """Time the implementations that agree with plain torch, and keep the times; arguments are as in `fastest`.
 
         Returns:
             Milliseconds by the name of the implementation.
         """
-        times = dict(self._times(key, {str(each): each for each in implementations}, run))
+        times = dict(self._times(key, {str(each): each for each in implementations}, run, run_checked or run))
         if times:
             self.keep(key, min(times, key=times.__getitem__), times)
         return times
@@ -132,25 +135,29 @@ class ImplementationTable:
         self._write(key, {"fastest": fastest, "milliseconds": {name: round(ms, 4) for name, ms in times.items()}})
 
     def _agrees_with_torch(
-        self, key: Key, chosen: Implementation, available: Mapping[str, Implementation], run: Run
+        self, key: Key, chosen: Implementation, available: Mapping[str, Implementation], run_checked: Run
     ) -> bool:
         """Compare, on this machine, an implementation that was measured elsewhere with plain torch."""
         if chosen == TORCH or TORCH not in available.values():
             return True
         try:
-            if agree(run(chosen), run(TORCH)):
+            if agree(run_checked(chosen), run_checked(TORCH)):
                 return True
             reason: object = "its result is not that of plain torch"
         except Exception as error:
+            if ran_out_of_memory(error):
+                raise
             reason = error
         _log.warning("%s: %s, measured elsewhere, failed and is left out: %s", key, chosen, reason)
         return False
 
-    def _times(self, key: Key, available: Mapping[str, Implementation], run: Run) -> Iterator[tuple[str, float]]:
-        wanted = run(TORCH) if TORCH in available.values() else None
+    def _times(
+        self, key: Key, available: Mapping[str, Implementation], run: Run, run_checked: Run
+    ) -> Iterator[tuple[str, float]]:
+        wanted = run_checked(TORCH) if TORCH in available.values() else None
 
         def check(implementation: Implementation) -> None:
-            if implementation != TORCH and wanted is not None and not agree(run(implementation), wanted):
+            if implementation != TORCH and wanted is not None and not agree(run_checked(implementation), wanted):
                 raise RuntimeError("its result is not that of plain torch")
 
         for name, implementation in available.items():
@@ -160,6 +167,9 @@ class ImplementationTable:
                 # Checked again, because a race may show only when the device is busy.
                 check(implementation)
             except Exception as error:
+                if ran_out_of_memory(error):
+                    # No verdict: timing takes a filler of 256 MB, a comparison takes float32 copies of results.
+                    raise
                 # Compilers and drivers raise exceptions of many types. The other implementations can still run.
                 _log.warning("%s: %s failed and is left out: %s", key, name, error)
                 continue
@@ -185,17 +195,26 @@ class ImplementationTable:
             _log.warning("cannot keep measurements, they are measured again next time: %s", error)
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the device is full: torch's own, or the driver's in its text."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 def _fastest_at(key: Key, available: Mapping[str, Implementation], table: Mapping[Key, Entry]) -> Implementation | None:
     """Return the fastest implementation at a key; None if the table has no such key, or what it names cannot run."""
     return available.get(table[key]["fastest"]) if key in table else None
 
 
 def _fastest_near(
-    key: Key, available: Mapping[str, Implementation], table: Mapping[Key, Entry]
+    key: Key, available: Mapping[str, Implementation], tables: Sequence[Mapping[Key, Entry]]
 ) -> Implementation | None:
-    """Return the fastest implementation of the closest neighbour for which it can run here; None if there is none."""
-    for distance, neighbour in sorted((key.distance(other), other) for other in table):
-        found = available.get(table[neighbour]["fastest"])
+    """Return the fastest implementation of the closest neighbour for which it can run here; None if there is none.
+
+    Neighbours of all tables are compared; of two at the same distance, that of the earlier table is taken.
+    """
+    neighbours = ((key.distance(other), place, other) for place, table in enumerate(tables) for other in table)
+    for distance, place, neighbour in sorted(neighbours):
+        found = available.get(tables[place][neighbour]["fastest"])
         if distance < math.inf and found is not None:
             return found
     return None

@@ -7,14 +7,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import faulty_races
 import pytest
 import torch
 import typer
+from faulty_races import FAST, LATE, Faulty
 from typer.testing import CliRunner
 
 from ppcl_kernels.launch import TARGETS, Target
@@ -22,7 +25,7 @@ from ppcl_kernels.tools import goals, gpu_run, report
 from ppcl_kernels.tools.children import Job, run_all
 from ppcl_kernels.tools.machine import slug, write_json
 from ppcl_rt.ops.agreement import agree
-from ppcl_rt.ops.implementation import CUDNN, FLASH, TORCH, Implementation, Key
+from ppcl_rt.ops.implementation import TORCH, Key
 from ppcl_rt.ops.table import ImplementationTable
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +211,45 @@ def test_device_is_asked_for_in_a_process_of_its_own(monkeypatch, capsys):
         assert gpu_run.about_device() == found
 
 
+# What part 1 leaves once it has listed the kernels; doubled braces, since it is formatted.
+LISTED = '{{"kernels": {{"linear": {{"1": {{"ok": false}}}}}}}}'
+
+
+@pytest.mark.parametrize("left", ["", '{{"kernels": {{}}}}', "x", LISTED])
+def test_no_kernel_runs_after_a_part_1_that_listed_none(tmp_path, monkeypatch, capfd, left):
+    """It died early: a missing or an empty list would allow everything, also what hangs."""
+
+    def part(number, script):
+        return gpu_run.Part(number, 60, lambda folder, planned: ["-c", script.format(folder=folder)])
+
+    say = "import json, os; asked = [os.environ.get(n) for n in ('PPCL_BACKEND', 'PPCL_ALLOWED')]\n"
+    leave = say + "open('{folder}/%s.json', 'w').write(json.dumps(dict(results=asked)))"
+    died = f"open('{{folder}}/allowed.json', 'w').write({left!r}); raise SystemExit(9)" if left else "exit(9)"
+    parts = {"fit": part("1", died)} | {name: part(name, leave % name) for name in ("choose", "model", "tests")}
+    monkeypatch.setattr(gpu_run, "PARTS", parts)
+    monkeypatch.setattr(gpu_run, "about_device", lambda: {"device": "NVIDIA H200"})
+    for name in ("PPCL_BACKEND", "PPCL_ALLOWED"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "nvidia-h200"
+    folder.mkdir()
+    # Of another day.
+    (folder / "allowed.json").write_text(LISTED.format())
+    assert gpu_run.main(["--results", str(tmp_path), "fit", "choose", "model", "tests"]) == 1
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in parts}
+    said = capfd.readouterr().out
+    if left == LISTED:
+        assert all(found[name]["results"] == [None, str(folder / "allowed.json")] for name in list(parts)[1:])
+        assert all(found[name]["status"] == 0 for name in list(parts)[1:]) and "left out" not in said
+        return
+    assert [found[name]["status"] for name in parts] == [9, 1, 0, 1]
+    assert [found[name]["results"] for name in parts] == [[], [], ["torch", None], []]
+    assert all("listed the kernels" in found[name]["without_kernels"] for name in list(parts)[1:])
+    assert "choose is left out: part 1 ended" in said and "model runs without our kernels: part 1 ended" in said
+    # A list that was never asked for is not missing.
+    (folder / "allowed.json").unlink(missing_ok=True)
+    assert gpu_run.main(["--results", str(tmp_path), "choose"]) == 0
+
+
 def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, capfd):
     """Parts that fail, hang together with a child, die before they write, and succeed."""
 
@@ -218,7 +260,9 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
     # No signal is sent to the child by name.
     fork = "os.fork() or open('{folder}/child', 'w').write(str(os.getpid())); time.sleep(60)"
     parts = {
-        "fit": part("1", 60, leave % ("fit", "1") + "open('{folder}/allowed.json', 'w').write('x'); sys.exit(3)"),
+        "fit": part(
+            "1", 60, leave % ("fit", "1") + f"open('{{folder}}/allowed.json', 'w').write({LISTED!r}); sys.exit(3)"
+        ),
         "choose": part("2", 1, leave % ("choose", "os.environ['PPCL_ALLOWED']") + fork),
         "model": part("3", 60, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
         "tests": part("tests", 60, leave % ("tests", "os.environ.get('TRITON_INTERPRET', 'native')")),
@@ -251,6 +295,19 @@ def test_runner_keeps_what_each_part_left_and_goes_on(tmp_path, monkeypatch, cap
     assert gpu_run.main(["--results", str(tmp_path), "tests"]) == 0
 
 
+def test_gpu_tests_are_named_files(tmp_path):
+    """All files with tests for a GPU, and no other: what else cannot be imported there does not end the run."""
+    command = gpu_run.PARTS["tests"].command(tmp_path, 1.0)
+    assert "--continue-on-collection-errors" in command and "tests" not in command and "-k" not in command
+    assert all((ROOT / file).exists() for file in gpu_run.GPU_TESTS) and set(gpu_run.GPU_TESTS) < set(command)
+    marked = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("*.py") if _has_gpu_tests(file)}
+    assert marked and marked <= set(gpu_run.GPU_TESTS)
+
+
+def _has_gpu_tests(file):
+    return file != Path(__file__) and "mark.gpu" in file.read_text()
+
+
 def test_outcomes_of_tests_are_kept_as_they_come(tmp_path, monkeypatch):
     (tmp_path / "test_some.py").write_text(
         """
@@ -267,6 +324,8 @@ def test_never_runs(): pass
     )
     monkeypatch.setenv("PPCL_TESTS_JSON", str(tmp_path / "tests.json"))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    # Loaded for other tests; nothing has used CUDA.
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
     command, ended = ["-p", "ppcl_kernels.tools.pytest_log", f"--rootdir={tmp_path}", str(tmp_path)], []
     # A fork, in which torch is already imported.
     run_all([Job("tests", 60, lambda say: pytest.main(command))], 1, time.monotonic() + 60, ended.append)
@@ -386,47 +445,33 @@ def test_stock_chain_compiles_as_one_graph(bench):
         assert agree(chain(case.call), case.operation.run(case.call, TORCH))
 
 
-FAST, GARBAGE, LATE, DIES = (Implementation("triton", (number,)) for number in range(4))
+# Races of `Faulty` in place of a block's calls.
+FAULTY_RACES = [str(Path(faulty_races.__file__))]
 
 
-class Faulty:
-    """An operation whose implementations have every kind of fault."""
-
-    name = "faulty"
-
-    def __init__(self):
-        self.calls = 0
-
-    def key(self, call):
-        return Key(f"faulty {call}", (1, 2))
-
-    def implementations(self, call):
-        return [FAST, GARBAGE, LATE, DIES, CUDNN, FLASH, TORCH] if call else [FAST, TORCH]
-
-    def run(self, call, implementation):
-        y = torch.ones(1, 128, 128)
-        self.calls += implementation == LATE
-        if implementation == GARBAGE or (implementation == LATE and self.calls > 4):
-            y[0, 64:, 64:] = 0
-        elif implementation == DIES:
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif implementation == CUDNN:
-            time.sleep(60)
-        elif implementation == FLASH:
-            raise RuntimeError("no kernel\nhere")
-        elif implementation == TORCH:
-            time.sleep(0.01)
-        return y
+def test_parent_of_the_races_leaves_cuda_alone(tmp_path):
+    """What asks CUDA for its devices cannot fork: it asks nothing, imports no diffusers, and starts a program."""
+    script = f"""
+import sys, torch
+def asked(*_): raise SystemExit("the driver was asked")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = asked
+sys.path.insert(0, {str(ROOT / "bench" / "suites")!r})
+import bench_kernels
+assert bench_kernels.os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+status = bench_kernels.main(["--out", {str(tmp_path)!r}, "--seconds", "120"])
+assert "diffusers" not in sys.modules, "diffusers was imported"
+sys.exit(status)
+"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr, done.stderr
 
 
 def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd):
     """Wrong results before and after timing, a death, a hang, an exception; the rest is timed, the winner kept."""
     faulty = Faulty()
-    cases = [bench.cases.Case("first", faulty, 0), bench.cases.Case("second", faulty, 1)]
-    monkeypatch.setattr(bench.race, "Block", lambda preset: mock.Mock(cases=lambda setting: iter(cases)))
-    monkeypatch.setattr(bench.race, "settings", lambda preset: [bench.presets.Setting(96, 9, 3, 1, 100)])
-    monkeypatch.setattr(bench.race, "work_of", lambda case, results: (10**6, 10**6))
-    assert bench.bench_kernels.race_all(bench.presets.PRESETS["tiny"], tmp_path, 60, 1, "a command") == 1
+    assert bench.bench_kernels.race_all("tiny", tmp_path, 120, 1, "a command", FAULTY_RACES) == 1
     content = json.loads((tmp_path / "choose.json").read_text())
     second = {row["contestant"]: row for row in content["results"] if row["op"] == "second"}
     assert {name: row.get("failed") for name, row in second.items()} == {
@@ -439,7 +484,11 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
         "torch": None,
     }
     assert [name for name, row in second.items() if row["taken"]] == ["triton 0"] and second["torch"]["to_torch"] == 1
-    assert content["left_out"] == {"faulty 1 1x2: triton 3": "killed by SIGKILL", "faulty 1 1x2: cudnn": "hangs"}
+    assert content["left_out"] == {
+        "faulty 1 1x2: triton 3": "killed by SIGKILL",
+        "faulty 1 1x2: cudnn": "hangs",
+        f"the block at {bench.presets.Setting(96, 9, 3, 1, 25)}": "killed by SIGKILL",
+    }
     # The first case was raced once, though two processes ended.
     assert [row["contestant"] for row in content["results"] if row["op"] == "first"] == ["triton 0", "torch"]
     assert content["complete"] and content["command"] == "a command" and content["ceilings"]["gbs"] > 0
@@ -450,9 +499,96 @@ def test_races_name_and_leave_out_what_fails(bench, tmp_path, monkeypatch, capfd
     assert report.operation_tables(content["results"])
 
 
+def one_race(bench, monkeypatch, out, operation, setting=None):
+    """A race of one case, in this process."""
+    write_json(out / "choose.json", {"left_out": {}, "results": []})
+    monkeypatch.setattr(bench.race, "work_of", lambda case, results: (10**6, 10**6))
+    races = bench.race.Races(bench.presets.PRESETS["tiny"], out, time.monotonic() + 60, 60)
+    races.content["ceilings"] = {"tflops": 1.0, "gbs": 1.0}
+    setting = setting or bench.presets.Setting(96, 9, 3, 1, 100)
+    return bench.race._Race(races, bench.cases.Case("a place", operation, 0), "faulty 0 1x2", setting)
+
+
+@pytest.fixture
+def no_alarm():
+    yield
+    signal.alarm(0)
+
+
+class FailsOnlyInTime(Faulty):
+    """One implementation raises while it is timed, not while it is checked."""
+
+    def checked(self, call):
+        return "checked"
+
+    def implementations(self, call):
+        return [FAST, LATE, TORCH]
+
+    def run(self, call, implementation):
+        if implementation == LATE and call != "checked":
+            raise RuntimeError("too many at once")
+        return torch.ones(1, 128, 128)
+
+
+def test_an_exception_in_a_joint_timing_costs_one_contestant(bench, tmp_path, monkeypatch, no_alarm):
+    race = one_race(bench, monkeypatch, tmp_path, FailsOnlyInTime())
+    rows = {row["contestant"]: row for row in race.run()}
+    assert {name: row.get("failed") for name, row in rows.items()} == {
+        "triton 0": None,
+        "triton 2": "RuntimeError: too many at once",
+        "torch": None,
+    }
+    assert rows["triton 0"]["ms"] is not None and rows["torch"]["ms"] is not None and rows["triton 2"]["ms"] is None
+    assert sum(row["taken"] for row in rows.values()) == 1
+
+
+def test_a_device_that_is_lost_in_a_joint_timing_ends_the_process(bench, tmp_path, monkeypatch, no_alarm):
+    race = one_race(bench, monkeypatch, tmp_path, FailsOnlyInTime())
+    race._start()
+    monkeypatch.setattr(race.clock, "wait", mock.Mock(side_effect=RuntimeError("an illegal access")))
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        race._time()
+    os._exit.assert_called_once_with(bench.race.LOST)
+
+
+def test_a_setting_that_ended_a_process_is_skipped(bench, tmp_path, monkeypatch, no_alarm):
+    """So is a case whose plain torch did; the settings and cases after them are raced."""
+    first, second = (bench.presets.Setting(96, 9, 3, 1, width) for width in (100, 50))
+    write_json(tmp_path / "choose.json", {"left_out": {}, "results": [], "ceilings": {"tflops": 1.0, "gbs": 1.0}})
+    cases = [bench.cases.Case("a place", Faulty(), call) for call in (0, 0.0)]
+    block = mock.Mock(cases=lambda setting: iter(cases) if setting == second else pytest.fail("run again"))
+    monkeypatch.setattr(bench.race, "Block", lambda preset: block)
+    monkeypatch.setattr(bench.race, "settings", lambda preset: [first, second])
+    monkeypatch.setattr(bench.race, "work_of", lambda case, results: (10**6, 10**6))
+    races = bench.race.Races(bench.presets.PRESETS["tiny"], tmp_path, time.monotonic() + 60, 60)
+    races.content["left_out"] |= {
+        f"the block at {first}": "killed",
+        "faulty 0 1x2: plain torch before the race": "killed",
+    }
+    assert races.run()
+    assert {row["key"] for row in races.rows} == {"faulty 0.0 1x2"}
+
+
+def test_a_profiler_that_fails_leaves_times_as_they_are(bench, tmp_path, monkeypatch, no_alarm):
+    """It raises, or it ended an earlier process: the row says so, and the winner stays one."""
+    race = one_race(bench, monkeypatch, tmp_path, Faulty())
+    race.run()
+    times = {name: row["ms"] for name, row in race.rows.items()}
+    monkeypatch.setattr(bench.race, "kernel_names", mock.Mock(side_effect=RuntimeError("CUPTI\nis missing")))
+    race._profile("triton 0")
+    race.races.content["left_out"]["faulty 0 1x2: profile of torch"] = "killed by SIGSEGV"
+    race._profile("torch")
+    assert race.rows["triton 0"]["kernels"] == ["not profiled: RuntimeError: CUPTI is missing"]
+    assert race.rows["torch"]["kernels"] == ["not profiled: killed by SIGSEGV"]
+    assert {name: row["ms"] for name, row in race.rows.items()} == times and race.rows["triton 0"]["taken"]
+    assert not any("failed" in row for row in race.rows.values())
+
+
 def test_races_stop_when_time_is_over(bench, tmp_path, monkeypatch):
     """The file holds what was raced until then, and the exit status says that it is incomplete."""
-    monkeypatch.setattr(bench.race, "Block", lambda preset: time.sleep(60))
-    assert bench.bench_kernels.race_all(bench.presets.PRESETS["tiny"], tmp_path, 0.5, 30, "a command") == 1
+    script = tmp_path / "sleeps.py"
+    script.write_text("import time; time.sleep(60)")
+    assert bench.bench_kernels.race_all("tiny", tmp_path, 0.5, 30, "a command", [str(script)]) == 1
     content = json.loads((tmp_path / "choose.json").read_text())
     assert not content["complete"] and content["results"] == [] and content["left_out"] == {}

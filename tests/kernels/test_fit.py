@@ -17,7 +17,7 @@ from ppcl_kernels.launch import TARGETS, Target
 from ppcl_kernels.tools import aot, fit
 from ppcl_kernels.tools.cases import FULL, TINY, Setting, _ranges, all_cases
 from ppcl_kernels.tools.check import check, poisoned, same
-from ppcl_kernels.tools.children import NOT_REACHED, Job, run_all
+from ppcl_kernels.tools.children import NOT_REACHED, Job, Outcome, run_all
 from ppcl_kernels.tools.judge import SIDE, Limit, judge
 
 # Without a CUDA device, fit runs use triton's interpreter.
@@ -101,6 +101,31 @@ exit 99
     assert content["torch"] == torch.__version__ and content["device"].startswith("CPU")
 
 
+def test_nothing_waits_for_the_imports_of_later_parts(tmp_path, monkeypatch):
+    """A slow or missing import costs the compile stage one process of many, and the device is looked at before it."""
+    stages = []
+
+    def run_all(jobs, at_once, deadline, done):
+        stages.append([job.name for job in jobs])
+        target = TARGETS["sm_90"]
+        limits = (target.arch, target.shared_bytes, target.multiprocessors)
+        said = {"kind": "cuda", "target": limits, "units": [], "machine": dict.fromkeys(("torch", "device"))}
+        for job in jobs:
+            found = {"imports": {"ppcl_rt": "there", "diffusers": "missing: no"}}.get(job.name, said | {"why": ""})
+            done(Outcome(job, [found], 0))
+
+    monkeypatch.setattr(fit, "run_all", run_all)
+    run = fit._Fit(fit._parser().parse_args(["--out", str(tmp_path)]), faulty_kernels.cases, "")
+    run.findings.content |= dict.fromkeys(("torch", "triton", "cuda", "cudnn", "driver", "python"))
+    assert run.look() == "" and stages == [["device"]]
+    run.compile()
+    first, *compiled = stages[1]
+    assert first == "imports" and len(compiled) > 10
+    imports = run.findings.content["imports"]
+    assert imports["ppcl_rt"] == "there" and imports["diffusers"] == "missing: no"
+    assert set(fit.LATER) <= set(imports) and len(run.findings.content["compiled"]) == len(compiled)
+
+
 def test_a_compile_that_is_not_reached_is_no_verdict(tmp_path):
     """Without time to compile everything first, the rest is compiled when it is checked."""
     run = fit._Fit(fit._parser().parse_args(["--out", str(tmp_path), "--seconds", "0"]), faulty_kernels.cases, "")
@@ -170,7 +195,35 @@ def _runs(pid):
         return False
 
 
-def test_bad_usage(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def may_fork(monkeypatch):
+    """Other tests of this process load diffusers; nothing has used CUDA."""
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+
+
+def test_no_fork_after_cuda(monkeypatch, may_fork):
+    """A process that has used CUDA, or may have, starts programs and refuses to fork."""
+    fork = Job("a fork", 60, lambda say: None)
+    program = Job(
+        "a program", 60, command=lambda lines: [sys.executable, "-c", f"open({str(lines)!r}, 'w').write('1')"]
+    )
+    for change, why in (
+        (lambda patch: patch.setitem(sys.modules, "diffusers", torch), "has imported diffusers"),
+        (lambda patch: patch.setattr(torch.cuda, "is_initialized", lambda: True), "has used CUDA"),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch)
+            with pytest.raises(RuntimeError, match=f"cannot fork for a fork: this process {why}"):
+                run_all([fork], 1, time.monotonic() + 60, lambda outcome: None)
+            ended = []
+            run_all([program], 1, time.monotonic() + 60, ended.append)
+            assert ended[0].status == 0 and ended[0].said == [1]
+    ended = []
+    run_all([fork], 1, time.monotonic() + 60, ended.append)
+    assert ended[0].status == 0
+
+
+def test_bad_usage(monkeypatch, tmp_path, capsys, may_fork):
     with pytest.raises(SystemExit) as left:
         fit.main(["--out", str(tmp_path), "--cases", "faulty_kernels:nothing"])
     assert left.value.code == 2 and "wanted module:function" in capsys.readouterr().err
@@ -308,7 +361,7 @@ def test_equal_means_bit_by_bit():
     assert same(nan, nan) and not same(zero, -zero) and not same(zero.bfloat16(), zero.bfloat16() + 1e-30)
 
 
-def test_time_that_is_over_leaves_jobs_out():
+def test_time_that_is_over_leaves_jobs_out(may_fork):
     """At the deadline the running job is killed, and the others are not started."""
     ended = []
     jobs = [Job(name, 60, lambda say: time.sleep(60)) for name in ("first", "second")]

@@ -156,6 +156,17 @@ def test_refused_tiles_are_left_out(refuse):
     assert lists["joint_attention"]() == before["joint_attention"]
 
 
+def test_attention_without_its_key_ranges_is_left_out(refuse):
+    """A tile of attention needs the launch that reads the mask for as many keys."""
+    before = AttentionTile.candidates(HOPPER, BF16, 128)
+    assert {tile.keys for tile in before} == {64, 128}
+    for keys in (64, 128):
+        refuse({"key_ranges": refused((keys,))})
+        assert AttentionTile.candidates(HOPPER, BF16, 128) == tuple(tile for tile in before if tile.keys != keys)
+    refuse({"key_ranges": {"64": {"ok": True}}})
+    assert AttentionTile.candidates(HOPPER, BF16, 128) == before
+
+
 def test_kernel_without_tiles(refuse):
     """Every public function raises without an allowed tile; a refused tile that is passed by name still runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,13 +7,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
+from ppcl_rt.ops import operation as operation_module
 from ppcl_rt.ops.ada_layer_norm import AdaLayerNorm
 from ppcl_rt.ops.agreement import agree
-from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, PACKED, TORCH
-from ppcl_rt.ops.joint_attention import Attention
+from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, CUDNN, PACKED, TORCH, Implementation
+from ppcl_rt.ops.joint_attention import JOINT_ATTENTION, Attention
 from ppcl_rt.ops.linear import LINEARS, Linears
 from ppcl_rt.ops.packing import pack, side_by_side
 from ppcl_rt.ops.qkv_projection import QKV, QKV_PROJECTION
+from ppcl_rt.ops.table import ImplementationTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, TEXT, IMAGE, HEADS, E = 2, 5, 33, 3, 8
@@ -103,6 +105,49 @@ def test_implementations_agree(name):
         assert agree(got, wanted)
 
 
+FAULTS = {
+    "zeros": lambda g: g._replace(weight=torch.zeros_like(g.weight), bias=torch.zeros_like(g.bias)),
+    "rows of other tokens": lambda g: g._replace(x=g.x.roll(1, 1)),
+    "half of K is missing": lambda g: g._replace(x=g.x[..., : g.x.shape[2] // 2]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ["out", "down", "up"])
+def test_wrong_products_are_found_under_a_residual(monkeypatch, tmp_path, name, fault):
+    """A residual of a hundred times the product hides faults from a comparison of sums; the clock runs it as it is."""
+    call = (
+        linear_call(gelu=True) if name == "up" else linear_call(gate=True, residual=True, k=D if name == "out" else 22)
+    )
+    call = call._replace(
+        groups=tuple(g if g.residual is None else g._replace(residual=100 * g.residual) for g in call.groups)
+    )
+    faulty, run, timed = Implementation("triton", (1,)), LINEARS.run, []
+
+    def run_faulty(call, implementation):
+        if implementation == faulty:
+            call = call._replace(groups=tuple(map(FAULTS[fault], call.groups)))
+        return run(call, TORCH)
+
+    def clock(timed_call):
+        timed.append(timed_call.args[-1])
+        seen.append(timed_call())
+        return 1.0 if timed[-1] == faulty else 2.0
+
+    seen, wanted = [], run(call, TORCH)
+    table = ImplementationTable(tmp_path / "table.json", {}, clock)
+    monkeypatch.setattr(LINEARS, "run", run_faulty)
+    monkeypatch.setattr(LINEARS, "implementations", lambda call: [faulty, TORCH])
+    assert agree(run_faulty(call, faulty), wanted) == (name != "up")
+    monkeypatch.setattr(operation_module, "table_of", lambda index: table)
+    monkeypatch.setattr(kernels, "can_run", lambda x: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert LINEARS.choose(call) == TORCH
+    assert timed == [TORCH]
+    close(seen[0], wanted)
+
+
 def test_what_is_offered():
     """cuBLAS where a small kernel has something to add; one batched product where q, k and v lie side by side."""
     assert CUBLAS in LINEARS.implementations(CALLS["down"]()) and CUBLAS not in LINEARS.implementations(CALLS["up"]())
@@ -124,6 +169,26 @@ def test_lt_epilogue(monkeypatch):
         monkeypatch.setattr(torch, "_addmm_activation", product)
     call = CALLS["up"]()
     close(LINEARS.run(call, CUBLASLT), LINEARS.run(call, TORCH), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["joint_attention", "masked attention"])
+def test_cudnn_is_called_without_flags_of_the_process(monkeypatch, name):
+    """Another thread may attend at the same time: the operator is called by name, and takes the mask as a bias."""
+    call = CALLS[name]()
+    # Fewer queries than keys, as where the queries of text are not computed.
+    call = call._replace(q=call.q[:, :IMAGE])
+    wanted = JOINT_ATTENTION.run(call, TORCH)
+    switched = []
+    for switch in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_math_sdp", "enable_cudnn_sdp"):
+        monkeypatch.setattr(torch.backends.cuda, switch, switched.append)
+
+    def attend(q, k, v, bias, compute_log_sumexp):
+        assert bias is None or (bias.shape == (B, 1, IMAGE, TEXT + IMAGE) and bias.dtype == q.dtype)
+        return (torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", attend)
+    close(JOINT_ATTENTION.run(call, CUDNN), wanted)
+    assert not switched
 
 
 def key(call):
@@ -240,6 +305,26 @@ def test_a_shape_is_prepared_once(monkeypatch):
     assert len(prepared) == 2
     monkeypatch.setattr("ppcl_rt.ops.operation._MOST_PREPARED", 2)
     LINEARS(CALLS["plain"]())
+    assert len(LINEARS._prepared) == 1
+
+
+def test_full_memory_does_not_end_a_forward(monkeypatch, caplog):
+    """Plain torch runs once, and nothing is prepared; the next call chooses again. Other errors are passed on."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    choose, errors = LINEARS.choose, [torch.OutOfMemoryError("full"), RuntimeError("nothing works")]
+
+    def fails(call):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(LINEARS, "choose", fails)
+    call = CALLS["up"]()
+    LINEARS._prepared.clear()
+    close(LINEARS(call), LINEARS.run(call, TORCH))
+    assert not LINEARS._prepared and "memory ran out while implementations were compared" in caplog.text
+    with pytest.raises(RuntimeError, match="nothing works"):
+        LINEARS(call)
+    monkeypatch.setattr(LINEARS, "choose", choose)
+    close(LINEARS(call), LINEARS.run(call, TORCH))
     assert len(LINEARS._prepared) == 1
 
 

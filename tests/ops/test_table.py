@@ -67,6 +67,48 @@ def test_leaves_out_what_fails(make_table, caplog):
     assert f"{KEY}: triton 64x64 failed and is left out: out of shared memory" in caplog.text
 
 
+@pytest.mark.parametrize("where", ["clock", "run"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")])
+def test_full_memory_is_no_verdict(make_table, tmp_path, where, error):
+    """In the clock, or in a comparison: nothing is remembered or written, and a later call measures everything."""
+    make, timed = make_table
+    table = make()
+    clock, full = table.clock, [True]
+
+    def call(implementation):
+        if full and where == "run" and implementation == LARGE:
+            raise error
+        return implementation
+
+    def full_clock(call):
+        if full and len(timed) == 3:
+            raise error
+        return clock(call)
+
+    table.clock = full_clock if where == "clock" else clock
+    with pytest.raises(type(error)):
+        table.fastest(KEY, lambda: MILLISECONDS, call)
+    assert not (tmp_path / "cache").exists()
+    full.clear()
+    timed.clear()
+    assert table.fastest(KEY, lambda: MILLISECONDS, call) == SMALL and timed == list(MILLISECONDS)
+
+
+def test_full_memory_is_no_verdict_on_a_neighbour(make_table):
+    make, timed = make_table
+    make().measure(sized(1, 4096, 64, 64), [CUBLAS], itself)
+
+    def call(implementation):
+        if implementation == CUBLAS:
+            raise torch.OutOfMemoryError("full")
+        return implementation
+
+    timed.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        make().fastest(sized(1, 4608, 64, 64), lambda: MILLISECONDS, call)
+    assert not timed
+
+
 def test_leaves_out_what_is_wrong(make_table, caplog):
     """A kernel that computes something else is not the fastest, however fast; one that rounds is."""
     torch.manual_seed(0)
@@ -214,6 +256,22 @@ def test_shipped_table_comes_before_the_clock(make_table, tmp_path):
     assert table.fastest(sized(2, 4096, 64, 64), lambda: MILLISECONDS, itself) == SMALL
     make().measure(KEY, [TORCH], itself)
     assert make(shipped=shipped).look_up(KEY, lambda: MILLISECONDS) == TORCH
+
+
+def test_the_closest_neighbour_of_both_tables_is_taken(make_table, tmp_path):
+    """A far neighbour that was measured here does not hide a near one that is shipped; at equal distance it does."""
+    make, timed = make_table
+    shipped = tmp_path / "nvidia-h100.json"
+    entries = {str(sized(1, 4100, 64, 64)): {"fastest": str(LARGE)}, str(sized(1, 2047, 64, 64)): {"fastest": "torch"}}
+    shipped.write_text(json.dumps({"about": {}, "implementations": entries}))
+    make().measure(sized(1, 2047, 64, 64), [CUBLAS], itself)
+    timed.clear()
+    table = make(shipped=shipped)
+    assert table.look_up(sized(1, 4000, 64, 64), lambda: MILLISECONDS) == LARGE
+    assert table.look_up(sized(1, 2000, 64, 64), lambda: MILLISECONDS) == CUBLAS
+    # What the user's table names cannot run here.
+    assert table.look_up(sized(1, 2000, 64, 64), lambda: [TORCH, SMALL]) == TORCH
+    assert not timed
 
 
 def test_choices_are_counted(make_table):

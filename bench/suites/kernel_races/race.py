@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from kernel_races import LOST
 from kernel_races.cases import Block, Case, work_of
 from kernel_races.presets import Preset, Setting, settings
-from kernel_races.rivals import UNCHECKED, rivals
+from kernel_races.rivals import UNCHECKED, Contestant, rivals
 from kernel_races.timing import RaceClock, kernel_names
 from ppcl_kernels.tools.machine import machine, write_json
 from ppcl_rt.ops.agreement import agree
@@ -26,8 +27,8 @@ from ppcl_rt.ops.table import ImplementationTable, table_of
 Call = Callable[[], Any]
 Row = dict[str, Any]
 
-# Exit status of a process that lost its device.
-LOST = 3
+# What runs while the result is made that all others are compared with.
+_PLAIN = "plain torch before the race"
 
 
 class Races:
@@ -55,10 +56,13 @@ class Races:
             print("ceilings: product {tflops:.0f} TFLOP/s, copy {gbs:.0f} GB/s".format(**self.content["ceilings"]))
         block = Block(self.preset)
         for setting in settings(self.preset):
-            self.alive(f"the block at {setting}")
+            if (running := f"the block at {setting}") in self.content["left_out"]:
+                # It ended an earlier process.
+                continue
+            self.alive(running)
             for case in block.cases(setting):
                 key = str(case.operation.key(case.call))
-                if key in self.done:
+                if key in self.done or f"{key}: {_PLAIN}" in self.content["left_out"]:
                     continue
                 if time.monotonic() > self.deadline:
                     return False
@@ -83,8 +87,9 @@ class _Race:
     """One case.
 
     Attributes:
-        listed: implementations that the runtime chooses from: name -> call.
-        calls: contestants that have not failed: name -> call.
+        checked: the call whose results are compared (`Operation.checked`); ``wanted`` is its result in plain torch.
+        listed: implementations that the runtime chooses from: name -> contestant.
+        contestants: those that have not failed, by name.
         rows: what is known of each contestant.
     """
 
@@ -92,38 +97,38 @@ class _Race:
         self.races, self.case, self.key, self.setting = races, case, key, setting
         self.preset, self.clock = races.preset, races.clock
         operation, call = case.operation, case.call
-        races.alive(f"{key}: torch")
-        self.wanted = operation.run(call, TORCH)
+        races.alive(f"{key}: {_PLAIN}")
+        self.checked = operation.checked(call)
+        self.wanted = operation.run(self.checked, TORCH)
         self.flops, self.bytes = work_of(case, tree_leaves(self.wanted))
-        self.listed = {
-            str(each): functools.partial(operation.run, call, each) for each in operation.implementations(call)
+        self.listed: dict[str, Contestant] = {
+            str(each): functools.partial(operation.run, implementation=each) for each in operation.implementations(call)
         }
         self.rows: dict[str, Row] = {}
-        self.calls: dict[str, Call] = {}
+        self.contestants: dict[str, Contestant] = {}
 
     def run(self) -> list[Row]:
         """Race; returns the rows."""
         self._start()
         self._time()
-        self._choose([name for name in self.listed if name in self.calls])
+        self._choose([name for name in self.listed if name in self.contestants])
         self._rate()
         if (
             self.clock.cuda
             and self.case.operation.name == "joint_attention"
             and self.setting == settings(self.preset)[0]
         ):
-            for name in list(self.calls):
-                self.races.alive(f"{self.key}: {name}, profiled")
-                self._guarded(name, functools.partial(self._profile, name))
+            for name in list(self.contestants):
+                self._profile(name)
         return list(self.rows.values())
 
     def _start(self) -> None:
-        """Make the call of each contestant, and check its first result."""
+        """Make each contestant, and check its first result."""
         content, setting = self.races.content, self.setting
         about: Row = {"op": self.case.op, "key": self.key, **setting._asdict(), "dtype": str(self.preset.dtype)}
         about |= {"flops": self.flops, "bytes": self.bytes, "device": content["device"]}
-        makers: dict[str, Callable[[], Call]] = {
-            name: functools.partial(_as_it_is, call) for name, call in self.listed.items()
+        makers: dict[str, Callable[[], Contestant]] = {
+            name: functools.partial(_as_it_is, contestant) for name, contestant in self.listed.items()
         }
         for name, make in (makers | rivals(self.case, setting, self.preset)).items():
             implementation = name in self.listed
@@ -139,12 +144,12 @@ class _Race:
                 continue
             self.races.alive(f"{self.key}: {name}")
             if (made := self._guarded(name, make)) is not None:
-                self.calls[name] = made
+                self.contestants[name] = made
                 self._guarded(name, functools.partial(self._check, name))
 
     def _check(self, name: str) -> None:
         self.races.alive(f"{self.key}: {name}")
-        got = self.calls[name]()
+        got = self.contestants[name](self.checked)
         if name not in UNCHECKED and not agree(got, self.wanted):
             raise RuntimeError("its result is not that of plain torch")
         self.clock.wait()
@@ -154,35 +159,54 @@ class _Race:
         try:
             return what()
         except Exception as error:
-            self.rows[name]["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-            self.calls.pop(name, None)
+            self.rows[name]["failed"] = _in_words(error)
+            self.contestants.pop(name, None)
+        self._end_if_lost()
+
+    def _end_if_lost(self) -> None:
+        """Wait for the device, and end the process if nothing can run there any more."""
         try:
             self.clock.wait()
         except Exception:
             # A fault of a CUDA device is sticky: nothing can run in this process any more.
             os._exit(LOST)
 
+    def _call(self, name: str) -> Call:
+        """Return the call of a contestant that is timed."""
+        return functools.partial(self.contestants[name], self.case.call)
+
     def _timed(self, names: Sequence[str], rounds: int) -> dict[str, float]:
+        """Time contestants in turn; if one raises there, one after the other, so that only that one fails."""
         self.races.alive(f"{self.key}: {', '.join(names)}")
-        return self.clock.paired_ms({name: self.calls[name] for name in names}, rounds)
+        try:
+            return self.clock.paired_ms({name: self._call(name) for name in names}, rounds)
+        except Exception as error:
+            print(f"{self.key}: timed one by one: {_in_words(error)}", flush=True)
+        self._end_if_lost()
+        times: dict[str, float] = {}
+        for name in names:
+            self.races.alive(f"{self.key}: {name}")
+            alone = {name: self._call(name)}
+            times |= self._guarded(name, functools.partial(self.clock.paired_ms, alone, rounds)) or {}
+        return times
 
     def _time(self) -> None:
         """Time all contestants for a few rounds, then the best of each kind for many, and check them again."""
-        self._timed(list(self.calls), 1)
-        screened = self._timed(list(self.calls), self.preset.screening)
+        self._timed(list(self.contestants), 1)
+        screened = self._timed(list(self.contestants), self.preset.screening)
         final: dict[str, float] = {}
         while True:
             best: dict[str, str] = {}
-            for name in sorted(self.calls, key=screened.__getitem__):
+            for name in sorted(self.contestants, key=screened.__getitem__):
                 best.setdefault(name.split()[0] if name in self.listed else name, name)
             if set(best.values()) <= set(final):
                 break
             final = self._timed(list(best.values()), self.preset.rounds)
             # A data race may show only on a busy device, so all are checked again. When one fails, the next of its
             # kind is timed in its place.
-            for name in list(self.calls):
+            for name in list(self.contestants):
                 self._guarded(name, functools.partial(self._check, name))
-        for name in self.calls:
+        for name in self.contestants:
             self.rows[name]["ms"] = round(final.get(name, screened[name]), 5)
             self.rows[name]["rounds"] = self.preset.rounds if name in final else self.preset.screening
 
@@ -207,12 +231,28 @@ class _Race:
                 row["to_torch"] = round(plain / row["ms"], 4) if plain else None
 
     def _profile(self, name: str) -> None:
-        self.rows[name].update(kernels=kernel_names(self.calls[name]))
+        """Add the names of the kernels that a contestant launches, or why they are not known: its times stand."""
+        running = f"{self.key}: profile of {name}"
+        why = self.races.content["left_out"].get(running)
+        if why is None:
+            self.races.alive(running)
+            try:
+                self.rows[name]["kernels"] = kernel_names(self._call(name))
+                return
+            except Exception as error:
+                why = _in_words(error)
+            self._end_if_lost()
+        self.rows[name]["kernels"] = [f"not profiled: {why}"]
 
 
-def _as_it_is(call: Call) -> Call:
-    """Return a call that needs no making."""
-    return call
+def _in_words(error: Exception) -> str:
+    """Name an exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _as_it_is(contestant: Contestant) -> Contestant:
+    """Return a contestant that needs no making."""
+    return contestant
 
 
 def _line(rows: Sequence[Row]) -> str:

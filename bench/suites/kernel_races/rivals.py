@@ -13,31 +13,31 @@ from kernel_races.cases import Case
 from kernel_races.presets import Preset, Setting
 from ppcl_rt.ops.implementation import TORCH
 
-Call = Callable[[], Any]
+# Runs a call of an operation.
+Contestant = Callable[[Any], Any]
 
 # These rivals compute something else than the operation: their results are not compared.
 UNCHECKED = ("copy", "product alone")
 
 
-def rivals(case: Case, setting: Setting, preset: Preset) -> dict[str, Callable[[], Call]]:
-    """Return the rivals of a case: name -> function that makes the call to time."""
+def rivals(case: Case, setting: Setting, preset: Preset) -> dict[str, Callable[[], Contestant]]:
+    """Return the rivals of a case: name -> function that makes the contestant."""
     call, operation = case.call, case.operation
     main = setting[:4] == (*next(iter(preset.images.items())), preset.texts[0], 1)
     compiles = main and setting.width in preset.compiled
-    made: dict[str, Callable[[], Call]] = {}
+    made: dict[str, Callable[[], Contestant]] = {}
     if operation.name == "joint_attention":
         if compiles:
             made["flex"] = functools.partial(_flex, call)
         return made
     if compiles:
-        in_torch = functools.partial(operation.run, implementation=TORCH)
-        made["compiled"] = lambda: functools.partial(_compiled(in_torch), call)
+        made["compiled"] = lambda: _compiled(functools.partial(operation.run, implementation=TORCH))
     if operation.name == "ada_layer_norm":
         copy = torch.empty_like(call.x)
-        made["copy"] = lambda: lambda: copy.copy_(call.x)
+        made["copy"] = lambda: lambda call: copy.copy_(call.x)
     elif operation.name == "linear":
         weights = [g.weight[: g.out_features, : g.x.shape[2]] for g in call.groups]
-        made["product alone"] = lambda: lambda: [F.linear(g.x, w) for g, w in zip(call.groups, weights)]
+        made["product alone"] = lambda: lambda call: [F.linear(g.x, w) for g, w in zip(call.groups, weights)]
     return made
 
 
@@ -47,15 +47,15 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def _flex(call: Any) -> Call:
-    """Make a call of FlexAttention that computes the same."""
+def _flex(call: Any) -> Contestant:
+    """Make a contestant that runs a call by FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    q, k, v = (t.transpose(1, 2) for t in call[:3])
+    q, k = (t.transpose(1, 2) for t in call[:2])
     blocks = None
     if (mask := call.key_mask) is not None:
         blocks = create_block_mask(
             lambda b, h, i, j: mask[b, j], q.shape[0], None, q.shape[2], k.shape[2], device=q.device.type
         )
     attend = _compiled(flex_attention)
-    return lambda: attend(q, k, v, block_mask=blocks).transpose(1, 2)
+    return lambda call: attend(*(t.transpose(1, 2) for t in call[:3]), block_mask=blocks).transpose(1, 2)

@@ -1,7 +1,8 @@
 """Run jobs that may hang or die, each in a forked process of its own, and keep what each reported until then.
 
 A fork takes milliseconds, while a new interpreter takes seconds to import torch. The parent must not have used CUDA,
-which does not survive a fork. A child leads a process group, which is killed as a whole, and dies with its parent.
+which does not survive a fork: a parent that may have can only start programs (`Job.command`). A child
+leads a process group, which is killed as a whole, and dies with its parent.
 """
 
 from __future__ import annotations
@@ -160,7 +161,18 @@ def run_all(jobs: Sequence[Job], at_once: int, deadline: float, done: Callable[[
                 child.kill()
 
 
+def _why_no_fork() -> str:
+    """Return what shows that this process may have used CUDA, empty if nothing does."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "this process has used CUDA"
+    # Its imports ask CUDA for its devices, which starts the driver.
+    return "this process has imported diffusers" if "diffusers" in sys.modules else ""
+
+
 def _start(job: Job, deadline: float, folder: Path) -> _Child:
+    if job.command is None and (why := _why_no_fork()):
+        raise RuntimeError(f"cannot fork for {job.name}: {why}, and CUDA does not survive a fork: give it a command")
     fd, name = tempfile.mkstemp(suffix=".jsonl", dir=folder)
     os.close(fd)
     lines, log = Path(name), Path(name).with_suffix(".log")

@@ -5,8 +5,8 @@
 A fault on a CUDA device makes its process useless, and a kernel that hangs takes all the time that is left. So each
 kernel and tile is checked in a process of its own, four at a time, with 25 s each. The stages are:
 
-1. *look*: what is installed, and what can be imported.
-2. *compile*: all kernels, for this device, on all cores.
+1. *look*: the device, and which kernels and tiles there are.
+2. *compile*: all kernels, for this device, on all cores; next to that, what can be imported for later parts.
 3. *check*: each kernel and tile on full-size inputs in bf16. Every 64 x 64 tile of every result is compared with
    float64. Results are poisoned first, and nothing around them may be written. 200 runs have to be equal bit by bit,
    and so have prepared launches and two replays of a captured graph.
@@ -34,6 +34,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# Forks need CUDA's driver untouched in this process: torch asks NVML instead, where anything asks for devices.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
 
@@ -215,7 +218,7 @@ class _Fit:
         self.forms: dict[Unit, int] = {}
 
     def look(self) -> str:
-        """Record what is installed and what there is to check; returns why nothing can be checked, empty if it can."""
+        """Record the device and what there is to check; returns why nothing can be checked, empty if it can."""
         findings, problem = self.findings, ""
 
         def done(outcome: Outcome) -> None:
@@ -223,47 +226,51 @@ class _Fit:
             said: dict[str, Any] = {}
             for row in outcome.said:
                 said |= row
-            if outcome.job.name == "imports":
-                # The process died in the first of these imports.
-                missing = {name: f"missing: {outcome.how}" for name in LATER if name not in said}
-                findings.content["imports"] |= {**said, **missing}
-            else:
-                findings.content |= said.get("machine", {})
-                findings.content["imports"] |= said.get("imports", {})
-                problem = said.get("no_device", "")
-                if not problem and "units" not in said:
-                    problem = (
-                        f"looking at the device failed: {outcome.how or 'no kernels'} {' '.join(outcome.log[-1:])}"
-                    )
-                elif not problem:
-                    self.kind, self.target = said["kind"], Target(*said["target"])
-                    self.forms = {(kernel, tile): forms for kernel, tile, forms in said["units"]}
-                    findings.expect(_in_turn(list(self.forms)))
+            findings.content |= said.get("machine", {})
+            findings.content["imports"] |= said.get("imports", {})
+            problem = said.get("no_device", "")
+            if not problem and "units" not in said:
+                problem = f"looking at the device failed: {outcome.how or 'no kernels'} {' '.join(outcome.log[-1:])}"
+            elif not problem:
+                self.kind, self.target = said["kind"], Target(*said["target"])
+                self.forms = {(kernel, tile): forms for kernel, tile, forms in said["units"]}
+                findings.expect(_in_turn(list(self.forms)))
             findings.save()
 
-        jobs = [
-            Job("device", _LOOK_SECONDS, partial(_look, self.cases, self.options.device)),
-            Job("imports", _LOOK_SECONDS, partial(_import, LATER)),
-        ]
-        run_all(jobs, 2, self.deadline, done)
+        run_all([Job("device", _LOOK_SECONDS, partial(_look, self.cases, self.options.device))], 1, self.deadline, done)
         if not problem:
             about = findings.content
             names = ("torch", "triton", "cuda", "cudnn", "driver", "python")
             print(f"{about['device']}: " + ", ".join(f"{name} {about[name]}" for name in names), flush=True)
-            missing = [name for name in LATER if about["imports"][name].startswith("missing")]
-            print(
-                f"imports: all of this part; {', '.join(missing) or 'nothing'} missing for the parts after it",
-                flush=True,
-            )
         return problem
 
+    def _imported(self, outcome: Outcome) -> None:
+        """Record what later parts can import; nothing of this part waits for it."""
+        imports = self.findings.content["imports"]
+        for row in outcome.said:
+            imports |= row
+        # The process died in the first of these imports.
+        imports |= {name: f"missing: {outcome.how}" for name in LATER if name not in imports}
+        missing = [name for name in LATER if imports[name].startswith("missing")]
+        print(
+            f"imports: all of this part; {', '.join(missing) or 'nothing'} missing for the parts after it", flush=True
+        )
+
     def compile(self) -> None:
-        """Compile everything on all cores; what does not compile is not checked."""
-        numbers = {number: (case.kernel, case.tile, case.shape) for number, case in enumerate(aot.cases(self.target))}
+        """Compile everything on all cores, and import what later parts need; what does not compile is not checked.
+
+        Without a GPU nothing is compiled: triton's interpreter runs the kernels.
+        """
+        every = enumerate(aot.cases(self.target)) if self.kind != "cpu" else ()
+        numbers = {number: (case.kernel, case.tile, case.shape) for number, case in every}
         order = {unit: place for place, unit in enumerate(self.findings.units)}
         numbers = dict(sorted(numbers.items(), key=lambda item: order.get(item[1][:2], len(order))))
 
         def done(outcome: Outcome) -> None:
+            if outcome.job.name == "imports":
+                self._imported(outcome)
+                self.findings.save()
+                return
             kernel, tile, shape = numbers[outcome.job.name]
             row: dict[str, Any] = {"kernel": kernel, "tile": tile, "shape": shape}
             # A compile that was cut off or not begun decides nothing: the check of the kernel compiles it.
@@ -275,12 +282,14 @@ class _Fit:
             self.findings.save()
 
         until = self.findings.started + _COMPILE_SHARE * self.options.seconds
-        jobs = [Job(number, _COMPILE_SECONDS, partial(_compile, self.target, number)) for number in numbers]
+        jobs = [Job("imports", _LOOK_SECONDS, partial(_import, LATER))]
+        jobs += [Job(number, _COMPILE_SECONDS, partial(_compile, self.target, number)) for number in numbers]
         run_all(jobs, os.cpu_count() or 1, min(until, self.deadline), done)
         rows = self.findings.content["compiled"]
         failed = sum(bool(row["why"]) for row in rows)
         took = time.monotonic() - self.findings.started
-        print(f"{took:4.0f} s  compiled {len(rows) - failed} of {len(rows)} kernels, {failed} failed", flush=True)
+        if numbers:
+            print(f"{took:4.0f} s  compiled {len(rows) - failed} of {len(rows)} kernels, {failed} failed", flush=True)
 
     def check(self) -> None:
         """Check each kernel and tile that compiled, in a process of its own."""
@@ -418,8 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"fit: {problem}", file=sys.stderr)
             run.findings.save(2)
             return 2
-        if run.kind == "cuda":
-            run.compile()
+        run.compile()
         run.check()
         run.sanitize()
         return _finish(run)

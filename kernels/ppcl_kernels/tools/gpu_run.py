@@ -7,7 +7,8 @@
     3  model    whole forwards, and a sweep over widths (bench/suites/bench_gpu_model.py)             500 s
        tests    the tests that need a GPU; only when named                                            300 s
 
-Without a part: 1, 2 and 3. After part 1 only kernels that passed it are run. Each part writes its own
+Without a part: 1, 2 and 3. After part 1 only kernels that passed it are run. If part 1 ended before it had listed the
+kernels, none is run: part 3 runs plain torch, part 2 and the tests are left out with status 1. Each part writes its own
 ``bench/results/<device>/<part>.json`` while it runs, so it leaves its results however it ends. How it ended is added to
 the file. ``RESULTS`` names another folder than bench/results.
 
@@ -63,16 +64,21 @@ def _tests(folder: Path, seconds: float) -> list[str]:
     # Tests marked gpu, and the tests of kernels and of models that use them, which run natively on a GPU. They compile
     # hundreds of small kernels: on all cores if pytest-xdist is installed.
     workers = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    which = "gpu or test_kernels or test_backends"
-    return ["-m", "pytest", "-p", "ppcl_kernels.tools.pytest_log", *workers, "tests", "-k", which]
+    # A file that cannot be imported there is reported, and the others run.
+    options = ["-p", "ppcl_kernels.tools.pytest_log", "--continue-on-collection-errors", *workers]
+    return ["-m", "pytest", *options, *GPU_TESTS]
 
 
+# Files named one by one: a package that only another test imports may be missing on that machine.
+GPU_TESTS = ("tests/laws/test_gpu.py", "tests/kernels/test_kernels.py", "tests/laws/test_backends.py")
 PARTS = {
     "fit": Part("1", 240, _fit),
     "choose": Part("2", 500, _choose),
     "model": Part("3", 500, _model),
     "tests": Part("tests", 300, _tests),
 }
+# Parts that mean nothing without our kernels.
+_KERNELS_ONLY = ("choose", "tests")
 # Runs in a process of its own: this process has to survive a fault of the driver.
 _ASK = (
     "import json, torch; from ppcl_kernels.tools.machine import machine; "
@@ -89,8 +95,18 @@ def about_device() -> dict[str, Any] | None:
         return None
 
 
-def run_part(name: str, folder: Path, about: dict[str, Any]) -> int:
-    """Run a part within its time limit, and add to its file how it ended; returns its exit status."""
+def run_part(name: str, folder: Path, about: dict[str, Any], checked: bool = False) -> int:
+    """Run a part within its time limit, and add to its file how it ended.
+
+    Args:
+        name: of the part.
+        folder: for results.
+        about: device and versions.
+        checked: whether part 1 came before it in this run, and so has to have listed the kernels.
+
+    Returns:
+        The exit status of the part.
+    """
     part, path, allowed = PARTS[name], folder / f"{name}.json", folder / "allowed.json"
     command = [sys.executable, *part.command(folder.resolve(), part.seconds - _SPARE)]
     # Results of an earlier run would be taken for those of this one.
@@ -101,12 +117,24 @@ def run_part(name: str, folder: Path, about: dict[str, Any]) -> int:
     environment.pop("TRITON_INTERPRET", None)
     # The tables of implementations that a model makes are results too.
     environment.setdefault("PPCL_CACHE", str(folder.resolve() / "cache"))
+    why = ""
     if name != "fit" and allowed.exists():
         environment[VARIABLE] = str(allowed.resolve())
+    if name != "fit" and (checked or allowed.exists()) and not _read(allowed).get("kernels"):
+        # An empty list would allow every kernel, also one that hangs.
+        why = "part 1 ended before it had listed the kernels that are fit"
+        environment.pop(VARIABLE, None)
+        environment["PPCL_BACKEND"] = "torch"
     print(f"== {part.number} {name}, at most {part.seconds:g} s: {' '.join(command)}", flush=True)
     started = time.monotonic()
-    status = _limited(command, environment, part.seconds)
-    content = _read(path)
+    if why and name in _KERNELS_ONLY:
+        print(f"== {name} is left out: {why}", flush=True)
+        status = 1
+    else:
+        if why:
+            print(f"== {name} runs without our kernels: {why}", flush=True)
+        status = _limited(command, environment, part.seconds)
+    content = _read(path) | ({"without_kernels": why} if why else {})
     content = {"part": name, **about, **{k: v for k, v in content.items() if v is not None}, "status": status}
     content["seconds"] = round(time.monotonic() - started, 1)
     content["command"] = f"bash bench/gpu.sh {name}"
@@ -163,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     folder = options.results / slug(about["device"])
     with terminated_as_exit():
-        statuses = [run_part(name, folder, about) for name in names]
+        statuses = [run_part(name, folder, about, "fit" in names[:place]) for place, name in enumerate(names)]
     return 1 if any(statuses) else 0
 
 
