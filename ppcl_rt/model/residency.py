@@ -1,4 +1,4 @@
-"""Which weights a model holds: they are read as plans need them, grown in place, and dropped by `Residency.drop_all_but`."""
+"""Which weights a model holds: read as plans need them, grown in place, dropped by `Residency.drop_all_but`."""
 
 from __future__ import annotations
 
