@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +60,32 @@ def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> No
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(dict(content), indent=indent) + "\n")
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, is_replaced: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield a temporary folder to fill; when the block ends, rename it to ``folder``.
+
+    A folder that is there already is whole, under this name or as ``.<name>.old``, until the new one is in place.
+
+    Args:
+        is_replaced: whether a file of the old folder goes, by its name; all others stay (a log, a model card).
+    """
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not folder.exists():
+            partial.rename(folder)
+            return
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        partial.rename(folder)
+        for path in old.iterdir():
+            if not is_replaced(path.name):
+                os.replace(path, folder / path.name)
+        shutil.rmtree(old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

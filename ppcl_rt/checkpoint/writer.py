@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
+from ppcl_rt.files import replacing_folder
 from ppcl_rt.planning.catalog import Catalog
 
 
@@ -40,10 +39,7 @@ def write_checkpoint(
     catalog = catalog.model_copy(update={"checksums": {name: digest(tensor) for name, tensor in held.items()}})
     # A copy would keep what it had cached of the old checksums.
     catalog = Catalog.model_validate(catalog.model_dump())
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(folder, _is_of_a_checkpoint) as partial:
         split = split_torch_state_dict_into_shards(
             held,
             max_shard_size=max_shard_size,
@@ -56,23 +52,9 @@ def write_checkpoint(
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         content = {**config, CATALOG_KEY: catalog.model_dump(mode="json")}
         (partial / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
-        _move_into_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return catalog
 
 
-def _move_into_place(partial: Path, folder: Path) -> None:
-    """Rename ``partial`` to ``folder``; of what was there, all but the old checkpoint's files stay (a log, a card)."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    # The old folder is whole under this name until the new one is in place.
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    partial.rename(folder)
-    for path in old.iterdir():
-        if path.name != CONFIG and not path.name.startswith("diffusion_pytorch_model"):
-            os.replace(path, folder / path.name)
-    shutil.rmtree(old)
+def _is_of_a_checkpoint(name: str) -> bool:
+    """Whether a file belongs to the old checkpoint: anything else in the folder is somebody's own."""
+    return name == CONFIG or name.startswith("diffusion_pytorch_model")
