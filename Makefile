@@ -13,7 +13,7 @@ LOWEST := .venv-lowest
 LOWEST_DIFFUSERS := diffusers==0.41.0
 # Two cores, two workers, each with one thread. What shares a worker and what starts first: tests/balance.py.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: demo test quick full lowest kill lint bench gpu clean
 

@@ -6,6 +6,8 @@ have no costly fixture of their own: there, the cases of one test function share
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 APART = ("kernels/test_aot.py", "kernels/test_kernels.py", "laws/test_backends.py")
@@ -55,20 +57,16 @@ NOT_QUICK_FILES = (
 )
 
 
-def path_of(item: pytest.Item) -> str:
-    """The file of a test, from the folder of the tests."""
-    return item.nodeid.split("::")[0].removeprefix("tests/")
+def place_of(nodeid: str) -> tuple[str, str]:
+    """The file of a test, from the folder of the tests, and its name without its case."""
+    path, _, name = nodeid.removeprefix("tests/").partition("::")
+    return path, name.partition("[")[0]
 
 
-def function_of(item: pytest.Item) -> str:
-    """The name of a test without its case."""
-    return str(getattr(item, "originalname", None) or item.name)
-
-
-def group_of(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """The tests that share a worker with this one: ``laws/test_laws.py`` or ``kernels/test_kernels.py::test_mlp``."""
-    path = path_of(item)
-    return f"{path}::{function_of(item)}" if path in APART else path
+    path, function = place_of(nodeid)
+    return f"{path}::{function}" if path in APART else path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,7 +78,7 @@ def _leave_out_long(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the first case of each test function that is quick."""
     kept, left_out, begun = [], [], set()
     for item in items:
-        path, function = path_of(item), function_of(item)
+        path, function = place_of(item.nodeid)
         long = path in NOT_QUICK_FILES or function in NOT_QUICK or item.get_closest_marker("slow")
         (left_out if long or (path, function) in begun else kept).append(item)
         begun.add((path, function))
@@ -88,15 +86,28 @@ def _leave_out_long(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = kept
 
 
-# pytest-xdist reads the groups in the same hook, so they are set first.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Name each test's group for pytest-xdist, and sort the longest groups to the front."""
+    """Sort the longest groups to the front."""
     if config.getoption("--quick"):
         _leave_out_long(config, items)
     rank = {name: number for number, name in enumerate(FIRST)}
-    groups = {item: group_of(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
     # A stable sort: a file's tests stay in their order.
-    items.sort(key=lambda item: rank.get(groups[item], len(rank)))
+    items.sort(key=lambda item: rank.get(group_of(item.nodeid), len(rank)))
+
+
+# Optional: a python without pytest-xdist (a GPU run's) does not know this hook.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Send the groups to the workers in this order, each as soon as a worker is nearly done with its last.
+
+    ``--dist loadgroup`` is meant for this, but pytest-xdist 3.8.0 under pytest 9.2.0 ignores the marks of groups.
+    """
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)

@@ -25,7 +25,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from balance import pytest_addoption, pytest_collection_modifyitems  # noqa: F401 (hooks of pytest)
+from balance import (  # noqa: F401 (hooks of pytest)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_xdist_make_scheduler,
+)
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from PIL import Image

@@ -76,7 +76,7 @@ def kill(child: int, folder: Path, stage: int, share: float, length: float) -> b
         at, saved = position(folder)
         if until == math.inf and at >= stage:
             until = time.monotonic() + (max(share - saved, 0) * length if at == stage else 0)
-        time.sleep(0.002)
+        time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return True
@@ -109,7 +109,8 @@ def main(kills: int, seed: int, config: RunConfig = TINY) -> str:
         child, began = start(config, folder), [time.monotonic()]
         while not ended(child):
             began += [time.monotonic()] * (position(folder)[0] + 1 - len(began))
-            time.sleep(0.005)
+            # A look at the folder takes milliseconds of the core that the run may need.
+            time.sleep(0.02)
         began += [time.monotonic()] * (len(names) + 1 - len(began))
         lengths = [after - before for before, after in itertools.pairwise(began)]
         expected = contents(folder)

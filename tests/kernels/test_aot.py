@@ -63,6 +63,9 @@ from ppcl_kernels.matmul import Tile
 Tile.candidates = classmethod(lambda cls, target, dtype: (Tile({tile}),))
 from concurrent.futures import ThreadPoolExecutor
 aot.ProcessPoolExecutor = ThreadPoolExecutor
+# One of the four forms of the layer: they differ in what follows the product.
+every = aot.cases
+aot.cases = lambda target: iter({{case.kernel: case for case in every(target)}}.values())
 sys.exit(aot.main(["--arch", "{arch}", "--kernel", "linear", "--json"]))
 """
     done = run(script=script)
