@@ -75,7 +75,10 @@ def load(
         "local_files_only": local_files_only,
         "force_download": force_download,
     }
-    hub = {name: value for name, value in given.items() if value not in (None, False)}
+    # A token of False means: send none, not even a stored one.
+    hub = {
+        name: value for name, value in given.items() if value is not None and (value is not False or name == "token")
+    }
     source = Checkpoint(locate(path, subfolder, **hub))
     name = source.config.get("_class_name")
     family = registry.of_stock(name)

@@ -13,15 +13,27 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ppcl_rt.families import registry
 from ppcl_rt.files import one_line
+from ppcl_rt.planning.architecture import MOST_BLOCKS
+from ppcl_rt.planning.block_spec import LARGEST
 from ppcl_rt.planning.catalog import FORMAT
-from ppcl_rt.planning.frozen import first_error
+from ppcl_rt.planning.frozen import Frozen, first_error
 
 # Replacements were called "narrow" in format 1.
 _FORMAT_1 = re.compile(r"^(transformer_blocks\.\d+|students\.\d+-\d+)\.narrow\.")
+
+
+class _Shape(Frozen):
+    """The ``shape`` of a catalog of format 1; ``width`` is heads, image channels, text channels, rank."""
+
+    depth: int = Field(ge=1, le=MOST_BLOCKS)
+    dim: int = Field(ge=1, lt=LARGEST)
+    head_dim: int = Field(ge=1, lt=LARGEST)
+    width: tuple[int, int, int, int]
+    outer_params: int = Field(ge=0, lt=2**60)
 
 
 def up_to_date(catalog: Any, broken: str) -> tuple[int, dict[str, Any]]:
@@ -53,12 +65,15 @@ def current_name(stored: str, written: int) -> str:
 def _from_format_1(catalog: dict[str, Any], broken: str) -> dict[str, Any]:
     content = {**catalog, "format": FORMAT}
     shape, family = content.pop("shape", None), content.get("family")
-    if not isinstance(family, str):
-        raise ValueError(f"{broken}: family: wanted a name, not {family!r}")
+    if not isinstance(family, str) or family not in registry.names():
+        raise ValueError(f"{broken}: family: wanted one of {', '.join(registry.names())}, not {family!r}")
+    in_format_1 = getattr(registry.model_class(family), "architecture_of_format_1", None)
+    if in_format_1 is None:
+        raise ValueError(f"{broken}: format: the family {family} is younger than format 1")
     try:
-        architecture = registry.model_class(family).architecture_of_format_1(shape)
+        architecture = in_format_1(_Shape.model_validate(shape).model_dump())
     except ValidationError as error:
         raise ValueError(first_error(error, f"{broken}: shape")) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{broken}: shape: {one_line(error)}") from None
     return {**content, "architecture": architecture.model_dump(mode="json")}

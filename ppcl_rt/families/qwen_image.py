@@ -382,7 +382,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         """What the ``shape`` in a catalog of format 1 says.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no such shape.
+            ValueError: its numbers contradict each other.
         """
         heads, head_dim = shape["width"][0], shape["head_dim"]
         architecture = _architecture(shape["depth"], heads, head_dim, shape["outer_params"])

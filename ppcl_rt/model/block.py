@@ -67,8 +67,9 @@ class PluggableBlock(nn.Module):
                 for group, count in self.held.get(part.path, Width()).items():
                     counts[group] = max(counts[group], count)
         for group in self.spec.rank_groups:
-            if not counts[group]:
-                counts[group] = self.factor(self.spec.shared_factor(group)).out_features
+            shared = self.spec.shared_factor(group)
+            if not counts[group] and shared in self.replacements:
+                counts[group] = self.factor(shared).out_features
         return Width(counts)
 
     def factor(self, name: str) -> nn.Linear:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import ValidationError
 
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
@@ -17,6 +18,7 @@ from ppcl_rt.model.switching import Switching
 from ppcl_rt.model.tensors import restore
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.frozen import first_error
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import check_ratio
@@ -95,7 +97,12 @@ class CheckpointFolder(Switching):
                 raise ValueError(
                     f"{source.folder}: {name} is {list(source.shape(name))}, config.json asks for {list(tensor.shape)}"
                 )
-        architecture = cls.architecture_of(model.config, sum(tensor.numel() for tensor in outer.values()))
+        try:
+            architecture = cls.architecture_of(model.config, sum(tensor.numel() for tensor in outer.values()))
+        except ValidationError as error:
+            raise ValueError(
+                first_error(error, f"{source.folder}: config.json describes no model that can be")
+            ) from None
         catalog = source.catalog or Catalog.of_dense(cls.family, architecture)
         if catalog.family != cls.family:
             raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")

@@ -65,7 +65,8 @@ class Switching(Residency):
         Raises:
             ValueError: the plan is for another checkpoint or asks for what it does not hold.
         """
-        self._active, self._schedule = self.prepare(plan), None
+        with READING:
+            self._active, self._schedule = self.prepare(plan), None
 
     def set_schedule(self, schedule: Schedule) -> None:
         """Choose by denoising step from now on; everything that the schedule names becomes resident now.
@@ -73,10 +74,11 @@ class Switching(Residency):
         A denoising step is counted each time the timestep changes, and counting starts again when the timestep rises;
         calls at one timestep (the two halves of guidance) are one denoising step. Counts are kept per thread.
         """
-        for _, choice in schedule.phases:
-            self.prepare(self.plan_of(choice))
-        self._schedule, self._active = schedule, None
-        self._clocks.clear()
+        with READING:
+            for _, choice in schedule.phases:
+                self.prepare(self.plan_of(choice))
+            self._schedule, self._active = schedule, None
+            self._clocks.clear()
 
     @contextlib.contextmanager
     def at(self: Self, ratio: float | None = None, *, plan: Plan | None = None) -> Iterator[Self]:
@@ -111,9 +113,10 @@ class Switching(Residency):
             with READING:
                 self.make_resident(plan)
                 program = Program(plan, tuple(self._call(plan, planned) for planned in plan.blocks))
-            self._programs[plan] = program
-            while len(self._programs) > _MOST_PROGRAMS:
-                del self._programs[next(iter(self._programs))]
+                # Inside the lock: a `trim` in between would leave a program over blocks that are gone.
+                self._programs[plan] = program
+                while len(self._programs) > _MOST_PROGRAMS:
+                    del self._programs[next(iter(self._programs))]
         return program
 
     def trim(self) -> None:

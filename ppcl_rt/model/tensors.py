@@ -47,12 +47,13 @@ def rank_order(source: Checkpoint, name: str, units: int) -> torch.Tensor:
 def held_index(part: Part, counts: Width, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Which rows (or columns) of the dense part are held at some counts, in the order in which they lie in memory.
 
-    Segments keep their order, and so does what belongs to no group; the units of a segment lie in rank order.
+    Segments keep their order, and so does what belongs to no group; the units of a segment lie in rank order. A group
+    that the block does not run has no units.
     """
     pieces, end = [], 0
     for segment in part.segments:
         order = orders[segment.group]
-        units = order[: counts[segment.group], None] * segment.unit + torch.arange(segment.unit)
+        units = order[: counts.get(segment.group, 0), None] * segment.unit + torch.arange(segment.unit)
         pieces += [torch.arange(end, segment.offset), segment.offset + units.reshape(-1)]
         end = segment.offset + segment.unit * len(order)
     pieces.append(torch.arange(end, part.rows if part.axis == 0 else part.columns))
@@ -175,8 +176,9 @@ def _factors(
     not_updated: Collection[Stream],
 ) -> Iterator[Missing]:
     """The two factors of the parts of a rank group, as far as a rank needs them: first rows and first columns."""
-    rank = width[group]
-    if rank == block.spec.groups[group].count:
+    parts = [part for part in block.spec.factored_by(group) if block.spec.runs(part, not_updated)]
+    rank = width.get(group, 0)
+    if not parts or rank == block.spec.groups[group].count:
         return
     down = block.spec.shared_factor(group)
     if down not in block.replacements or block.factor(down).out_features < rank:
@@ -212,12 +214,20 @@ def assign(block: PluggableBlock, missing: Missing, tensor: torch.Tensor) -> Non
 
 
 def _keep_held(block: PluggableBlock, missing: Missing, tensor: torch.Tensor, old: torch.Tensor) -> None:
+    """Copy what is held into its place in a wider tensor, whatever the dtypes and devices of the two."""
     part = missing.part
     with torch.no_grad():
         if part is None or not has_units(part, missing.name):
             tensor[tuple(slice(size) for size in old.shape)] = old
             return
         assert part.axis is not None, "units lie along an axis"
-        new = {int(row): n for n, row in enumerate(held_index(part, missing.counts, block.orders))}
-        kept = [new[int(row)] for row in held_index(part, block.held[part.path], block.orders)]
-        tensor.index_copy_(part.axis, torch.tensor(kept, device=tensor.device), old)
+        # What is held of a segment is its first units in rank order: pieces without gaps, here as there.
+        held, here, there, end = block.held[part.path], 0, 0, 0
+        for segment in part.segments:
+            whole, units = segment.offset - end, segment.unit * held.get(segment.group, 0)
+            tensor.narrow(part.axis, there, whole + units).copy_(old.narrow(part.axis, here, whole + units))
+            here += whole + units
+            there += whole + segment.unit * missing.counts.get(segment.group, 0)
+            end = segment.offset + segment.unit * block.spec.groups[segment.group].count
+        rest = old.shape[part.axis] - here
+        tensor.narrow(part.axis, there, rest).copy_(old.narrow(part.axis, here, rest))

@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 from pydantic import Field, model_validator
 
-from ppcl_rt.planning.block_spec import BlockSpec
+from ppcl_rt.planning.block_spec import LARGEST, BlockSpec
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import Plan, text_maps
+
+# Of one list. A config or catalog that claims more is broken: everything here is kept for each block.
+MOST_BLOCKS = 10_000
 
 
 class BlockList(Frozen):
@@ -24,7 +27,7 @@ class BlockList(Frozen):
 
     path: str
     kind: str
-    depth: int = Field(ge=1)
+    depth: int = Field(ge=1, le=MOST_BLOCKS)
 
 
 class Place(NamedTuple):
@@ -46,8 +49,8 @@ class Architecture(Frozen):
 
     lists: tuple[BlockList, ...] = Field(min_length=1)
     kinds: dict[str, BlockSpec]
-    dim: int = Field(ge=1)
-    outer_params: int = Field(ge=0)
+    dim: int = Field(ge=1, lt=LARGEST)
+    outer_params: int = Field(ge=0, lt=2**60)
 
     @model_validator(mode="after")
     def _consistent(self) -> Architecture:

@@ -18,6 +18,8 @@ from ppcl_rt.planning.width import LINEAR_MAP, Width
 Stream = Literal["image", "text"]
 # What passes through a part: the tokens of a stream, of both streams together, or one vector a sample.
 Input = Literal["image", "text", "joint", "sample"]
+# Sizes stay below this: a catalog that claims more is broken, and sums of products of sizes still fit a float.
+LARGEST = 2**31
 # Streams that a block leaves as they were: none, or the text.
 ALL_UPDATED: frozenset[Stream] = frozenset()
 TEXT_NOT_UPDATED: frozenset[Stream] = frozenset({"text"})
@@ -47,7 +49,7 @@ class Group(Frozen):
         updates: the one stream that the group serves; None where it serves both.
     """
 
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, lt=LARGEST)
     mappable: bool = False
     is_rank: bool = False
     updates: Stream | None = None
@@ -69,8 +71,8 @@ class Part(Frozen):
     """
 
     path: str
-    rows: int = Field(ge=1)
-    columns: int = Field(ge=1)
+    rows: int = Field(ge=1, lt=LARGEST)
+    columns: int = Field(ge=1, lt=LARGEST)
     bias: bool = True
     axis: Literal[0, 1] | None = None
     segments: tuple[Segment, ...] = ()
@@ -123,12 +125,12 @@ class BlockSpec(Frozen):
         may_leave: streams that the block can leave as they were (PPCL eq. 8).
     """
 
-    dim: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
+    dim: int = Field(ge=1, lt=LARGEST)
+    head_dim: int = Field(ge=1, lt=LARGEST)
     heads: str | None = "heads"
     groups: dict[str, Group] = Field(min_length=1)
     parts: tuple[Part, ...]
-    other_params: int = Field(0, ge=0)
+    other_params: int = Field(0, ge=0, lt=2**60)
     may_leave: tuple[Stream, ...] = ()
 
     @model_validator(mode="after")
@@ -137,7 +139,15 @@ class BlockSpec(Frozen):
         named |= {part.factored for part in self.parts if part.factored} | ({self.heads} if self.heads else set())
         if named - set(self.groups):
             raise ValueError(f"parts name the group {min(named - set(self.groups))}, which the block has not")
+        read = {segment.group for part in self.parts if part.axis == 1 for segment in part.segments}
+        for name, group in self.groups.items():
+            if group.is_rank and not self.factored_by(name):
+                raise ValueError(f"group {name} is a rank, but no part is factored by it")
+            if not group.is_rank and name not in read:
+                raise ValueError(f"group {name} is read by no part: nothing says what its units are worth")
         for part in self.parts:
+            if part.factored and self.groups[part.factored].updates not in (None, part.updates):
+                raise ValueError(f"part {part.path} serves another stream than its group {part.factored}")
             end, length = 0, part.rows if part.axis == 0 else part.columns
             for segment in part.segments:
                 if segment.offset < end:
@@ -261,9 +271,10 @@ class BlockSpec(Frozen):
         across = part.columns if part.axis == 0 else part.rows
         total = self._whole(part) * across
         for segment in part.segments:
-            count = width[segment.group]
+            # None: the block does not run this group.
+            count = width.get(segment.group)
             if count == LINEAR_MAP:
                 total += self.dim**2 if part.axis == 1 else 0
-            else:
+            elif count is not None:
                 total += count * segment.unit * across
         return total

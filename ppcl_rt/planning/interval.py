@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# So that a length is a number that python takes for one.
+_LARGEST = 2**31
+
 
 @dataclass(frozen=True, order=True)
 class Interval:
@@ -20,8 +23,8 @@ class Interval:
     last: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first <= self.last:
-            raise ValueError(f"an interval is first..last with 0 <= first <= last, not {self}")
+        if not 0 <= self.first <= self.last < _LARGEST:
+            raise ValueError(f"an interval is first..last with 0 <= first <= last < {_LARGEST}, not {self}")
 
     def __str__(self) -> str:
         return f"{self.first}..{self.last}"

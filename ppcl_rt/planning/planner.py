@@ -153,6 +153,9 @@ class Planner:
         """Rows ``low <= sum of choices <= high`` that make a set of choices a plan."""
         rows: list[list[tuple[int, float]]] = []
         bounds: list[tuple[float, float]] = []
+        numbers: dict[tuple[_Owner, str], list[int]] = {}
+        for n, choice in enumerate(self._choices):
+            numbers.setdefault((choice.owner, choice.group), []).append(n)
         taken = {choice.owner: n for n, choice in enumerate(self._choices) if not choice.group}
 
         def over(kind: str, block: int) -> list[int]:
@@ -166,7 +169,7 @@ class Planner:
         for owner in dict.fromkeys(choice.owner for choice in self._choices if choice.group):
             block = owner.blocks.first
             for group in self._groups(owner):
-                row = [(n, 1.0) for n, c in enumerate(self._choices) if (c.owner, c.group) == (owner, group)]
+                row = [(n, 1.0) for n in numbers[owner, group]]
                 if owner.kind == "block":
                     # It runs at one count, unless a student stands in for it or it does not update the text.
                     row += [(n, 1.0) for n in (*over("student", block), *over("run", block))]

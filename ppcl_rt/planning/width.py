@@ -60,7 +60,12 @@ class Width(Mapping[str, int]):
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """JSON both ways: an object from group to count."""
         read = core_schema.no_info_after_validator_function(
-            cls, core_schema.dict_schema(core_schema.str_schema(), core_schema.int_schema(ge=0, strict=True))
+            cls,
+            core_schema.dict_schema(
+                # Names without line ends or quotes, since messages hold them.
+                core_schema.str_schema(pattern=r"^[A-Za-z0-9_]+$"),
+                core_schema.int_schema(ge=0, strict=True),
+            ),
         )
         return core_schema.json_or_python_schema(
             json_schema=read,

@@ -260,6 +260,15 @@ CATALOGS = {
     "checksum missing": change_catalog(lambda c: c["checksums"].pop("proj_out.bias")),
     "checksum wrong": change_catalog(set_at("checksums", "proj_out.bias", "0" * 64)),
     "compensated": change_catalog(set_at("compensated", True)),
+    "student at the end of numbers": change_catalog(set_at("students", 0, "interval", {"first": 0, "last": 10**30})),
+    "outer_params without end": change_catalog(set_at("architecture", "outer_params", 10**400)),
+    "depth without end": change_catalog(set_at("architecture", "lists", 0, "depth", 10**9)),
+    "a group that nothing reads": change_catalog(
+        set_at("architecture", "kinds", "two-stream", "groups", "more", {"count": 3})
+    ),
+    "a rank that factors nothing": change_catalog(
+        set_at("architecture", "kinds", "two-stream", "groups", "more", {"count": 3, "is_rank": True})
+    ),
 }
 
 
@@ -277,6 +286,7 @@ CONFIGS = {
     "num_layers 0": set_at("num_layers", 0),
     "num_layers text": set_at("num_layers", "4"),
     "num_layers fraction": set_at("num_layers", 4.0),
+    "num_layers without end": set_at("num_layers", 10**9),
     "num_layers larger": set_at("num_layers", DEPTH + 1),
     "num_layers smaller": set_at("num_layers", DEPTH - 1),
     "heads": set_at("num_attention_heads", 8),
@@ -359,6 +369,8 @@ PLANS = {
     "negative": {"blocks": [entry(-1, 0, student=True)]},
     "long teacher": {"blocks": [entry(0, 1)]},
     "width negative": {"blocks": [entry(0, 0, {**NARROW, "image": -1})]},
+    "width of two lines": {"blocks": [entry(0, 0, {**NARROW, "a\nb": 1})]},
+    "beyond all numbers": {"blocks": [entry(0, 10**30, student=True)]},
     "width a list": {"blocks": [{**entry(0, 0), "width": [1, 1, 1, 1]}]},
     "width fraction": {"blocks": [entry(0, 0, {**NARROW, "heads": 1.5})]},
     "unknown key": {"surprise": 1},

@@ -94,7 +94,11 @@ def test_the_shipped_checkpoint_is_of_format_1_and_loads():
         ({"shape": {"depth": 4, "dim": 32, "head_dim": 8, "width": [4, 128, 128], "outer_params": 1}}, "shape"),
         ({"shape": {"depth": 4, "dim": 30, "head_dim": 8, "width": [4, 128, 128, 32], "outer_params": 1}}, "shape"),
         ({"shape": {"depth": "4", "dim": 32, "head_dim": 8, "width": "wide", "outer_params": 1}}, "shape"),
-        ({"family": "unheard-of"}, "there is no family unheard-of"),
+        ({"shape": {"depth": 4, "dim": 32, "head_dim": 8, "width": [], "outer_params": 1}}, "shape"),
+        # Nothing is computed with it: that took all memory.
+        ({"shape": {"depth": 4, "dim": 32, "head_dim": 2 * 10**9, "width": ["a"], "outer_params": 1}}, "shape"),
+        ({"shape": {"depth": 4, "dim": 32, "head_dim": 8, "width": [4, 128, 128, 32], "outer_params": 1, "x": 1}}, "x"),
+        ({"family": "unheard-of"}, "unheard-of"),
         ({"family": 1}, "family"),
         ({"format": FORMAT + 1}, f"formats 1 to {FORMAT}"),
         ({"format": True}, "formats 1"),

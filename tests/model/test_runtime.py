@@ -556,3 +556,35 @@ def test_projections_lie_side_by_side(made, build_inputs, run, same, tmp_path):
     model.to(torch.float64).to(torch.float32)
     assert model.transformer_blocks[0].attn.to_k is adapted
     same(run(model, build_inputs()), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_block_grows_whatever_its_dtype(made, build_inputs, run, dtype):
+    """What a caller has cast, or casts for each layer, is kept as it is while the block grows around it."""
+    small = made.plan(PlannedBlock(interval=Interval(1, 1), width=Width(heads=2, image=33, text=65, modulation=32)))
+    model = ppcl_rt.load(made.folder, plan=small)
+    [block] = model.blocks()
+    with torch.no_grad():
+        block.attn.to_q.weight += 1
+    kept = block.attn.to_q.weight.detach().clone()
+    block.to(dtype)
+    model.set_ratio(1.0)
+    grown = model.blocks()[1].attn.to_q.weight
+    assert grown.dtype == torch.float32 and grown.shape[0] == 32
+    assert torch.equal(grown[: len(kept)], kept.to(dtype).float())
+    # The norms of the block are still as the caller cast them.
+    assert run(model.float(), build_inputs()).isfinite().all()
+
+
+def test_no_token_is_sent_where_none_is_wanted(monkeypatch):
+    """``token=False`` tells the hub's library to send no token, not even a stored one: it has to arrive there."""
+    seen = {}
+
+    def fetch(*_, **more):
+        seen.update(more)
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(ValueError, match="neither a checkpoint folder nor a hub id"):
+        ppcl_rt.load("no/such", token=False)
+    assert seen["token"] is False and "revision" not in seen and "local_files_only" not in seen

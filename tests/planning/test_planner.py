@@ -17,7 +17,7 @@ import ppcl_rt
 from ppcl_rt import Catalog, Interval, LegalCount, LegalWidths, Planner, Schedule, Student, TextRun, Width
 from ppcl_rt.families.qwen_image import block_spec
 from ppcl_rt.planning.architecture import Architecture, BlockList
-from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED
+from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED, BlockSpec, Group, Part, Segment
 
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -316,3 +316,39 @@ def test_spaced_plans_are_the_smallest_and_those_at_every_multiple():
     assert planner.plans(0.1, least_ratio=0.75) == [planner.plan(ratio) for ratio in (0.75, 8 * 0.1, 9 * 0.1, 1)]
     # Multiples that do not reach 1: the dense plan is not among them.
     assert planner.plans(0.4, least_ratio=0.5) == [planner.plan(ratio) for ratio in (0.5, 0.8)]
+
+
+def test_groups_that_a_block_does_not_run_cost_nothing():
+    """A part may pack the text MLP with q, k and v: where the text is not updated it runs without the MLP."""
+    spec = BlockSpec(
+        dim=8,
+        head_dim=4,
+        groups={"heads": Group(count=2), "text": Group(count=6, updates="text")},
+        parts=(
+            Part(
+                path="packed",
+                rows=14,
+                columns=8,
+                axis=0,
+                segments=(Segment("heads", 0, 4), Segment("text", 8, 1)),
+                stream="text",
+            ),
+            Part(path="out", name="out", rows=8, columns=8, axis=1, segments=(Segment("heads", 0, 4),), stream="text"),
+            Part(
+                path="down",
+                name="down",
+                rows=8,
+                columns=6,
+                axis=1,
+                segments=(Segment("text", 0, 1),),
+                stream="text",
+                updates="text",
+            ),
+        ),
+        may_leave=("text",),
+    )
+    width = Width(heads=2)
+    attention = 4 * 3**2 * 8
+    assert spec.flops(width, 0, 3, TEXT_NOT_UPDATED) == 2 * 3 * (8 * 8 + 8 * 8) + attention
+    assert spec.flops(spec.full, 0, 3) == 2 * 3 * (14 * 8 + 8 * 8 + 8 * 6) + attention
+    assert spec.params(width, TEXT_NOT_UPDATED) == 8 * 9 + 8 * 8 + 8

@@ -158,3 +158,20 @@ def test_flops_and_params_are_those_of_the_layers(checkpoint):
     attention = 4 * 13**2 * dim
     assert architecture.spec(5).flops(architecture.spec(5).full, 9, 4) == 13 * products + 2 * dim**2 + attention
     assert architecture.spec(0).flops(architecture.spec(0).full, 9, 4) == 13 * products + 4 * dim**2 + attention
+
+
+def test_a_block_with_packed_parts_grows_around_what_was_trained(checkpoint):
+    """Five segments of an input layer and two of an output layer: each piece stays where its units are."""
+    catalog = ppcl_rt.Checkpoint(checkpoint).catalog
+    assert catalog is not None
+    narrow = catalog.spec(5).full.replace(heads=1, joint_channels=5)
+    model = ppcl_rt.load(checkpoint, plan=catalog.compose([(5, narrow)]))
+    [block] = model.blocks()
+    before = block.joint_in.weight.detach().clone()
+    with torch.no_grad():
+        block.joint_in.weight.fill_(7)
+    model.set_ratio(1.0)
+    grown = model.blocks()[-1].joint_in.weight
+    trained = (grown == 7).all(1).nonzero()[:, 0].tolist()
+    assert trained == [*range(0, 4), *range(8, 12), *range(16, 20), *range(24, 29), *range(36, 41)]
+    assert before.shape[0] == len(trained)
