@@ -19,6 +19,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 
 
+def more(*values):
+    """Cases for `make full`: seconds each in triton's interpreter."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def kernels_of(calls):
     """Count how often each kernel runs in these block calls.
 
@@ -87,7 +92,7 @@ def both(monkeypatch, run):
     return _both
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.7, 0.35, 0.16])
+@pytest.mark.parametrize("ratio", [1.0, *more(0.7, 0.35), 0.16])
 def test_scenes(both, same, ratio):
     model = load(SCENES, ratio, dtype=torch.float32)
     call = task_of(model.catalog).example(1)
@@ -96,7 +101,7 @@ def test_scenes(both, same, ratio):
     same(got, wanted, 2e-5)
 
 
-@pytest.mark.parametrize("mask", ["none", "random", "rows", "prefix"])
+@pytest.mark.parametrize("mask", [*more("none"), "random", *more("rows"), "prefix"])
 def test_random_plans(made, build_inputs, both, same, mask):
     """LegalWidths that no tile divides, students, compensated layers, any mask of the text."""
     model = load(made.folder)
@@ -104,7 +109,7 @@ def test_random_plans(made, build_inputs, both, same, mask):
     same(*both(model, build_inputs(mask=mask)), 2e-5)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *more(1, 2)])
 def test_random_plans_with_maps_and_text_runs(mapped, build_inputs, both, same, seed):
     """Linear maps, modulations of low rank, text that is not updated."""
     model = load(mapped.folder)
