@@ -20,8 +20,8 @@ SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 
 
 def more(*values):
-    """Cases for `make full`: seconds each in triton's interpreter."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Cases for `make full`, where each takes seconds in triton's interpreter; on a GPU all are quick."""
+    return [pytest.param(value, marks=() if DEVICE == "cuda" else pytest.mark.slow) for value in values]
 
 
 def kernels_of(calls):
@@ -92,7 +92,7 @@ def both(monkeypatch, run):
     return _both
 
 
-@pytest.mark.parametrize("ratio", [1.0, *more(0.7, 0.35), 0.16])
+@pytest.mark.parametrize("ratio", [*more(1.0, 0.7, 0.35), 0.16])
 def test_scenes(both, same, ratio):
     model = load(SCENES, ratio, dtype=torch.float32)
     call = task_of(model.catalog).example(1)
