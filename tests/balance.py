@@ -14,47 +14,71 @@ APART = ("kernels/test_aot.py", "kernels/test_kernels.py", "laws/test_backends.p
 # Groups of ten seconds and more on one core, longest first, so that two workers end together: a long group that starts
 # last runs while the other worker has nothing left. The order of all other groups does not matter.
 FIRST = (
-    "laws/test_laws.py",
     "train/engine/test_distributed.py",
-    "train/engine/test_trust.py",
     "train/compare/test_compare.py",
-    "train/families/test_qwen_run.py",
-    "kernels/test_fit.py",
+    "cli/test_cli.py",
+    "train/engine/test_trust.py",
+    "laws/test_laws.py",
     "kernels/test_aot.py::test_every_kernel_compiles",
     "kernels/test_aot.py::test_finds_fault",
-    "cli/test_cli.py",
-    "laws/test_backends.py::test_compiles_without_a_break",
-    "laws/test_backends.py::test_scenes",
+    "train/families/test_qwen_run.py",
     "train/test_train.py",
+    "kernels/test_fit.py",
+    "bench/test_bench.py",
+    "model/test_runtime.py",
+    "laws/test_backends.py::test_compiles_without_a_break",
+    "train/data/test_data.py",
 )
-# What `make quick` leaves out: two seconds and more for one case on one core, or a run in processes of its own. All of
-# these run in `make test`.
+# What `make quick` leaves out, and `make test` runs: cases of 1.5 seconds and more on one core, and tests that start
+# processes.
 NOT_QUICK = frozenset(
     {
+        "test_a_cache_that_is_killed_ends_with_the_same_bytes",
+        "test_a_checkpoint_draws_scenes_into_a_cache",
         "test_a_comparison_goes_on_where_it_was_killed",
+        "test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps",
+        "test_a_plan_for_another_checkpoint_is_refused",
+        "test_adapters_and_hooks_are_called",
         "test_compiles_without_a_break",
-        "test_every_kernel_compiles",
+        "test_edit_model",
+        "test_eval_writes_what_it_promises",
         "test_every_kernel_is_checked_and_is_fit",
         "test_everything_is_measured_but_what_fails_and_is_killed",
         "test_faults_are_named_and_left_out",
-        "test_finds_fault",
-        "test_kills_leave_the_bytes_of_a_run_that_nothing_disturbed",
+        "test_fine_tuning_lowers_the_loss_of_eq_2",
+        "test_gates_learn_to_keep_the_block_that_matters",
+        "test_growing",
+        "test_half_precision",
+        "test_judge_passes_every_ground_truth",
+        "test_judge_refuses_shuffled_captions",
         "test_killed_midway_leaves_what_it_has",
+        "test_kills_leave_the_bytes_of_a_run_that_nothing_disturbed",
+        "test_maps_and_low_ranks_by_the_law",
+        "test_memory_is_that_of_a_teacher_pass_and_one_student_whatever_their_number",
+        "test_narrow_is_stock_with_columns_zeroed",
         "test_no_driver_without_a_gpu",
         "test_ours_runs_the_pipeline_with_the_steps_of_all",
+        "test_parent_of_the_races_leaves_cuda_alone",
+        "test_qkv_sampled",
+        "test_random_plans_with_maps_and_text_runs",
         "test_random_plans_with_maps_grow_and_count_what_they_hold",
+        "test_sample_is_fixed_by_its_seed_and_differs_with_the_ratio",
+        "test_sample_takes_a_plan",
+        "test_save_and_load",
+        "test_scenes",
         "test_the_installed_program_runs",
+        "test_the_reference_distils_for_the_stated_steps",
+        "test_the_reference_selects_exactly_what_eq_5_finds_from_the_first_block",
         "test_the_shipped_checkpoint",
+        "test_training_brings_the_prediction_nearer_to_the_teachers",
         "test_trouble_of_the_sanitizer_is_laid_to_no_kernel",
         "test_two_hundred_plans_from_one_model",
     }
 )
-# The same for whole files, whose tests share a run that takes longer than they do.
-NOT_QUICK_FILES = (
-    "train/engine/test_distributed.py",
-    "train/families/test_qwen_run.py",
-    "kernels/test_prepared.py",
-)
+# Whole files that compile or start processes in most tests.
+NOT_QUICK_FILES = ("kernels/test_aot.py", "train/engine/test_distributed.py")
+# All tests that need one of these: whole training runs, and every form of every kernel.
+NOT_QUICK_FIXTURES = frozenset({"finished", "launches"})
 
 
 def place_of(nodeid: str) -> tuple[str, str]:
@@ -70,7 +94,7 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--quick``: one case of each test function that takes less than two seconds."""
+    """``--quick``: one case of each test function that takes less than 1.5 seconds."""
     parser.addoption("--quick", action="store_true", help="one case of each test function, without the long ones")
 
 
@@ -80,6 +104,7 @@ def _leave_out_long(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         path, function = place_of(item.nodeid)
         long = path in NOT_QUICK_FILES or function in NOT_QUICK or item.get_closest_marker("slow")
+        long = long or NOT_QUICK_FIXTURES & set(getattr(item, "fixturenames", ()))
         (left_out if long or (path, function) in begun else kept).append(item)
         begun.add((path, function))
     config.hook.pytest_deselected(items=left_out)

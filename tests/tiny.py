@@ -24,6 +24,8 @@ TINY = with_changes(
         "recover.steps": 6,
         "recover.batch": 4,
         "width.ranks": [5, 2],
+        "width.heads": [0.5],
+        "width.channels": [0.5],
         "width.samples": 48,
         "measure.samples": 8,
         "batch": 16,
