@@ -32,7 +32,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) tests
 
-# One case of each test function that takes less than 1.5 seconds: the loop of a day, a minute on two cores.
+# One case of each test function that takes less than a second or so: the loop of a day, a minute on two cores.
 quick: $(VENV)/installed
 	$(PYTEST) --quick tests
 
