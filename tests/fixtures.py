@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import QwenImageTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from PIL import Image
 from torch import nn
@@ -55,6 +56,14 @@ CONFIG = {
     "joint_attention_dim": 16,
     "axes_dims_rope": (2, 2, 4),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_attention_backend() -> Iterator[None]:
+    """``model.set_attention_backend`` of diffusers sets the backend of the whole process: it ends with the test."""
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry._active_backend = before
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -47,6 +47,12 @@ sampled = settings(
     suppress_health_check=list(HealthCheck),
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Of large matrices of cases: half precision in `make full`.
+matrix_dtypes = pytest.mark.parametrize(
+    "dtype",
+    [DTYPES[0], *(pytest.param(dtype, marks=() if CUDA else pytest.mark.slow) for dtype in DTYPES[1:])],
+    ids=str,
+)
 paths = pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
 MARGIN = 64
 
@@ -161,7 +167,7 @@ def modulation(batch: int, width: int, seed: int, dtype: torch.dtype, chunk: int
 # Adaptive LayerNorm and the gated residual.
 
 
-@dtypes
+@matrix_dtypes
 @pytest.mark.parametrize("indexed", [False, True], ids=["sample", "token"])
 @pytest.mark.parametrize(
     ("tokens", "width", "rows"),
@@ -181,7 +187,7 @@ def test_ada_layer_norm(dtype, indexed, tokens, width, rows):
     close(y, pk.ada_layer_norm_reference(*double((x, scale, shift)), index), terms=2 * width)
 
 
-@dtypes
+@matrix_dtypes
 @pytest.mark.parametrize("indexed", [False, True], ids=["sample", "token"])
 @pytest.mark.parametrize(
     ("tokens", "width", "cols"),
@@ -361,7 +367,7 @@ def test_mlp(channels, dtype):
 
 @pytest.mark.parametrize("text", [0, 5])
 @paths
-@dtypes
+@matrix_dtypes
 def test_mlp_streams(text, tma, dtype):
     """Two streams that keep different counts, all channels where no count is given, tiles passed by name."""
     groups = [
@@ -445,7 +451,7 @@ def test_qkv_forms(norms, biases, rope, text_queries):
         check_qkv(streams, 2, 16)
 
 
-@dtypes
+@matrix_dtypes
 @paths
 @pytest.mark.parametrize(
     ("head_dim", "parts"), [(16, 1), (24, 2), (64, 1), (64, 2), (64, 4), (24, None)], ids=lambda value: str(value)
@@ -502,7 +508,7 @@ def raw_heads(tokens, heads, head_dim, dtype, seed, queries=True):
     return q if queries else None, k, v
 
 
-@dtypes
+@matrix_dtypes
 @pytest.mark.parametrize(
     ("head_dim", "rope"), zip((8, 16, 24, 64, 128), ("table", "none", "pairs", "doubled", "table"))
 )

@@ -149,6 +149,7 @@ def test_training_brings_the_prediction_nearer_to_the_teachers(entry_of):
     assert losses[1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_ours_runs_the_pipeline_with_the_steps_of_all(entry_of):
     model = METHODS["ours"](entry_of("ours"))
     assert model.catalog.ratio(model.plan) <= 0.6
@@ -270,6 +271,7 @@ def test_a_model_that_cannot_be_is_said_to_be_none(entry_of, monkeypatch):
         METHODS["eq5"](entry_of("eq5-small"))
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_killed(teacher_file, tmp_path, monkeypatch):
     methods = ("eq5", "drop", "random")
     whole = compare.compare(TINY, tmp_path / "whole", teacher_file, methods)

@@ -171,6 +171,7 @@ def test_only_the_main_process_logs(trained, tmp_path_factory):
         assert not list((root / name).rglob("*.partial")) and not (root / name / "states").exists()
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_in_two_processes_and_recovers_what_one_does(tmp_path):
     """Every stage up to recovery, whose batch of three is shared unevenly; and recovery again in one process."""
     changes = {
