@@ -6,6 +6,7 @@ have no costly fixture of their own: there, the cases of one test function share
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -132,8 +133,19 @@ def _leave_out_long(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = kept
 
 
+def _mark_more_of_a_matrix(items: list[pytest.Item]) -> None:
+    """Leave float16 by pointers to `make full`: `make test` has float32 by pointers, and both by descriptors."""
+    for item in items:
+        case = item.callspec.params if hasattr(item, "callspec") else {}
+        if str(case.get("dtype")) == "torch.float16" and case.get("tma") is False:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort the longest groups to the front."""
+    # On a GPU the kernels' tests are quick.
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _mark_more_of_a_matrix(items)
     if config.getoption("--quick"):
         _leave_out_long(config, items)
     rank = {name: number for number, name in enumerate(FIRST)}

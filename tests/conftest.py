@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 import pytest
 from balance import pytest_addoption, pytest_collection_modifyitems, pytest_xdist_make_scheduler
 
-__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure", "pytest_xdist_make_scheduler"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_collection_finish",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_unconfigure",
+    "pytest_xdist_make_scheduler",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -16,3 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     config.pluginmanager.register(importlib.import_module("fixtures"), "fixtures of ppcl")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later garbage collection: two million objects that stay."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter collect everything as it ends."""
+    gc.unfreeze()

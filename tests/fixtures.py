@@ -34,6 +34,7 @@ from torch import nn
 import ppcl_rt
 from ppcl_rt.cli import main as cli
 from ppcl_rt.families.qwen_image import block_spec
+from ppcl_rt.ops.operation import drop_prepared_calls
 from ppcl_rt.planning.plan import text_maps
 
 HEADS, HEAD_DIM, DEPTH = 4, 8, 4
@@ -64,6 +65,12 @@ def own_attention_backend() -> Iterator[None]:
     before = _AttentionBackendRegistry._active_backend
     yield
     _AttentionBackendRegistry._active_backend = before
+
+
+@pytest.fixture(autouse=True)
+def chosen_anew() -> None:
+    """Choose implementations anew: else a test runs what an earlier test prepared, whatever it asks for."""
+    drop_prepared_calls()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -101,7 +101,7 @@ def test_scenes(both, same, ratio):
     same(got, wanted, 2e-5)
 
 
-@pytest.mark.parametrize("mask", [*more("none"), "random", *more("rows"), "prefix"])
+@pytest.mark.parametrize("mask", [*more("none"), "random", *more("rows", "prefix")])
 def test_random_plans(made, build_inputs, both, same, mask):
     """LegalWidths that no tile divides, students, compensated layers, any mask of the text."""
     model = load(made.folder)

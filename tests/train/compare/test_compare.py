@@ -42,6 +42,8 @@ TINY = with_changes(
         "recover.steps": 3,
         "recover.kept_steps": 2,
         "recover.batch": 4,
+        "width.heads": [0.5],
+        "width.channels": [0.5],
         "width.samples": 48,
         "measure.samples": 8,
         "batch": 16,
