@@ -15,7 +15,7 @@ from ppcl_rt.model.graphs import Mode
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.ops import Streams
-from ppcl_rt.planning.architecture import Architecture, BlockList
+from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
@@ -130,6 +130,7 @@ __all__ = [
     "Student",
     "TextRun",
     "TextRunRole",
+    "Tokens",
     "Width",
     "__version__",
     "load",

@@ -337,6 +337,7 @@ def _make_checkpoint(
     architecture = ppcl_rt.PPCLQwenImageTransformer2DModel.architecture_of(stock.config, outer)
     catalog = ppcl_rt.Catalog(
         family="qwen-image",
+        reference=ppcl_rt.Tokens(16, 7),
         architecture=architecture,
         blocks=tuple(_random_widths(rng, groups) for _ in range(architecture.depth)),
         students=tuple(listed),

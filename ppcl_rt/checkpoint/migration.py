@@ -5,7 +5,8 @@ keeps loading. Files are never rewritten for it: a catalog is migrated as it is 
 they have in their files (`current_name` says what they are called now).
 
 Format 1 (until 2026-11) knew one family. Its catalog held ``shape`` (depth, dim, head_dim, width, outer_params) where
-format 2 holds ``architecture``, and widths as lists of four counts.
+format 2 holds ``architecture``, and widths as lists of four counts. Format 2 named no reference shape, and its
+checksums were of bytes alone.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ def up_to_date(catalog: Any, broken: str) -> tuple[int, dict[str, Any]]:
     written = catalog.get("format", 1)
     if not isinstance(written, int) or isinstance(written, bool) or not 1 <= written <= FORMAT:
         raise ValueError(f"{broken}: format: this program reads formats 1 to {FORMAT}, not {written!r}")
-    return written, _from_format_1(catalog, broken) if written == 1 else catalog
+    if written == FORMAT:
+        return written, catalog
+    family = catalog.get("family")
+    if not isinstance(family, str) or family not in registry.names():
+        raise ValueError(f"{broken}: family: wanted one of {', '.join(registry.names())}, not {family!r}")
+    content = _from_format_1(catalog, family, broken) if written == 1 else catalog
+    return written, {**content, "format": FORMAT, "reference": registry.reference(family), "checksums_of": "bytes"}
 
 
 def current_name(stored: str, written: int) -> str:
@@ -62,11 +69,9 @@ def current_name(stored: str, written: int) -> str:
     return _FORMAT_1.sub(r"\1.replacements.", stored) if written == 1 else stored
 
 
-def _from_format_1(catalog: dict[str, Any], broken: str) -> dict[str, Any]:
-    content = {**catalog, "format": FORMAT}
-    shape, family = content.pop("shape", None), content.get("family")
-    if not isinstance(family, str) or family not in registry.names():
-        raise ValueError(f"{broken}: family: wanted one of {', '.join(registry.names())}, not {family!r}")
+def _from_format_1(catalog: dict[str, Any], family: str, broken: str) -> dict[str, Any]:
+    content = dict(catalog)
+    shape = content.pop("shape", None)
     in_format_1 = getattr(registry.model_class(family), "architecture_of_format_1", None)
     if in_format_1 is None:
         raise ValueError(f"{broken}: format: the family {family} is younger than format 1")

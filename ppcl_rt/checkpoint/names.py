@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import torch
 
@@ -13,7 +14,11 @@ INDEX = f"{WEIGHTS}.index.json"
 CATALOG_KEY = "_ppcl"
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
+def digest(tensor: torch.Tensor, of: Literal["bytes", "tensors"] = "tensors") -> str:
+    """SHA-256 of a tensor: of its dtype, its shape and its bytes, or of its bytes alone (`Catalog.checksums_of`)."""
     held = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(held.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    sha = hashlib.sha256()
+    if of == "tensors":
+        sha.update(f"{held.dtype} {list(held.shape)}\n".encode())
+    sha.update(held.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

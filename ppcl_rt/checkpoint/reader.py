@@ -143,7 +143,7 @@ class Checkpoint:
                 tensor: torch.Tensor = file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
-        if self.catalog is not None and digest(tensor) != self.catalog.checksums[stored]:
+        if self.catalog is not None and digest(tensor, self.catalog.checksums_of) != self.catalog.checksums[stored]:
             raise ValueError(f"{path}: {stored} was altered since the catalog was made: fetch it again")
         return tensor
 

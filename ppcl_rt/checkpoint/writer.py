@@ -36,7 +36,8 @@ def write_checkpoint(
     """
     folder = Path(folder)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    catalog = catalog.model_copy(update={"checksums": {name: digest(tensor) for name, tensor in held.items()}})
+    checksums = {name: digest(tensor) for name, tensor in held.items()}
+    catalog = catalog.model_copy(update={"checksums": checksums, "checksums_of": "tensors"})
     # A copy would keep what it had cached of the old checksums.
     catalog = Catalog.model_validate(catalog.model_dump())
     with replacing_folder(folder, _is_of_a_checkpoint) as partial:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+# 1024 x 1024 pixels in patches of 16 x 16, and as many words as the large models take.
+_LARGE = (4096, 512)
+
 
 class Registered(NamedTuple):
     """A family.
@@ -19,11 +22,13 @@ class Registered(NamedTuple):
             a family that can be run but not trained.
         stock: name of the diffusers class, as ``config.json`` has it; empty for a task that trains the model of another
             family, which alone is found by that name.
+        reference: (image, text) tokens of the sample at which a ratio counts FLOPs.
     """
 
     model: str
     training: str = ""
     stock: str = ""
+    reference: tuple[int, int] = _LARGE
 
 
 _FAMILIES: dict[str, Registered] = {
@@ -36,13 +41,14 @@ _FAMILIES: dict[str, Registered] = {
     "scenes": Registered(
         model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
         training="ppcl_train.families.scenes:Scenes",
+        reference=(16, 7),
     ),
 }
 
 
-def register(name: str, model: str, training: str = "", stock: str = "") -> None:
+def register(name: str, model: str, training: str = "", stock: str = "", reference: tuple[int, int] = _LARGE) -> None:
     """Add a family, or replace one; see `Registered`."""
-    _FAMILIES[name] = Registered(model, training, stock)
+    _FAMILIES[name] = Registered(model, training, stock, reference)
 
 
 def names() -> tuple[str, ...]:
@@ -70,6 +76,15 @@ def training(name: str) -> Any:
         raise ValueError(f"the family {name} can be run, but nothing says how to train it")
     found = _load(path)
     return found() if isinstance(found, type) else found
+
+
+def reference(name: str) -> tuple[int, int]:
+    """(image, text) tokens of the sample at which a family's ratios count FLOPs.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    return _find(name).reference
 
 
 def of_stock(class_name: object) -> Any:

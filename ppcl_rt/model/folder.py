@@ -11,12 +11,14 @@ from pydantic import ValidationError
 
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
+from ppcl_rt.families import registry
 from ppcl_rt.files import one_line
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.residency import READING
 from ppcl_rt.model.switching import Switching
 from ppcl_rt.model.tensors import restore
 from ppcl_rt.model.validation import Shapes, check_tensors
+from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.frozen import first_error
 from ppcl_rt.planning.interval import Interval
@@ -103,7 +105,7 @@ class CheckpointFolder(Switching):
             raise ValueError(
                 first_error(error, f"{source.folder}: config.json describes no model that can be")
             ) from None
-        catalog = source.catalog or Catalog.of_dense(cls.family, architecture)
+        catalog = source.catalog or Catalog.of_dense(cls.family, architecture, Tokens(*registry.reference(cls.family)))
         if catalog.family != cls.family:
             raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
         if catalog.architecture != architecture:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_rt.families import registry
 from ppcl_rt.model.block import NotLoaded, PluggableBlock
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
 from ppcl_rt.ops.packing import pack
-from ppcl_rt.planning.architecture import Architecture
+from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import Stream
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
@@ -87,7 +88,8 @@ class Residency(nn.Module):
         if self._catalog is None:
             inside = {id(p) for block in self.resident_blocks() for p in block.parameters()}
             outer = sum(p.numel() for p in self.parameters() if id(p) not in inside)
-            self._catalog = Catalog.of_dense(self.family, self.architecture_of(self.config, outer))
+            reference = Tokens(*registry.reference(self.family))
+            self._catalog = Catalog.of_dense(self.family, self.architecture_of(self.config, outer), reference)
         return self._catalog
 
     def blocks(self) -> tuple[Any, ...]:

@@ -37,6 +37,13 @@ class Place(NamedTuple):
     number: int
 
 
+class Tokens(NamedTuple):
+    """Tokens of one sample: the shape at which FLOPs are counted and milliseconds measured."""
+
+    image: int
+    text: int
+
+
 class Architecture(Frozen):
     """The dense model.
 

@@ -7,11 +7,11 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ppcl_rt.planning.architecture import Architecture
+from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED, BlockSpec
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_rt.planning.interval import Interval
@@ -21,7 +21,10 @@ from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 # The version of the JSON form. It rises when an older reader would misread a catalog; `ppcl_rt.checkpoint.migration`
 # brings older catalogs up to it.
-FORMAT = 2
+FORMAT = 3
+
+# Tokens of a stream at a reference shape; more is a broken catalog, and FLOPs would not fit a float.
+MOST_TOKENS = 2**24
 
 Chosen = TypeVar("Chosen", Student, TextRun)
 
@@ -35,26 +38,41 @@ class Catalog(Frozen):
     Attributes:
         family: name of the model family (`ppcl_rt.families.registry`).
         architecture: of the dense model.
+        reference: tokens of the sample at which a ratio counts FLOPs.
         blocks: legal widths of each teacher block.
         students: what can stand in for which interval; intervals may overlap, a plan takes disjoint ones.
         text_runs: where the text stream need not be updated; likewise.
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
             Linear maps for MLPs and modulations of a lower rank always do where they are legal.
         edges: timesteps that bound the bands that losses are divided into, from 0 to 1; none where they are not.
-        checksums: SHA-256 of every tensor's bytes, by its name in the file.
+        checksums: SHA-256 of every tensor, by its name in the file.
+        checksums_of: what they are made of: a tensor's bytes alone (formats 1 and 2), or its dtype and shape too.
+        base_model: the model that this one was made from, as its hub names it; None where it was made from nothing.
+        license: of the weights, as its SPDX identifier.
         task: how to sample and judge, for checkpoints of a task that the project can judge: ``{"name": ..., ...}``.
     """
 
     format: int = Field(FORMAT, ge=FORMAT, le=FORMAT)
     family: str
     architecture: Architecture
+    reference: Tokens
     blocks: tuple[LegalWidths, ...]
     students: tuple[Student, ...] = ()
     text_runs: tuple[TextRun, ...] = ()
     compensated: bool = False
     edges: tuple[float, ...] = ()
     checksums: dict[str, str] = Field(default_factory=dict)
+    checksums_of: Literal["bytes", "tensors"] = "tensors"
+    base_model: str | None = Field(None, max_length=200)
+    license: str | None = Field(None, max_length=100)
     task: dict[str, Any] | None = None
+
+    @field_validator("reference")
+    @classmethod
+    def _some_tokens(cls, reference: Tokens) -> Tokens:
+        if not all(1 <= tokens <= MOST_TOKENS for tokens in reference):
+            raise ValueError(f"the reference shape has 1 to {MOST_TOKENS} tokens of each stream, not {reference}")
+        return reference
 
     @model_validator(mode="after")
     def _fits_the_architecture(self) -> Catalog:
@@ -99,10 +117,10 @@ class Catalog(Frozen):
         return self
 
     @classmethod
-    def of_dense(cls, family: str, architecture: Architecture) -> Catalog:
+    def of_dense(cls, family: str, architecture: Architecture, reference: Tokens) -> Catalog:
         """The catalog of a stock checkpoint: everything, or nothing."""
         blocks = (LegalWidths.only(architecture.spec(n).full) for n in range(architecture.depth))
-        return cls(family=family, architecture=architecture, blocks=tuple(blocks))
+        return cls(family=family, architecture=architecture, reference=reference, blocks=tuple(blocks))
 
     @cached_property
     def fingerprint(self) -> str:

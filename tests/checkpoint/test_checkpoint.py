@@ -14,6 +14,7 @@ import ppcl_rt
 from ppcl_rt import Plan
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS
 from ppcl_rt.families.qwen_image import block_spec
+from ppcl_rt.planning.catalog import FORMAT
 
 DEPTH = 4
 FULL = block_spec(dim=32, heads=4, head_dim=8).full
@@ -235,7 +236,7 @@ CATALOGS = {
     "outer_params": change_catalog(set_at("architecture", "outer_params", 7)),
     "count of heads": change_catalog(set_at("architecture", "kinds", "two-stream", "groups", "heads", "count", 8)),
     "family": change_catalog(set_at("family", "flux")),
-    "format": change_catalog(set_at("format", 3)),
+    "format": change_catalog(set_at("format", FORMAT + 1)),
     "format 0": change_catalog(set_at("format", 0)),
     "format text": change_catalog(set_at("format", "2")),
     "unknown key": change_catalog(set_at("surprise", 1)),

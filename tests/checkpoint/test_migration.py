@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import ppcl_rt
 from ppcl_rt.checkpoint import migration
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, WEIGHTS
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, WEIGHTS, digest
 from ppcl_rt.planning.catalog import FORMAT
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
@@ -38,7 +38,8 @@ def as_format_1(folder: Path) -> None:
         "outer_params": architecture["outer_params"],
     }
     catalog["format"] = 1
-    catalog["checksums"] = {old(name): digest for name, digest in catalog["checksums"].items()}
+    del catalog["reference"], catalog["checksums_of"]
+    catalog["checksums"] = {old(name): digest(tensor, "bytes") for name, tensor in tensors.items()}
     (folder / CONFIG).write_text(json.dumps(config))
 
 

@@ -491,6 +491,7 @@ def test_catalog_json_round_trip(losses, outer, task):
     student = ppcl_rt.Student(interval=Interval(0, 1), start="last", loss=losses[5], widths=widths[0])
     catalog = ppcl_rt.Catalog(
         family="qwen-image",
+        reference=ppcl_rt.Tokens(16, 7),
         architecture=ppcl_rt.PPCLQwenImageTransformer2DModel.architecture_of(
             {"num_layers": 2, "num_attention_heads": HEADS, "attention_head_dim": 8}, outer
         ),

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ppcl_rt
 from ppcl_rt import Catalog, Interval, LegalCount, LegalWidths, Planner, Schedule, Student, TextRun, Width
 from ppcl_rt.families.qwen_image import block_spec
-from ppcl_rt.planning.architecture import Architecture, BlockList
+from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED, BlockSpec, Group, Part, Segment
 
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -59,6 +59,7 @@ def random_catalog(rng: np.random.Generator, depth: int, students: int, losses: 
     runs = [long[n] for n in sorted(rng.permutation(len(long))[:students])]
     return Catalog(
         family="qwen-image",
+        reference=Tokens(16, 7),
         architecture=architecture(depth, full, 8, outer_params=int(rng.integers(0, 20000))),
         blocks=tuple(widths() for _ in range(depth)),
         students=tuple(Student(interval=i, start="first", loss=loss(), widths=widths()) for i in chosen),
@@ -165,6 +166,7 @@ def test_a_plan_is_found_at_its_own_ratio(seed):
 
     catalog = Catalog(
         family="qwen-image",
+        reference=Tokens(16, 7),
         architecture=architecture(4, full, 128, outer_params=10**7),
         blocks=tuple(widths() for _ in range(4)),
         students=(Student(interval=Interval(1, 2), start="first", loss=0.7, widths=widths()),),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppcl_rt import Architecture, BlockList, Catalog, Interval, LegalWidths, Student
+from ppcl_rt import Architecture, BlockList, Catalog, Interval, LegalWidths, Student, Tokens
 from ppcl_rt.families.qwen_image import block_spec
 from ppcl_train.closed_form.block_statistics import BlockStatistics
 from ppcl_train.closed_form.least_squares import LeastSquares
@@ -206,6 +206,7 @@ def catalog_of(depth=12):
     )
     return Catalog(
         family="qwen-image",
+        reference=Tokens(16, 7),
         architecture=architecture,
         blocks=(widths,) * depth,
         students=tuple(students),

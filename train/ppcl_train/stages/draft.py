@@ -11,6 +11,8 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import LINEAR_MAP, BlockSpec, Catalog, Interval, LegalCount, LegalWidths, Student, TextRun
+from ppcl_rt.families import registry
+from ppcl_rt.planning.architecture import Tokens
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
@@ -68,6 +70,7 @@ def write_draft(
     catalog = Catalog(
         family=teacher.family,
         architecture=architecture,
+        reference=Tokens(*registry.reference(run.task)),
         blocks=tuple(widths[architecture.kind(n)] for n in range(architecture.depth)),
         students=tuple(
             Student(interval=i, start=starts[i], loss=_UNMEASURED, widths=widths[architecture.kind(i.first)])
