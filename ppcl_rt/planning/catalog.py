@@ -17,6 +17,7 @@ from ppcl_rt.planning.frozen import Frozen
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.legal import LegalWidths, Student, TextRun
 from ppcl_rt.planning.plan import Plan, PlannedBlock
+from ppcl_rt.planning.sketch import Sketch
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 # The version of the JSON form. It rises when an older reader would misread a catalog; `ppcl_rt.checkpoint.migration`
@@ -45,6 +46,7 @@ class Catalog(Frozen):
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
             Linear maps for MLPs and modulations of a lower rank always do where they are legal.
         edges: timesteps that bound the bands that losses are divided into, from 0 to 1; none where they are not.
+        sketch: of what each choice changes (`ppcl_rt.planning.sketch`); None where there is none.
         checksums: SHA-256 of every tensor, by its name in the file.
         checksums_of: what they are made of: a tensor's bytes alone (formats 1 and 2), or its dtype and shape too.
         base_model: the model that this one was made from, as its hub names it; None where it was made from nothing.
@@ -61,6 +63,7 @@ class Catalog(Frozen):
     text_runs: tuple[TextRun, ...] = ()
     compensated: bool = False
     edges: tuple[float, ...] = ()
+    sketch: Sketch | None = None
     checksums: dict[str, str] = Field(default_factory=dict)
     checksums_of: Literal["bytes", "tensors"] = "tensors"
     base_model: str | None = Field(None, max_length=200)
@@ -114,6 +117,8 @@ class Catalog(Frozen):
         for parts in self._all_bands():
             if len(parts) != len(self.edges) - 1 or not all(0 <= p < math.inf for p in parts):
                 raise ValueError(f"a loss has the parts {parts} in {len(self.edges) - 1} bands of the timestep")
+        if self.sketch is not None and self.sketch.bands != len(self.edges) - 1:
+            raise ValueError(f"the sketch has {self.sketch.bands} bands, losses have {len(self.edges) - 1}")
         return self
 
     @classmethod

@@ -1,0 +1,155 @@
+"""Sketches of what each choice changes: what a planner needs to know of interactions. Plain data, no torch.
+
+With ``D_i`` the change of the guided prediction that choice ``i`` makes alone, weighted so that ``|D_i|^2`` is its
+loss, the loss of a plan is about ``|sum D_i|^2``: choices add up, or cancel out. A count sketch keeps inner products:
+every coordinate of ``D_i`` (sample, token, channel) is added, with a random sign, to one bucket of ``size``. The
+coordinates of one band of the timestep go to buckets of that band alone, so a slice of a row is the sketch of a band.
+
+A checkpoint holds two independent sketches: one to plan with, and one to score plans with, whose errors the planner
+cannot have exploited. Rows are stored with unit norm, since float16 could not hold their range; catalogs hold the
+losses that scale them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ppcl_rt.planning.frozen import Frozen
+from ppcl_rt.planning.interval import Interval
+
+if TYPE_CHECKING:
+    from ppcl_rt.planning.catalog import Catalog
+    from ppcl_rt.planning.legal import LegalWidths
+
+# Names of the tensors ``[choices, size]`` of a checkpoint, float16 with rows of norm 1.
+PLAN, SCORE = TENSORS = ("sketches.plan", "sketches.score")
+
+# A size beyond this is a broken catalog.
+MOST_BUCKETS = 2**20
+
+
+class Sketch(Frozen):
+    """What the sketches of a checkpoint are.
+
+    Attributes:
+        seed: decides buckets and signs.
+        size: buckets, the numbers of a row.
+        bands: of the timestep; each has an equal share of the buckets, in order.
+    """
+
+    seed: int = Field(ge=0, lt=2**63)
+    size: int = Field(ge=1, le=MOST_BUCKETS)
+    bands: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _a_bucket_for_each(self) -> Sketch:
+        if self.size < self.bands:
+            raise ValueError(f"{self.size} buckets cannot be shared by {self.bands} bands")
+        return self
+
+    def slice(self, band: int) -> slice:
+        """The buckets of a band."""
+        return slice(band * self.size // self.bands, (band + 1) * self.size // self.bands)
+
+
+class Choice(NamedTuple):
+    """One choice of a catalog, and so one row of a sketch.
+
+    Attributes:
+        kind: what is changed; a narrower count of a student's group is a choice of the student.
+        interval: of the block, the student or the text run.
+        group: the group that is narrowed; empty for a student at full width and for a text run.
+        units: the count that the group is narrowed to, with ``group`` alone.
+    """
+
+    kind: Literal["block", "student", "text_run"]
+    interval: Interval
+    group: str = ""
+    units: int = 0
+
+
+class Measured(NamedTuple):
+    """A choice with its loss, and the parts of it in each band of the timestep."""
+
+    choice: Choice
+    loss: float
+    bands: tuple[float, ...]
+
+
+def measured(catalog: Catalog) -> Iterator[Measured]:
+    """Yield all choices of a catalog in the order of the rows, with their losses.
+
+    First come the narrower counts of every block, group by group; then every student at full width, followed by its
+    own narrower counts; then the text runs.
+    """
+
+    def narrower(kind: Literal["block", "student"], interval: Interval, widths: LegalWidths) -> Iterator[Measured]:
+        for group in widths.groups:
+            for count in widths.of(group)[1:]:
+                yield Measured(Choice(kind, interval, group, count.units), count.loss, count.bands)
+
+    for number, widths in enumerate(catalog.blocks):
+        yield from narrower("block", Interval(number, number), widths)
+    for student in catalog.students:
+        yield Measured(Choice("student", student.interval), student.loss, student.bands)
+        yield from narrower("student", student.interval, student.widths)
+    for run in catalog.text_runs:
+        yield Measured(Choice("text_run", run.interval), run.loss, run.bands)
+
+
+def choices(catalog: Catalog) -> Iterator[Choice]:
+    """Yield all choices of a catalog in the order of the rows (`measured`)."""
+    return (each.choice for each in measured(catalog))
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Rows whose squared norms are the losses of choices, in the order of `choices`.
+
+    Attributes:
+        rows: ``[choices, size]`` float64.
+    """
+
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, unit_rows: np.ndarray, catalog: Catalog, band: int | None = None) -> Sketches:
+        """Scale the rows of a checkpoint by the losses of its catalog.
+
+        Args:
+            unit_rows: ``[choices, size]``, as stored.
+            band: keep only this band of the timestep, whose part of the loss a row's squared norm then is.
+
+        Raises:
+            ValueError: there are more or fewer rows than choices, or the catalog knows of no sketch.
+        """
+        found = list(measured(catalog))
+        sketch = catalog.sketch
+        if sketch is None or unit_rows.shape != (len(found), sketch.size):
+            wanted = None if sketch is None else (len(found), sketch.size)
+            raise ValueError(f"the catalog's sketches are {wanted}, not {unit_rows.shape}")
+        rows = unit_rows.astype(np.float64)
+        losses = np.array([each.loss if band is None else each.bands[band] for each in found])
+        if band is not None:
+            rows = rows[:, sketch.slice(band)]
+        norms = np.linalg.norm(rows, axis=1)
+        # Rounding to float16 moved the norms by up to 5e-4.
+        return cls(rows * (np.sqrt(losses) / np.where(norms > 0, norms, 1.0))[:, None])
+
+
+def select(rows: np.ndarray, old: Catalog, new: Catalog) -> np.ndarray:
+    """Keep the rows of the choices that a smaller catalog has, in its order.
+
+    Args:
+        rows: ``[choices of the old catalog, size]``.
+
+    Raises:
+        KeyError: the new catalog has a choice that the old one had not.
+    """
+    places = {choice: number for number, choice in enumerate(choices(old))}
+    return rows[[places[choice] for choice in choices(new)]]
