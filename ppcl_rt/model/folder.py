@@ -19,11 +19,11 @@ from ppcl_rt.model.switching import Switching
 from ppcl_rt.model.tensors import restore
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning.architecture import Tokens
+from ppcl_rt.planning.budget import check_ratio
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.frozen import first_error
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import Plan, PlannedBlock
-from ppcl_rt.planning.planner import check_ratio
 from ppcl_rt.planning.width import Width
 
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})

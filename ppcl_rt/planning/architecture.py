@@ -38,10 +38,16 @@ class Place(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens of one sample: the shape at which FLOPs are counted and milliseconds measured."""
+    """What a forward runs on: the shape at which FLOPs are counted and milliseconds measured.
+
+    Attributes:
+        image, text: tokens of a sample.
+        batch: samples.
+    """
 
     image: int
     text: int
+    batch: int = 1
 
 
 class Architecture(Frozen):
@@ -98,6 +104,10 @@ class Architecture(Frozen):
         """Parameters of a text run's maps."""
         return len(self.run_maps(run)) * self.dim * (self.dim + 1)
 
+    def run_flops(self, run: Interval, text_tokens: int) -> int:
+        """Floating-point operations of a text run's maps, for one sample."""
+        return 2 * text_tokens * self.dim**2 * len(self.run_maps(run))
+
     @cached_property
     def dense_params(self) -> int:
         """Parameters of the dense model."""
@@ -116,5 +126,10 @@ class Architecture(Frozen):
             self.spec(b.interval.first).flops(b.width, image_tokens, text_tokens, plan.not_updated(b))
             for b in plan.blocks
         )
-        total += sum(2 * text_tokens * self.dim**2 * len(self.run_maps(run)) for run in plan.text_runs)
+        total += sum(self.run_flops(run, text_tokens) for run in plan.text_runs)
         return batch * total
+
+    def dense_flops(self, tokens: Tokens) -> int:
+        """Floating-point operations of the dense blocks, one forward."""
+        image, text, batch = tokens
+        return batch * sum(self.spec(n).flops(self.spec(n).full, image, text) for n in range(self.depth))

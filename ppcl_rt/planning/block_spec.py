@@ -250,10 +250,13 @@ class BlockSpec(Frozen):
     def flops(
         self, width: Width, image_tokens: int, text_tokens: int, not_updated: Collection[Stream] = ALL_UPDATED
     ) -> int:
-        """Floating-point operations (2 a multiply-add) of a block's products and attention, for one sample."""
+        """Floating-point operations (2 a multiply-add) of a block's products and attention, for one sample.
+
+        Like parameters, a sum over groups: those of no group at all, and what each group adds to them.
+        """
         both = image_tokens + text_tokens
         tokens = {"image": image_tokens, "text": text_tokens, "joint": both, "sample": 1}
-        total = 4 * both**2 * width[self.heads] * self.head_dim if self.heads else 0
+        total = 4 * both**2 * width.get(self.heads, 0) * self.head_dim if self.heads else 0
         shared: set[str] = set()
         for part in self._parts(not_updated):
             products = self._products(part, width, first=part.factored not in shared)
@@ -262,16 +265,18 @@ class BlockSpec(Frozen):
         return total
 
     def _products(self, part: Part, width: Width, first: bool) -> int:
-        """Multiply-adds of a part for one token; the factor that parts share counts with the ``first`` of them."""
+        """Multiply-adds of a part for one token; the factor that parts share counts with the ``first`` of them.
+
+        A group that ``width`` does not name is not run.
+        """
         if part.factored:
-            rank = width[part.factored]
+            rank = width.get(part.factored, 0)
             if rank == self.groups[part.factored].count:
                 return part.rows * part.columns
             return rank * (part.rows + (part.columns if first else 0))
         across = part.columns if part.axis == 0 else part.rows
         total = self._whole(part) * across
         for segment in part.segments:
-            # None: the block does not run this group.
             count = width.get(segment.group)
             if count == LINEAR_MAP:
                 total += self.dim**2 if part.axis == 1 else 0

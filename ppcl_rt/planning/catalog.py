@@ -30,6 +30,20 @@ MOST_TOKENS = 2**24
 Chosen = TypeVar("Chosen", Student, TextRun)
 
 
+class MeasuredPlan(Frozen):
+    """A plan that was measured as a whole, after it was planned.
+
+    Attributes:
+        choices: what it takes, other than full counts: numbers in the order of `sketch.choices`, ascending.
+        loss: its velocity error.
+        bands: as in `LegalCount`.
+    """
+
+    choices: tuple[int, ...]
+    loss: float = Field(ge=0, allow_inf_nan=False)
+    bands: tuple[float, ...] = ()
+
+
 class Catalog(Frozen):
     """What a checkpoint can do. Travels inside the checkpoint, in ``config.json``.
 
@@ -43,6 +57,7 @@ class Catalog(Frozen):
         blocks: legal widths of each teacher block.
         students: what can stand in for which interval; intervals may overlap, a plan takes disjoint ones.
         text_runs: where the text stream need not be updated; likewise.
+        frontier: measured plans, from which the planner takes the best that fits a budget.
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
             Linear maps for MLPs and modulations of a lower rank always do where they are legal.
         edges: timesteps that bound the bands that losses are divided into, from 0 to 1; none where they are not.
@@ -61,6 +76,7 @@ class Catalog(Frozen):
     blocks: tuple[LegalWidths, ...]
     students: tuple[Student, ...] = ()
     text_runs: tuple[TextRun, ...] = ()
+    frontier: tuple[MeasuredPlan, ...] = ()
     compensated: bool = False
     edges: tuple[float, ...] = ()
     sketch: Sketch | None = None
@@ -223,8 +239,10 @@ class Catalog(Frozen):
                 raise ValueError(f"{where}: {group} comes at full rank and up to {highest}, not at {width[group]}")
 
     def ratio(self, plan: Plan) -> float:
-        """Parameters of a plan over parameters of the dense model."""
-        return self.architecture.params(plan) / self.architecture.dense_params
+        """The larger of a plan's share of the dense parameters and of the dense FLOPs at the reference shape."""
+        image, text, batch = self.reference
+        flops = self.architecture.flops(plan, image, text, batch) / self.architecture.dense_flops(self.reference)
+        return max(self.architecture.params(plan) / self.architecture.dense_params, flops)
 
     def loss(self, plan: Plan) -> float:
         """Predicted loss: the sum of what each choice alone loses (NaN where the plan takes what was not measured)."""
@@ -248,6 +266,7 @@ class Catalog(Frozen):
                 yield from (count.bands for count in widths.of(group)[1:])
         yield from (student.bands for student in self.students)
         yield from (run.bands for run in self.text_runs)
+        yield from (plan.bands for plan in self.frontier)
 
     def band(self, timestep: float) -> int:
         """The band, from 0, that a timestep lies in.
@@ -284,6 +303,7 @@ class Catalog(Frozen):
                 "blocks": tuple(map(widths_there, self.blocks)),
                 "students": tuple(map(there, self.students)),
                 "text_runs": tuple(map(there, self.text_runs)),
+                "frontier": tuple(p.model_copy(update={"loss": p.bands[band]}) for p in self.frontier),
             }
         )
 

@@ -160,7 +160,7 @@ class BlockTimes:
         Raises:
             ValueError: a count lies outside of what was measured.
         """
-        kind, whole = _kind(not_updated), self._whole(not_updated)
+        kind, whole = _kind(not_updated), self.whole(not_updated)
         total = self._curve(kind, next(iter(whole)))[next(iter(whole.values()))]
         return total + sum(self.change(group, width[group], not_updated) for group in whole)
 
@@ -194,10 +194,20 @@ class BlockTimes:
         Raises:
             ValueError: a block needs what was not measured.
         """
-        total = self._only("outer").ms
+        total = self.outer_ms
         total += sum(self.ms(block.width, plan.not_updated(block)) for block in plan.blocks)
         maps = sum(len(text_maps(run, plan.depth)) for run in plan.text_runs)
-        return total + (maps * self._only("map").ms if maps else 0.0)
+        return total + (maps * self.map_ms if maps else 0.0)
+
+    @property
+    def outer_ms(self) -> float:
+        """Milliseconds of all that is outside of blocks."""
+        return self._only("outer").ms
+
+    @property
+    def map_ms(self) -> float:
+        """Milliseconds of one map of a text run."""
+        return self._only("map").ms
 
     def counts(self, group: str) -> Sequence[int]:
         """Return the counts at which a group was measured, ascending."""
@@ -209,7 +219,8 @@ class BlockTimes:
                 return row
         raise ValueError(f"no row of kind {kind} was measured at {self.shape}")
 
-    def _whole(self, not_updated: Collection[Stream]) -> Width:
+    def whole(self, not_updated: Collection[Stream] = ALL_UPDATED) -> Width:
+        """The full width of a block that leaves some streams as they were."""
         return Width({group: self.spec.full[group] for group in self.spec.groups_without(not_updated)})
 
     @cached_property
@@ -220,7 +231,7 @@ class BlockTimes:
     def _curve(self, kind: Kind, group: str) -> dict[int, float]:
         """Milliseconds by count where all else is full, on the clock of the full block's own row."""
         rows = [(row, row.width) for row in self.rows if row.kind == kind and row.width is not None]
-        whole = self._whole(TEXT_NOT_UPDATED if kind == "text_not_updated" else ALL_UPDATED)
+        whole = self.whole(TEXT_NOT_UPDATED if kind == "text_not_updated" else ALL_UPDATED)
         points = {
             width[group]: row.ms / row.full_ms * self._full_ms
             for row, width in rows

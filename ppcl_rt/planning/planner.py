@@ -1,101 +1,110 @@
-"""The planner: the plan with the least predicted loss within a budget of parameters, exactly.
+"""The planner: the plan with the least predicted loss within budgets.
 
-A multiple-choice knapsack with interval students and text runs, solved as a mixed-integer program. For every group of
-every block one of its counts is taken, unless a student stands in for the block. A student that is taken has counts of
-its own, and so has a block that does not update the text stream. The predicted loss is the sum of what each choice
-alone was measured to lose.
+A multiple-choice knapsack with interval students and text runs, solved as a mixed-integer program. Without sketches of
+what choices change, the predicted loss is the sum of what each choice alone was measured to lose, and the plan is the
+best there is. With sketches it is |sum of changes|^2 (`Interactions`), a quadratic form that the solver cannot minimise
+at these sizes: it solves linear programs on marginal losses, one after the other, and then exchanges counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 
-from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED, Stream
+from ppcl_rt.planning.budget import Limit, check_ratio, ratio_limits
 from ppcl_rt.planning.catalog import Catalog
-from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.legal import LegalWidths
-from ppcl_rt.planning.plan import Plan, PlannedBlock
-from ppcl_rt.planning.width import Width
+from ppcl_rt.planning.choices import Choices
+from ppcl_rt.planning.costs import Cost, Flops, Params
+from ppcl_rt.planning.interactions import Interactions
+from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.sketch import Sketches
+from ppcl_rt.planning.solver import minimise
 
 # HiGHS meets a row up to 1e-6 of its scale, so a plan may come out that much over budget; then it is asked for less.
 _ROW_TOLERANCE = 1e-6
 _TRIES = 8
-# It also takes solutions for equal whose objectives differ by less than 1e-6: losses are scaled up to be told apart.
-_OBJECTIVE_SCALE = 1e6
-
-
-class _Owner(NamedTuple):
-    """What a choice is about: a block, a block that does not update the text, a student or a text run."""
-
-    kind: Literal["block", "text not updated", "student", "run"]
-    blocks: Interval
-
-    @property
-    def not_updated(self) -> frozenset[Stream]:
-        return TEXT_NOT_UPDATED if self.kind == "text not updated" else ALL_UPDATED
-
-
-class _Choice(NamedTuple):
-    """A binary variable: ``owner`` runs a group at a count; or (``group`` is empty) a student or text run is taken."""
-
-    owner: _Owner
-    group: str
-    units: int
-    params: int
-    loss: float
+# Linear programs on marginal losses that are solved for one plan. They stand still or go round after two or three.
+_MARGINAL_PROGRAMS = 4
+# How exactly a linear program is solved, as a share of the loss: to the end up to so many choices. Beyond them (60
+# blocks have some 5,000) a proof that nothing is better takes seconds. Programs on marginal losses are only steps.
+_EXACT_CHOICES = 2000
+_GAP = 5e-3
+# A budget is often a product of floats, such as a ratio of the dense cost: equal within rounding is within it.
+_ROUNDING = 1e-12
 
 
 class Planner:
-    """Plans for one catalog; answers are remembered, so asking twice costs a look-up."""
+    """Plans for one catalog; answers are remembered, so asking twice costs a look-up.
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
-        self._choices = list(self._list_choices())
-        self._rules = self._one_of_each()
+    Args:
+        catalog: what there is to choose from.
+        sketches: returns the two sketches as stored (`sketch.TENSORS`); called when they are needed. Without it, losses
+            add up.
+        band: go by the losses in this band of the timestep; None for those over all.
+    """
+
+    def __init__(
+        self, catalog: Catalog, sketches: Callable[[], Sequence[np.ndarray]] | None = None, band: int | None = None
+    ) -> None:
+        self.catalog = catalog if band is None else catalog.near(band)
+        # Rows are scaled by the losses of the whole catalog.
+        self._whole, self._sketches, self._band = catalog, sketches, band
+        self._choices = Choices(catalog)
         self._remembered = lru_cache(maxsize=1024)(self._plan)
         self._near: dict[int, Planner] = {}
 
-    def plan(self, ratio: float, timestep: float | None = None) -> Plan:
-        """The best plan of at most ``ratio`` times the dense model's parameters; ratio 1 is the dense plan.
+    def plan(self, budget: float | tuple[Limit, ...], timestep: float | None = None) -> Plan:
+        """The plan with the least predicted loss within a budget; the dense plan wherever it fits.
+
+        A checkpoint whose frontier was measured (`Catalog.frontier`) answers with the best plan of it that fits: a
+        larger budget never gets a worse plan. Where none fits, and for other checkpoints, the plan is made here.
 
         Args:
+            budget: a ratio, or limits (`Budget.limits`), which hold all at once.
             timestep: in [0, 1], 1 is noise: go by the losses near it, not by those over all (`Catalog.band`).
 
         Raises:
-            ValueError: ``ratio`` is not in (0, 1], or below what the smallest plan needs; or as `Catalog.band`.
+            ValueError: a ratio is not in (0, 1], or no plan is within the budget; or as `Catalog.band`.
         """
-        if timestep is None:
-            return self._remembered(check_ratio(ratio))
-        band = self.catalog.band(timestep)
-        if band not in self._near:
-            self._near[band] = Planner(self.catalog.near(band))
-        return self._near[band].plan(ratio)
+        if timestep is not None:
+            return self.near(self.catalog.band(timestep)).plan(budget)
+        if not isinstance(budget, tuple):
+            ratio = check_ratio(budget)
+            try:
+                return self._remembered(ratio_limits(self.catalog, ratio))
+            except _NoneFits:
+                raise ValueError(
+                    f"ratio {ratio:g} is below the smallest plan of this checkpoint, {self.smallest_in_digits:.4f}"
+                ) from None
+        try:
+            return self._remembered(budget)
+        except _NoneFits:
+            raise ValueError(self._why_none(budget)) from None
 
-    def _plan(self, ratio: float) -> Plan:
-        if ratio == 1:
-            return self.catalog.dense
-        losses = np.array([choice.loss for choice in self._choices])
-        budget = room = ratio * self.catalog.architecture.dense_params
-        for _ in range(_TRIES):
-            taken = self._solve(losses, room)
-            if taken is None:
-                break
-            plan = self._assemble(taken)
-            excess = self.catalog.architecture.params(plan) - budget
-            # The budget is a product of floats; the count of a plan is a whole number.
-            if excess <= 0.5:
-                return plan
-            room -= max(2 * excess, 2 * _ROW_TOLERANCE * max(choice.params for choice in self._choices))
-        raise ValueError(
-            f"ratio {ratio:g} is below the smallest plan of this checkpoint, {self.smallest_in_digits:.4f}"
-        )
+    def near(self, band: int) -> Planner:
+        """The planner of a band of the timestep."""
+        if band not in self._near:
+            self._near[band] = Planner(self.catalog, self._sketches, band)
+        return self._near[band]
+
+    def loss(self, plan: Plan) -> float:
+        """Predicted loss of a plan: |sum of changes|^2 where there are sketches, else the sum of losses.
+
+        NaN where the plan takes what was not measured.
+        """
+        if self._forms is None:
+            return self.catalog.loss(plan)
+        try:
+            return self._forms[1].loss(self._choices.taken(plan))
+        except ValueError:
+            return math.nan
+
+    # Many plans.
 
     def plans(self, spacing: float, least_ratio: float = 0.0) -> list[Plan]:
         """The best plans at evenly spaced ratios: first the smallest plan, then one at each multiple of ``spacing``.
@@ -108,128 +117,182 @@ class Planner:
         multiples = (n * spacing for n in range(1, round(1 / spacing) + 1))
         return [self.plan(ratio) for ratio in [smallest, *(ratio for ratio in multiples if smallest < ratio <= 1)]]
 
+    def frontier(self, spacing: float, others: float) -> list[Plan]:
+        """Plans for every budget, made without a look at `Catalog.frontier`: what is measured to become it.
+
+        Args:
+            spacing: between ratios.
+            others: between shares of the dense parameters alone, and of the dense FLOPs alone.
+        """
+        catalog = self.catalog
+        params, flops = Params(), Flops(catalog.reference)
+        dense = catalog.architecture.dense_params, catalog.architecture.dense_flops(catalog.reference)
+        found: dict[Plan, None] = {}
+        for step, costs in ((spacing, (params, flops)), (others, (params,)), (others, (flops,))):
+            of = [dict(zip((params, flops), dense, strict=True))[cost] for cost in costs]
+            least = self._least_share(costs, of)
+            shares = [least, *(n * step for n in range(1, round(1 / step)) if n * step > least)]
+            before = None
+            for share in shares:
+                limits = tuple(Limit(cost, share * whole) for cost, whole in zip(costs, of, strict=True))
+                taken = self._solve_within(limits, before)
+                if taken is not None:
+                    found.setdefault(self._choices.plan(taken))
+                    before = taken
+        found.setdefault(catalog.dense)
+        return list(found)
+
+    # The least that can be.
+
     @property
     def smallest_in_digits(self) -> float:
         """`smallest`, rounded up to four digits: a ratio that a message can name and `plan` can meet."""
         return math.ceil(self.smallest * 1e4) / 1e4
 
-    @property
+    @cached_property
     def smallest(self) -> float:
-        """Ratio of the plan with the fewest parameters."""
-        taken = self._solve(np.array([float(choice.params) for choice in self._choices]), math.inf)
-        assert taken is not None, "without a budget there is always a plan"
-        return self.catalog.ratio(self._assemble(taken))
+        """The least ratio that a plan has."""
+        limits = ratio_limits(self.catalog, 1.0)
+        return self._least_share([limit.cost for limit in limits], [limit.most for limit in limits])
 
-    def _list_choices(self) -> Iterator[_Choice]:
-        catalog = self.catalog
+    def least(self, cost: Cost) -> float:
+        """The least that a plan costs."""
+        return self._least_share([cost], [1.0])
 
-        def counts(owner: _Owner, widths: LegalWidths) -> Iterator[_Choice]:
-            spec = catalog.spec(owner.blocks.first)
-            # What a block costs at any width is counted with its first group: exactly one count of it is taken.
-            fixed = 0 if owner.kind == "student" else spec.fixed_params(owner.not_updated)
-            groups = self._groups(owner)
-            for group in groups:
-                for units, loss, _ in widths.of(group):
-                    params = spec.group_params(group, units, owner.not_updated)
-                    yield _Choice(owner, group, units, params + (fixed if group == groups[0] else 0), loss)
-
-        for n, widths in enumerate(catalog.blocks):
-            yield from counts(_Owner("block", Interval(n, n)), widths)
-        for n in sorted({n for run in catalog.text_runs for n in run.interval if n != run.interval.first}):
-            yield from counts(_Owner("text not updated", Interval(n, n)), catalog.blocks[n])
-        for student in catalog.students:
-            owner = _Owner("student", student.interval)
-            fixed = catalog.spec(student.interval.first).fixed_params()
-            yield _Choice(owner, "", 0, fixed, student.loss)
-            yield from counts(owner, student.widths)
-        for run in catalog.text_runs:
-            params = catalog.architecture.run_params(run.interval)
-            yield _Choice(_Owner("run", run.interval), "", 0, params, run.loss)
-
-    def _groups(self, owner: _Owner) -> tuple[str, ...]:
-        return self.catalog.spec(owner.blocks.first).groups_without(owner.not_updated)
-
-    def _one_of_each(self) -> LinearConstraint:
-        """Rows ``low <= sum of choices <= high`` that make a set of choices a plan."""
-        rows: list[list[tuple[int, float]]] = []
-        bounds: list[tuple[float, float]] = []
-        numbers: dict[tuple[_Owner, str], list[int]] = {}
-        for n, choice in enumerate(self._choices):
-            numbers.setdefault((choice.owner, choice.group), []).append(n)
-        taken = {choice.owner: n for n, choice in enumerate(self._choices) if not choice.group}
-
-        def over(kind: str, block: int) -> list[int]:
-            """Students or runs that a block is part of; of runs, those in which it does not update the text."""
-            return [
-                n
-                for owner, n in taken.items()
-                if owner.kind == kind and block in owner.blocks and (kind == "student" or block != owner.blocks.first)
-            ]
-
-        for owner in dict.fromkeys(choice.owner for choice in self._choices if choice.group):
-            block = owner.blocks.first
-            for group in self._groups(owner):
-                row = [(n, 1.0) for n in numbers[owner, group]]
-                if owner.kind == "block":
-                    # It runs at one count, unless a student stands in for it or it does not update the text.
-                    row += [(n, 1.0) for n in (*over("student", block), *over("run", block))]
-                elif owner.kind == "text not updated":
-                    row += [(n, -1.0) for n in over("run", block)]
-                else:
-                    row.append((taken[owner], -1.0))
-                rows.append(row)
-                bounds.append((1.0, 1.0) if owner.kind == "block" else (0.0, 0.0))
-        for run in self.catalog.text_runs:
-            # The block that a run begins with computes its text: no student, and no other run over it.
-            block, me = run.interval.first, taken[_Owner("run", run.interval)]
-            for other in (*over("student", block), *over("run", block)):
-                rows.append([(me, 1.0), (other, 1.0)])
-                bounds.append((0.0, 1.0))
-            for other_run in self.catalog.text_runs:
-                if other_run.interval.first == block and other_run.interval > run.interval:
-                    rows.append([(me, 1.0), (taken[_Owner("run", other_run.interval)], 1.0)])
-                    bounds.append((0.0, 1.0))
-        entries = [(i, column, value) for i, row in enumerate(rows) for column, value in row]
-        i, columns, values = zip(*entries, strict=True)
-        matrix = csr_array((values, (i, columns)), shape=(len(rows), len(self._choices)))
-        return LinearConstraint(matrix, *map(np.array, zip(*bounds, strict=True)))
-
-    def _solve(self, objective: np.ndarray, budget: float) -> list[_Choice] | None:
-        params = np.array([[float(choice.params) for choice in self._choices]])
-        room = budget - self.catalog.architecture.outer_params
-        # Scaled, so that the solver's absolute tolerances mean the same for any model.
-        scale = params.max()
+    def _least_share(self, costs: Sequence[Cost], of: Sequence[float]) -> float:
+        """The least share that a plan has of amounts of several costs at once: the larger of its shares."""
+        # One more variable, the share, which no cost exceeds.
+        rows, outer = [], []
+        for cost, whole in zip(costs, of, strict=True):
+            rows.append([*(self._choices.costs(cost) / whole), -1.0])
+            outer.append(-cost.outer(self.catalog.architecture) / whole)
+        rules = self._choices.rules
+        none = csr_array((rules.A.shape[0], 1))
+        count = len(self._choices)
         answer = milp(
-            objective * (_OBJECTIVE_SCALE / max(objective.max(), 1e-300)),
-            constraints=[self._rules, LinearConstraint(csr_array(params / scale), -np.inf, room / scale)],
-            integrality=np.ones(len(self._choices)),
-            bounds=Bounds(0, 1),
+            np.array([*np.zeros(count), 1.0]),
+            constraints=[
+                LinearConstraint(hstack([rules.A, none]), rules.lb, rules.ub),
+                LinearConstraint(np.array(rows), -np.inf, np.array(outer)),
+            ],
+            integrality=np.array([*np.ones(count), 0.0]),
+            bounds=Bounds(np.array([*np.zeros(count), -np.inf]), np.array([*np.ones(count), np.inf])),
             options={"mip_rel_gap": 0.0},
         )
-        if answer.x is None:
+        assert answer.x is not None, "without a budget there is always a plan"
+        plan = self._choices.plan(np.flatnonzero(answer.x[:-1] > 0.5))
+        architecture = self.catalog.architecture
+        return max(cost.of(architecture, plan) / whole for cost, whole in zip(costs, of, strict=True))
+
+    def _why_none(self, limits: tuple[Limit, ...]) -> str:
+        for cost, most in limits:
+            if most < (least := self.least(cost)) * (1 - _ROUNDING):
+                return f"no plan of this checkpoint keeps within {most:.6g} {cost.unit}: the least is {least:.6g}"
+        wanted = " and ".join(f"{most:.6g} {cost.unit}" for cost, most in limits)
+        share = self._least_share([limit.cost for limit in limits], [limit.most for limit in limits])
+        return f"no plan of this checkpoint keeps within {wanted} at once: the least is {share:.4g} times all of them"
+
+    # One plan.
+
+    def _plan(self, limits: tuple[Limit, ...]) -> Plan:
+        architecture = self.catalog.architecture
+        if all(_within(cost.of(architecture, self.catalog.dense), most) for cost, most in limits):
+            return self.catalog.dense
+        if (measured := self._of_frontier(limits)) is not None:
+            return measured
+        taken = self._solve_within(limits)
+        if taken is None:
+            raise _NoneFits
+        return self._choices.plan(taken)
+
+    def _of_frontier(self, limits: tuple[Limit, ...]) -> Plan | None:
+        """The plan of the measured frontier that loses least within limits."""
+        fits = np.ones(len(self.catalog.frontier), dtype=bool)
+        for cost, most in limits:
+            fits &= self._frontier_costs(cost) <= most * (1 + _ROUNDING)
+        if not fits.any():
             return None
-        return [choice for choice, value in zip(self._choices, answer.x, strict=True) if value > 0.5]
+        losses = np.where(fits, [measured.loss for measured in self.catalog.frontier], np.inf)
+        return self._frontier_plans[int(losses.argmin())]
 
-    def _assemble(self, taken: list[_Choice]) -> Plan:
-        widths: dict[_Owner, dict[str, int]] = {}
-        for choice in taken:
-            if choice.group:
-                widths.setdefault(choice.owner, {})[choice.group] = choice.units
-        blocks = [
-            PlannedBlock(interval=owner.blocks, width=Width(counts), student=owner.kind == "student")
-            for owner, counts in widths.items()
-        ]
-        runs = [choice.owner.blocks for choice in taken if choice.owner.kind == "run"]
-        catalog = self.catalog
-        return catalog.check(Plan.of(catalog.fingerprint, catalog.architecture.depth, (), blocks, runs))
+    @cached_property
+    def _frontier_plans(self) -> list[Plan]:
+        return [self._choices.of_rows(each.choices) for each in self.catalog.frontier]
+
+    @cached_property
+    def _frontier_costs(self) -> Callable[[Cost], np.ndarray]:
+        def costs(cost: Cost) -> np.ndarray:
+            return np.array([cost.of(self.catalog.architecture, plan) for plan in self._frontier_plans])
+
+        return lru_cache(maxsize=64)(costs)
+
+    def _solve_within(self, limits: tuple[Limit, ...], known: np.ndarray | None = None) -> np.ndarray | None:
+        """The best set of choices that was found within limits; None where there is none.
+
+        Args:
+            known: a set within the limits, which the answer is no worse than.
+        """
+        choices = self._choices
+        linear = self._linear(choices.losses, limits, 0.0 if len(choices) <= _EXACT_CHOICES else _GAP)
+        if linear is None or self._forms is None:
+            return linear if linear is not None else known
+        planning, scoring = self._forms
+        costs = np.array([choices.costs(cost) for cost, _ in limits])
+        outer = np.array([cost.outer(self.catalog.architecture) for cost, _ in limits])
+        room = np.array([most for _, most in limits]) * (1 + _ROUNDING) - outer
+        found = [linear, *(planning.improve(start, costs, room) for start in (linear, known) if start is not None)]
+        best = min(found, key=planning.loss)
+        for _ in range(_MARGINAL_PROGRAMS):
+            step = self._linear(planning.marginal(best), limits, _GAP)
+            if step is None or any(np.array_equal(step, other) for other in found):
+                break
+            found += [step, planning.improve(step, costs, room)]
+            if planning.loss(found[-1]) >= planning.loss(best):
+                break
+            best = found[-1]
+        if known is not None:
+            found.append(known)
+        return min(found, key=scoring.loss)
+
+    def _linear(self, objective: np.ndarray, limits: tuple[Limit, ...], gap: float) -> np.ndarray | None:
+        """The set of choices with the least sum of ``objective`` within limits; None where there is none."""
+        architecture = self.catalog.architecture
+        rows, most, scales = [], [], []
+        for cost, budget in limits:
+            row = self._choices.costs(cost)
+            # Scaled, so that the solver's absolute tolerances mean the same for any model.
+            scales.append(np.abs(row).max())
+            rows.append(row / scales[-1])
+            most.append((budget - cost.outer(architecture)) / scales[-1])
+        room = np.array(most)
+        for _ in range(_TRIES):
+            taken = minimise(objective, self._choices.rules, np.array(rows), room, gap)
+            if taken is None:
+                return None
+            excess = np.array([row[taken].sum() for row in rows]) - most
+            if (excess <= _ROUNDING * np.maximum(np.abs(most), 1.0)).all():
+                return taken
+            room = room - np.where(excess > 0, np.maximum(2 * excess, 2 * _ROW_TOLERANCE), 0.0)
+        return None
+
+    @cached_property
+    def _forms(self) -> tuple[Interactions, Interactions] | None:
+        """What plans are improved by, and what they are scored by; None where there are no sketches."""
+        if self._sketches is None:
+            return None
+        rows = self._choices.rows
+
+        def form(unit_rows: np.ndarray) -> Interactions:
+            scaled = Sketches.of(unit_rows, self._whole, self._band).rows
+            return Interactions(self._choices, np.where(rows[:, None] >= 0, scaled[rows], 0.0))
+
+        planning, scoring = map(form, self._sketches())
+        return planning, scoring
 
 
-def check_ratio(ratio: float) -> float:
-    """Return the ratio as a float.
+class _NoneFits(Exception):
+    """No plan is within the limits."""
 
-    Raises:
-        ValueError: not a number in (0, 1].
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise ValueError(f"a ratio is a number above 0 and up to 1 (parameters kept / parameters), not {ratio!r}")
-    return float(ratio)
+
+def _within(cost: float, most: float) -> bool:
+    return cost <= most * (1 + _ROUNDING)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from pydantic import field_validator
 
+from ppcl_rt.planning.budget import check_ratio
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_rt.planning.plan import Plan
-from ppcl_rt.planning.planner import Planner, check_ratio
+from ppcl_rt.planning.planner import Planner
 
 
 class Schedule(Frozen):

@@ -18,6 +18,8 @@ from ppcl_rt import Catalog, Interval, LegalCount, LegalWidths, Planner, Schedul
 from ppcl_rt.families.qwen_image import block_spec
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED, BlockSpec, Group, Part, Segment
+from ppcl_rt.planning.budget import Limit
+from ppcl_rt.planning.costs import Params
 
 seeded = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -90,43 +92,53 @@ def runs_beside(catalog: Catalog, students: list[Interval]) -> Iterator[list[Tex
                 yield list(runs)
 
 
-def all_plans(catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters and predicted loss of every plan there is."""
-    whole, params, losses = catalog.architecture, [], []
+def all_plans(catalog: Catalog) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parameters, FLOPs at the reference shape and predicted loss of every plan there is."""
+    whole, found = catalog.architecture, []
+    image, text, _ = catalog.reference
+
+    def costs(spec: BlockSpec, not_updated, **counts: int) -> np.ndarray:
+        params = spec.fixed_params(not_updated) + sum(spec.group_params(g, n, not_updated) for g, n in counts.items())
+        return np.array([params, spec.flops(Width(counts), image, text, not_updated)])
+
     for students in coverings(catalog):
         kept = [n for n in range(whole.depth) if not any(n in interval for interval in students)]
         for runs in runs_beside(catalog, students):
             skipping = {block for run in runs for block in run.interval if block != run.interval.first}
             runnable = [(catalog.blocks[n], TEXT_NOT_UPDATED if n in skipping else ALL_UPDATED) for n in kept]
             runnable += [(catalog.student(interval).widths, ALL_UPDATED) for interval in students]
-            total = np.array([whole.outer_params + sum(whole.run_params(run.interval) for run in runs)])
+            total = np.array([[whole.outer_params + sum(whole.run_params(run.interval) for run in runs)]])
+            total = np.append(total, [[sum(whole.run_flops(run.interval, text) for run in runs)]], 0)
             lost = np.array([sum(catalog.student(i).loss for i in students) + sum(run.loss for run in runs)])
             for widths, not_updated in runnable:
                 spec = whole.spec(0)
-                total = total + spec.fixed_params(not_updated)
+                fixed = costs(spec, not_updated)
+                total = total + fixed[:, None]
                 for group in spec.groups_without(not_updated):
-                    counts = [spec.group_params(group, n, not_updated) for n, *_ in widths.of(group)]
-                    total = np.add.outer(total, counts).ravel()
+                    counts = [costs(spec, not_updated, **{group: n}) - fixed for n, *_ in widths.of(group)]
+                    total = (total[:, :, None] + np.array(counts).T[:, None]).reshape(2, -1)
                     lost = np.add.outer(lost, [legal.loss for legal in widths.of(group)]).ravel()
-            params.append(total)
-            losses.append(lost)
-    return np.concatenate(params), np.concatenate(losses)
+            found.append((*total, lost))
+    params, flops, losses = (np.concatenate(column) for column in zip(*found, strict=True))
+    return params, flops, losses
 
 
 def check_exact(catalog: Catalog, ratios: np.ndarray) -> None:
-    planner, (params, losses) = Planner(catalog), all_plans(catalog)
-    dense = catalog.architecture.dense_params
-    assert losses.min() == 0 and params[losses.argmin()] == dense
-    assert planner.smallest == params.min() / dense
+    planner, (params, flops, losses) = Planner(catalog), all_plans(catalog)
+    dense, dense_flops = catalog.architecture.dense_params, catalog.architecture.dense_flops(catalog.reference)
+    full = losses.argmin()
+    assert losses.min() == 0 and (params[full], flops[full]) == (dense, dense_flops)
+    shares = np.maximum(params / dense, flops / dense_flops)
+    assert planner.smallest == shares.min()
     for ratio in map(float, ratios):
-        fits = params <= ratio * dense
+        fits = shares <= ratio
         if not fits.any():
             with pytest.raises(ValueError, match="smallest"):
                 planner.plan(ratio)
             continue
         plan = planner.plan(ratio)
         assert not plan.skipped and plan.checkpoint == catalog.fingerprint
-        assert catalog.architecture.params(plan) <= ratio * dense
+        assert catalog.ratio(plan) <= ratio
         # Both are sums of the same numbers, perhaps in another order: 16 additions of float64.
         assert catalog.loss(plan) == pytest.approx(losses[fits].min(), rel=1e-14)
 
@@ -175,11 +187,11 @@ def test_a_plan_is_found_at_its_own_ratio(seed):
     for ratio in rng.uniform(0.6, 1.0, 5):
         plan = planner.plan(float(ratio))
         params = catalog.architecture.params(plan)
-        again = planner.plan(params / dense)
+        again = planner.plan((Limit(Params(), params / dense * dense),))
         # The budget is a product of rounded floats, so half a parameter either way is all it can promise.
         assert catalog.architecture.params(again) <= params + 0.5
         assert catalog.loss(again) <= catalog.loss(plan) * (1 + 1e-12)
-        assert catalog.architecture.params(planner.plan((params - 1) / dense)) <= params - 0.5
+        assert catalog.architecture.params(planner.plan((Limit(Params(), params - 1),))) <= params - 0.5
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -287,7 +299,8 @@ def test_plans_near_a_timestep_go_by_its_band():
     timed = catalog.model_copy(update={"blocks": blocks, "text_runs": (), "edges": (0.0, 0.5, 1.0)})
     timed = Catalog.model_validate(timed.model_dump())
     planner = Planner(timed)
-    ratio = 1 - 1.5 * (full["image"] - full["image"] // 2) * 49 / timed.architecture.dense_params
+    cut_width = full.replace(image=full["image"] // 2)
+    ratio = timed.ratio(timed.compose([(n, cut_width if n < 2 else full) for n in range(4)]))
     for timestep, cut in ((0.1, [1, 3]), (0.9, [0, 2]), (1.0, [0, 2]), (0.0, [1, 3])):
         plan = planner.plan(ratio, timestep)
         assert [n for n, block in enumerate(plan.blocks) if block.width["image"] < full["image"]] == cut

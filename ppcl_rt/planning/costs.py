@@ -1,0 +1,172 @@
+"""What a plan costs, in each currency: parameters, FLOPs, bytes, milliseconds. Plain data, no torch.
+
+Every cost is a sum: of what is outside of blocks, of each block at no width at all, of each group of it at its count,
+and of the maps of text runs. So a linear program can count with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ppcl_rt.planning.architecture import Architecture, Tokens
+from ppcl_rt.planning.block_spec import Stream
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.width import Width
+
+Currency = Literal["params", "flops", "memory", "latency"]
+
+
+class Cost:
+    """A cost that is a sum; hashable, so that what was computed with it can be remembered."""
+
+    currency: ClassVar[Currency]
+    unit: ClassVar[str]
+
+    def outer(self, architecture: Architecture) -> float:
+        """Of what is outside of blocks."""
+        raise NotImplementedError
+
+    def fixed(self, architecture: Architecture, block: int, not_updated: Collection[Stream]) -> float:
+        """Of a block at no width at all."""
+        raise NotImplementedError
+
+    def group(
+        self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
+    ) -> float:
+        """Of a group of a block at a count."""
+        raise NotImplementedError
+
+    def run(self, architecture: Architecture, run: Interval) -> float:
+        """Of the maps of a text run."""
+        raise NotImplementedError
+
+    def of(self, architecture: Architecture, plan: Plan) -> float:
+        """Of a plan."""
+        total = self.outer(architecture)
+        for planned in plan.blocks:
+            block, not_updated = planned.interval.first, plan.not_updated(planned)
+            total += self.fixed(architecture, block, not_updated)
+            total += sum(self.group(architecture, block, g, n, not_updated) for g, n in planned.width.items())
+        return total + sum(self.run(architecture, run) for run in plan.text_runs)
+
+
+@dataclass(frozen=True)
+class Params(Cost):
+    """Parameters."""
+
+    currency = "params"
+    unit = "parameters"
+
+    def outer(self, architecture: Architecture) -> float:
+        """See `Cost`."""
+        return architecture.outer_params
+
+    def fixed(self, architecture: Architecture, block: int, not_updated: Collection[Stream]) -> float:
+        """See `Cost`."""
+        return architecture.spec(block).fixed_params(not_updated)
+
+    def group(
+        self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
+    ) -> float:
+        """See `Cost`."""
+        return architecture.spec(block).group_params(group, count, not_updated)
+
+    def run(self, architecture: Architecture, run: Interval) -> float:
+        """See `Cost`."""
+        return architecture.run_params(run)
+
+
+@dataclass(frozen=True)
+class Bytes(Cost):
+    """Bytes of the weights.
+
+    Attributes:
+        each: of one parameter.
+    """
+
+    each: int
+    currency = "memory"
+    unit = "bytes"
+
+    def outer(self, architecture: Architecture) -> float:
+        """See `Cost`."""
+        return self.each * Params().outer(architecture)
+
+    def fixed(self, architecture: Architecture, block: int, not_updated: Collection[Stream]) -> float:
+        """See `Cost`."""
+        return self.each * Params().fixed(architecture, block, not_updated)
+
+    def group(
+        self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
+    ) -> float:
+        """See `Cost`."""
+        return self.each * Params().group(architecture, block, group, count, not_updated)
+
+    def run(self, architecture: Architecture, run: Interval) -> float:
+        """See `Cost`."""
+        return self.each * Params().run(architecture, run)
+
+
+@dataclass(frozen=True)
+class Flops(Cost):
+    """Floating-point operations of the blocks' products and attention, one forward (`Architecture.flops`)."""
+
+    tokens: Tokens
+    currency = "flops"
+    unit = "FLOPs"
+
+    def outer(self, architecture: Architecture) -> float:
+        """See `Cost`; what is outside of blocks is not counted."""
+        return 0
+
+    def fixed(self, architecture: Architecture, block: int, not_updated: Collection[Stream]) -> float:
+        """See `Cost`."""
+        image, text, batch = self.tokens
+        return batch * architecture.spec(block).flops(Width(), image, text, not_updated)
+
+    def group(
+        self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
+    ) -> float:
+        """See `Cost`."""
+        image, text, batch = self.tokens
+        whole = architecture.spec(block).flops(Width({group: count}), image, text, not_updated)
+        return batch * whole - self.fixed(architecture, block, not_updated)
+
+    def run(self, architecture: Architecture, run: Interval) -> float:
+        """See `Cost`."""
+        return self.tokens.batch * architecture.run_flops(run, self.tokens.text)
+
+
+@dataclass(frozen=True, eq=False)
+class Milliseconds(Cost):
+    """Milliseconds of a forward as they were measured on a device (`BlockTimes`)."""
+
+    times: BlockTimes
+    currency = "latency"
+    unit = "milliseconds"
+
+    def outer(self, architecture: Architecture) -> float:
+        """See `Cost`."""
+        return self.times.outer_ms
+
+    def fixed(self, architecture: Architecture, block: int, not_updated: Collection[Stream]) -> float:
+        """See `Cost`; of a full block."""
+        return self.times.ms(self.times.whole(not_updated), not_updated)
+
+    def group(
+        self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
+    ) -> float:
+        """See `Cost`; what the count takes more than the full one, less than nothing as a rule.
+
+        Raises:
+            ValueError: the count lies outside of what was measured.
+        """
+        return self.times.change(group, count, not_updated)
+
+    def run(self, architecture: Architecture, run: Interval) -> float:
+        """See `Cost`."""
+        return len(architecture.run_maps(run)) * self.times.map_ms
