@@ -61,7 +61,10 @@ def up_to_date(catalog: Any, broken: str) -> tuple[int, dict[str, Any]]:
     if not isinstance(family, str) or family not in registry.names():
         raise ValueError(f"{broken}: family: wanted one of {', '.join(registry.names())}, not {family!r}")
     content = _from_format_1(catalog, family, broken) if written == 1 else catalog
-    return written, {**content, "format": FORMAT, "reference": registry.reference(family), "checksums_of": "bytes"}
+    task = catalog.get("task")
+    name = task.get("name") if isinstance(task, dict) else None
+    reference = registry.reference(name if isinstance(name, str) and name in registry.names() else family)
+    return written, {**content, "format": FORMAT, "reference": reference, "checksums_of": "bytes"}
 
 
 def current_name(stored: str, written: int) -> str:

@@ -54,7 +54,7 @@ class Planner:
         self.catalog = catalog if band is None else catalog.near(band)
         # Rows are scaled by the losses of the whole catalog.
         self._whole, self._sketches, self._band = catalog, sketches, band
-        self._choices = Choices(catalog)
+        self._choices = Choices(self.catalog)
         self._remembered = lru_cache(maxsize=1024)(self._plan)
         self._near: dict[int, Planner] = {}
 
