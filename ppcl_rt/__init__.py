@@ -17,6 +17,7 @@ from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.ops import Streams
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
+from ppcl_rt.planning.budget import Budget
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.legal import LegalCount, LegalWidths, Student, TextRun
@@ -112,6 +113,7 @@ __all__ = [
     "BlockCall",
     "BlockList",
     "BlockSpec",
+    "Budget",
     "Catalog",
     "Checkpoint",
     "Group",

@@ -29,7 +29,7 @@ from ppcl_rt import ops
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
-from ppcl_rt.planning.architecture import Architecture, BlockList
+from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
@@ -390,6 +390,22 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         if dim != heads * head_dim or list(shape["width"]) != wanted:
             raise ValueError(f"a model of width {dim} has blocks of {wanted}, not {list(shape['width'])}")
         return architecture
+
+    def example(self, tokens: Tokens) -> dict[str, Any]:
+        """See `Residency.example`; the image is as nearly square as its number of tokens allows."""
+        like = next(self.parameters())
+        rows = max(n for n in range(1, math.isqrt(tokens.image) + 1) if tokens.image % n == 0)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=like.device, dtype=like.dtype)
+
+        return {
+            "hidden_states": noise(tokens.batch, tokens.image, self.config.in_channels),
+            "encoder_hidden_states": noise(tokens.batch, tokens.text, self.config.joint_attention_dim),
+            "timestep": torch.full((tokens.batch,), 0.5, device=like.device),
+            "img_shapes": [(1, rows, tokens.image // rows)] * tokens.batch,
+            "return_dict": False,
+        }
 
     def adopt(self, block: Any) -> None:
         """Take over the attention backend of the blocks that are there."""

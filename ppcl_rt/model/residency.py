@@ -77,6 +77,10 @@ class Residency(nn.Module):
         """What the dense model is made of."""
         raise NotImplementedError
 
+    def example(self, tokens: Tokens) -> dict[str, Any]:
+        """Arguments of a forward over random inputs of a shape, on the model's device and in its dtype."""
+        raise NotImplementedError
+
     def adopt(self, block: Any) -> None:
         """Give a block that joins the model what callers have set on the others."""
 
@@ -197,6 +201,22 @@ class Residency(nn.Module):
         runs = {run.key for plan in plans for run in plan.text_runs}
         for key in [key for key in self.text_runs if key not in runs]:
             del self.text_runs[key]
+        self._graphs.drop_all()
+
+    def drop_wide(self, plan: Plan) -> None:
+        """Drop blocks that hold more than a plan runs of them, which are then read anew; with `READING` held.
+
+        Blocks that are being trained stay as they are: what they hold lies nowhere else.
+        """
+        if self._source is None:
+            return
+        for planned in plan.blocks:
+            home = self.home(planned)
+            if home.block is None or any(p.requires_grad for p in home.block.parameters()):
+                continue
+            needed = self.catalog.spec(planned.interval.first).params(planned.width, plan.not_updated(planned))
+            if sum(parameter.numel() for parameter in home.block.parameters()) > needed:
+                del home.modules._modules[home.key]
         self._graphs.drop_all()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

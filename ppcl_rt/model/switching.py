@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.model.residency import READING, Residency
+from ppcl_rt.model.times import block_times
+from ppcl_rt.planning.architecture import Tokens
+from ppcl_rt.planning.budget import Budget, Limit
+from ppcl_rt.planning.milliseconds import BlockTimes
 from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
 from ppcl_rt.planning.schedule import Schedule
+from ppcl_rt.planning.sketch import TENSORS
 
 # Programs chosen by `at`, by the identity of the model. A context variable, so that threads and tasks do not see each
 # other's.
@@ -24,6 +30,8 @@ _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=M
 _MOST_PROGRAMS = 256
 
 Self = TypeVar("Self", bound="Switching")
+# What runs: a ratio, any budget, or a plan.
+Choice = float | Budget | Plan
 
 
 class Switching(Residency):
@@ -33,6 +41,7 @@ class Switching(Residency):
     _active: Program | None
     _schedule: Schedule | None
     _programs: dict[Plan, Program]
+    _times: dict[Tokens, BlockTimes]
     # The last timestep and the denoising step that it belongs to, by thread.
     _clocks: dict[int, tuple[float, int]]
 
@@ -40,8 +49,13 @@ class Switching(Residency):
     def planner(self) -> Planner:
         """Plans for this model's catalog."""
         if self._planner is None:
-            self._planner = Planner(self.catalog)
+            self._planner = Planner(self.catalog, self._read_sketches if self.catalog.sketch else None)
         return self._planner
+
+    def _read_sketches(self) -> Sequence[np.ndarray]:
+        if self._source is None:
+            raise ValueError("the checkpoint's sketches were not read, and there is no checkpoint to read them from")
+        return [self._source.read(name).numpy() for name in TENSORS]
 
     @property
     def plan(self) -> Plan:
@@ -49,7 +63,7 @@ class Switching(Residency):
         return self._program().plan
 
     def set_ratio(self, ratio: float) -> None:
-        """Run at most ``ratio`` times the dense parameters from now on.
+        """Run at most ``ratio`` times the dense parameters and FLOPs from now on.
 
         The first visit of a ratio plans (milliseconds to tenths of a second) and reads what is not resident yet; from
         then on it is a look-up.
@@ -58,6 +72,22 @@ class Switching(Residency):
             ValueError: not in (0, 1], or below the smallest plan.
         """
         self.set_plan(self.planner.plan(ratio))
+
+    def set_budget(self, ratio: float | None = None, **budgets: Any) -> None:
+        """Run the best plan within a budget from now on.
+
+        Args:
+            ratio, budgets: as `ppcl_rt.planning.budget.Budget` takes them: ``params``, ``flops``, ``memory`` and
+                ``latency``, alone or together, and the ``shape`` that FLOPs and latency are of. With ``memory``, what
+                the plan does not need is dropped, so that the model holds no more than that.
+
+        Raises:
+            ValueError: no such budget, or no plan keeps it: the message says the least that can be.
+        """
+        budget = Budget.of(ratio, **budgets)
+        self.set_plan(self.plan_of(budget))
+        if budget.memory is not None:
+            self.trim(to_width=True)
 
     def set_plan(self, plan: Plan) -> None:
         """Run a plan from now on.
@@ -81,15 +111,19 @@ class Switching(Residency):
             self._clocks.clear()
 
     @contextlib.contextmanager
-    def at(self: Self, ratio: float | None = None, *, plan: Plan | None = None) -> Iterator[Self]:
-        """Run at a ratio or plan inside a ``with``, in this thread or task alone.
+    def at(self: Self, ratio: float | None = None, *, plan: Plan | None = None, **budgets: Any) -> Iterator[Self]:
+        """Run at a ratio, within budgets or at a plan inside a ``with``, in this thread or task alone.
+
+        Args:
+            ratio, budgets: as `set_budget` takes them.
 
         Raises:
-            ValueError: as `set_ratio` and `set_plan`, or not exactly one of the two was given.
+            ValueError: as `set_budget` and `set_plan`, or not exactly one of budget and plan was given.
         """
-        choice = ratio if plan is None else plan
-        if choice is None or (ratio is not None and plan is not None):
-            raise ValueError("at() takes a ratio or a plan: give one of them")
+        given = ratio is not None or bool(budgets)
+        if given == (plan is not None):
+            raise ValueError("at() takes a ratio, budgets or a plan: give one of them")
+        choice: Choice = plan if plan is not None else Budget.of(ratio, **budgets)
         program = self.prepare(self.plan_of(choice))
         token = _CHOSEN.set({**_CHOSEN.get(), id(self): program})
         try:
@@ -97,9 +131,33 @@ class Switching(Residency):
         finally:
             _CHOSEN.reset(token)
 
-    def plan_of(self, choice: float | Plan) -> Plan:
-        """The plan for a ratio; a plan itself."""
-        return choice if isinstance(choice, Plan) else self.planner.plan(choice)
+    def plan_of(self, choice: Choice) -> Plan:
+        """The plan for a ratio or budget; a plan itself.
+
+        Raises:
+            ValueError: as `set_budget`.
+        """
+        if isinstance(choice, Plan):
+            return choice
+        if not isinstance(choice, Budget):
+            return self.planner.plan(choice)
+        if choice == Budget(ratio=choice.ratio) and choice.ratio is not None:
+            # By itself it is refused in its own words.
+            return self.planner.plan(choice.ratio)
+        return self.planner.plan(self._limits(choice))
+
+    def _limits(self, budget: Budget) -> tuple[Limit, ...]:
+        return budget.limits(self.catalog, lambda: next(self.parameters()).element_size(), self.times)
+
+    def times(self, tokens: Tokens | None = None) -> BlockTimes:
+        """Milliseconds of this model's blocks on its device, at a shape (`ppcl_rt.model.times`).
+
+        The first call for a shape reads them from the cache folder or measures them, which takes less than a minute.
+        """
+        tokens = tokens or self.catalog.reference
+        if tokens not in self._times:
+            self._times[tokens] = block_times(self, tokens)
+        return self._times[tokens]
 
     def prepare(self, plan: Plan) -> Program:
         """The program of a plan, its weights resident.
@@ -119,16 +177,23 @@ class Switching(Residency):
                     del self._programs[next(iter(self._programs))]
         return program
 
-    def trim(self) -> None:
-        """Drop blocks and students that neither the plan or schedule set nor an enclosing `at` runs."""
-        choices: list[float | Plan] = [self.plan]
+    def trim(self, to_width: bool = False) -> None:
+        """Drop blocks and students that neither the plan or schedule set nor an enclosing `at` runs.
+
+        Args:
+            to_width: of the blocks of the plan that is set, if it alone is set, drop what it does not run as well.
+                Visiting a wider plan then reads that again.
+        """
+        choices: list[Choice] = [self.plan]
         if self._schedule is not None:
             choices += [choice for _, choice in self._schedule.phases]
         elif self._active is not None:
             choices.append(self._active.plan)
-        plans = [self.plan_of(choice) for choice in choices]
+        plans = list(dict.fromkeys(self.plan_of(choice) for choice in choices))
         with READING:
             self.drop_all_but(plans)
+            if to_width and len(plans) == 1:
+                self.drop_wide(plans[0])
             resident, runs = set(map(id, self.resident_blocks())), set(self.text_runs)
             self._programs = {
                 plan: program
@@ -136,6 +201,8 @@ class Switching(Residency):
                 if all(id(call.block) in resident for call in program.calls)
                 and {run.key for run in plan.text_runs} <= runs
             }
+            if to_width and self._active is not None:
+                self._active = self.prepare(self._active.plan)
 
     def _call(self, plan: Plan, planned: PlannedBlock) -> BlockCall:
         block = self.home(planned).block

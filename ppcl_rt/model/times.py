@@ -1,0 +1,217 @@
+"""Milliseconds of a model's blocks on its device, as `Budget.latency` needs them: read, remembered or measured.
+
+A table (`ppcl_rt.planning.milliseconds.TimeTable`) is of one kind of block, at one shape, in one dtype. It is looked
+for in the file that ``PPCL_TIMES`` names (`make gpu` writes one), then in the user's cache folder, and else measured:
+forwards over a few blocks of the checkpoint, all at one width, against forwards over none, by turns with the full
+width. That takes less than a minute and holds a few blocks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ppcl_rt.files import write_json
+from ppcl_rt.ops.table import cache_folder
+from ppcl_rt.planning.architecture import Tokens
+from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED
+from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.milliseconds import BlockTimes, Kind, TimeRow, TimeTable
+from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.width import Width
+
+# Blocks that a forward is timed over: their weights do not stay in a cache.
+_BLOCKS = 4
+# Timings of each width, by turns with the full one; fewer where a forward is so long that a minute would not do.
+_REPEATS = 15
+_SECONDS = 40.0
+
+
+def block_times(model: Any, tokens: Tokens) -> BlockTimes:
+    """The milliseconds of a model's blocks at a shape.
+
+    Raises:
+        ValueError: the model has several kinds of blocks or no checkpoint to read blocks from, or ``PPCL_TIMES`` names
+            a file that is no such table.
+    """
+    if len(model.catalog.architecture.kinds) != 1:
+        raise ValueError("latency is known for models with one kind of block alone: give another budget")
+    given = os.environ.get("PPCL_TIMES")
+    if given:
+        return TimeTable.read(given).at(*tokens)
+    path = cache_folder() / f"times-{_name(model, tokens)}.json"
+    if path.is_file():
+        return TimeTable.read(path).at(*tokens)
+    table = measure(model, tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, table.model_dump(mode="json"))
+    return table.at(*tokens)
+
+
+def _name(model: Any, tokens: Tokens) -> str:
+    """A name of all that times depend on, and of the counts that are measured."""
+    about = {
+        "spec": next(iter(model.catalog.architecture.kinds.values())).model_dump(mode="json"),
+        "widths": [dict(probe.width) for probe in _probes(model.catalog)],
+        "tokens": list(tokens),
+        "dtype": str(model.dtype),
+        "device": _device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "backend": os.environ.get("PPCL_BACKEND", "auto"),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class _Probe(NamedTuple):
+    """What is timed for a row: a plan over a few blocks, all others skipped.
+
+    Attributes:
+        width: of the row.
+        plan: that is timed.
+        blocks: of the row's width in the plan.
+        run: the text run that the plan is of; its first block is full and the others do not update the text.
+    """
+
+    width: Width
+    plan: Plan
+    blocks: int
+    run: Interval | None = None
+
+
+def _probes(catalog: Catalog) -> Iterator[_Probe]:
+    """The full block, every count of every group alone, and blocks that do not update the text."""
+    depth, full = catalog.architecture.depth, catalog.spec(0).full
+
+    def plan(widths: dict[int, Width], runs: tuple[Interval, ...] = ()) -> Plan:
+        return catalog.compose(widths.items(), text_runs=runs)
+
+    yield _Probe(full, plan(dict.fromkeys(range(min(_BLOCKS, depth)), full)), min(_BLOCKS, depth))
+    for group in full:
+        counts = {count.units for widths in catalog.blocks for count in widths.of(group)[1:]}
+        for count in sorted(counts, reverse=True):
+            width = full.replace(**{group: count})
+            blocks = [n for n in range(depth) if catalog.blocks[n].has(group, count)][:_BLOCKS]
+            yield _Probe(width, plan(dict.fromkeys(blocks, width)), len(blocks))
+    for run in sorted((run.interval for run in catalog.text_runs), key=len)[:1]:
+        width = full.without(set(full) - set(catalog.spec(0).groups_without(TEXT_NOT_UPDATED)))
+        yield _Probe(width, plan(dict.fromkeys(run, full), (run,)), len(run) - 1, run)
+
+
+class _Clock:
+    """Times forwards of a model."""
+
+    def __init__(self, model: Any, call: dict[str, Any]) -> None:
+        self._model, self._call = model, call
+
+    @torch.no_grad()
+    def __call__(self, plan: Plan) -> float:
+        """Milliseconds of one forward of a plan, from an idle device until its result is there."""
+        self._model.set_plan(plan)
+        self._wait()
+        start = time.perf_counter()
+        self._model(**self._call)
+        self._wait()
+        return 1e3 * (time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+    def map(self, tokens: Tokens, dim: int) -> float:
+        """Milliseconds of one map ``[D, D]`` over the text tokens."""
+        like = next(self._model.parameters())
+        x = torch.randn(tokens.batch, tokens.text, dim, device=like.device, dtype=like.dtype)
+        weight, bias = torch.randn(dim, dim).to(x) / dim**0.5, torch.randn(dim).to(x)
+        found = []
+        for _ in range(_REPEATS):
+            self._wait()
+            start = time.perf_counter()
+            x + torch.nn.functional.linear(x, weight, bias)
+            self._wait()
+            found.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(found)
+
+
+def measure(model: Any, tokens: Tokens) -> TimeTable:
+    """Time forwards over a few blocks of a model's checkpoint at every count of its catalog.
+
+    Raises:
+        ValueError: the model was not loaded from a checkpoint.
+    """
+    if model._source is None:
+        raise ValueError("there is no checkpoint to time blocks of: load the model from a folder")
+    catalog, probes = model.catalog, list(_probes(model.catalog))
+    alone = type(model).load(model._source.folder, plan=probes[0].plan, dtype=model.dtype, device=model.device)
+    clock = _Clock(alone, alone.example(tokens))
+    empty = Plan(checkpoint=catalog.fingerprint, depth=catalog.architecture.depth, blocks=())
+    for plan in (empty, *(probe.plan for probe in probes)):
+        # Reads, chooses implementations, warms up.
+        clock(plan)
+    once = clock(probes[0].plan) / 1e3
+    repeats = max(3, min(_REPEATS, int(_SECONDS / (3 * once * len(probes)))))
+    rows = []
+    map_ms = clock.map(tokens, catalog.architecture.dim)
+    outers = []
+    for probe in probes:
+        # By turns, so that a change of the clock rate or of other load meets all three alike.
+        turns = [(clock(probe.plan), clock(probes[0].plan), clock(empty)) for _ in range(repeats)]
+        outers += [outer for *_, outer in turns]
+        mine = statistics.median(own - outer for own, _, outer in turns)
+        full = statistics.median(whole - outer for _, whole, outer in turns) / probes[0].blocks
+        if probe.run is not None:
+            mine -= full + map_ms * len(catalog.architecture.run_maps(probe.run))
+        kind: Kind = "text_not_updated" if probe.run is not None else "block"
+        rows.append(_row(kind, probe.width, tokens, mine / probe.blocks, full, repeats))
+    rows.append(_row("outer", None, tokens, statistics.median(outers), statistics.median(outers), repeats))
+    rows.append(_row("map", None, tokens, map_ms, map_ms, _REPEATS))
+    return _table(model, rows)
+
+
+def _row(kind: Kind, width: Width | None, tokens: Tokens, ms: float, full_ms: float, repeats: int) -> TimeRow:
+    # A difference of medians may come out below nothing where the clock is coarser than the block.
+    ms, full_ms = max(ms, 1e-6), max(full_ms, 1e-6)
+    return TimeRow(
+        kind=kind,
+        image_tokens=tokens.image,
+        text_tokens=tokens.text,
+        batch=tokens.batch,
+        width=width,
+        ms=ms,
+        full_ms=full_ms,
+        # From an idle device until the result is there: the host's time is in it.
+        host_ms=ms,
+        repeats=repeats,
+        agrees=True,
+    )
+
+
+def _table(model: Any, rows: list[TimeRow]) -> TimeTable:
+    return TimeTable(
+        format=2,
+        device=_device_name(model.device),
+        versions={"torch": torch.__version__, "cuda": torch.version.cuda},
+        commit=None,
+        dirty=None,
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command="ppcl_rt.model.times.measure",
+        dtype=str(model.dtype).removeprefix("torch."),
+        backend=os.environ.get("PPCL_BACKEND", "auto"),
+        spec=model.catalog.spec(0),
+        blocks=min(_BLOCKS, model.catalog.architecture.depth),
+        complete=True,
+        rows=tuple(rows),
+    )
