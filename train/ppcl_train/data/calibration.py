@@ -23,8 +23,8 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.families.base import Samples
 
 # The seeds of each stage's batches start here, so that no stage sees a batch of another stage or of the teacher's
-# training.
-PROBES, STUDENTS, RECOVER, WIDTH, MEASURE = (10_000_000 * stage for stage in range(1, 6))
+# training. `CHECK` is for samples that no stage sees.
+PROBES, STUDENTS, RECOVER, WIDTH, MEASURE, CHECK = (10_000_000 * stage for stage in range(1, 7))
 
 
 @dataclass(frozen=True)

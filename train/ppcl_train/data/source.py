@@ -34,18 +34,15 @@ class Source(Protocol):
         """
 
     def with_negative(self, samples: Samples) -> Samples:
-        """Append every sample once more under the sampler's negative prompt.
-
-        Raises:
-            ValueError: its embeddings are not known.
-        """
+        """Append every sample once more under the sampler's negative prompt."""
 
 
 def source(run: RunConfig) -> Source:
     """Return the source of a run.
 
     Raises:
-        ValueError: the run's cache is missing, not complete or of another family.
+        ValueError: the run's cache is missing, not complete or of another family, or lacks the embeddings of the
+            negative prompt that losses are measured with.
     """
     return Made(run) if run.data.cache is None else Cached(run, _opened(run.data.cache))
 
@@ -88,6 +85,13 @@ class Cached:
     def __init__(self, run: RunConfig, cache: shards.Shards) -> None:
         if cache.family != run.task:
             raise ValueError(f"{cache.folder} is a cache of {cache.family}, the run's task is {run.task}")
+        sampler = run.sampler
+        if sampler.guidance != 1 and sampler.negative not in cache.unconditional:
+            # Found now, and not when losses are measured, which may be days later.
+            raise ValueError(
+                f"{cache.folder} lacks embeddings of the negative prompt {sampler.negative!r}: run the command that "
+                "made it again, which adds them, or measure without guidance: --set sampler.guidance=1"
+            )
         self.run, self.cache = run, cache
         self._kept_out = {shape: bucket[_HELD_OUT - 1 :: _HELD_OUT] for shape, bucket in cache.buckets.items()}
         self._kept_out = {shape: bucket for shape, bucket in self._kept_out.items() if bucket}
@@ -114,13 +118,7 @@ class Cached:
 
     def with_negative(self, samples: Samples) -> Samples:
         """See `Source.with_negative`."""
-        negative = self.run.sampler.negative
-        if negative not in self.cache.unconditional:
-            raise ValueError(
-                f"{self.cache.folder} has no embeddings of the negative prompt {negative!r}: run the command that made it "
-                "again, which adds them, or measure without guidance: --set sampler.guidance=1"
-            )
-        return _doubled(samples, self.cache.unconditional[negative])
+        return _doubled(samples, self.cache.unconditional[self.run.sampler.negative])
 
 
 def _doubled(samples: Samples, negative: torch.Tensor) -> Samples:

@@ -97,16 +97,19 @@ class VelocityError:
         model: everything that plans need is resident.
         run: settings of the run.
         sketch: the sketch to make of what plans change; None for none.
+        seed: of the first batch.
 
     Attributes:
         edges: timesteps between which the bands lie (`band_edges`).
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, run: RunConfig, sketch: Sketch | None = None) -> None:
+    def __init__(
+        self, model: Any, run: RunConfig, sketch: Sketch | None = None, seed: int = calibration.MEASURE
+    ) -> None:
         self._model = model
         self.edges = band_edges(run.measure.bands)
-        batches = list(calibration.measured(run, run.measure.samples, calibration.MEASURE))
+        batches = list(calibration.measured(run, run.measure.samples, seed))
         self.teacher = self._predict(batches, model.catalog.dense)
         self._signal = float(torch.stack([target.signal_by_band(self.edges) for target in self.teacher]).sum())
         self._sketcher = Sketcher(sketch, batches, self.edges) if sketch else None
