@@ -34,8 +34,8 @@ def with_bands(catalog: Catalog) -> Catalog:
 
 
 @pytest.fixture(scope="module")
-def catalog(compensated):
-    return with_bands(compensated.catalog)
+def catalog(mapped):
+    return with_bands(mapped.catalog)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,10 @@ def test_rows_have_the_losses_as_squared_norms_over_all_bands_and_in_each(catalo
         Sketches.of(unit_rows, catalog.model_copy(update={"sketch": None}))
 
 
-def test_what_a_plan_takes_sums_to_its_predicted_loss(catalog, unit_rows, compensated):
+def test_what_a_plan_takes_sums_to_its_predicted_loss(catalog, unit_rows, mapped):
     rng, order = np.random.default_rng(1), list(measured(catalog))
     for _ in range(20):
-        plan = compensated.random_plan(rng, legal=True).model_copy(update={"checkpoint": catalog.fingerprint})
+        plan = mapped.random_plan(rng, legal=True).model_copy(update={"checkpoint": catalog.fingerprint})
         rows = taken(catalog, plan)
         assert sum(order[row].loss for row in rows) == pytest.approx(catalog.loss(plan), rel=1e-12)
         sketches = Sketches.of(unit_rows, catalog)
@@ -121,8 +121,8 @@ def test_a_catalog_and_its_sketch_have_the_same_bands(catalog):
         Catalog.model_validate({**content, "sketch": {"seed": 0, "size": 16, "bands": 3}})
 
 
-def test_a_checkpoint_carries_its_sketches(catalog, unit_rows, compensated, tmp_path):
-    source = Checkpoint(compensated.folder)
+def test_a_checkpoint_carries_its_sketches(catalog, unit_rows, mapped, tmp_path):
+    source = Checkpoint(mapped.folder)
     tensors = {name: source.read(name) for name in source.names}
     sketches = {name: torch.from_numpy(unit_rows.copy()) for name in TENSORS}
     ppcl_rt.write_checkpoint(tmp_path / "whole", source.config, catalog, tensors | sketches)
