@@ -18,6 +18,7 @@ from ppcl_rt.model.residency import READING
 from ppcl_rt.model.switching import Switching
 from ppcl_rt.model.tensors import restore
 from ppcl_rt.model.validation import Shapes, check_tensors
+from ppcl_rt.planning import sketch
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.budget import check_ratio
 from ppcl_rt.planning.catalog import Catalog
@@ -203,7 +204,10 @@ class CheckpointFolder(Switching):
         return {"_class_name": self.stock_name, **public}
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """All tensors of the checkpoint, heads and channels in stock order, in the model's dtype, on the CPU."""
+        """All tensors of the checkpoint, heads and channels in stock order, in the model's dtype, on the CPU.
+
+        Sketches, which are no weights, keep theirs.
+        """
         held = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         if self._source is None:
             return held
@@ -212,7 +216,7 @@ class CheckpointFolder(Switching):
         state = {}
         for name in self._source.names:
             tensor = self._source.read(name)
-            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() and name not in sketch.TENSORS else tensor
             if name in held:
                 prefix = next((prefix for prefix in blocks if name.startswith(prefix)), "")
                 state[name] = (

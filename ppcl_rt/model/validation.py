@@ -9,13 +9,16 @@ from ppcl_rt.planning.block_spec import BlockSpec
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.legal import LegalWidths
 from ppcl_rt.planning.plan import text_maps
+from ppcl_rt.planning.sketch import TENSORS, choices
 from ppcl_rt.planning.width import LINEAR_MAP
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_tensors(source: Checkpoint, catalog: Catalog, stock: Mapping[str, Shapes]) -> None:
-    """Compare the shapes of all tensors inside blocks with what the catalog promises; nothing is read but headers.
+    """Compare the shapes of all tensors inside blocks, and of sketches, with what the catalog promises.
+
+    Nothing is read but headers.
 
     Args:
         stock: shapes of a dense block's tensors by name, for each kind of block.
@@ -24,6 +27,10 @@ def check_tensors(source: Checkpoint, catalog: Catalog, stock: Mapping[str, Shap
         ValueError: one is missing or has another shape.
     """
     architecture = catalog.architecture
+    if catalog.sketch is not None:
+        rows = sum(1 for _ in choices(catalog))
+        for name in TENSORS:
+            _compare(source, name, (rows, catalog.sketch.size))
     for run in (run.interval for run in catalog.text_runs):
         for name in text_maps(run, architecture.depth):
             _compare(source, f"text_runs.{run.key}.{name}.weight", (architecture.dim, architecture.dim))

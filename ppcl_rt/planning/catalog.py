@@ -48,7 +48,8 @@ class Catalog(Frozen):
     """What a checkpoint can do. Travels inside the checkpoint, in ``config.json``.
 
     A *loss* is the velocity error of the dense model with one choice changed: squared error of the clean image that the
-    prediction points at, over the teacher's own signal.
+    guided prediction points at, over the teacher's own signal. That of a student's narrower count is the squared
+    difference to the student at full width.
 
     Attributes:
         family: name of the model family (`ppcl_rt.families.registry`).

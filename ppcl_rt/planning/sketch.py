@@ -12,7 +12,7 @@ losses that scale them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from ppcl_rt.planning.interval import Interval
 if TYPE_CHECKING:
     from ppcl_rt.planning.catalog import Catalog
     from ppcl_rt.planning.legal import LegalWidths
+    from ppcl_rt.planning.plan import Plan
 
 # Names of the tensors ``[choices, size]`` of a checkpoint, float16 with rows of norm 1.
 PLAN, SCORE = TENSORS = ("sketches.plan", "sketches.score")
@@ -107,6 +108,28 @@ def choices(catalog: Catalog) -> Iterator[Choice]:
     return (each.choice for each in measured(catalog))
 
 
+def taken(catalog: Catalog, plan: Plan) -> list[int]:
+    """Find the rows of the choices that a plan takes, rising.
+
+    Raises:
+        ValueError: the plan takes what no row is there for: a count that was not measured, or blocks that it skips.
+    """
+    rows = {choice: number for number, choice in enumerate(choices(catalog))}
+    wanted = [Choice("text_run", run) for run in plan.text_runs]
+    for planned in plan.blocks:
+        kind: Literal["block", "student"] = "student" if planned.student else "block"
+        if planned.student:
+            wanted.append(Choice("student", planned.interval))
+        spec = catalog.spec(planned.interval.first)
+        for group in spec.groups_without(plan.not_updated(planned)):
+            if planned.width[group] != spec.full[group]:
+                wanted.append(Choice(kind, planned.interval, group, planned.width[group]))
+    missing = next((choice for choice in wanted if choice not in rows), None)
+    if missing is not None or plan.skipped:
+        raise ValueError(f"the plan takes {missing or 'skipped blocks'}, which was not measured")
+    return sorted(rows[choice] for choice in wanted)
+
+
 @dataclass(frozen=True)
 class Sketches:
     """Rows whose squared norms are the losses of choices, in the order of `choices`.
@@ -116,6 +139,10 @@ class Sketches:
     """
 
     rows: np.ndarray
+
+    def loss(self, taken: Sequence[int]) -> float:
+        """Predict the loss of choices taken together, ``|sum D_i|^2``."""
+        return float(np.square(self.rows[list(taken)].sum(0)).sum())
 
     @classmethod
     def of(cls, unit_rows: np.ndarray, catalog: Catalog, band: int | None = None) -> Sketches:

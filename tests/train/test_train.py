@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from tiny import ARCHITECTURE, TINY
 from torch import nn
 
 import ppcl_rt
-from ppcl_rt import Interval, Streams
+from ppcl_rt import Interval, PlannedBlock, Streams
+from ppcl_rt.planning.sketch import TENSORS, Sketches, choices, measured
 from ppcl_train import pipeline
 from ppcl_train.closed_form.cka import linear_cka
 from ppcl_train.closed_form.least_squares import LeastSquares
@@ -18,8 +20,10 @@ from ppcl_train.data import calibration, streams
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors
 from ppcl_train.losses.matching import matching_loss
+from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors.eq5 import find_intervals
 from ppcl_train.stages import teacher
+from ppcl_train.stages.measure import sensitivities
 from ppcl_train.stages.pack import used
 
 
@@ -178,3 +182,41 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_state(tmp_path):
     with pytest.raises(ValueError, match="at step"):
         teacher.train(config, tmp_path)
     assert not (tmp_path / "teacher.safetensors").exists()
+
+
+def test_the_stage_measure_keeps_a_sketch_of_every_choice_in_order(finished):
+    """Rows of the packed checkpoint are those that its choices have when they are measured again, one by one."""
+    source = ppcl_rt.Checkpoint(finished / "checkpoint")
+    catalog = source.catalog
+    model = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32, resident="all")
+    assert catalog.sketch is not None and (catalog.sketch.size, catalog.sketch.bands) == (1024, 4)
+    rows = [Sketches.of(source.read(name).numpy(), catalog).rows for name in TENSORS]
+    again, tensors = sensitivities(model, TINY, lambda **_: None)
+    known = list(measured(catalog))
+    assert [each.choice for each in known] == list(choices(again)) and {c.choice.kind for c in known} >= {"block"}
+    losses = np.array([[each.loss for each in measured(which)] for which in (catalog, again)])
+    assert np.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-9)
+    for mine, name in zip(rows, TENSORS):
+        theirs = Sketches.of(tensors[name].numpy(), again).rows
+        # float16 keeps 3 digits.
+        assert np.abs(mine - theirs).max() < 2e-3 * np.abs(theirs).max()
+        assert np.allclose(np.square(mine).sum(1), losses[0], rtol=1e-9)
+    for each in known:
+        assert each.loss == pytest.approx(max(sum(each.bands), 1e-9), rel=1e-12)
+
+
+def test_counts_of_a_student_lose_what_they_change_of_the_student(finished):
+    """Neither the student alone nor the count alone: their difference, which is what a sketch of it sums."""
+    model = ppcl_rt.load(finished / "draft", dtype=torch.float32, resident="all")
+    torch.manual_seed(0)
+    for parameter in model.requires_grad_(False).parameters():
+        nn.init.normal_(parameter, std=0.2)
+    catalog, error = sensitivities(model, TINY, lambda **_: None)[0], VelocityError(model, TINY)
+    student = catalog.students[0]
+    full = error.with_block(PlannedBlock(interval=student.interval, width=student.widths.full, student=True))
+    count = student.widths.of("image")[1]
+    narrower = student.widths.full.replace(image=count.units)
+    narrow = error.with_block(PlannedBlock(interval=student.interval, width=narrower, student=True))
+    assert sum(error.change(full).bands) == pytest.approx(student.loss, rel=1e-9)
+    assert sum(error.change(narrow, error.predictions(full)).bands) == pytest.approx(count.loss, rel=1e-9)
+    assert count.loss != pytest.approx(sum(error.change(narrow).bands) - student.loss, rel=1e-3)

@@ -26,7 +26,7 @@ from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import caching, calibration, captioned, shards, streams
 from ppcl_train.data import source as data
 from ppcl_train.data.teacher_file import load_teacher
-from ppcl_train.engine.files import read_note
+from ppcl_train.engine.files import read_note, write_tensors
 from ppcl_train.families import base as family
 from ppcl_train.scenes import encoding, judging, language, rendering
 from ppcl_train.selectors import selection
@@ -388,6 +388,47 @@ def test_captions_are_dropped_for_the_empty_prompt(cache, qwen_folder, encoder):
         for embeddings, mask in zip(batch.call["encoder_hidden_states"], batch.mask):
             dropped += len(empty) == mask.sum() and torch.equal(embeddings[mask], empty)
     assert 30 <= dropped <= 70
+
+
+def test_measuring_asks_for_the_negative_prompt_and_for_samples_that_training_never_sees(
+    cache, qwen_folder, encoder, monkeypatch
+):
+    monkeypatch.setattr(data, "_HELD_OUT", 2)
+    run = config(cache, qwen_folder, **{"teacher.drop_caption": 0.9, "sampler.guidance": 4.0, "measure.samples": 24})
+    negative, empty = encoder.embed(" "), encoder.embed("")
+    held, trained = set(), set()
+    for seed in range(40):
+        made = data.source(run).samples(2, seed, held_out=True)
+        held |= {latents.sum().item() for latents in made.latents}
+        trained |= {latents.sum().item() for latents in data.source(run).samples(2, seed).latents}
+    assert held and trained and not held & trained
+    for batch in calibration.measured(run, 24, calibration.MEASURE):
+        size = len(batch.x)
+        for n, (embeddings, mask) in enumerate(zip(batch.call["encoder_hidden_states"], batch.mask)):
+            text = embeddings[mask]
+            assert torch.equal(text, negative) if n >= size else len(text) != len(empty) or not torch.equal(text, empty)
+        wanted, free = torch.randn(2, *batch.x.shape)
+        # The clean image is that of the guided velocity, as the pipeline guides it.
+        guided = free + 4.0 * (wanted - free)
+        guided *= wanted.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        clean = batch.x - batch.t[:, None, None] * guided
+        assert torch.allclose(batch.clean(torch.cat([wanted, free])), clean, atol=1e-5)
+
+
+def test_a_cache_without_a_negative_prompt_says_so_and_gets_one(images, encoder, qwen_folder, tmp_path):
+    old = tmp_path / "old"
+    cached(captioned.Folder(images), old, encoder)
+    whole = files(old)
+    write_tensors(old / "empty.safetensors", {"embeddings": encoder.embed("")}, {})
+    run = config(old, qwen_folder)
+    with pytest.raises(ValueError, match="lacks embeddings of the negative prompt ' '"):
+        calibration.inputs(run, 1, 0)
+    assert len(calibration.inputs(with_changes(run, {"sampler.guidance": 1.0}), 1, 0).x) == 1
+    # The guidance of a prompt that every cache has.
+    assert len(calibration.inputs(with_changes(run, {"sampler.negative": ""}), 1, 0).x) == 1
+    cached(captioned.Folder(images), old, encoder)
+    data._opened.cache_clear()
+    assert files(old) == whole and len(calibration.inputs(run, 1, 0).x) == 1
 
 
 def test_scenes_from_a_cache_are_scenes(tmp_path):

@@ -64,8 +64,9 @@ PRESETS = {
         teacher=TeacherConfig(pretrained="Qwen/Qwen-Image", dtype="bfloat16", drop_caption=0.1),
         # Gram matrices take 75 MB for each block and stream, whatever the number of samples.
         probes=ProbesConfig(samples=1024, batch=8, precision="bf16"),
-        # The streams of a sample take 1.6 GB in bfloat16 (61 x 4,200 tokens x 3,072); 16 samples are held.
-        table=TableConfig(batches=4, batch=4, samples=16, lr=4e-4, least_ratio=0.35),
+        # The streams of a sample take 1.6 GB in bfloat16 (61 x 4,200 tokens x 3,072). 16 samples are held to train on,
+        # and 8 to measure on, twice each for the guidance.
+        table=TableConfig(batches=4, batch=4, samples=8, lr=4e-4, least_ratio=0.35),
         # AdamW has betas (0.9, 0.95) as everywhere. The paper compares directions alone (magnitude 0), as
         # select = "eq5" does.
         students=StudentsConfig(steps=6000, batch=8, lr=1e-4, warmup=100, precision="bf16", magnitude=1.0),
@@ -75,6 +76,10 @@ PRESETS = {
         # A Gram matrix of 12,288 channels takes 1.2 GB in float64, and a block has two: few blocks at once, in several
         # passes.
         width=WidthConfig(heads=(20 / 24, 16 / 24, 12 / 24), ranks=(256, 64, 16), samples=512, blocks_at_once=8),
+        # Of 50 timesteps, all are measured at, some of them twice.
         measure=MeasureConfig(samples=64),
+        # As the model is published: 50 steps, a guidance of 4, a space as the negative prompt. The shift is that of
+        # 4,096 tokens, exp(0.69).
+        sampler=Sampler(steps=50, shift=2.0, terminal=0.02, guidance=4.0, negative=" "),
     ),
 }

@@ -68,7 +68,7 @@ class TableConfig(Frozen):
         starts: blocks of an interval that its student may be copied from.
         trial_steps: steps that every start is trained for; the start that then loses least is trained on to ``steps``.
         batches: batches that are traced once, kept, and trained on in turn.
-        samples: samples that costs are measured on.
+        samples: samples that costs are measured on, as in `MeasureConfig`.
         bands: equal bands of the timestep that each cost is split into.
         ratio_step: the planner is asked at every multiple of this ratio, down to the smallest plan.
         least_ratio: the planner is not asked below this ratio: students that only tiny plans use need no training.
@@ -82,7 +82,7 @@ class TableConfig(Frozen):
     batch: PositiveInt = 64
     lr: PositiveFloat = 4e-3
     warmup: int = 5
-    samples: PositiveInt = 256
+    samples: PositiveInt = 200
     bands: PositiveInt = 4
     ratio_step: float = Field(0.02, gt=0, lt=1)
     least_ratio: float = Field(0.0, ge=0, lt=1)
@@ -170,9 +170,14 @@ class RecoverConfig(LoopConfig):
 
 
 class MeasureConfig(Frozen):
-    """Losses of choices: the velocity error of the teacher with one thing changed, in equal bands of the timestep."""
+    """Losses of choices: the velocity error of the teacher with one thing changed, in equal bands of the timestep.
 
-    samples: PositiveInt = 256
+    Attributes:
+        samples: spread evenly over the timesteps of the sampler. With a guidance, each is two in a forward.
+        bands: equal bands of the timestep that losses and sketches are divided into.
+    """
+
+    samples: PositiveInt = 200
     bands: PositiveInt = 4
 
 

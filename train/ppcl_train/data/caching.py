@@ -79,7 +79,7 @@ def cache(
         return fill(
             folder,
             begun,
-            lambda: encoder.embed("").to("cpu", dtype),
+            _unconditional(encoder, encoder.negative, dtype),
             recipes,
             per_shard=per_shard,
             strict=strict,
@@ -137,7 +137,7 @@ def generate(
         return fill(
             folder,
             begun,
-            lambda: encoder.embed("").to("cpu", dtype),
+            _unconditional(encoder, negative, dtype),
             recipes,
             per_shard=per_shard,
             strict=strict,
@@ -203,6 +203,15 @@ def _sample(
     if not len(embeddings):
         raise Unreadable("its caption has no tokens")
     return Sample(name, caption, latents.to("cpu", dtype), embeddings.to("cpu", dtype), shape)
+
+
+def _unconditional(encoder: Encoder, negative: str, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
+    """Embeddings that belong to no sample, made when they are called for: of the empty and of the negative prompt."""
+
+    def embed(prompt: str) -> torch.Tensor:
+        return encoder.embed(prompt).to("cpu", dtype)
+
+    return {prompt: partial(embed, prompt) for prompt in ("", negative)}
 
 
 def _ahead(

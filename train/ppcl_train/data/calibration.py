@@ -1,21 +1,30 @@
-"""Calibration inputs: noisy samples, and what the transformer is called with."""
+"""Calibration inputs: noisy samples, and what the transformer is called with.
+
+Training draws timesteps at random and takes the transformer's own prediction (`inputs`). Losses are measured where a
+sampler calls the transformer, and on what the sampler makes of it (`measured`): every timestep of its grid equally
+often, and, with a guidance ``g`` other than 1, the guided prediction ``u + g (c - u)``, from the predictions ``c``
+under the prompt and ``u`` under the negative prompt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.source import source
 from ppcl_train.engine.distributed import join
+from ppcl_train.families.base import Samples
 
 # The seeds of each stage's batches start here, so that no stage sees a batch of another stage or of the teacher's
-# training.
-PROBES, STUDENTS, RECOVER, WIDTH, MEASURE = (10_000_000 * stage for stage in range(1, 6))
+# training. `CHECK` is for samples that no stage sees.
+PROBES, STUDENTS, RECOVER, WIDTH, MEASURE, CHECK = (10_000_000 * stage for stage in range(1, 7))
 
 
 @dataclass(frozen=True)
@@ -25,14 +34,21 @@ class Inputs:
     Attributes:
         x: noisy latents ``[N, S, C]``.
         t: their timesteps ``[N]`` in [0, 1]; 1 is noise.
-        call: all arguments that the transformer is called with.
+        call: all arguments that the transformer is called with. With a guidance, these are 2 N samples: N under their
+            prompts, and the same N under the negative prompt.
         predicts: what its output is: ``x_0``, or the velocity ``noise - x_0 = (x - x_0) / t``.
+        guide: makes the guided prediction of those under the prompt and under the negative prompt; None without
+            guidance.
+        shares: the share of a sampler's denoising steps that each sample stands for, ``[N]``; None where timesteps are
+            random, which counts every sample as 1.
     """
 
     x: torch.Tensor
     t: torch.Tensor
     call: dict[str, Any] = field(repr=False)
     predicts: Literal["clean", "velocity"] = "velocity"
+    guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
+    shares: torch.Tensor | None = None
 
     @property
     def mask(self) -> torch.Tensor:
@@ -49,21 +65,33 @@ class Inputs:
         return torch.ones_like(self.t) if self.predicts == "clean" else self.t.square()
 
     def clean(self, output: torch.Tensor) -> torch.Tensor:
-        """Return the ``x_0`` that an output points at, ``[N, S, C]``.
+        """Return the ``x_0`` that an output points at, guided where there is a guidance, ``[N, S, C]``.
 
         The difference of two of these is ``t`` times the difference of the velocities: high noise weighs most, as it
         does for the picture.
         """
+        if self.guide is not None:
+            output = self.guide(*output.float().chunk(2))
         return output if self.predicts == "clean" else self.x - self.t[:, None, None] * output
+
+    def weighted(self, difference: torch.Tensor) -> torch.Tensor:
+        """Weigh ``difference [N, S, C]`` in float64, so that its squares sum as samples are counted (``shares``)."""
+        weighted = difference.double()
+        return weighted if self.shares is None else weighted * self.shares.double().sqrt()[:, None, None]
+
+    def bands(self, edges: Sequence[float]) -> torch.Tensor:
+        """The band of the timestep, between ``edges``, that each sample lies in, ``[N]`` on the CPU."""
+        # An edge belongs to the band above it, as in `Catalog.band`.
+        return torch.bucketize(self.t.double().cpu(), torch.tensor(edges[1:-1], dtype=torch.float64), right=True)
 
     def banded(self, difference: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
         """Sum of squares of ``difference [N, S, C]`` in each band of the timestep between ``edges``, ``[bands]``."""
-        squares = difference.double().square().flatten(1).sum(1).cpu()
-        bands = torch.bucketize(self.t.double().cpu(), torch.tensor(edges[1:-1], dtype=torch.float64))
-        return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, bands, squares)
+        squares = self.weighted(difference).square().flatten(1).sum(1).cpu()
+        return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, self.bands(edges), squares)
 
     def part(self, samples: slice) -> Inputs:
-        """Return some of the samples."""
+        """Return some of the samples, of a batch without guidance."""
+        assert self.guide is None, "a call of a guided batch has two samples for each"
         size = len(self.x)
         call = {
             name: value[samples] if isinstance(value, (torch.Tensor, list)) and len(value) == size else value
@@ -74,7 +102,8 @@ class Inputs:
     def to(self, device: torch.device) -> Inputs:
         """Return the same batch on a device."""
         call = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.call)
-        return replace(self, x=self.x.to(device), t=self.t.to(device), call=call)
+        shares = None if self.shares is None else self.shares.to(device)
+        return replace(self, x=self.x.to(device), t=self.t.to(device), call=call, shares=shares)
 
 
 def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
@@ -83,15 +112,74 @@ def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
     ``x_t = (1 - t) x_0 + t noise`` at logit-normal timesteps; the transformer is called in the teacher's dtype.
     """
     samples = source(run).samples(size, seed)
-    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
+    generator = _generator(run, seed)
     t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
-    x = torch.lerp(samples.latents, torch.randn(samples.latents.shape, generator=generator), t[:, None, None])
-    family, dtype = run.family, getattr(torch, run.teacher.dtype)
-    call = family.arguments(x.to(dtype), t, samples.embeddings.to(dtype), samples.mask, samples.shape)
-    return Inputs(x, t, call, family.predicts).to(join().device)
+    x = _noisy(samples, t, generator)
+    return Inputs(x, t, _call(run, x, t, samples), run.family.predicts).to(join().device)
+
+
+def _generator(run: RunConfig, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
+
+
+def _noisy(samples: Samples, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.lerp(samples.latents, torch.randn(samples.latents.shape, generator=generator), t[:, None, None])
+
+
+def _call(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) -> dict[str, Any]:
+    dtype = getattr(torch, run.teacher.dtype)
+    return run.family.arguments(x.to(dtype), t, samples.embeddings.to(dtype), samples.mask, samples.shape)
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
     """Yield calibration batches of at most ``run.batch``, with ``samples`` samples in all."""
     for number, start in enumerate(range(0, samples, run.batch)):
         yield inputs(run, min(run.batch, samples - start), seed + number)
+
+
+def stratified(times: Sequence[float], samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spread samples evenly over the timesteps of a sampler's grid.
+
+    Samples go through the grid in rounds, each in a random order of its own. A last round that is shorter than the grid
+    takes the middles of as many equal strata.
+
+    Args:
+        times: timesteps at which the sampler calls the transformer.
+        samples: how many.
+        seed: decides the orders.
+
+    Returns:
+        Timesteps and shares, ``[samples]`` each. Shares sum to 1, and with them a weighted sum is the mean over the
+        timesteps that are there: over all of the grid, unless it is longer than ``samples``.
+    """
+    rng, steps = np.random.default_rng(seed), len(times)
+    chosen = np.empty(0, dtype=np.int64)
+    while (left := samples - len(chosen)) > 0:
+        size = min(left, steps)
+        strata = (2 * np.arange(size) + 1) * steps // (2 * size)
+        chosen = np.concatenate([chosen, rng.permutation(strata)])
+    counts = np.bincount(chosen, minlength=steps)
+    shares = 1 / (np.count_nonzero(counts) * counts[chosen])
+    return torch.tensor(times)[torch.from_numpy(chosen)], torch.from_numpy(shares)
+
+
+def measured(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
+    """Yield the batches that losses are measured on, with ``samples`` samples in all; (run.seed, seed) decides them.
+
+    Timesteps are `stratified` over the sampler's, captions are never dropped, and samples are held out from training
+    (`Source.samples`). A call has at most ``run.batch`` samples; with a guidance, half of them are under the negative
+    prompt.
+    """
+    guided = run.sampler.guidance != 1
+    size = max(1, run.batch // 2) if guided else run.batch
+    times, shares = stratified(run.sampler.times()[:-1], samples, run.seed * 1_000_003 + seed)
+    for number, (t, share) in enumerate(zip(times.split(size), shares.split(size), strict=True)):
+        made = source(run).samples(len(t), seed + number, held_out=True)
+        x = _noisy(made, t, _generator(run, seed + number))
+        guide = partial(run.family.guided, guidance=run.sampler.guidance) if guided else None
+        if guided:
+            doubled = source(run).with_negative(made)
+            call = _call(run, torch.cat([x, x]), torch.cat([t, t]), doubled)
+        else:
+            call = _call(run, x, t, made)
+        yield Inputs(x, t, call, run.family.predicts, guide, share).to(join().device)

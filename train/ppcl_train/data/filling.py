@@ -7,7 +7,7 @@ last full shard, and ends with the bytes that it would have had.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ Report = Callable[[int, int, Skipped], None]
 def fill(
     folder: Path,
     begun: Manifest,
-    empty: Callable[[], torch.Tensor],
+    unconditional: Mapping[str, Callable[[], torch.Tensor]],
     recipes: Callable[[int], Iterator[Recipe]],
     *,
     per_shard: int,
@@ -62,7 +62,8 @@ def fill(
     Args:
         folder: of the cache.
         begun: the manifest to begin with: family, settings, limits and versions.
-        empty: makes the embeddings of the empty prompt.
+        unconditional: prompt -> makes its embeddings: the empty prompt, and the negative prompt, which comes last. A
+            cache that was made without a negative prompt gets its embeddings when it is made again.
         recipes: the source from a position on; the same recipes every time.
         per_shard: samples of a shard.
         strict: stop at what cannot be used, instead of leaving it out.
@@ -76,7 +77,7 @@ def fill(
             could not be used.
     """
     begun = begun.model_copy(update={"settings": json.loads(json.dumps({**begun.settings, "per_shard": per_shard}))})
-    before = _begin(folder, begun, empty)
+    before = _begin(folder, begun, unconditional)
     if before.complete and before.limits == begun.limits:
         return before
     writer = _Writer(folder, Limits(**begun.limits), per_shard, strict, report)
@@ -185,7 +186,7 @@ class _Writer:
         self._report(self._count + len(self._pending), self.used + self._pending_bytes, self.skipped)
 
 
-def _begin(folder: Path, begun: Manifest, empty: Callable[[], torch.Tensor]) -> Manifest:
+def _begin(folder: Path, begun: Manifest, unconditional: Mapping[str, Callable[[], torch.Tensor]]) -> Manifest:
     """Write a manifest, or check the one that is there; returns the one that was there, or the new one."""
     path = folder / MANIFEST
     if not path.exists():
@@ -199,8 +200,10 @@ def _begin(folder: Path, begun: Manifest, empty: Callable[[], torch.Tensor]) -> 
     if before.limits != begun.limits:
         # A cache that goes on is not complete until its manifest says so again.
         write_json(path, begun.model_copy(update={"versions": before.versions}).model_dump(mode="json"))
-    if not (folder / EMPTY).exists():
-        write_tensors(folder / EMPTY, {"embeddings": empty()}, {})
+    held, negative = folder / EMPTY, list(unconditional)[-1]
+    if not held.exists() or read_note(held).get("negative") != negative:
+        tensors = {"embeddings": unconditional[""](), "negative": unconditional[negative]()}
+        write_tensors(held, tensors, {"negative": negative})
     return before
 
 

@@ -1,7 +1,7 @@
 """A cache of samples: safetensors shards of latents and prompt embeddings, and a manifest that lists them.
 
 manifest.json       what the cache was made from, versions, counts, and the shape of every sample
-empty.safetensors   the embeddings of the empty prompt, for captions that training drops
+empty.safetensors   the embeddings of the empty prompt, for captions that training drops, and of the negative prompt
 00000.safetensors   latents.N [S, C] and embeddings.N [S_text, E] of its samples
 """
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.files import one_line
 from ppcl_rt.planning.frozen import Frozen, read_json
-from ppcl_train.engine.files import read_tensors
+from ppcl_train.engine.files import read_note, read_tensors
 from ppcl_train.families.base import ImageShape
 
 MANIFEST, EMPTY = "manifest.json", "empty.safetensors"
@@ -101,6 +101,8 @@ class Shards:
         family: the family of its samples.
         buckets: shape -> places of the samples of that shape.
         empty: embeddings of the empty prompt ``[S_text, E]``.
+        unconditional: prompt -> embeddings, of the empty prompt and of the negative prompt that the cache was made
+            with; older caches have no negative prompt.
 
     Raises:
         ValueError: there is no cache, or it is not complete.
@@ -129,7 +131,11 @@ class Shards:
                     raise ValueError(f"{path} is missing or not whole: delete it, and {MANIFEST}, and cache again")
                 for number, shape in enumerate(shard.shapes):
                     self.buckets.setdefault(shape, []).append(Place(path, number))
-        self.empty = read_tensors(roots[0] / EMPTY)["embeddings"]
+        held, note = read_tensors(roots[0] / EMPTY), read_note(roots[0] / EMPTY)
+        self.empty = held["embeddings"]
+        self.unconditional = {"": self.empty}
+        if "negative" in note:
+            self.unconditional[note["negative"]] = held["negative"]
         # Files are memory-mapped, not read, and at most 64 of them are open.
         self._file = lru_cache(maxsize=64)(lambda path: safe_open(path, framework="pt"))
 

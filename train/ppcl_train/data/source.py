@@ -17,19 +17,32 @@ from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import shards
 from ppcl_train.families.base import Samples
 
+# One sample in so many of a cache is held out from training, to measure with.
+_HELD_OUT = 32
+
 
 class Source(Protocol):
     """Where samples come from."""
 
-    def samples(self, size: int, seed: int) -> Samples:
-        """Make or read a batch, on the CPU; (run.seed, seed) alone decides it."""
+    def samples(self, size: int, seed: int, held_out: bool = False) -> Samples:
+        """Make or read a batch, on the CPU; (run.seed, seed) alone decides it.
+
+        Args:
+            held_out: take samples to measure with, which training never sees, and drop no caption. Samples that are
+                made are the training's own kind at seeds that it never uses; the captions that judges ask for are in
+                neither.
+        """
+
+    def with_negative(self, samples: Samples) -> Samples:
+        """Append every sample once more under the sampler's negative prompt."""
 
 
 def source(run: RunConfig) -> Source:
     """Return the source of a run.
 
     Raises:
-        ValueError: the run's cache is missing, not complete or of another family.
+        ValueError: the run's cache is missing, not complete or of another family, or lacks the embeddings of the
+            negative prompt that losses are measured with.
     """
     return Made(run) if run.data.cache is None else Cached(run, _opened(run.data.cache))
 
@@ -45,13 +58,18 @@ class Made:
     def __init__(self, run: RunConfig) -> None:
         self.run = run
 
-    def samples(self, size: int, seed: int) -> Samples:
+    def samples(self, size: int, seed: int, held_out: bool = False) -> Samples:
         """See `Source.samples`.
 
         Raises:
             ValueError: samples of this family come from a cache.
         """
-        return self.run.family.make(size, (self.run.seed, seed), self.run.teacher.drop_caption)
+        drop = 0.0 if held_out else self.run.teacher.drop_caption
+        return self.run.family.make(size, (self.run.seed, seed), drop)
+
+    def with_negative(self, samples: Samples) -> Samples:
+        """See `Source.with_negative`."""
+        return _doubled(samples, self.run.family.embed(self.run.sampler.negative))
 
 
 class Cached:
@@ -59,30 +77,62 @@ class Cached:
 
     A batch holds no sample twice unless the batch is larger than its bucket. Batches are drawn independently: over a
     whole training each sample is seen about equally often, but there are no epochs.
+
+    Every 32nd sample of a shape is held out. A cache that has no 32 samples of any shape holds out none, and losses are
+    then measured on samples of the training, under other noise.
     """
 
     def __init__(self, run: RunConfig, cache: shards.Shards) -> None:
         if cache.family != run.task:
             raise ValueError(f"{cache.folder} is a cache of {cache.family}, the run's task is {run.task}")
+        sampler = run.sampler
+        if sampler.guidance != 1 and sampler.negative not in cache.unconditional:
+            # Found now, and not when losses are measured, which may be days later.
+            raise ValueError(
+                f"{cache.folder} lacks embeddings of the negative prompt {sampler.negative!r}: run the command that "
+                "made it again, which adds them, or measure without guidance: --set sampler.guidance=1"
+            )
         self.run, self.cache = run, cache
+        self._kept_out = {shape: bucket[_HELD_OUT - 1 :: _HELD_OUT] for shape, bucket in cache.buckets.items()}
+        self._kept_out = {shape: bucket for shape, bucket in self._kept_out.items() if bucket}
+        self._trained = {
+            shape: [place for n, place in enumerate(bucket, 1) if n % _HELD_OUT]
+            for shape, bucket in cache.buckets.items()
+        }
 
-    def samples(self, size: int, seed: int) -> Samples:
+    def samples(self, size: int, seed: int, held_out: bool = False) -> Samples:
         """See `Source.samples`."""
         rng = np.random.default_rng((self.run.seed, seed))
-        shapes = list(self.cache.buckets)
-        counts = np.array([len(self.cache.buckets[shape]) for shape in shapes])
+        buckets = self._kept_out if held_out and self._kept_out else self._trained
+        shapes = list(buckets)
+        counts = np.array([len(buckets[shape]) for shape in shapes])
         shape = shapes[rng.choice(len(shapes), p=counts / counts.sum())]
-        bucket = self.cache.buckets[shape]
+        bucket = buckets[shape]
         picks = rng.choice(len(bucket), size, replace=size > len(bucket))
-        dropped = rng.random(size) < self.run.teacher.drop_caption
+        dropped = rng.random(size) < (0.0 if held_out else self.run.teacher.drop_caption)
         latents, texts = zip(*(self.cache.read(bucket[pick]) for pick in picks), strict=True)
         embeddings, mask = padded(
             [self.cache.empty if gone else text for text, gone in zip(texts, dropped, strict=True)]
         )
         return Samples(torch.stack(latents).float(), embeddings, mask, shape)
 
+    def with_negative(self, samples: Samples) -> Samples:
+        """See `Source.with_negative`."""
+        return _doubled(samples, self.cache.unconditional[self.run.sampler.negative])
 
-def padded(texts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad embeddings ``[S_text, E]`` with zeros at the end: ``[N, longest, E]`` float32, and their mask."""
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in texts], True)
-    return torch.nn.utils.rnn.pad_sequence([text.float() for text in texts], True), mask
+
+def _doubled(samples: Samples, negative: torch.Tensor) -> Samples:
+    """Append every sample once more under a negative prompt, whose embeddings are ``[S_text, E]``."""
+    texts = [text[words] for text, words in zip(samples.embeddings, samples.mask, strict=True)]
+    embeddings, mask = padded([*texts, *([negative] * len(texts))], samples.mask.shape[1])
+    return Samples(torch.cat([samples.latents, samples.latents]), embeddings, mask, samples.shape)
+
+
+def padded(texts: list[torch.Tensor], least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad embeddings ``[S_text, E]`` with zeros at the end: ``[N, longest or least, E]`` float32, and their mask."""
+    length = max(least, *map(len, texts))
+    embeddings = torch.zeros(len(texts), length, texts[0].shape[1])
+    mask = torch.zeros(len(texts), length, dtype=torch.bool)
+    for n, text in enumerate(texts):
+        embeddings[n, : len(text)], mask[n, : len(text)] = text.float(), True
+    return embeddings, mask

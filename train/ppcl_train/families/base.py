@@ -48,10 +48,12 @@ class Encoder(Protocol):
     Attributes:
         multiple: pixels; the sides of images are multiples of it.
         area: pixels of an image, unless the caller says otherwise.
+        negative: the negative prompt that the family's pipeline is used with.
     """
 
     multiple: int
     area: int
+    negative: str
 
     def embed(self, prompt: str) -> torch.Tensor:
         """Embed one prompt, ``[S_text, E]``, without padding.
@@ -108,6 +110,22 @@ class Family(Protocol):
             embeddings: ``[N, S_text, E]``.
             mask: ``[N, S_text]``, true on words.
             shape: of every image in the batch.
+        """
+
+    def guided(self, wanted: torch.Tensor, free: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Guide a prediction as the family's pipeline does: ``u + g (c - u)``, and what the pipeline adds to it.
+
+        Args:
+            wanted: outputs ``c`` under the prompt, ``[N, S, C]``.
+            free: outputs ``u`` under the negative prompt, likewise.
+            guidance: ``g``.
+        """
+
+    def embed(self, prompt: str) -> torch.Tensor:
+        """Embed a prompt without a pipeline, ``[S_text, E]``.
+
+        Raises:
+            ValueError: embeddings of this family come from a cache.
         """
 
     def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:

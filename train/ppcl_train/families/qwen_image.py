@@ -59,6 +59,17 @@ class QwenImage(QwenImageTransformer):
             "return_dict": False,
         }
 
+    def guided(self, wanted: torch.Tensor, free: torch.Tensor, guidance: float) -> torch.Tensor:
+        """See `Family.guided`; the pipeline then gives every token the norm that it has under the prompt."""
+        guided = free + guidance * (wanted - free)
+        # A token that is all zeros has no direction to keep.
+        norm = guided.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
+        return guided * (wanted.norm(dim=-1, keepdim=True) / norm)
+
+    def embed(self, prompt: str) -> torch.Tensor:
+        """See `Family.embed`; only a pipeline can."""
+        raise ValueError("qwen-image reads embeddings from a cache: make one with `ppcl train cache`")
+
     def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
         """See `Family.make`; there are none without a cache."""
         raise ValueError("qwen-image reads a cache: make one with `ppcl train cache`, then --set data.cache=FOLDER")
@@ -79,6 +90,9 @@ class QwenImage(QwenImageTransformer):
 
 class QwenImageEncoder:
     """An opened `QwenImagePipeline`."""
+
+    # The pipeline takes none for no guidance, so its users pass a space.
+    negative = " "
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe

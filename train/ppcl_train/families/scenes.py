@@ -16,7 +16,7 @@ from ppcl_train.families.base import ImageShape, Picture, Samples, Unreadable
 from ppcl_train.families.qwen_image import QwenImageTransformer
 from ppcl_train.scenes.encoding import encode, to_tokens, training_batch
 from ppcl_train.scenes.language import SIDE
-from ppcl_train.scenes.sampling import IMAGE_SHAPE, Sampler, arguments, noise_for
+from ppcl_train.scenes.sampling import IMAGE_SHAPE, Sampler, arguments, guided_prediction, noise_for
 
 
 class Scenes(QwenImageTransformer):
@@ -33,6 +33,15 @@ class Scenes(QwenImageTransformer):
             raise ValueError(f"scenes are {IMAGE_SHAPE} tokens, this cache holds {shape}: cache with --family scenes")
         return arguments(x, t, embeddings, mask)
 
+    def guided(self, wanted: torch.Tensor, free: torch.Tensor, guidance: float) -> torch.Tensor:
+        """See `Family.guided`."""
+        return guided_prediction(wanted, free, guidance)
+
+    def embed(self, prompt: str) -> torch.Tensor:
+        """See `Family.embed`."""
+        embeddings, mask = encode([prompt])
+        return embeddings[0, mask[0]]
+
     def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
         """See `Family.make`."""
         batch = training_batch(size, seed, drop=drop)
@@ -48,6 +57,7 @@ class ScenesEncoder:
 
     multiple = SIDE
     area = SIDE**2
+    negative = ""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""The velocity error: how far predictions are from the teacher's.
+"""The velocity error: how far predictions are from the teacher's. The one loss that choices and plans are judged by.
 
 A velocity ``v`` at the noisy latents ``x`` and the timestep ``t`` points at the clean image ``x_0 = x - t v``, so
 
@@ -6,22 +6,33 @@ A velocity ``v`` at the noisy latents ``x`` and the timestep ``t`` points at the
     signal           sum |t v|^2        = sum |x - x_0|^2
     velocity error   squared error / signal, both over calibration inputs
 
-The factor ``t`` weighs high noise most, as the picture does and as the judge does. What is measured is the velocity
-error. What is trained divides the same squared error by ``sum |x_0|^2`` instead, which exists at ``t = 0`` too.
+It is measured as a sampler meets it (`calibration.measured`): both predictions are guided, ``v = u + g (c - u)`` with
+the sampler's guidance and negative prompt; the timesteps are those of the sampler's grid; and every sample counts as
+the share of the sampler's denoising steps that it stands for. So both sums are means over the denoising steps:
+
+    velocity error = mean over steps of E |t (v' - v)|^2 / mean over steps of E |t v|^2
+
+The factor ``t`` weighs high noise most, as the picture does and as the judge does. What is trained divides the same
+squared error by ``sum |x_0|^2`` instead, which exists at ``t = 0`` too.
+
+A band's part is zero where the sampler has no timestep in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from ppcl_rt import Plan, PlannedBlock
+from ppcl_rt import Interval, Plan, PlannedBlock
+from ppcl_rt.planning.sketch import Sketch
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration
 from ppcl_train.data.calibration import Inputs
+from ppcl_train.losses.sketching import Sketcher
 
 # Losses of choices are recorded as at least this, so that a change that measures as free is still told from the dense
 # plan, whose loss is exactly 0.
@@ -50,49 +61,104 @@ class Target:
         """Take the target from what the teacher put out for a batch."""
         return cls(inputs, inputs.clean(output))
 
-    def _difference(self, output: torch.Tensor) -> torch.Tensor:
+    def difference(self, output: torch.Tensor) -> torch.Tensor:
+        """Compute ``x_0' - x_0`` of an output, ``[N, S, C]``; gradients pass."""
         return self.inputs.clean(output) - self.clean
 
     def squared_error(self, output: torch.Tensor) -> torch.Tensor:
         """Compute ``|x_0' - x_0|^2`` of an output by element, ``[N, S, C]``; gradients pass."""
-        return self._difference(output).square()
+        return self.difference(output).square()
 
     def error_by_band(self, output: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
         """Sum the squared error of an output in each band of the timestep, ``[bands]`` in float64."""
-        return self.inputs.banded(self._difference(output), edges)
+        return self.inputs.banded(self.difference(output), edges)
 
     def signal_by_band(self, edges: Sequence[float]) -> torch.Tensor:
         """Sum the teacher's signal ``|t v|^2`` in each band of the timestep, ``[bands]`` in float64."""
         return self.inputs.banded(self.inputs.x - self.clean, edges)
 
 
+class Change(NamedTuple):
+    """What a plan changes in the guided prediction.
+
+    Attributes:
+        bands: the parts of its loss in each band of the timestep; they sum to the loss.
+        sketches: ``[2, size]`` with unit rows, one of each sketch; without rows where none were asked for.
+    """
+
+    bands: tuple[float, ...]
+    sketches: np.ndarray
+
+
 class VelocityError:
     """Measures the velocity error of plans of a model, whose dense plan is the teacher.
+
+    Args:
+        model: everything that plans need is resident.
+        run: settings of the run.
+        sketch: the sketch to make of what plans change; None for none.
+        seed: of the first batch.
 
     Attributes:
         edges: timesteps between which the bands lie (`band_edges`).
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, run: RunConfig) -> None:
+    def __init__(
+        self, model: Any, run: RunConfig, sketch: Sketch | None = None, seed: int = calibration.MEASURE
+    ) -> None:
         self._model = model
         self.edges = band_edges(run.measure.bands)
-        batches = list(calibration.batches(run, run.measure.samples, calibration.MEASURE))
-        with model.at(plan=model.catalog.dense):
-            self._targets = [Target.of(batch, model(**batch.call)[0]) for batch in batches]
-        self._signal = float(torch.stack([target.signal_by_band(self.edges) for target in self._targets]).sum())
+        batches = list(calibration.measured(run, run.measure.samples, seed))
+        self.teacher = self._predict(batches, model.catalog.dense)
+        self._signal = float(torch.stack([target.signal_by_band(self.edges) for target in self.teacher]).sum())
+        self._sketcher = Sketcher(sketch, batches, self.edges) if sketch else None
+
+    def _predict(self, batches: Sequence[Inputs], plan: Plan) -> tuple[Target, ...]:
+        with self._model.at(plan=plan):
+            return tuple(Target.of(batch, self._model(**batch.call)[0]) for batch in batches)
 
     @torch.no_grad()
+    def predictions(self, plan: Plan) -> tuple[Target, ...]:
+        """What a plan predicts on every batch, to measure other plans against."""
+        return self._predict([target.inputs for target in self.teacher], plan)
+
+    @torch.no_grad()
+    def change(self, plan: Plan, against: Sequence[Target] = ()) -> Change:
+        """Measure what a plan changes.
+
+        Args:
+            plan: of the model.
+            against: predictions that it changes; those of the teacher, unless others are named. The signal is the
+                teacher's in either case.
+        """
+        errors = torch.zeros(len(self.edges) - 1, dtype=torch.float64)
+        sums = self._sketcher.empty(self._model.device) if self._sketcher else torch.zeros(0)
+        with self._model.at(plan=plan):
+            for number, target in enumerate(against or self.teacher):
+                difference = target.difference(self._model(**target.inputs.call)[0])
+                errors += target.inputs.banded(difference, self.edges)
+                if self._sketcher:
+                    self._sketcher.add(sums, number, target.inputs.weighted(difference))
+        bands = tuple((errors / self._signal).tolist())
+        return Change(bands, self._sketcher.unit_rows(sums, bands) if self._sketcher else sums.numpy())
+
     def of(self, plan: Plan) -> tuple[float, ...]:
         """Measure a plan; returns the part of its velocity error in each band of the timestep. The parts sum to it."""
-        with self._model.at(plan=plan):
-            errors = [
-                target.error_by_band(self._model(**target.inputs.call)[0], self.edges) for target in self._targets
-            ]
-        return tuple((torch.stack(errors).sum(0) / self._signal).tolist())
+        return self.change(plan).bands
+
+    def with_block(self, planned: PlannedBlock) -> Plan:
+        """The dense plan with one block, or one interval, changed."""
+        catalog = self._model.catalog
+        others = [n for n in range(catalog.architecture.depth) if n not in planned.interval]
+        return catalog.compose([(n, catalog.spec(n).full) for n in others], [planned])
+
+    def with_text_run(self, interval: Interval) -> Plan:
+        """The dense plan with one text run."""
+        catalog = self._model.catalog
+        depth = catalog.architecture.depth
+        return catalog.compose([(n, catalog.spec(n).full) for n in range(depth)], text_runs=[interval])
 
     def of_block(self, planned: PlannedBlock) -> tuple[float, ...]:
         """Measure the dense plan with one block, or one interval, changed; returns what `of` returns."""
-        catalog = self._model.catalog
-        others = [n for n in range(catalog.architecture.depth) if n not in planned.interval]
-        return self.of(catalog.compose([(n, catalog.spec(n).full) for n in others], [planned]))
+        return self.of(self.with_block(planned))

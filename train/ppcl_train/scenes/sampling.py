@@ -34,23 +34,41 @@ def arguments(x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: 
     }
 
 
+def guided_prediction(wanted: torch.Tensor, free: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Compute ``u + g (c - u)`` of predictions ``c`` under the prompt and ``u`` under the negative prompt."""
+    return free + guidance * (wanted - free)
+
+
 class Sampler(Frozen):
-    """Euler steps on a shifted grid of t, with classifier-free guidance if ``guidance`` is not 1."""
+    """Euler steps on a shifted grid of t, with classifier-free guidance if ``guidance`` is not 1.
+
+    Attributes:
+        steps: denoising steps.
+        shift: of the grid towards noise.
+        terminal: the last timestep before 0, to which the grid is stretched; 0 for no stretching.
+        guidance: g of the guided prediction ``u + g (c - u)``.
+        negative: the prompt of ``u``.
+    """
 
     steps: PositiveInt = 16
     shift: PositiveFloat = 1.5
+    terminal: float = Field(0.0, ge=0, lt=1)
     guidance: float = Field(1.0, ge=0)
+    negative: str = ""
 
     def times(self) -> list[float]:
         """The grid, from 1 to 0, both included."""
         line = np.linspace(1, 0, self.steps + 1)
-        return [float(s) for s in self.shift * line / (1 + (self.shift - 1) * line)]
+        times = self.shift * line / (1 + (self.shift - 1) * line)
+        if self.terminal and self.steps > 1:
+            times[:-1] = 1 - (1 - times[:-1]) * (1 - self.terminal) / (1 - times[-2])
+        return [float(t) for t in times]
 
     @torch.no_grad()
     def sample(self, model: nn.Module, prompts: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
         """Denoise ``noise [N, 16, 48]`` under N prompts; returns ``x_0``, same shape, clipped to [-1, 1]."""
         guided = self.guidance != 1.0
-        embeddings, mask = encode([*prompts, *([""] * len(prompts) if guided else [])])
+        embeddings, mask = encode([*prompts, *([self.negative] * len(prompts) if guided else [])])
         embeddings, mask = embeddings.to(noise), mask.to(noise.device)
         x, times = noise, self.times()
         for now, then in pairwise(times):
@@ -58,7 +76,7 @@ class Sampler(Frozen):
             clean = model(**arguments(torch.cat([x, x]) if guided else x, t, embeddings, mask))[0]
             if guided:
                 wanted, free = clean.chunk(2)
-                clean = free + self.guidance * (wanted - free)
+                clean = guided_prediction(wanted, free, self.guidance)
             x = x + (then - now) * (x - clean) / now
         return x.clip(-1, 1)
 

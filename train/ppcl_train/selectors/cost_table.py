@@ -225,7 +225,7 @@ def select(run: RunConfig, folder: Path) -> None:
     trained_on = TracedBatches(
         model, (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))
     )
-    measured_on = TracedBatches(model, calibration.batches(run, config.samples, _CALIBRATION))
+    measured_on = TracedBatches(model, calibration.measured(run, config.samples, _CALIBRATION))
     loss = StudentLoss(model, measured_on, config.bands)
     path = folder / OUTPUT
     table = read(folder) if path.exists() else Table(edges=loss.edges, shares=loss.shares)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 import ppcl_rt
 from ppcl_rt import Catalog, Interval, Planner
 from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_rt.planning.sketch import select
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.engine.files import read_content, write_json
+from ppcl_train.engine.files import read_content, read_tensors, write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.stages import measure
 
@@ -27,12 +30,12 @@ def pack(run: RunConfig, folder: Path) -> None:
     draft = Checkpoint(folder / "draft")
     assert draft.catalog is not None, "a draft has a catalog"
     measured = read_content(folder / measure.OUTPUT)
-    catalog = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
-    students, runs = used(catalog)
-    catalog = catalog.model_copy(
+    whole = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
+    students, runs = used(whole)
+    catalog = whole.model_copy(
         update={
-            "students": tuple(s for s in catalog.students if s.interval in students),
-            "text_runs": tuple(r for r in catalog.text_runs if r.interval in runs),
+            "students": tuple(s for s in whole.students if s.interval in students),
+            "text_runs": tuple(r for r in whole.text_runs if r.interval in runs),
         }
     )
     # Tensors of a student or text run are named ``students.{interval}...`` or ``text_runs.{interval}...``.
@@ -41,6 +44,8 @@ def pack(run: RunConfig, folder: Path) -> None:
     paths = {name: name.split(".") for name in draft.names}
     names = [name for name, path in paths.items() if path[0] not in kinds or tuple(path[:2]) in packed]
     tensors = {name: draft.read(name) for name in names}
+    for name, rows in read_tensors(folder / measure.SKETCHES).items():
+        tensors[name] = torch.from_numpy(select(rows.numpy(), whole, catalog))
     catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", draft.config, catalog, tensors)
     # The note holds what made the checkpoint, and nothing else.
     write_json(folder / OUTPUT, {})

@@ -29,6 +29,8 @@ from ppcl_train.stages.measure import sensitivities
 OUTPUT = "recovered.safetensors"
 # The catalog with losses before recovery: what the planner goes by when it chooses the plans that are trained.
 COSTS = "costs.json"
+# And the sketches that go with them.
+COST_SKETCHES = "costs.safetensors"
 # Between the ratios whose plans are trained.
 _SPACING = 0.02
 # Shares of the steps: for the smallest plan (the sandwich rule), and, where kept blocks are trained, for the dense one.
@@ -51,7 +53,8 @@ def recover(run: RunConfig, folder: Path) -> None:
     if world.is_main:
         write_draft(run, folder, start, narrower=True)
         if not (folder / COSTS).exists():
-            measured = sensitivities(open_draft(run, folder), run, log)
+            measured, sketches = sensitivities(open_draft(run, folder), run, log)
+            write_tensors(folder / COST_SKETCHES, sketches, {})
             write_json(folder / COSTS, measured.model_dump(mode="json"))
     world.wait()
     model = open_draft(run, folder)

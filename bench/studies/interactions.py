@@ -1,0 +1,76 @@
+"""How well the losses of plans are predicted: by the sum over their choices, and by the sketches of a checkpoint.
+
+    python bench/studies/interactions.py examples/scenes
+
+Prints percentiles of measured over predicted loss, for the planner's plans at ratios spread evenly and for random
+plans, measured on samples that nothing else has seen. A checkpoint without sketches is measured first, which takes
+minutes.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+import ppcl_rt
+from ppcl_rt import Catalog, Plan, Planner
+from ppcl_rt.planning.sketch import PLAN, SCORE, Sketches, taken
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.data import calibration
+from ppcl_train.losses.velocity_error import VelocityError
+from ppcl_train.stages.measure import sensitivities
+from ppcl_train.stages.recover import random_plan
+
+_PERCENTILES = (5, 25, 50, 75, 95)
+
+
+def sketched(checkpoint: str, model: Any, run: RunConfig) -> tuple[Catalog, dict[str, Sketches]]:
+    """Read the sketches of a checkpoint, or make them; returns them with the catalog that their losses lie in."""
+    source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
+    if model.catalog.sketch is not None:
+        catalog, tensors = model.catalog, {name: source.read(name) for name in (PLAN, SCORE)}
+    else:
+        begun = time.perf_counter()
+        catalog, tensors = sensitivities(model, run, lambda **_: None)
+        print(f"measured {len(tensors[PLAN])} choices in {time.perf_counter() - begun:.0f} s", flush=True)
+    return catalog, {name: Sketches.of(rows.numpy(), catalog) for name, rows in tensors.items()}
+
+
+def main(
+    checkpoint: str,
+    planned: Annotated[int, typer.Option(min=1)] = 64,
+    drawn: Annotated[int, typer.Option(min=1)] = 200,
+    seed: int = 0,
+) -> None:
+    """Measure plans, and print how far predictions are from what is measured."""
+    torch.set_grad_enabled(False)
+    run = PRESETS["scenes"]
+    model = ppcl_rt.load(checkpoint, dtype=torch.float32, resident="all").requires_grad_(False)
+    catalog, sketches = sketched(checkpoint, model, run)
+    error, rng = VelocityError(model, run, seed=calibration.CHECK + seed), random.Random(seed)
+    frontier = [plan for plan in Planner(catalog).plans(1 / (planned + 16)) if plan != catalog.dense]
+    plans: dict[str, list[Plan]] = {
+        "planner's": frontier[:planned],
+        "random": [random_plan(catalog, rng) for _ in range(drawn)],
+    }
+    for kind, some in plans.items():
+        measured = np.array([sum(error.of(plan)) for plan in some])
+        predicted = {"sum": np.array([catalog.loss(plan) for plan in some])}
+        for name, rows in sketches.items():
+            predicted[name] = np.array([rows.loss(taken(catalog, plan)) for plan in some])
+        print(f"{len(some)} {kind} plans, measured over predicted at percentiles {_PERCENTILES}:")
+        for name, values in predicted.items():
+            ratios = measured / values
+            inside = np.mean((ratios >= 0.8) & (ratios <= 1.6))
+            figures = "  ".join(f"{value:.2f}" for value in np.percentile(ratios, _PERCENTILES))
+            print(f"  {name:16} {figures}  within 0.8 to 1.6: {inside:.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
