@@ -144,7 +144,10 @@ class ComposedCheckpoint(Checkpoint):
             for run in runs
             for name in text_maps(run.interval, depth)
         }
-        for path, stored in {**{self._path(name): self._path(name) for name in self._whole}, **aliases}.items():
+        for path, stored in {
+            **{path: path for path in map(self._path, self._whole) if path not in aliases.values()},
+            **aliases,
+        }.items():
             if {f"{stored}.up", f"{stored}.down"} <= set(self._stored) and f"{path}.weight" not in self._stored:
                 self._factored[f"{path}.weight"] = stored
             for which in ("weight", "bias"):
@@ -219,7 +222,8 @@ class ComposedCheckpoint(Checkpoint):
         # Bases first: students' parts before what replaces them.
         for stored, names in sorted(sources.items(), key=lambda item: "replacements" in item[0]):
             if not all(torch.equal(held[name], held[names[0]]) for name in names):
-                made |= {name: held[name] for name in names}
+                # Maps that some runs share in memory are written apart.
+                made |= {name: held[name].clone() for name in names}
                 continue
             name, path = names[0], self._path(stored)
             if name not in self._factored:

@@ -13,7 +13,7 @@ def taken(catalog: Catalog, spacing: float, neighbours: int) -> Catalog:
     Args:
         spacing: between the ratios.
         neighbours: legal counts to keep on either side of one that a plan takes, so that other budgets have a choice.
-            Ranks are kept up to the highest that is: lower ones are prefixes.
+            Ranks are all kept: they are prefixes of one pair of factors.
     """
     plans = Planner(catalog).plans(spacing)
     students = {planned.interval for plan in plans for planned in plan.blocks if planned.student}
@@ -30,7 +30,7 @@ def taken(catalog: Catalog, spacing: float, neighbours: int) -> Catalog:
                 group: tuple(
                     legal
                     for n, legal in enumerate(widths.of(group))
-                    if n in _near(widths, group, counts_of.get(group, ()), neighbours, groups[group].is_rank)
+                    if groups[group].is_rank or n in _near(widths, group, counts_of.get(group, ()), neighbours)
                 )
                 for group in widths.groups
             }
@@ -53,11 +53,10 @@ def taken(catalog: Catalog, spacing: float, neighbours: int) -> Catalog:
     )
 
 
-def _near(widths: LegalWidths, group: str, wanted: Collection[int], neighbours: int, is_rank: bool) -> set[int]:
+def _near(widths: LegalWidths, group: str, wanted: Collection[int], neighbours: int) -> set[int]:
     """Places in the list of a group's legal counts that are kept; the full count always is."""
     places = [n for n, legal in enumerate(widths.of(group)) if legal.units in wanted]
-    near = {0} | {m for n in places for m in range(n - neighbours, n + neighbours + 1)}
-    return near | set(range(min(near - {0}), len(widths.of(group)))) if is_rank and near - {0} else near
+    return {0} | {m for n in places for m in range(n - neighbours, n + neighbours + 1)}
 
 
 def listed(catalog: Catalog, names: Iterable[str]) -> list[str]:
