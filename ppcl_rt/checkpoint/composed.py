@@ -144,10 +144,8 @@ class ComposedCheckpoint(Checkpoint):
             for run in runs
             for name in text_maps(run.interval, depth)
         }
-        for path, stored in {
-            **{path: path for path in map(self._path, self._whole) if path not in aliases.values()},
-            **aliases,
-        }.items():
+        unaliased = {path: path for path in map(self._path, self._whole) if path not in aliases.values()}
+        for path, stored in {**unaliased, **aliases}.items():
             if {f"{stored}.up", f"{stored}.down"} <= set(self._stored) and f"{path}.weight" not in self._stored:
                 self._factored[f"{path}.weight"] = stored
             for which in ("weight", "bias"):
