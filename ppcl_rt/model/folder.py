@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import ValidationError
 
+from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.families import registry
@@ -69,7 +70,7 @@ class CheckpointFolder(Switching):
         check_mode(graphs)
         if unknown := sorted(set(hub) - HUB_ARGUMENTS):
             raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
-        model = cls._without_blocks(Checkpoint(locate(path, subfolder, **hub)), dtype, device)
+        model = cls._without_blocks(ComposedCheckpoint(locate(path, subfolder, **hub)), dtype, device)
         model.set_graphs(graphs)
         model.set_plan(plan if plan is not None else model.planner.plan(ratio))
         if resident == "all":
@@ -91,7 +92,7 @@ class CheckpointFolder(Switching):
         self._graphs = Graphs(mode)
 
     @classmethod
-    def _without_blocks(cls: type[Self], source: Checkpoint, dtype: torch.dtype | None, device: Any) -> Self:
+    def _without_blocks(cls: type[Self], source: ComposedCheckpoint, dtype: torch.dtype | None, device: Any) -> Self:
         """Build the model with everything outside the blocks, and no block."""
         model = cls._built(source)
         outer = model.state_dict()
@@ -183,7 +184,7 @@ class CheckpointFolder(Switching):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickle: checkpoints here are safetensors only")
-        catalog = write_checkpoint(save_directory, self.stock_config, self.catalog, self.full_state(), max_shard_size)
+        catalog = write_checkpoint(save_directory, self.stock_config, self.catalog, self.stored_state(), max_shard_size)
         if self._source is not None and Path(save_directory).resolve() == self._source.folder.resolve():
             self._reopen(self._source.folder, catalog)
 
@@ -191,7 +192,7 @@ class CheckpointFolder(Switching):
         """Go on with the checkpoint that was just written over the one that this model was loaded from."""
         plan = self.plan.model_copy(update={"checkpoint": catalog.fingerprint})
         with READING:
-            self._source, self._catalog, self._planner = Checkpoint(folder), catalog, None
+            self._source, self._catalog, self._planner = ComposedCheckpoint(folder), catalog, None
             self._programs.clear()
             self._graphs.drop_all()
         self.set_plan(plan)
@@ -225,6 +226,11 @@ class CheckpointFolder(Switching):
                     else held[name]
                 )
         return state
+
+    def stored_state(self) -> dict[str, torch.Tensor]:
+        """`full_state` as the checkpoint stores it: factors in the place of weights that they still give."""
+        state = self.full_state()
+        return state if self._source is None else self._source.as_stored(state)
 
     def _blocks_by_prefix(self) -> Mapping[str, Any]:
         """The resident blocks and students by what their tensors' names begin with."""

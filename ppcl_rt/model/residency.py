@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.families import registry
 from ppcl_rt.model.block import NotLoaded, PluggableBlock
@@ -62,7 +63,7 @@ class Residency(nn.Module):
     text_runs: nn.ModuleDict
     config: Any
     _catalog: Catalog | None
-    _source: Checkpoint | None
+    _source: ComposedCheckpoint | None
     _graphs: Graphs
 
     # What a family provides.
@@ -178,7 +179,13 @@ class Residency(nn.Module):
         if self._source is None:
             raise ValueError(f"text run {run} was dropped and there is no checkpoint to read it from")
         like, maps = next(self.parameters()), nn.ModuleDict()
+        shared = self._resident_maps()
         for name in text_maps(run, self.catalog.architecture.depth):
+            path = self._source.stored_path(f"text_runs.{run.key}.{name}")
+            if path in shared:
+                # Runs that begin at one block read by one map: it is held, and trained, once.
+                maps[name] = shared[path]
+                continue
             weight, bias = (
                 self._source.read(f"text_runs.{run.key}.{name}.{which}").to(device=like.device, dtype=like.dtype)
                 for which in ("weight", "bias")
@@ -188,6 +195,15 @@ class Residency(nn.Module):
             layer.bias = nn.Parameter(bias, requires_grad=like.requires_grad)
             maps[name] = layer
         return maps.train(self.training)
+
+    def _resident_maps(self) -> dict[str, nn.Module]:
+        """The maps of text runs that are resident, by where they lie in the checkpoint."""
+        assert self._source is not None, "maps are shared as a checkpoint stores them"
+        return {
+            self._source.stored_path(f"text_runs.{key}.{name}"): layer
+            for key, maps in self.text_runs.items()
+            for name, layer in maps.named_children()
+        }
 
     # Dropping and moving.
 

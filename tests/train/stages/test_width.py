@@ -158,10 +158,9 @@ def test_text_runs_are_regressions_on_the_teachers_own_streams(rough):
     """What a block of a run reads, from what the first read; and the text behind a run, from that behind its first."""
     run = with_changes(RUN, {"width.longest_text_run": 3, "width.samples": 192, "width.ridge": 1e-9})
     made = fit_text_runs(run, rough)
-    # The last block of the model has no text to move on to.
+    # Each map once from the first block; the last block of the model has no text to move on to.
     assert {name.rsplit(".", 1)[0] for name in made} == {
-        *("text_runs.0-1.z_1", "text_runs.0-1.text", "text_runs.1-2.z_2"),
-        *("text_runs.0-2.z_1", "text_runs.0-2.z_2"),
+        *("text_runs.0.z_1", "text_runs.0.z_2", "text_runs.0.text_1", "text_runs.1.z_2"),
     }
     reads, texts = ([[] for _ in range(4)] for _ in range(2))
     for batch in calibration.batches(run, 192, calibration.WIDTH):
@@ -175,9 +174,9 @@ def test_text_runs_are_regressions_on_the_teachers_own_streams(rough):
                 reads[n].append(seen[batch.mask])
     reads, texts = ([torch.cat(each).double() if each else None for each in both] for both in (reads, texts))
     for name, x, y in (
-        ("text_runs.0-2.z_2", reads[0], reads[2]),
-        ("text_runs.0-1.z_1", reads[0], reads[1]),
-        ("text_runs.0-1.text", texts[1], texts[2]),
+        ("text_runs.0.z_2", reads[0], reads[2]),
+        ("text_runs.0.z_1", reads[0], reads[1]),
+        ("text_runs.0.text_1", texts[1], texts[2]),
     ):
         rows = torch.cat([x, torch.ones(len(x), 1)], 1).double()
         wanted = rows @ torch.linalg.lstsq(rows, y - x).solution

@@ -11,6 +11,7 @@ from ppcl_rt.files import one_line
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_train.config.stages import (
     CompareConfig,
+    CompressConfig,
     MeasureConfig,
     ProbesConfig,
     RecoverConfig,
@@ -68,6 +69,7 @@ class RunConfig(Frozen):
     students: StudentsConfig = StudentsConfig()
     width: WidthConfig = WidthConfig()
     recover: RecoverConfig = RecoverConfig()
+    compress: CompressConfig = CompressConfig()
     measure: MeasureConfig = MeasureConfig()
     compare: CompareConfig = CompareConfig()
     sampler: Sampler = Sampler()

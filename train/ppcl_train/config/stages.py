@@ -157,6 +157,8 @@ class RecoverConfig(LoopConfig):
             than 0, ratio 1 is no longer the teacher.
         least_ratio: plans of the planner below this ratio are not trained: tiny plans pull at the weights that all
             other plans share.
+        neighbours: legal counts that are trained and kept on either side of one that a plan takes; what no plan takes
+            is left out before training.
         planned: share of the steps whose plan is one of the planner's; the other steps draw a random plan.
     """
 
@@ -167,6 +169,23 @@ class RecoverConfig(LoopConfig):
     weight_decay: float = Field(0.0, ge=0)
     planned: float = Field(0.85, ge=0, le=1)
     least_ratio: float = Field(0.0, ge=0, lt=1)
+    neighbours: int = Field(1, ge=0)
+
+
+class CompressConfig(Frozen):
+    """How layers are stored as differences of low rank.
+
+    Attributes:
+        share: of the squared output error that a choice makes: the most that truncating its layers adds to each. 0
+            stores everything whole.
+        student_share: of what training changed in a student's layer: the most that truncation takes back, as squared
+            output.
+        samples: calibration samples that outputs are compared on.
+    """
+
+    share: float = Field(0.05, ge=0, lt=1)
+    student_share: float = Field(0.01, gt=0, lt=1)
+    samples: PositiveInt = 512
 
 
 class MeasureConfig(Frozen):

@@ -56,27 +56,29 @@ def write_draft(
 
     Args:
         tensors: of students, text runs and narrower widths, under the names that they have in a checkpoint.
-        narrower: whether ``tensors`` hold what narrower widths run (`legal_counts`); otherwise every block runs at full
+        narrower: whether ``tensors`` hold what narrower widths run (`legal_counts`): the counts that they hold a layer
+            for are legal; otherwise every block runs at full
             width alone.
         dtype: of the floats in the draft; None for the dtype that the teacher computes in.
     """
     teacher = load_teacher(run, folder)
     architecture = teacher.catalog.architecture
-    widths = {
-        kind: _legal_widths(legal_counts(run, spec)) if narrower else LegalWidths.only(spec.full)
-        for kind, spec in architecture.kinds.items()
-    }
+
+    def widths(prefix: str, number: int) -> LegalWidths:
+        spec = architecture.spec(number)
+        return _legal_widths(_made(run, spec, prefix, tensors)) if narrower else LegalWidths.only(spec.full)
+
     starts = dict(selection.read(folder))
     catalog = Catalog(
         family=teacher.family,
         architecture=architecture,
         reference=Tokens(*registry.reference(run.task)),
-        blocks=tuple(widths[architecture.kind(n)] for n in range(architecture.depth)),
+        blocks=tuple(widths("{}.{}".format(*architecture.place(n)), n) for n in range(architecture.depth)),
         students=tuple(
-            Student(interval=i, start=starts[i], loss=_UNMEASURED, widths=widths[architecture.kind(i.first)])
-            for i in _intervals(tensors, "students")
+            Student(interval=i, start=starts[i], loss=_UNMEASURED, widths=widths(f"students.{i.key}", i.first))
+            for i in _students(tensors)
         ),
-        text_runs=tuple(TextRun(interval=i, loss=_UNMEASURED) for i in _intervals(tensors, "text_runs")),
+        text_runs=tuple(TextRun(interval=i, loss=_UNMEASURED) for i in _text_runs(tensors, architecture.depth)),
         compensated=narrower,
         # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
         task={"name": run.task, "sampler": run.sampler.model_dump()} if run.family.judged else None,
@@ -89,10 +91,32 @@ def write_draft(
     return ppcl_rt.write_checkpoint(folder / "draft", teacher.stock_config, catalog, stored)
 
 
-def _intervals(tensors: Mapping[str, torch.Tensor], kind: str) -> list[Interval]:
-    """List the intervals that tensors named ``{kind}.{interval}...`` belong to."""
+def _made(run: RunConfig, spec: BlockSpec, prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    """List the legal counts of each group of a block that some layer was made for, widest first."""
+
+    def holds(group: str, count: int) -> bool:
+        # All outputs of a group come at the same counts.
+        names = [spec.replacement(output.name, count) for output in spec.outputs_of(group)[:1]]
+        weights = [f"{prefix}.replacements.{name}.{which}" for name in names for which in ("weight", "up")]
+        return not weights or any(weight in tensors for weight in weights)
+
+    return {
+        group: [count for count in counts if count == counts[0] or spec.groups[group].is_rank or holds(group, count)]
+        for group, counts in legal_counts(run, spec).items()
+    }
+
+
+def _students(tensors: Mapping[str, torch.Tensor]) -> list[Interval]:
+    """List the intervals of the students that tensors belong to."""
     paths = (name.split(".") for name in tensors)
-    return sorted({Interval.of_key(path[1]) for path in paths if path[0] == kind})
+    return sorted({Interval.of_key(path[1]) for path in paths if path[0] == "students"})
+
+
+def _text_runs(tensors: Mapping[str, torch.Tensor], depth: int) -> list[Interval]:
+    """List the text runs that all maps are there for."""
+    paths = {tuple(name.split(".")[1:3]) for name in tensors if name.startswith("text_runs.")}
+    lasts = {(int(first), int(name.removeprefix("z_"))) for first, name in paths if name.startswith("z_")}
+    return sorted(Interval(f, n) for f, n in lasts if n == depth - 1 or (str(f), f"text_{n}") in paths)
 
 
 def open_draft(run: RunConfig, folder: Path) -> Any:

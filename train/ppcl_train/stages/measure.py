@@ -16,6 +16,7 @@ from ppcl_train.engine.files import read_tensors, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.losses.sketching import sketch_for
 from ppcl_train.losses.velocity_error import LEAST_LOSS, Target, VelocityError
+from ppcl_train.stages import compress
 from ppcl_train.stages.draft import open_draft, write_draft
 
 OUTPUT = "sensitivities.json"
@@ -100,7 +101,7 @@ def measure(run: RunConfig, folder: Path) -> None:
 
     Writes ``draft/`` in the storage dtype, ``sketches.safetensors`` and, last, ``sensitivities.json``.
     """
-    tensors = read_tensors(folder / "width.safetensors") | read_tensors(folder / "recovered.safetensors")
+    tensors = read_tensors(folder / compress.OUTPUT)
     write_draft(run, folder, tensors, narrower=True, dtype=run.storage)
     measured, sketches = sensitivities(open_draft(run, folder), run, Log(folder, "measure"))
     write_tensors(folder / SKETCHES, sketches, {"samples": run.measure.samples})

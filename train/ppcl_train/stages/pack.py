@@ -14,6 +14,7 @@ from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.files import read_content, read_tensors, write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.stages import measure
+from ppcl_train.stages.taken import listed
 
 # Written last, into the checkpoint: what made it.
 OUTPUT = "checkpoint/run.json"
@@ -38,12 +39,7 @@ def pack(run: RunConfig, folder: Path) -> None:
             "text_runs": tuple(r for r in whole.text_runs if r.interval in runs),
         }
     )
-    # Tensors of a student or text run are named ``students.{interval}...`` or ``text_runs.{interval}...``.
-    packed = {("students", i.key) for i in students} | {("text_runs", i.key) for i in runs}
-    kinds = {"students", "text_runs"}
-    paths = {name: name.split(".") for name in draft.names}
-    names = [name for name, path in paths.items() if path[0] not in kinds or tuple(path[:2]) in packed]
-    tensors = {name: draft.read(name) for name in names}
+    tensors = {name: draft.read(name) for name in listed(catalog, draft.names)}
     for name, rows in read_tensors(folder / measure.SKETCHES).items():
         tensors[name] = torch.from_numpy(select(rows.numpy(), whole, catalog))
     catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", draft.config, catalog, tensors)

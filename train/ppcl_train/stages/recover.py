@@ -25,6 +25,7 @@ from ppcl_train.engine.loop import train_loop
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages.draft import open_draft, write_draft
 from ppcl_train.stages.measure import sensitivities
+from ppcl_train.stages.taken import listed, taken
 
 OUTPUT = "recovered.safetensors"
 # The catalog with losses before recovery: what the planner goes by when it chooses the plans that are trained.
@@ -51,14 +52,19 @@ def recover(run: RunConfig, folder: Path) -> None:
             write_tensors(folder / OUTPUT, start, {"steps": 0})
         return
     if world.is_main:
-        write_draft(run, folder, start, narrower=True)
         if not (folder / COSTS).exists():
+            write_draft(run, folder, start, narrower=True)
             measured, sketches = sensitivities(open_draft(run, folder), run, log)
             write_tensors(folder / COST_SKETCHES, sketches, {})
             write_json(folder / COSTS, measured.model_dump(mode="json"))
+        start = {name: start[name] for name in listed(_worthwhile(config, folder), start)}
+        write_draft(run, folder, start, narrower=True)
     world.wait()
     model = open_draft(run, folder)
-    plans = Plans(Catalog.model_validate(read_content(folder / COSTS)), config.planned, config.least_ratio)
+    # Plans name the draft that runs them: the one without what no plan takes.
+    named = {"checksums": model.catalog.checksums}
+    costs = Catalog.model_validate({**_worthwhile(config, folder).model_dump(mode="json"), **named})
+    plans = Plans(costs, config.planned, config.least_ratio)
     teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
     model.requires_grad_(False)
     if config.steps:
@@ -70,10 +76,15 @@ def recover(run: RunConfig, folder: Path) -> None:
         parameters = dict(model.named_parameters())
         _train(run, kept_config, kept_log, model, teacher, plans, parameters, first_seed, dense=True)
     if world.is_main:
-        state = model.full_state()
+        state = model.stored_state()
         names = state if config.kept_steps else start
         note = {"steps": config.steps, "kept": config.kept_steps}
         write_tensors(folder / OUTPUT, {name: state[name] for name in names}, note)
+
+
+def _worthwhile(config: RecoverConfig, folder: Path) -> Catalog:
+    """The catalog of closed-form losses without what no plan takes: that is neither trained nor kept."""
+    return taken(Catalog.model_validate(read_content(folder / COSTS)), _SPACING, config.neighbours)
 
 
 def _only_narrower_plans_run(name: str) -> bool:

@@ -48,8 +48,8 @@ def prune(run: RunConfig, folder: Path) -> None:
     runnable += [(f"students.{key}", block, Interval.of_key(key).first) for key, block in model.students.items()]
     tensors: dict[str, torch.Tensor] = {}
     done = 0
-    for portion in _portions(runnable, config.blocks_at_once):
-        statistics = _observe(run, model, portion)
+    for portion in portions(runnable, config.blocks_at_once):
+        statistics = observe(run, model, portion, config.samples)
         for prefix, _, first in portion:
             compressed = compress_block(run, statistics[prefix], read_by_modulations[architecture.kind(first)])
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in compressed.items()}
@@ -58,20 +58,27 @@ def prune(run: RunConfig, folder: Path) -> None:
     if config.longest_text_run > 1:
         maps = fit_text_runs(run, model)
         tensors |= maps
-        log(text_runs=len({name.split(".")[1] for name in maps}))
+        log(text_maps=len(maps) // 2)
     write_tensors(folder / OUTPUT, tensors, {"samples": config.samples})
 
 
-def _portions(items: list[Any], size: int) -> Iterator[list[Any]]:
+def portions(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Divide items into lists of at most ``size``."""
     remaining = iter(items)
     while portion := list(islice(remaining, size)):
         yield portion
 
 
-def _observe(run: RunConfig, model: Any, portion: list[tuple[str, Any, int]]) -> dict[str, BlockStatistics]:
-    """Collect the statistics of some blocks in one pass of the teacher over all calibration inputs."""
+def observe(
+    run: RunConfig, model: Any, portion: list[tuple[str, Any, int]], samples: int
+) -> dict[str, BlockStatistics]:
+    """Collect the statistics of some blocks in one pass of the teacher over calibration inputs.
+
+    Args:
+        portion: for each block the prefix of its tensors, itself, and the teacher's block whose input it reads.
+    """
     statistics = {prefix: BlockStatistics(block) for prefix, block, _ in portion}
-    for batch in calibration.batches(run, run.width.samples, calibration.WIDTH):
+    for batch in calibration.batches(run, samples, calibration.WIDTH):
         trace = streams.trace(model, batch)
         for prefix, _, first in portion:
             statistics[prefix].add(trace.streams[first], batch, trace.context)
