@@ -37,6 +37,11 @@ def load(
     path: str | Path,
     ratio: float = 1.0,
     *,
+    params: float | str | None = None,
+    flops: float | str | None = None,
+    memory: float | str | None = None,
+    latency: float | str | None = None,
+    shape: tuple[int, ...] | str | None = None,
     plan: Plan | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -53,7 +58,13 @@ def load(
 
     Args:
         path: a checkpoint folder or a hub id. A stock checkpoint loads too, at ratio 1.
-        ratio: parameters kept / parameters of the dense transformer, in (0, 1]; 1 is the teacher exactly.
+        ratio: at most this share of the dense transformer's parameters, and of its FLOPs at the reference shape that
+            the catalog names; in (0, 1], 1 is the teacher exactly.
+        params: at most so many parameters, also as ``"10B"``.
+        flops: at most so many floating-point operations a forward at ``shape``, also as ``"40T"``.
+        memory: at most so many bytes of weights in ``dtype``, also as ``"12GB"`` (GB is 1e9 bytes).
+        latency: at most so many milliseconds a forward at ``shape`` on ``device``; the first time, this measures.
+        shape: (image tokens, text tokens) or (..., ..., batch), also as ``"4096+512x2"``; None for the reference shape.
         plan: run this `Plan` instead of planning for ``ratio``.
         dtype: torch dtype of the weights; None for the one that they are stored in.
         device: where to put them; None for the CPU.
@@ -88,6 +99,11 @@ def load(
     model: Pluggable = family.load(
         path,
         ratio,
+        params=params,
+        flops=flops,
+        memory=memory,
+        latency=latency,
+        shape=shape,
         plan=plan,
         dtype=dtype,
         device=device,

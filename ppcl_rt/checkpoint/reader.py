@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
 from ppcl_rt.files import one_line
 from ppcl_rt.planning.catalog import FORMAT, Catalog
 from ppcl_rt.planning.frozen import read_json
+from ppcl_rt.planning.sketch import TENSORS
 
 
 def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -128,6 +130,23 @@ class Checkpoint:
         if name not in self._stored:
             raise ValueError(f"{self.folder} holds no tensor {name}, which its catalog promises")
         return self._shapes[self._stored[name]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: that of the first tensor that holds floats."""
+        for name in self.names:
+            tensor = self.read(name)
+            if tensor.is_floating_point() and name not in TENSORS:
+                return tensor.dtype
+        raise ValueError(f"{self.folder} holds no weights: fetch it again")
+
+    def sketches(self) -> list[np.ndarray]:
+        """Read the sketches of what choices change (`ppcl_rt.planning.sketch`), ``[choices, size]`` each.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        return [self.read(name).numpy() for name in TENSORS]
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, in the dtype that it is stored in.

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
 import ppcl_rt
-from ppcl_rt.cli.options import AsJson, Checkpoint, Ratio, catalog_of
+from ppcl_rt.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    DType,
+    Flops,
+    Latency,
+    Memory,
+    Params,
+    Ratio,
+    Shape,
+    budget_of,
+    catalog_of,
+    check_device,
+    float_of,
+)
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.picture import draw_plan, groups_of
+from ppcl_rt.planning.budget import Budget, costs
+from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.plan import Plan
 
 
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
@@ -61,25 +81,41 @@ def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
 
 def plan(
     checkpoint: Checkpoint,
-    ratio: Ratio = 0.5,
+    ratio: Ratio = None,
+    params: Params = None,
+    flops: Flops = None,
+    memory: Memory = None,
+    latency: Latency = None,
+    shape: Shape = None,
+    dtype: DType = None,
+    device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
     picture: Annotated[Path | None, typer.Option(help="draw what the plan removes into this PNG")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the plan with the least predicted loss at a ratio."""
+    """Show the plan with the least predicted loss within a budget (at ratio 0.5, unless another is asked for)."""
+    asked = budget_of(0.5, ratio, shape, params=params, flops=flops, memory=memory, latency=latency)
     with contextlib.ExitStack() as files:
         # Both are opened before anything is written: a bad path leaves no other file.
         plan_file, picture_file = (files.enter_context(writing(path)) if path else None for path in (out, picture))
         catalog = catalog_of(checkpoint)
-        made = ppcl_rt.Planner(catalog).plan(ratio)
+        made, granted, loss = _planned(checkpoint, asked, float_of(dtype), device)
         if plan_file is not None:
             plan_file.write_text(made.to_json() + "\n")
         if picture_file is not None:
             draw_plan(catalog, made).save(picture_file, format="PNG")
     if as_json:
-        print(made.to_json())
+        content = {
+            "asked": asked.model_dump(mode="json", exclude_none=True),
+            "granted": granted,
+            "predicted_loss": None if math.isnan(loss) else loss,
+            "plan": made.model_dump(mode="json"),
+        }
+        print(json.dumps(content, indent=1))
         return
-    print(f"ratio {catalog.ratio(made):.4f} of parameters, predicted loss {catalog.loss(made):.5f}")
+    print(f"asked: {asked}")
+    print(f"granted: {', '.join(f'{name} {amount:,.6g}' for name, amount in granted.items())}")
+    print(f"predicted loss {loss:.5f}")
     for planned in made.blocks:
         what = f"student of {planned.interval}" if planned.student else f"block {planned.interval.first}"
         full = catalog.spec(planned.interval.first).full
@@ -88,3 +124,28 @@ def plan(
         print(f"{what:>20}  {width}")
     for run in made.text_runs:
         print(f"{'text not updated':>20}  over blocks {run}")
+
+
+def _planned(
+    checkpoint: str, asked: Budget, dtype: torch.dtype | None, device: str
+) -> tuple[Plan, dict[str, float], float]:
+    """The plan that keeps a budget, what it costs in each currency, and its predicted loss.
+
+    Weights are read only where milliseconds are asked for.
+    """
+    source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
+    catalog = catalog_of(checkpoint)
+    planner = ppcl_rt.Planner(catalog, source.sketches if catalog.sketch else None)
+    if asked.latency is not None:
+        check_device(device)
+        smallest = planner.plan(planner.smallest_in_digits)
+        model = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device)
+        made = model.plan_of(asked)
+        return made, model.costs(made, asked.shape, latency=True), planner.loss(made)
+    each = (dtype or source.dtype).itemsize
+    made = planner.plan_within(asked, lambda: each, _no_times)
+    return made, costs(catalog, made, each, asked.shape), planner.loss(made)
+
+
+def _no_times(tokens: ppcl_rt.Tokens) -> BlockTimes:
+    raise AssertionError(f"nobody asks for milliseconds at {tokens} here")

@@ -14,10 +14,25 @@ import typer
 from rich.table import Table
 
 import ppcl_rt
-from ppcl_rt.cli.options import Checkpoint, Device, PlanFile, Ratio, check_device, parse_ratios
+from ppcl_rt.cli.options import (
+    Checkpoint,
+    Device,
+    Flops,
+    Latency,
+    Memory,
+    Params,
+    PlanFile,
+    Ratio,
+    Ratios,
+    Shape,
+    budget_of,
+    budgets_of,
+    check_device,
+)
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.picture import grid
 from ppcl_rt.cli.task import Task, task_of
+from ppcl_rt.planning.budget import Budget
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.schedule import Schedule
 
@@ -30,15 +45,21 @@ def sample(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str], typer.Option(help="what to draw; give it again for more pictures")],
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("sample.png"),
-    ratio: Ratio = 1.0,
+    ratio: Ratio = None,
+    params: Params = None,
+    flops: Flops = None,
+    memory: Memory = None,
+    latency: Latency = None,
+    shape: Shape = None,
     plan: PlanFile = None,
     dense_steps: Annotated[int, typer.Option(min=0, help="first denoising steps that run dense")] = 0,
     seed: int = 0,
     device: Device = "cpu",
 ) -> None:
-    """Draw pictures at a ratio."""
+    """Draw pictures at a ratio (1, unless another is asked for), within other budgets, or at a plan."""
+    asked = budget_of(1.0, ratio, shape, params=params, flops=flops, memory=memory, latency=latency)
     with writing(out) as partial:
-        model, task = _load(checkpoint, ratio, plan, device)
+        model, task = _load(checkpoint, asked, plan, device)
         task.check(prompt)
         if dense_steps:
             model.set_schedule(Schedule.warm(dense_steps, model.plan))
@@ -49,24 +70,26 @@ def sample(
 
 def evaluate(
     checkpoint: Checkpoint,
-    ratios: Annotated[str, typer.Option(help="ratios, with commas between")] = "1,0.7,0.5,0.35",
+    ratios: Ratios = None,
+    params: Params = None,
+    flops: Flops = None,
+    memory: Memory = None,
+    latency: Latency = None,
+    shape: Shape = None,
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts, spread evenly over their kinds")] = 2000,
     seed: int = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Judge samples at several ratios, and say what each costs."""
+    """Judge samples within several budgets, one after the other, and say what each costs."""
     with writing(json_file) if json_file else contextlib.nullcontext() as partial:
-        asked = parse_ratios(ratios, checkpoint)
+        asked = budgets_of(checkpoint, ratios, shape, params=params, flops=flops, memory=memory, latency=latency)
         results = []
-        for ratio in asked:
-            model, task = _load(checkpoint, ratio, None, device)
-            results.append({"ratio": ratio, **_costs(model, task), **task.judge(model, prompts, seed)})
-            done = results[-1]
-            print(
-                f"ratio {ratio:g}: strict {done['strict']:.3f}  soft {done['soft']:.3f}  {done['ms']:.1f} ms",
-                flush=True,
-            )
+        for budget in asked:
+            model, task = _load(checkpoint, budget, None, device)
+            done = {**_asked(budget), **_costs(model, task), **task.judge(model, prompts, seed)}
+            results.append(done)
+            print(f"{budget}: strict {done['strict']:.3f}  soft {done['soft']:.3f}  {done['ms']:.1f} ms", flush=True)
         if partial is not None:
             partial.write_text(json.dumps(results, indent=1) + "\n")
     print_table(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
@@ -75,37 +98,52 @@ def evaluate(
 def demo(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("demo.png"),
-    ratios: str = "1,0.7,0.5,0.35",
+    ratios: Ratios = None,
+    params: Params = None,
+    flops: Flops = None,
+    memory: Memory = None,
+    latency: Latency = None,
+    shape: Shape = None,
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts to judge")] = 250,
     seed: int = 0,
     device: Device = "cpu",
 ) -> None:
-    """Draw the same prompts and seeds at several ratios, and print what each costs and scores."""
+    """Draw the same prompts and seeds within several budgets, and print what each costs and scores."""
     with writing(out) as partial:
-        asked = parse_ratios(ratios, checkpoint)
+        asked = budgets_of(checkpoint, ratios, shape, params=params, flops=flops, memory=memory, latency=latency)
         rows, results = [], []
-        for ratio in asked:
-            model, task = _load(checkpoint, ratio, None, device)
+        for budget in asked:
+            model, task = _load(checkpoint, budget, None, device)
             rows.append(task.sample(model, task.demo_prompts, seed))
-            results.append({"ratio": ratio, **_costs(model, task), **task.judge(model, prompts, seed)})
-            print(f"ratio {ratio:g}: drawn and judged", flush=True)
-        grid(rows, list(task.demo_prompts), [f"ratio {ratio:g}" for ratio in asked]).save(partial, format="PNG")
+            results.append({**_asked(budget), **_costs(model, task), **task.judge(model, prompts, seed)})
+            print(f"{budget}: drawn and judged", flush=True)
+        grid(rows, list(task.demo_prompts), list(map(str, asked))).save(partial, format="PNG")
     print_table(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
     print(f"wrote {out}")
 
 
-def _load(checkpoint: str, ratio: float, plan: Path | None, device: str) -> tuple[Any, Task]:
+def _load(checkpoint: str, asked: Budget, plan: Path | None, device: str) -> tuple[Any, Task]:
     """A model in float32 (scores are compared across machines), and its task."""
     check_device(device)
     chosen = Plan.read(plan) if plan is not None else None
-    model = ppcl_rt.load(checkpoint, ratio, plan=chosen, dtype=torch.float32, device=device)
+    if chosen is None and asked.only_ratio:
+        model = ppcl_rt.load(checkpoint, asked.ratio or 1.0, dtype=torch.float32, device=device)
+    else:
+        budgets = {} if chosen is not None else asked.model_dump(exclude={"ratio"}, exclude_none=True)
+        model = ppcl_rt.load(checkpoint, asked.ratio or 1.0, plan=chosen, dtype=torch.float32, device=device, **budgets)
     return model, task_of(model.catalog)
 
 
+def _asked(budget: Budget) -> dict[str, Any]:
+    """The budget of a row of results."""
+    return {"asked": budget.model_dump(mode="json", exclude_none=True)}
+
+
 def _costs(model: Any, task: Task) -> dict[str, Any]:
-    """Parameters and FLOPs of the plan, bytes held, and milliseconds of a forward over 64 samples (median)."""
+    """Ratio, parameters and FLOPs of the plan, bytes held, and milliseconds of a forward over 64 samples (median)."""
     catalog = model.catalog
     return {
+        "ratio": catalog.ratio(model.plan),
         "params": catalog.architecture.params(model.plan),
         "flops": catalog.architecture.flops(model.plan, task.image_tokens, task.text_tokens),
         "bytes": model.resident_bytes,
@@ -134,6 +172,7 @@ def _machine(device: str) -> str:
 
 def _results_table(results: list[dict[str, Any]], title: str) -> Table:
     table = Table(
+        "budget",
         "ratio",
         "parameters",
         "MFLOPs a sample",
@@ -145,7 +184,8 @@ def _results_table(results: list[dict[str, Any]], title: str) -> Table:
     )
     for row in results:
         table.add_row(
-            f"{row['ratio']:g}",
+            str(Budget(**row["asked"])),
+            f"{row['ratio']:.3f}",
             f"{row['params']:,}",
             f"{row['flops'] / 1e6:.1f}",
             f"{row['bytes']:,}",

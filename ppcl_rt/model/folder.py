@@ -21,7 +21,7 @@ from ppcl_rt.model.tensors import restore
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning import sketch
 from ppcl_rt.planning.architecture import Tokens
-from ppcl_rt.planning.budget import check_ratio
+from ppcl_rt.planning.budget import Budget
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.frozen import first_error
 from ppcl_rt.planning.interval import Interval
@@ -30,7 +30,19 @@ from ppcl_rt.planning.width import Width
 
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
 # Of `load`, beside those of the hub: what ``from_pretrained`` passes on.
-_LOAD_ARGUMENTS = ("ratio", "plan", "device", "resident", "graphs", "subfolder")
+_LOAD_ARGUMENTS = (
+    "ratio",
+    "params",
+    "flops",
+    "memory",
+    "latency",
+    "shape",
+    "plan",
+    "device",
+    "resident",
+    "graphs",
+    "subfolder",
+)
 
 Self = TypeVar("Self", bound="CheckpointFolder")
 
@@ -61,10 +73,15 @@ class CheckpointFolder(Switching):
         resident: Literal["plan", "all"] = "plan",
         graphs: Mode = "auto",
         subfolder: str | None = None,
+        params: float | str | None = None,
+        flops: float | str | None = None,
+        memory: float | str | None = None,
+        latency: float | str | None = None,
+        shape: Any = None,
         **hub: Any,
     ) -> Self:
-        """Load a checkpoint at a ratio; see `ppcl_rt.load`."""
-        check_ratio(ratio)
+        """Load a checkpoint at a ratio or within other budgets; see `ppcl_rt.load`."""
+        budget = Budget.of(ratio, params=params, flops=flops, memory=memory, latency=latency, shape=shape)
         if resident not in ("plan", "all"):
             raise ValueError(f'resident is "plan" or "all", not {resident!r}')
         check_mode(graphs)
@@ -72,7 +89,7 @@ class CheckpointFolder(Switching):
             raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
         model = cls._without_blocks(ComposedCheckpoint(locate(path, subfolder, **hub)), dtype, device)
         model.set_graphs(graphs)
-        model.set_plan(plan if plan is not None else model.planner.plan(ratio))
+        model.set_plan(plan if plan is not None else model.plan_of(budget))
         if resident == "all":
             for every in model._everything():
                 model.prepare(every)

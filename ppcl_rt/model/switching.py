@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.model.residency import READING, Residency
 from ppcl_rt.model.times import block_times
 from ppcl_rt.planning.architecture import Tokens
-from ppcl_rt.planning.budget import Budget, Limit
+from ppcl_rt.planning.budget import Budget, costs
 from ppcl_rt.planning.milliseconds import BlockTimes
 from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
 from ppcl_rt.planning.schedule import Schedule
-from ppcl_rt.planning.sketch import TENSORS
 
 # Programs chosen by `at`, by the identity of the model. A context variable, so that threads and tasks do not see each
 # other's.
@@ -49,13 +47,9 @@ class Switching(Residency):
     def planner(self) -> Planner:
         """Plans for this model's catalog."""
         if self._planner is None:
-            self._planner = Planner(self.catalog, self._read_sketches if self.catalog.sketch else None)
+            source = self._source if self.catalog.sketch is not None else None
+            self._planner = Planner(self.catalog, None if source is None else source.sketches)
         return self._planner
-
-    def _read_sketches(self) -> Sequence[np.ndarray]:
-        if self._source is None:
-            raise ValueError("the checkpoint's sketches were not read, and there is no checkpoint to read them from")
-        return [self._source.read(name).numpy() for name in TENSORS]
 
     @property
     def plan(self) -> Plan:
@@ -141,13 +135,18 @@ class Switching(Residency):
             return choice
         if not isinstance(choice, Budget):
             return self.planner.plan(choice)
-        if choice == Budget(ratio=choice.ratio) and choice.ratio is not None:
-            # By itself it is refused in its own words.
-            return self.planner.plan(choice.ratio)
-        return self.planner.plan(self._limits(choice))
+        return self.planner.plan_within(choice, lambda: next(self.parameters()).element_size(), self.times)
 
-    def _limits(self, budget: Budget) -> tuple[Limit, ...]:
-        return budget.limits(self.catalog, lambda: next(self.parameters()).element_size(), self.times)
+    def costs(self, plan: Plan | None = None, shape: Tokens | None = None, latency: bool = False) -> dict[str, float]:
+        """What a plan costs here: ``ratio``, ``params``, ``flops``, ``memory`` in bytes and, if asked, ``latency``.
+
+        Args:
+            plan: None for the one that runs now.
+            shape: of FLOPs and latency; None for the reference shape.
+            latency: whether to look up, or to measure, milliseconds (`times`).
+        """
+        each, times = next(self.parameters()).element_size(), self.times(shape) if latency else None
+        return costs(self.catalog, plan or self.plan, each, shape, times)
 
     def times(self, tokens: Tokens | None = None) -> BlockTimes:
         """Milliseconds of this model's blocks on its device, at a shape (`ppcl_rt.model.times`).

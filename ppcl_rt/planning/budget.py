@@ -13,6 +13,7 @@ from ppcl_rt.planning.catalog import MOST_TOKENS, Catalog
 from ppcl_rt.planning.costs import Bytes, Cost, Flops, Milliseconds, Params
 from ppcl_rt.planning.frozen import Frozen, first_error
 from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.plan import Plan
 
 _AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 # Units that people write, lower case; GB = 1e9 bytes.
@@ -111,6 +112,11 @@ class Budget(Frozen):
         given = self.model_dump(exclude_none=True)
         return ", ".join(f"{name} {_short(value)}" for name, value in given.items())
 
+    @property
+    def only_ratio(self) -> bool:
+        """Whether a ratio is all that is asked for."""
+        return self.ratio is not None and self == Budget(ratio=self.ratio)
+
     def limits(
         self, catalog: Catalog, bytes_each: Callable[[], int], times: Callable[[Tokens], BlockTimes]
     ) -> tuple[Limit, ...]:
@@ -142,6 +148,21 @@ def ratio_limits(catalog: Catalog, ratio: float) -> tuple[Limit, Limit]:
         Limit(Params(), ratio * architecture.dense_params),
         Limit(Flops(reference), ratio * architecture.dense_flops(reference)),
     )
+
+
+def costs(
+    catalog: Catalog, plan: Plan, bytes_each: int, shape: Tokens | None = None, times: BlockTimes | None = None
+) -> dict[str, float]:
+    """What a plan costs in each currency.
+
+    Args:
+        bytes_each: of a parameter.
+        shape: of the FLOPs; None for the catalog's reference shape.
+        times: milliseconds at that shape; without them there is no latency.
+    """
+    shape = shape or catalog.reference
+    each: list[Cost] = [Params(), Flops(shape), Bytes(bytes_each), *([Milliseconds(times)] if times else [])]
+    return {"ratio": catalog.ratio(plan)} | {cost.currency: cost.of(catalog.architecture, plan) for cost in each}
 
 
 def check_ratio(ratio: float) -> float:

@@ -16,11 +16,13 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack
 
-from ppcl_rt.planning.budget import Limit, check_ratio, ratio_limits
+from ppcl_rt.planning.architecture import Tokens
+from ppcl_rt.planning.budget import Budget, Limit, check_ratio, ratio_limits
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.choices import Choices
 from ppcl_rt.planning.costs import Cost, Flops, Params
 from ppcl_rt.planning.interactions import Interactions
+from ppcl_rt.planning.milliseconds import BlockTimes
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.sketch import Sketches
 from ppcl_rt.planning.solver import minimise
@@ -85,6 +87,17 @@ class Planner:
             return self._remembered(budget)
         except _NoneFits:
             raise ValueError(self._why_none(budget)) from None
+
+    def plan_within(self, budget: Budget, bytes_each: Callable[[], int], times: Callable[[Tokens], BlockTimes]) -> Plan:
+        """The plan with the least predicted loss within a budget; arguments as of `Budget.limits`.
+
+        Raises:
+            ValueError: as `plan`, or as ``times`` does.
+        """
+        if budget.only_ratio and budget.ratio is not None:
+            # By itself it is refused in its own words.
+            return self.plan(budget.ratio)
+        return self.plan(budget.limits(self.catalog, bytes_each, times))
 
     def near(self, band: int) -> Planner:
         """The planner of a band of the timestep."""

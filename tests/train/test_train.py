@@ -24,7 +24,6 @@ from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors.eq5 import find_intervals
 from ppcl_train.stages import teacher
 from ppcl_train.stages.measure import sensitivities
-from ppcl_train.stages.pack import used
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,11 @@ def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     assert torch.allclose(model.float()(**given)[0], wanted, atol=1e-5)
     catalog = model.catalog
     assert catalog.compensated and catalog.task["name"] == "scenes"
-    students, runs = used(catalog)
-    assert {s.interval for s in catalog.students} == students
-    assert {run.interval for run in catalog.text_runs} == runs
+    # What no plan of the frontier takes is not packed.
+    listed = list(choices(catalog))
+    taken = [listed[number] for plan in catalog.frontier for number in plan.choices]
+    for kind, packed in (("student", catalog.students), ("text_run", catalog.text_runs)):
+        assert {each.interval for each in packed} == {choice.interval for choice in taken if choice.kind == kind}
     assert all(option.loss > 0 for widths in catalog.blocks for option in widths.of("image")[1:])
 
 

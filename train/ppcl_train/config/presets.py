@@ -79,7 +79,7 @@ PRESETS = {
         # passes.
         width=WidthConfig(heads=(20 / 24, 16 / 24, 12 / 24), ranks=(256, 64, 16), samples=512, blocks_at_once=8),
         # Of 50 timesteps, all are measured at, some of them twice.
-        measure=MeasureConfig(samples=64),
+        measure=MeasureConfig(samples=64, spacing=0.02, other_spacing=0.1),
         # As the model is published: 50 steps, a guidance of 4, a space as the negative prompt. The shift is that of
         # 4,096 tokens, exp(0.69).
         sampler=Sampler(steps=50, shift=2.0, terminal=0.02, guidance=4.0, negative=" "),

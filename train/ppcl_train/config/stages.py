@@ -194,10 +194,14 @@ class MeasureConfig(Frozen):
     Attributes:
         samples: spread evenly over the timesteps of the sampler. With a guidance, each is two in a forward.
         bands: equal bands of the timestep that losses and sketches are divided into.
+        spacing: between the ratios whose plans are measured as a whole.
+        other_spacing: likewise, between shares of the dense parameters alone, and of the dense FLOPs alone.
     """
 
     samples: PositiveInt = 200
     bands: PositiveInt = 4
+    spacing: float = Field(0.01, gt=0, lt=1)
+    other_spacing: float = Field(0.04, gt=0, lt=1)
 
 
 class CompareConfig(LoopConfig):

@@ -2,55 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import ppcl_rt
-from ppcl_rt import Catalog, Interval, Planner
+from ppcl_rt import Catalog, Plan, Planner
 from ppcl_rt.checkpoint.reader import Checkpoint
-from ppcl_rt.planning.sketch import select
+from ppcl_rt.planning.catalog import MeasuredPlan
+from ppcl_rt.planning.sketch import TENSORS, select, taken
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.files import read_content, read_tensors, write_json
 from ppcl_train.engine.log import Log
+from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.stages import measure
+from ppcl_train.stages.draft import open_draft
 from ppcl_train.stages.taken import listed
 
 # Written last, into the checkpoint: what made it.
 OUTPUT = "checkpoint/run.json"
-# Between the ratios whose plans decide what is packed.
-_SPACING = 0.005
+# Plans between two lines of the log.
+_LOGGED = 20
 
 
 def pack(run: RunConfig, folder: Path) -> None:
     """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
 
-    Students and text runs that no plan takes are left out (`used`).
+    What no plan of the frontier takes is left out: students, text runs. Then each plan of the frontier is measured as a
+    whole, and its loss stored (`Catalog.frontier`).
     """
-    log = Log(folder, "pack")
+    log, config = Log(folder, "pack"), run.measure
     draft = Checkpoint(folder / "draft")
     assert draft.catalog is not None, "a draft has a catalog"
     measured = read_content(folder / measure.OUTPUT)
     whole = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
-    students, runs = used(whole)
-    catalog = whole.model_copy(
-        update={
-            "students": tuple(s for s in whole.students if s.interval in students),
-            "text_runs": tuple(r for r in whole.text_runs if r.interval in runs),
-        }
-    )
+    sketches = {name: rows.numpy() for name, rows in read_tensors(folder / measure.SKETCHES).items()}
+    planner = Planner(whole, lambda: [sketches[name] for name in TENSORS])
+    plans = planner.frontier(config.spacing, config.other_spacing)
+    log(plans=len(plans), smallest_ratio=planner.smallest)
+    catalog = _packed(whole, plans)
+    catalog = catalog.model_copy(update={"frontier": _measured(run, folder, catalog, plans, log)})
     tensors = {name: draft.read(name) for name in listed(catalog, draft.names)}
-    for name, rows in read_tensors(folder / measure.SKETCHES).items():
-        tensors[name] = torch.from_numpy(select(rows.numpy(), whole, catalog))
+    for name, rows in sketches.items():
+        tensors[name] = torch.from_numpy(select(rows, whole, catalog))
     catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", draft.config, catalog, tensors)
     # The note holds what made the checkpoint, and nothing else.
     write_json(folder / OUTPUT, {})
     size = sum(path.stat().st_size for path in (folder / "checkpoint").iterdir())
-    log(students=" ".join(map(str, sorted(students))), text_runs=" ".join(map(str, sorted(runs))), megabytes=size / 1e6)
+    log(
+        students=" ".join(str(student.interval) for student in catalog.students),
+        text_runs=" ".join(str(text_run.interval) for text_run in catalog.text_runs),
+        megabytes=size / 1e6,
+    )
 
 
-def used(catalog: Catalog) -> tuple[set[Interval], set[Interval]]:
-    """Find the students and the text runs that plans take: the smallest plan, and those at ratios 0.005 apart."""
-    plans = Planner(catalog).plans(_SPACING)
+def _packed(whole: Catalog, plans: Sequence[Plan]) -> Catalog:
+    """The catalog without the students and the text runs that no plan takes."""
     students = {planned.interval for plan in plans for planned in plan.blocks if planned.student}
-    return students, {run for plan in plans for run in plan.text_runs}
+    runs = {text_run for plan in plans for text_run in plan.text_runs}
+    return whole.model_copy(
+        update={
+            "students": tuple(student for student in whole.students if student.interval in students),
+            "text_runs": tuple(text_run for text_run in whole.text_runs if text_run.interval in runs),
+        }
+    )
+
+
+def _measured(
+    run: RunConfig, folder: Path, catalog: Catalog, plans: Sequence[Plan], log: Log
+) -> tuple[MeasuredPlan, ...]:
+    """The plans of the frontier with their losses, which are not those that were predicted."""
+    error, found = VelocityError(open_draft(run, folder), run), []
+    for number, plan in enumerate(plans):
+        bands = error.of(plan)
+        found.append(MeasuredPlan(choices=tuple(taken(catalog, plan)), loss=sum(bands), bands=bands))
+        if number % _LOGGED == 0:
+            log(measured=number, of=len(plans), ratio=catalog.ratio(plan), loss=found[-1].loss)
+    return tuple(found)
