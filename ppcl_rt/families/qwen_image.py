@@ -149,9 +149,15 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         heads = self.attn.to_q.out_features // self.attention_head_dim
         self.become_pluggable(block_spec(self.dim, heads, self.attention_head_dim))
 
-    def modulations(self, stream: str, temb: torch.Tensor, width: Width) -> tuple[Modulation, Modulation]:
-        """The modulations of both halves of the block, for ``temb [B, D]``."""
-        product = self.factored(f"modulation_{stream}", self.modulation_input(temb), "modulation", width["modulation"])
+    def modulations(
+        self, stream: str, temb: torch.Tensor, width: Width, known: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[Modulation, Modulation]:
+        """The modulations of both halves of the block, for ``temb [B, D]``; those that are ``known`` are taken."""
+        name = f"modulation_{stream}"
+        if known is not None:
+            product = known[name][: len(temb)]
+        else:
+            product = self.factored(name, self.modulation_input(temb), "modulation", width["modulation"])
         parts = product.chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
@@ -160,10 +166,16 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         norm = getattr(self, f"{_MODULES[stream.name]}_norm1")
         return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
 
-    def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
+    def text_input(
+        self,
+        text: torch.Tensor,
+        condition: torch.Tensor,
+        width: Width,
+        modulations: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """See `PluggableBlock.text_input`; the condition is the timestep embedding ``[B, D]``."""
         return self.attention_input(
-            UpdatedStream("text", text, *self.modulations("text", condition[: len(text)], width))
+            UpdatedStream("text", text, *self.modulations("text", condition[: len(text)], width, modulations))
         )
 
     def forward(
@@ -177,6 +189,7 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         modulate_index: torch.Tensor | None = None,
         width: Width | None = None,
         text_input: torch.Tensor | None = None,
+        modulations: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block.
 
@@ -191,17 +204,19 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
             width: what to run; None for all that the block holds.
             text_input: ``[B, S_text, D]``, what to project the text's q, k and v from, in a block that does not update
                 the text stream (PPCL eq. 8): no text output, no text MLP; the text is returned as it came.
+            modulations: ``[B, 6 D]`` (``[2 B, 6 D]``) of each factored part by name, where they are known already.
 
         Returns:
             (text, image) streams, in diffusers' order.
         """
         width, text = width or self.width, encoder_hidden_states
         image_stream = UpdatedStream(
-            "image", hidden_states, *self.modulations("image", temb, width), token_index=modulate_index
+            "image", hidden_states, *self.modulations("image", temb, width, modulations), token_index=modulate_index
         )
         updated = [image_stream]
         if text_input is None:
-            updated.append(UpdatedStream("text", text, *self.modulations("text", temb[: len(text)], width)))
+            of_text = self.modulations("text", temb[: len(text)], width, modulations)
+            updated.append(UpdatedStream("text", text, *of_text))
             text_input = self.attention_input(updated[-1])
         attended = self.attention(
             self.attention_input(image_stream), text_input, encoder_hidden_states_mask, image_rotary_emb, width
@@ -466,6 +481,9 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
                 [[0] * math.prod(shapes[0]) + [1] * sum(map(math.prod, shapes[1:])) for shapes in img_shapes],
                 device=hidden_states.device,
             )
+        conditions = timestep.to(hidden_states.dtype)
+        if self.zero_cond_t:
+            conditions = torch.cat([conditions, torch.zeros_like(conditions)])
         rotations = self.pos_embed(
             img_shapes, max_txt_seq_len=encoder_hidden_states.shape[1], device=hidden_states.device
         )
@@ -480,8 +498,19 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             attention_kwargs=attention_kwargs,
             controlnet_block_samples=controlnet_block_samples,
             additional_t_cond=additional_t_cond,
+            rows=self._rows(program, conditions),
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Modulations.embed_timesteps`."""
+        if self.config.use_additional_t_cond:
+            return super().embed_timesteps(timesteps)
+        return self.time_text_embed(timesteps, next(self.parameters()))
+
+    def _conditions(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Timestep 0 too, where tokens of a reference image take it."""
+        return torch.cat([timesteps, timesteps.new_zeros(1)]) if self.zero_cond_t else timesteps
 
     def _graph_settings(self, program: Program) -> Hashable:
         """Attention backends, as set on the blocks and by diffusers' context manager."""
@@ -502,30 +531,48 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         attention_kwargs: dict[str, Any] | None,
         controlnet_block_samples: Sequence[torch.Tensor] | None,
         additional_t_cond: torch.Tensor | None,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run a program.
 
         Args as in `forward`, but ``mask`` is boolean, ``rope`` is the rotations of image and text ``[S, E / 2, 2]``,
-        and ``modulate_index [B, S_image]`` says which of two timesteps an image token takes.
+        and ``modulate_index [B, S_image]`` says which of two timesteps an image token takes;
+        ``rows`` are those of `Modulations`, None where modulations have to be computed.
         """
         image = self.img_in(hidden_states)
         timestep = timestep.to(image.dtype)
         if self.zero_cond_t:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        temb = self.time_text_embed(timestep, image, additional_t_cond)
+        known: Sequence[Mapping[str, torch.Tensor] | None] = [None] * len(program.calls)
+        if rows is None:
+            temb = self.time_text_embed(timestep, image, additional_t_cond)
+        else:
+            temb, known = self._from_rows(program, rows.expand(len(timestep), -1))
 
         next_block, first_input = 0, text
-        for call in program.calls:
+        for call, modulations in zip(program.calls, known, strict=True):
+            # Only where there are any: hooks of others know the call as it is in diffusers.
+            more: dict[str, Any] = {} if modulations is None else {"modulations": modulations}
             image = self._add_control(image, controlnet_block_samples, range(next_block, call.interval.first))
             text_input = None
             if call.text_run is not None and call.text_run.is_first:
-                first_input = call.block.text_input(text, temb, call.width)
+                first_input = call.block.text_input(text, temb, call.width, **more)
             elif call.text_run is not None and call.text_run.input_map is not None:
                 text_input = first_input + call.text_run.input_map(first_input)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, image = self._gradient_checkpointing_func(
-                    call.block, image, text, mask, temb, rope, attention_kwargs, modulate_index, call.width, text_input
+                    call.block,
+                    image,
+                    text,
+                    mask,
+                    temb,
+                    rope,
+                    attention_kwargs,
+                    modulate_index,
+                    call.width,
+                    text_input,
+                    modulations,
                 )
             else:
                 text, image = call.block(
@@ -537,7 +584,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
                     joint_attention_kwargs=attention_kwargs,
                     modulate_index=modulate_index,
                     width=call.width,
-                    # Only where there is one: hooks of others know the call as it is in diffusers.
+                    **more,
                     **({} if text_input is None else {"text_input": text_input}),
                 )
             if call.text_run is not None and call.text_run.exit_map is not None:

@@ -28,7 +28,8 @@ def ada_layer_norm(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, index: torch.Tensor | None = None, eps: float = 1e-6
 ) -> torch.Tensor:
     """As `ppcl_kernels.ada_layer_norm_reference`: in one pass at batch 1, in two otherwise."""
-    if index is None and len(x) == 1:
+    if index is None and (len(x) == 1 or scale.stride(0) == shift.stride(0) == 0):
+        # One modulation for all: the norm applies it as weights of its own.
         return F.layer_norm(x, x.shape[-1:], scale[0] + 1, shift[0], eps)
     y = F.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(kernels.per_token(shift, index), y, kernels.per_token(scale, index) + 1, out=y)
@@ -36,7 +37,7 @@ def ada_layer_norm(
 
 def linear(g: kernels.Linear, gelu: bool) -> torch.Tensor:
     """As `ppcl_kernels.linear_reference`; the gate and the residual come in one pass."""
-    n, k = g.out_features, g.x.shape[-1]
+    n, k = g.out_features or len(g.weight), g.x.shape[-1]
     weight, bias = g.weight, g.bias
     if (n, k) != tuple(weight.shape):
         if n > weight.shape[0] or k > weight.shape[1]:
