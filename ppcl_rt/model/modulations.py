@@ -19,7 +19,8 @@ from ppcl_rt.model.switching import Switching
 from ppcl_rt.planning.block_spec import Part
 from ppcl_rt.planning.plan import Plan
 
-# Tables that are kept, one a program: on Qwen-Image 50 timesteps take 220 MB in bfloat16. The oldest goes first.
+# Tables that are kept, one a program, the oldest goes first: 50 timesteps of 60 blocks of width 3,072 are 220 MB in
+# bfloat16.
 _MOST_TABLES = 16
 
 
@@ -140,9 +141,7 @@ class Modulations(Switching):
         if places is None:
             if precomputed.keep_weights:
                 return None
-            raise ValueError(
-                f"no modulations of timestep {timestep.tolist()}: precompute it, or keep the weights"
-            )
+            raise ValueError(f"no modulations of timestep {timestep.tolist()}: precompute it, or keep the weights")
         rows = self._table(program, precomputed).rows
         return rows[places[0] : places[0] + 1] if len(set(places)) == 1 else rows[places]
 
