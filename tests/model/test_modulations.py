@@ -68,6 +68,37 @@ def test_rows_have_the_same_bits_in_every_batch(model):
     assert torch.equal(again._rows(again._program(), torch.tensor([0.5])), alone)
 
 
+def test_text_runs(mapped, build_inputs, run, same):
+    """A block inside a text run computes no modulations of the text, and has none in the table."""
+    model = ppcl_rt.load(mapped.folder, 1.0)
+    kept = [(n, model.catalog.spec(n).full) for n in range(model.catalog.architecture.depth)]
+    model.set_plan(model.catalog.compose(kept, text_runs=[model.catalog.text_runs[0].interval]))
+    inputs = inputs_at(build_inputs, 0.5)
+    wanted = run(model, inputs)
+    model.precompute(TIMESTEPS, keep_weights=False)
+    same(run(model, inputs), wanted, 1e-6)
+
+
+def test_reference_images(make_checkpoint, build_inputs, run, same, tmp_path):
+    """Tokens of a reference image take timestep 0, which is in the table unasked."""
+    made = make_checkpoint(tmp_path / "checkpoint", zero_cond_t=True)
+    model = ppcl_rt.load(made.folder, 1.0)
+    inputs = inputs_at(build_inputs, 0.5)
+    images = [shape if isinstance(shape, list) else [shape] for shape in inputs["img_shapes"]]
+    (frames, rows, columns), *_ = images[0]
+    inputs["img_shapes"] = [[(frames, 1, columns), (frames, rows - 1, columns)] for _ in images]
+    wanted = run(model, inputs)
+    model.precompute(TIMESTEPS, keep_weights=False)
+    same(run(model, inputs), wanted, 1e-6)
+
+
+def test_training_computes(model, build_inputs, run):
+    """In training the weights change from step to step: tables are for evaluation."""
+    model.precompute(TIMESTEPS)
+    assert model.train()._rows(model._program(), torch.tensor([0.5])) is None
+    assert model.eval()._rows(model._program(), torch.tensor([0.5])) is not None
+
+
 def test_timesteps_of_a_batch_may_differ(made, model, build_inputs, run, same):
     inputs = build_inputs()
     inputs["timestep"] = torch.tensor(TIMESTEPS * len(inputs["timestep"]))[: len(inputs["timestep"])]
