@@ -44,10 +44,14 @@ class Precomputed:
     timesteps: torch.Tensor
     keep_weights: bool
     tables: dict[int, _Table] = field(default_factory=dict)
+    _places: dict[torch.dtype, dict[float, int]] = field(default_factory=dict)
 
     def place(self, timesteps: torch.Tensor) -> list[int] | None:
         """The rows of some timesteps, None unless all are in the table; both are compared in the model's dtype."""
-        known = {t: n for n, t in enumerate(self.timesteps.to(timesteps.dtype).tolist())}
+        known = self._places.get(timesteps.dtype)
+        if known is None:
+            known = {t: n for n, t in enumerate(self.timesteps.to(timesteps.dtype).tolist())}
+            self._places[timesteps.dtype] = known
         asked = [known.get(t, -1) for t in timesteps.tolist()]
         return None if -1 in asked else asked
 
@@ -135,8 +139,13 @@ class Modulations(Switching):
             ValueError: one of them is not in the table, and the weights were dropped.
         """
         precomputed = self._precomputed
-        if precomputed is None or (self.training and precomputed.keep_weights) or torch.compiler.is_compiling():
+        if precomputed is None:
             return None
+        compiling = torch.compiler.is_compiling()
+        if precomputed.keep_weights and (self.training or compiling):
+            return None
+        if compiling:
+            raise ValueError("timesteps are looked up on the host: compile blocks alone, or keep the weights")
         places = precomputed.place(timestep)
         if places is None:
             if precomputed.keep_weights:

@@ -83,10 +83,7 @@ def test_reference_images(make_checkpoint, build_inputs, run, same, tmp_path):
     """Tokens of a reference image take timestep 0, which is in the table unasked."""
     made = make_checkpoint(tmp_path / "checkpoint", zero_cond_t=True)
     model = ppcl_rt.load(made.folder, 1.0)
-    inputs = inputs_at(build_inputs, 0.5)
-    images = [shape if isinstance(shape, list) else [shape] for shape in inputs["img_shapes"]]
-    (frames, rows, columns), *_ = images[0]
-    inputs["img_shapes"] = [[(frames, 1, columns), (frames, rows - 1, columns)] for _ in images]
+    inputs = inputs_at(build_inputs, 0.5, images=((1, 3, 5), (1, 2, 3)))
     wanted = run(model, inputs)
     model.precompute(TIMESTEPS, keep_weights=False)
     same(run(model, inputs), wanted, 1e-6)
@@ -155,6 +152,9 @@ def test_tables_go_with_their_plans(model):
 
 
 def test_bad_arguments(made, model, build_stock):
+    layered = type(model)(**{**build_stock().config, "use_additional_t_cond": True})
+    with pytest.raises(ValueError, match="timestep alone"):
+        layered.precompute(TIMESTEPS)
     for wrong in ([[0.5]], [float("nan")]):
         with pytest.raises(ValueError, match="finite timesteps"):
             model.precompute(wrong)
