@@ -202,9 +202,9 @@ class Modulations(Switching):
             self._precomputed.tables = {}
         return super().load_state_dict(*args, **kwargs)
 
-    def trim(self) -> None:
+    def trim(self, to_width: bool = False) -> None:
         """As `Switching.trim`; tables of programs that are gone go too."""
-        super().trim()
+        super().trim(to_width)
         if self._precomputed is not None:
             kept = {id(program) for program in (*self._programs.values(), self._active) if program is not None}
             self._precomputed.tables = {k: t for k, t in self._precomputed.tables.items() if k in kept}
