@@ -28,13 +28,15 @@ from diffusers.utils import apply_lora_scale
 from ppcl_rt import ops
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
-from ppcl_rt.model.program import Program
+from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 # The one kind of block.
 _KIND = "two-stream"
+# Where blocks find the mask of all keys, text first.
+_KEY_MASK = "key_mask"
 # What diffusers calls the layers of each stream.
 _MODULES = {"image": "img", "text": "txt"}
 
@@ -149,9 +151,15 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         heads = self.attn.to_q.out_features // self.attention_head_dim
         self.become_pluggable(block_spec(self.dim, heads, self.attention_head_dim))
 
-    def modulations(self, stream: str, temb: torch.Tensor, width: Width) -> tuple[Modulation, Modulation]:
-        """The modulations of both halves of the block, for ``temb [B, D]``."""
-        product = self.factored(f"modulation_{stream}", self.modulation_input(temb), "modulation", width["modulation"])
+    def modulations(
+        self, stream: str, temb: torch.Tensor, width: Width, known: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[Modulation, Modulation]:
+        """The modulations of both halves of the block, for ``temb [B, D]``; those that are ``known`` are taken."""
+        name = f"modulation_{stream}"
+        if known is not None:
+            product = known[name][: len(temb)]
+        else:
+            product = self.factored(name, self.modulation_input(temb), "modulation", width["modulation"])
         parts = product.chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
@@ -160,10 +168,16 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         norm = getattr(self, f"{_MODULES[stream.name]}_norm1")
         return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
 
-    def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
+    def text_input(
+        self,
+        text: torch.Tensor,
+        condition: torch.Tensor,
+        width: Width,
+        modulations: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """See `PluggableBlock.text_input`; the condition is the timestep embedding ``[B, D]``."""
         return self.attention_input(
-            UpdatedStream("text", text, *self.modulations("text", condition[: len(text)], width))
+            UpdatedStream("text", text, *self.modulations("text", condition[: len(text)], width, modulations))
         )
 
     def forward(
@@ -177,6 +191,7 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         modulate_index: torch.Tensor | None = None,
         width: Width | None = None,
         text_input: torch.Tensor | None = None,
+        modulations: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block.
 
@@ -186,26 +201,30 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
             encoder_hidden_states_mask: boolean ``[B, S_text]``, true on tokens that count, or None.
             temb: timestep embedding ``[B, D]`` (``[2 B, D]`` with ``modulate_index``).
             image_rotary_emb: (image, text) rotations, complex ``[S, E / 2]`` or real ``[S, E / 2, 2]``.
-            joint_attention_kwargs: accepted for the sake of callers; there is nothing that it could set.
+            joint_attention_kwargs: under ``key_mask`` what a forward makes once for all blocks, the mask of both
+                streams ``[B, S_text + S_image]``; there is nothing else that it could set.
             modulate_index: ``[B, S_image]``, which of two modulations an image token takes (Qwen-Image-Edit).
             width: what to run; None for all that the block holds.
             text_input: ``[B, S_text, D]``, what to project the text's q, k and v from, in a block that does not update
                 the text stream (PPCL eq. 8): no text output, no text MLP; the text is returned as it came.
+            modulations: ``[B, 6 D]`` (``[2 B, 6 D]``) of each factored part by name, where they are known already.
 
         Returns:
             (text, image) streams, in diffusers' order.
         """
         width, text = width or self.width, encoder_hidden_states
         image_stream = UpdatedStream(
-            "image", hidden_states, *self.modulations("image", temb, width), token_index=modulate_index
+            "image", hidden_states, *self.modulations("image", temb, width, modulations), token_index=modulate_index
         )
         updated = [image_stream]
         if text_input is None:
-            updated.append(UpdatedStream("text", text, *self.modulations("text", temb[: len(text)], width)))
+            of_text = self.modulations("text", temb[: len(text)], width, modulations)
+            updated.append(UpdatedStream("text", text, *of_text))
             text_input = self.attention_input(updated[-1])
-        attended = self.attention(
-            self.attention_input(image_stream), text_input, encoder_hidden_states_mask, image_rotary_emb, width
-        )
+        key_mask = (joint_attention_kwargs or {}).get(_KEY_MASK)
+        if key_mask is None:
+            key_mask = _joint_mask(encoder_hidden_states_mask, hidden_states.shape[1])
+        attended = self.attention(self.attention_input(image_stream), text_input, key_mask, image_rotary_emb, width)
         updated = self.add_attention(updated, attended, width)
         image, *updated_text = self.add_feed_forward(updated, width)
         text = updated_text[0] if updated_text else text
@@ -217,7 +236,7 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         self,
         image_input: torch.Tensor,
         text_input: torch.Tensor,
-        text_mask: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
         rotations: tuple[torch.Tensor, torch.Tensor] | None,
         width: Width,
     ) -> dict[str, torch.Tensor]:
@@ -236,8 +255,7 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
             width["heads"],
             self.attention_head_dim,
         )
-        mask = _joint_mask(text_mask, image_input.shape[1])
-        joint = ops.joint_attention(q, k, v, key_mask=mask, backend=attn.processor._attention_backend)
+        joint = ops.joint_attention(q, k, v, key_mask=key_mask, backend=attn.processor._attention_backend)
         tokens = text_input.shape[1]
         return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
 
@@ -292,6 +310,14 @@ TransformerBlockRegistry.register(
 def as_real(rotation: torch.Tensor) -> torch.Tensor:
     """Turn a complex rotation ``[S, E / 2]`` into cosine and sine ``[S, E / 2, 2]``."""
     return torch.view_as_real(rotation) if rotation.is_complex() else rotation
+
+
+def _in_one_piece(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotations of image and text; on a CPU, as pieces of one tensor: text, then image."""
+    if image.device.type != "cpu":
+        return image, text
+    joint = torch.cat([text, image])
+    return joint[len(text) :], joint[: len(text)]
 
 
 def _joint_mask(text_mask: torch.Tensor | None, image_tokens: int) -> torch.Tensor | None:
@@ -475,13 +501,28 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             encoder_hidden_states=encoder_hidden_states,
             mask=mask,
             timestep=timestep,
-            rope=tuple(map(as_real, rotations)),
+            rope=_in_one_piece(*map(as_real, rotations)),
             modulate_index=modulate_index,
             attention_kwargs=attention_kwargs,
             controlnet_block_samples=controlnet_block_samples,
             additional_t_cond=additional_t_cond,
+            rows=self._rows(program, self._conditions_of(timestep.to(hidden_states.dtype))),
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Modulations.embed_timesteps`."""
+        if self.config.use_additional_t_cond:
+            return super().embed_timesteps(timesteps)
+        return self.time_text_embed(timesteps, next(self.parameters()))
+
+    def _conditions_of(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The timesteps ``[B]`` of a batch; with those of its reference images ``[2 B]``."""
+        return torch.cat([timestep, torch.zeros_like(timestep)]) if self.zero_cond_t else timestep
+
+    def _conditions(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Timestep 0 too, where tokens of a reference image take it."""
+        return torch.cat([timesteps, timesteps.new_zeros(1)]) if self.zero_cond_t else timesteps
 
     def _graph_settings(self, program: Program) -> Hashable:
         """Attention backends, as set on the blocks and by diffusers' context manager."""
@@ -502,44 +543,48 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         attention_kwargs: dict[str, Any] | None,
         controlnet_block_samples: Sequence[torch.Tensor] | None,
         additional_t_cond: torch.Tensor | None,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run a program.
 
         Args as in `forward`, but ``mask`` is boolean, ``rope`` is the rotations of image and text ``[S, E / 2, 2]``,
-        and ``modulate_index [B, S_image]`` says which of two timesteps an image token takes.
+        and ``modulate_index [B, S_image]`` says which of two timesteps an image token takes;
+        ``rows`` are those of `Modulations`, None where modulations have to be computed.
         """
         image = self.img_in(hidden_states)
-        timestep = timestep.to(image.dtype)
-        if self.zero_cond_t:
-            timestep = torch.cat([timestep, torch.zeros_like(timestep)])
+        timestep = self._conditions_of(timestep.to(image.dtype))
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        temb = self.time_text_embed(timestep, image, additional_t_cond)
+        known: Sequence[Mapping[str, torch.Tensor] | None] = [None] * len(program.calls)
+        if rows is None:
+            temb = self.time_text_embed(timestep, image, additional_t_cond)
+        else:
+            temb, known = self._from_rows(program, rows.expand(len(timestep), -1))
 
+        if mask is not None:
+            # Made once a forward.
+            attention_kwargs = {**(attention_kwargs or {}), _KEY_MASK: _joint_mask(mask, image.shape[1])}
         next_block, first_input = 0, text
-        for call in program.calls:
+        for call, modulations in zip(program.calls, known, strict=True):
+            # Only where there are any: hooks of others know the call as it is in diffusers.
+            more: dict[str, Any] = {} if modulations is None else {"modulations": modulations}
             image = self._add_control(image, controlnet_block_samples, range(next_block, call.interval.first))
             text_input = None
             if call.text_run is not None and call.text_run.is_first:
-                first_input = call.block.text_input(text, temb, call.width)
+                first_input = call.block.text_input(text, temb, call.width, **more)
             elif call.text_run is not None and call.text_run.input_map is not None:
                 text_input = first_input + call.text_run.input_map(first_input)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                text, image = self._gradient_checkpointing_func(
-                    call.block, image, text, mask, temb, rope, attention_kwargs, modulate_index, call.width, text_input
-                )
-            else:
-                text, image = call.block(
-                    hidden_states=image,
-                    encoder_hidden_states=text,
-                    encoder_hidden_states_mask=mask,
-                    temb=temb,
-                    image_rotary_emb=rope,
-                    joint_attention_kwargs=attention_kwargs,
-                    modulate_index=modulate_index,
-                    width=call.width,
-                    # Only where there is one: hooks of others know the call as it is in diffusers.
-                    **({} if text_input is None else {"text_input": text_input}),
-                )
+            text, image = self._call_block(
+                call,
+                hidden_states=image,
+                encoder_hidden_states=text,
+                encoder_hidden_states_mask=mask,
+                temb=temb,
+                image_rotary_emb=rope,
+                joint_attention_kwargs=attention_kwargs,
+                modulate_index=modulate_index,
+                **more,
+                **({} if text_input is None else {"text_input": text_input}),
+            )
             if call.text_run is not None and call.text_run.exit_map is not None:
                 text = text + call.text_run.exit_map(text)
             next_block = call.interval.last + 1
@@ -548,6 +593,18 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
 
         output: torch.Tensor = self.proj_out(self.norm_out(image, temb[: len(image)]))
         return output
+
+    def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a block, with gradient checkpointing where that is on."""
+        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
+            return call.block(**arguments, width=call.width)
+        # Checkpointing passes arguments by place.
+        names = tuple(arguments)
+
+        def block(*values: Any) -> Any:
+            return call.block(**dict(zip(names, values, strict=True)), width=call.width)
+
+        return self._gradient_checkpointing_func(block, *arguments.values())
 
     def _add_control(self, image: torch.Tensor, samples: Sequence[torch.Tensor] | None, blocks: Any) -> torch.Tensor:
         """Add the ControlNet residuals that follow these blocks."""

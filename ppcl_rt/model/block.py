@@ -99,6 +99,16 @@ class PluggableBlock(nn.Module):
         shared = F.linear(x, down.weight[:rank], down.bias[:rank])
         return F.linear(shared, up.weight[:, :rank], up.bias)
 
+    def drop_factored(self) -> None:
+        """Let go of the weights of factored parts; what needs them has them read again."""
+        for part in self.spec.parts:
+            if part.factored:
+                if self.held.pop(part.path, None) is not None:
+                    self.set_submodule(part.path, NotLoaded())
+                for name in (part.name, self.spec.shared_factor(part.factored)):
+                    if name in self.replacements:
+                        del self.replacements[name]
+
     def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
         """What the block projects the text's q, k and v from, ``[B, S_text, D]``; the blocks after it in a text run
         read a linear map of it. Only for blocks that can leave the text stream as it was (`BlockSpec.may_leave`).

@@ -15,8 +15,8 @@ from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.families import registry
 from ppcl_rt.files import one_line
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
+from ppcl_rt.model.modulations import Modulations
 from ppcl_rt.model.residency import READING
-from ppcl_rt.model.switching import Switching
 from ppcl_rt.model.tensors import restore
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning import sketch
@@ -47,7 +47,7 @@ _LOAD_ARGUMENTS = (
 Self = TypeVar("Self", bound="CheckpointFolder")
 
 
-class CheckpointFolder(Switching):
+class CheckpointFolder(Modulations):
     """Loading and saving.
 
     Attributes:

@@ -37,7 +37,7 @@ class Pluggable(CheckpointFolder):
 
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
-        self._catalog = self._source = self._planner = self._active = self._schedule = None
+        self._catalog = self._source = self._planner = self._active = self._schedule = self._precomputed = None
         self._programs, self._clocks, self._times = {}, {}, {}
         self._graphs = Graphs()
         self.students = nn.ModuleDict()

@@ -13,6 +13,7 @@ from torch import nn
 
 import ppcl_kernels as kernels
 from ppcl_kernels.ada_layer_norm import MAX_WIDTH, Tile, prepare_ada_layer_norm
+from ppcl_rt.ops import eager
 from ppcl_rt.ops.implementation import TORCH, Implementation, Key
 from ppcl_rt.ops.modules import readable
 from ppcl_rt.ops.operation import Operation, define_op, dtype_name, flag, layout_signature
@@ -67,7 +68,7 @@ class _AdaLayerNorm(Operation[AdaLayerNorm, torch.Tensor]):
 
     def run(self, call: AdaLayerNorm, implementation: Implementation) -> torch.Tensor:
         if implementation == TORCH:
-            return kernels.ada_layer_norm_reference(*call)
+            return (eager.ada_layer_norm if eager.suits(call.x) else kernels.ada_layer_norm_reference)(*call)
         return kernels.ada_layer_norm(*call, tile=implementation.tile_as(Tile))
 
     def prepare(self, call: AdaLayerNorm, implementation: Implementation) -> Callable[[AdaLayerNorm], torch.Tensor]:

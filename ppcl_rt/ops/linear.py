@@ -19,6 +19,7 @@ from ppcl_kernels.gated_residual import prepare_gated_residual
 from ppcl_kernels.launch import Target
 from ppcl_kernels.linear import prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
+from ppcl_rt.ops import eager
 from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key
 from ppcl_rt.ops.modules import linear, parameter, readable
 from ppcl_rt.ops.operation import (
@@ -88,6 +89,8 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
         return [*triton, TORCH] if call.gelu else [TORCH, *triton]
 
     def run(self, call: Linears, implementation: Implementation) -> list[torch.Tensor]:
+        if implementation == TORCH and eager.suits(call.groups[0].x):
+            return [eager.linear(g, call.gelu) for g in call.groups]
         if implementation == TORCH:
             return [
                 kernels.linear_reference(*g[:4], gelu=call.gelu, gate=g.gate, index=g.index, residual=g.residual)

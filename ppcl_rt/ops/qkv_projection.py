@@ -21,6 +21,7 @@ from ppcl_kernels.norm_rope import Tile as NormRopeTile
 from ppcl_kernels.norm_rope import prepare_norm_rope
 from ppcl_kernels.qkv_projection import prepare_qkv_projection, streams_of, tile_candidates
 from ppcl_kernels.rope import rope_tables
+from ppcl_rt.ops import eager
 from ppcl_rt.ops.implementation import CUBLAS, PACKED, TORCH, Implementation, Key
 from ppcl_rt.ops.modules import linear, parameter, readable
 from ppcl_rt.ops.operation import (
@@ -102,6 +103,8 @@ class _QKVProjection(Operation[QKV, JointQKV]):
         return [*packed, *triton, CUBLAS, TORCH]
 
     def run(self, call: QKV, implementation: Implementation) -> JointQKV:
+        if implementation == TORCH and eager.suits(call.streams[0].x) and eager.takes_qkv(*call[:3]):
+            return eager.qkv_projection(*call)
         if implementation == TORCH:
             return kernels.qkv_projection_reference(*call)
         if implementation in (CUBLAS, PACKED):

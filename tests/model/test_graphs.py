@@ -160,6 +160,23 @@ def test_the_shipped_checkpoint(check):
     assert model.graphs.captures == 2 and model.graphs.eager_reason == ""
 
 
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_precomputed_modulations_are_inputs(model, build_inputs, run, check, keep_weights):
+    """One graph serves all timesteps of a table: what was looked up is no part of it."""
+    timesteps = [0.9, 0.5, 0.1]
+    model.precompute(timesteps, keep_weights=keep_weights)
+    inputs, results = build_inputs(), []
+    for n, timestep in enumerate(timesteps):
+        inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+        assert check(model, inputs) == 2 + (n > 0)
+        results.append(run(model, inputs))
+    assert model.graphs.captures == 1 and not torch.equal(results[0], results[1])
+    # Another table, another graph.
+    model.precompute(timesteps[:2], keep_weights=keep_weights)
+    inputs["timestep"] = torch.full_like(inputs["timestep"], 0.5)
+    assert check(model, inputs) == 2
+
+
 def test_results_and_inputs_are_copies(model, build_inputs, run):
     """A result outlives the next replay, and inputs may be written to or freed after the call."""
     first, second = build_inputs(seed=0), build_inputs(seed=1)
