@@ -36,6 +36,9 @@ _MARGINAL_PROGRAMS = 4
 # blocks have some 5,000) a proof that nothing is better takes seconds. Programs on marginal losses are only steps.
 _EXACT_CHOICES = 2000
 _GAP = 5e-3
+# Further starts for one plan. Small catalogs have fewer good ways down, and each start takes milliseconds there.
+_MOST_STARTS = 32
+_STARTS_TIMES_CHOICES = 2000
 # A budget is often a product of floats, such as a ratio of the dense cost: equal within rounding is within it.
 _ROUNDING = 1e-12
 
@@ -263,6 +266,12 @@ class Planner:
             if planning.loss(found[-1]) >= planning.loss(best):
                 break
             best = found[-1]
+        # Other starts: the linear program with losses that are off at random.
+        rng = np.random.default_rng(0)
+        for _ in range(min(_MOST_STARTS, _STARTS_TIMES_CHOICES // len(choices))):
+            start = self._linear(choices.losses * np.exp(rng.normal(size=len(choices))), limits, _GAP)
+            if start is not None:
+                found.append(planning.improve(start, costs, room))
         if known is not None:
             found.append(known)
         return min(found, key=scoring.loss)

@@ -24,8 +24,32 @@ def test_info_plan_and_json(ppcl, tmp_path):
     status, out, _ = ppcl("plan", CHECKPOINT, "--ratio", 0.6, "--out", file, "--json")
     catalog = ppcl_rt.load(CHECKPOINT).catalog
     plan = Plan.read(file)
-    assert status == 0 and Plan.from_json(out) == plan
-    assert catalog.check(plan) and catalog.ratio(plan) <= 0.6
+    said = json.loads(out)
+    assert status == 0 and Plan.model_validate(said["plan"]) == plan and said["asked"] == {"ratio": 0.6}
+    assert catalog.check(plan) and catalog.ratio(plan) == said["granted"]["ratio"] <= 0.6
+
+
+def test_plan_within_other_budgets(ppcl):
+    """Every word of `Budget` is an option; what is granted is said in each currency, whichever was asked for."""
+    architecture = ppcl_rt.load(CHECKPOINT).catalog.architecture
+    for options, asked in (
+        (("--memory", "6MB", "--dtype", "float32"), {"memory": 6e6}),
+        (("--flops", "20M"), {"flops": 20e6}),
+        (("--params", "1m", "--ratio", 0.9), {"params": 1e6, "ratio": 0.9}),
+        (("--flops", "40M", "--shape", "32+7x1"), {"flops": 40e6, "shape": [32, 7, 1]}),
+    ):
+        status, out, err = ppcl("plan", CHECKPOINT, *options, "--json")
+        assert status == 0, err
+        said = json.loads(out)
+        assert said["asked"] == asked
+        plan, granted = Plan.model_validate(said["plan"]), said["granted"]
+        assert all(granted[name] <= most for name, most in asked.items() if name != "shape")
+        assert granted["params"] == architecture.params(plan)
+        assert granted["memory"] == (4 if "--dtype" in options else 2) * granted["params"]
+        tokens = asked.get("shape", [16, 7, 1])
+        assert granted["flops"] == architecture.flops(plan, *tokens)
+    status, out, _ = ppcl("plan", CHECKPOINT, "--params", "1m")
+    assert status == 0 and "asked: params 1,000,000" in out and "granted: ratio " in out
 
 
 def test_sample_is_fixed_by_its_seed_and_differs_with_the_ratio(ppcl, tmp_path):
@@ -47,7 +71,9 @@ def test_sample_takes_a_plan(ppcl, tmp_path):
     status, out, err = ppcl(
         "sample", CHECKPOINT, "--plan", tmp_path / "p.json", "--prompt", "a red ring", "--out", tmp_path / "x.png"
     )
-    assert status == 0 and "at ratio 0.5" in out, err
+    planned = Plan.read(tmp_path / "p.json")
+    ratio = ppcl_rt.load(CHECKPOINT).catalog.ratio(planned)
+    assert status == 0 and f"at ratio {ratio:.3f}" in out and ratio <= 0.6, err
 
 
 def test_eval_writes_what_it_promises(ppcl, tmp_path):
@@ -55,10 +81,11 @@ def test_eval_writes_what_it_promises(ppcl, tmp_path):
     status, _, err = ppcl("eval", CHECKPOINT, "--ratios", "1,0.6", "--prompts", 10, "--seed", 1, "--json", file)
     assert status == 0, err
     results = json.loads(file.read_text())
-    assert [row["ratio"] for row in results] == [1, 0.6]
+    assert [row["asked"] for row in results] == [{"ratio": 1.0}, {"ratio": 0.6}]
+    assert results[0]["ratio"] == 1 and results[1]["ratio"] <= 0.6
     scores = {"strict", "strict_ci", "soft", "soft_ci"}
     for row in results:
-        assert set(row) == {"ratio", "params", "flops", "bytes", "ms", "kinds"} | scores
+        assert set(row) == {"asked", "ratio", "params", "flops", "bytes", "ms", "kinds"} | scores
         assert set(row["kinds"]) == {"object", "count", "groups", "relation", "text"}
         assert all(set(kind) == scores for kind in row["kinds"].values())
     for cost in ("params", "flops", "bytes"):
@@ -75,6 +102,11 @@ BAD = {
     "ratios half": ("eval", CHECKPOINT, "--ratios", "1,half"),
     "ratios empty": ("eval", CHECKPOINT, "--ratios", ""),
     "one ratio of many too small": ("eval", CHECKPOINT, "--ratios", "1,0.001"),
+    "memory lots": ("plan", CHECKPOINT, "--memory", "lots"),
+    "latency in bytes": ("plan", CHECKPOINT, "--latency", "3GB"),
+    "shape of one number": ("plan", CHECKPOINT, "--flops", "20M", "--shape", "16"),
+    "too few parameters": ("sample", CHECKPOINT, "--params", "1k", "--prompt", "a red ring"),
+    "no such dtype": ("plan", CHECKPOINT, "--memory", "6MB", "--dtype", "int8"),
     "unknown word": ("sample", CHECKPOINT, "--prompt", "two red dogs"),
     "no scene": ("sample", CHECKPOINT, "--prompt", "red red red"),
     "no prompt": ("sample", CHECKPOINT),

@@ -1,0 +1,99 @@
+"""Plans by |sum of changes|^2: within every budget, no worse than random plans; what a measured frontier answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from catalogs import random_catalog, seeded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppcl_rt import Catalog, Planner
+from ppcl_rt.planning import sketch
+from ppcl_rt.planning.budget import Limit
+from ppcl_rt.planning.choices import Choices
+from ppcl_rt.planning.costs import Flops, Params
+from ppcl_rt.planning.interactions import Interactions
+
+SIZE = 32
+
+
+def with_sketches(catalog: Catalog, rng: np.random.Generator) -> tuple[Catalog, list[np.ndarray]]:
+    """Changes that point in a few common directions, so that they add up or cancel out."""
+    count = len(list(sketch.choices(catalog)))
+    common = rng.normal(size=(3, SIZE))
+    rows = common[rng.integers(0, 3, count)] * rng.choice([-1, 1], count)[:, None] + 0.7 * rng.normal(
+        size=(count, SIZE)
+    )
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    described = catalog.model_copy(update={"sketch": sketch.Sketch(seed=0, size=SIZE, bands=1)})
+    return described, [rows.astype(np.float16)] * 2
+
+
+def random_sets(choices: Choices, rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Random sets of choices that make a plan."""
+    catalog, found = choices.catalog, []
+    for _ in range(count):
+        covered, students, runs = set[int](), [], []
+        for student in rng.permutation(len(catalog.students)):
+            interval = catalog.students[student].interval
+            if rng.random() < 0.4 and not covered & set(interval):
+                covered |= set(interval)
+                students.append(interval)
+        in_runs = set[int]()
+        for number in rng.permutation(len(catalog.text_runs)):
+            interval = catalog.text_runs[number].interval
+            if rng.random() < 0.4 and not (covered | in_runs) & set(interval):
+                in_runs |= set(interval)
+                runs.append(interval)
+        # How much is cut differs from plan to plan.
+        cut = rng.random()
+        taken = []
+        for owner, group in choices._numbers:
+            inside = {
+                "block": owner.blocks.first not in covered
+                and not any(owner.blocks.first in run and owner.blocks.first != run.first for run in runs),
+                "text not updated": any(owner.blocks.first in run and owner.blocks.first != run.first for run in runs),
+                "student": owner.blocks in students,
+                "run": owner.blocks in runs,
+            }[owner.kind]
+            if inside:
+                numbers = choices._numbers[owner, group]
+                taken.append(rng.choice(numbers) if rng.random() < cut else numbers[0])
+        found.append(np.array(sorted(taken)))
+    return found
+
+
+@settings(seeded, max_examples=6)
+@given(seed=st.integers(0, 10**6), depth=st.integers(3, 6), students=st.integers(0, 3))
+def test_no_worse_than_random_plans_and_within_every_budget(seed, depth, students):
+    rng = np.random.default_rng(seed)
+    catalog, rows = with_sketches(random_catalog(rng, depth, students), rng)
+    planner, choices = Planner(catalog, lambda: rows), Choices(catalog)
+    linear = Planner(catalog)
+    scores = Interactions(
+        choices, np.where(choices.rows[:, None] >= 0, sketch.Sketches.of(rows[1], catalog).rows[choices.rows], 0)
+    )
+    sets = random_sets(choices, rng, 1000)
+    losses = np.array([scores.loss(taken) for taken in sets])
+    architecture, reference = catalog.architecture, catalog.reference
+    params, flops = Params(), Flops(reference)
+    costs = {
+        cost: np.array([choices.costs(cost)[taken].sum() for taken in sets]) + cost.outer(architecture)
+        for cost in (params, flops)
+    }
+    least = {cost: planner.least(cost) for cost in costs}
+    dense = {params: architecture.dense_params, flops: architecture.dense_flops(reference)}
+    for share in rng.uniform(0.1, 0.9, 2):
+        for asked in ((params,), (flops,)):
+            limits = tuple(Limit(c, least[c] + share * (dense[c] - least[c])) for c in asked)
+            plan = planner.plan(limits)
+            image, text, _ = reference
+            real = {params: architecture.params(plan), flops: architecture.flops(plan, image, text)}
+            assert all(real[cost] <= most for cost, most in limits)
+            fits = np.all([costs[cost] <= most for cost, most in limits], axis=0)
+            score = planner.loss(plan)
+            assert score == pytest.approx(scores.loss(choices.taken(plan)))
+            assert score <= planner.loss(linear.plan(limits)) * (1 + 1e-6)
+            if fits.any():
+                assert score <= losses[fits].min() * (1 + 1e-6)
