@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,3 +50,9 @@ class Program:
 
     plan: Plan
     calls: tuple[BlockCall, ...]
+
+    def over(self, grown: Mapping[PluggableBlock, PluggableBlock]) -> Program:
+        """The same over the blocks that others have grown to; itself where it calls none of them."""
+        if not any(call.block in grown for call in self.calls):
+            return self
+        return Program(self.plan, tuple(c._replace(block=grown.get(c.block, c.block)) for c in self.calls))
