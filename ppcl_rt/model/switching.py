@@ -115,7 +115,7 @@ class Switching(Residency):
 
     @contextlib.contextmanager
     def at(self: Self, ratio: float | None = None, *, plan: Plan | None = None, **budgets: Any) -> Iterator[Self]:
-        """Run at a ratio, within budgets or at a plan inside a ``with``, in this thread or task and in tasks made there.
+        """Run at a ratio, within budgets or at a plan inside a ``with``, in this thread or task and tasks made there.
 
         It wins over all that is set, a schedule too. The weights that it runs live as long as the ``with``: a `trim` of
         another thread takes them out of the model, and so out of `resident_bytes`, but not away.
