@@ -1,4 +1,4 @@
-"""One model in several threads and tasks: budgets, shapes, schedules at once; `set_*` and `trim` while others sample."""
+"""One model in several threads and tasks: budgets, shapes, schedules at once; what is set while others sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from test_graphs import Recorder
+from recorder import Recorder
 
 import ppcl_rt
 from ppcl_rt import Interval, PlannedBlock, Schedule, Width
@@ -90,7 +90,8 @@ class Told:
     def current(self, begin, end):
         """What was set during a call, or before it and not replaced by what was set afterwards and before the call."""
         sets = [entry for entry in self.sets if entry[0] < end]
-        return [s[2] for s in sets if not any(s[1] < later[0] and later[1] < begin for later in sets)]
+        last = [s[2] for s in sets if not any(s[1] < later[0] and later[1] < begin for later in sets)]
+        return list(itertools.chain(*last))
 
 
 def everything(made, build_inputs, run, calls):
@@ -98,7 +99,8 @@ def everything(made, build_inputs, run, calls):
     model = ppcl_rt.load(made.folder, 0.7)
     whole, shape = made.catalog.architecture.dense_params, ppcl_rt.Tokens(image=15, text=7, batch=2)
     budgets = [{"ratio": ratio} for ratio in (0.6, 0.75, 0.9, 1.0)]
-    budgets += [{"params": "65%"}, {"params": "80%"}, {"flops": "70%", "shape": shape}]
+    flops = made.catalog.architecture.dense_flops(shape)
+    budgets += [{"params": 0.65 * whole}, {"params": 0.8 * whole}, {"flops": 0.7 * flops, "shape": shape}]
     budgets += [{"memory": int(2.8 * whole)}, {"memory": int(3.5 * whole)}]
     schedules = [Schedule.warm(1, 0.6), Schedule(phases=((0, of_width(made.catalog, NARROW)), (2, 0.9)))]
     told, outputs = Told([model.plan]), []
@@ -131,7 +133,7 @@ def everything(made, build_inputs, run, calls):
 
     together(*(lambda seed=seed: work(seed) for seed in range(THREADS)))
     assert len(outputs) == THREADS * calls and runs_what_it_holds(model)
-    return [(n, t, output, plans or sum(told.current(begin, end), [])) for n, t, output, plans, begin, end in outputs]
+    return [(n, t, output, plans or told.current(begin, end)) for n, t, output, plans, begin, end in outputs]
 
 
 @pytest.mark.parametrize("checkpoint", ["made", "mapped"])
