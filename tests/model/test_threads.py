@@ -29,7 +29,7 @@ SHAPES = (
     {"batch": 2, "text": 7, "images": ((1, 3, 5),)},
     {"batch": 3, "text": 1, "images": ((1, 4, 4),), "mask": "none"},
 )
-TIMESTEPS = (0.9, 0.5, 0.2)
+TIMESTEPS = (0.9, 0.3)
 NARROW = Width(heads=2, image=50, text=64, modulation=32)
 MIDDLE = Width(heads=3, image=96, text=64, modulation=5)
 THREADS = 8
@@ -37,9 +37,9 @@ THREADS = 8
 
 @pytest.fixture(autouse=True)
 def switch_often():
-    """Threads take turns every few instructions: what can come in between does."""
+    """Threads take turns fifty times as often: what can come in between does."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)
 
@@ -102,7 +102,7 @@ def everything(made, build_inputs, run, calls):
     flops = made.catalog.architecture.dense_flops(shape)
     budgets += [{"params": 0.65 * whole}, {"params": 0.8 * whole}, {"flops": 0.7 * flops, "shape": shape}]
     budgets += [{"memory": int(2.8 * whole)}, {"memory": int(3.5 * whole)}]
-    schedules = [Schedule.warm(1, 0.6), Schedule(phases=((0, of_width(made.catalog, NARROW)), (2, 0.9)))]
+    schedules = [Schedule.warm(1, 0.6), Schedule(phases=((0, of_width(made.catalog, NARROW)), (1, 0.9)))]
     told, outputs = Told([model.plan]), []
 
     def forward(rng, plans=None):
@@ -136,7 +136,7 @@ def everything(made, build_inputs, run, calls):
     return [(n, t, output, plans or told.current(begin, end)) for n, t, output, plans, begin, end in outputs]
 
 
-@pytest.mark.parametrize("checkpoint", ["made", "mapped"])
+@pytest.mark.parametrize("checkpoint", ["made", pytest.param("mapped", marks=pytest.mark.slow)])
 def test_everything_at_once(request, checkpoint, build_inputs, run):
     """8 threads x 50 calls: each output is that of one of the budgets set during the call, made alone."""
     made, alone = request.getfixturevalue(checkpoint), {}
@@ -152,7 +152,7 @@ def test_everything_at_once(request, checkpoint, build_inputs, run):
 
     for n, t, output, plans in everything(made, build_inputs, run, 50):
         # Rounding: see the fixture `same`.
-        assert min((output - wanted(plan, n, t)).abs().max() for plan in set(plans)) <= 1e-5
+        assert any((output - wanted(plan, n, t)).abs().max() <= 1e-5 for plan in dict.fromkeys(plans))
     # No two alike: a wrong one would show.
     for n, t in itertools.product(range(len(SHAPES)), TIMESTEPS):
         of = [output for (_, m, u), output in alone.items() if (m, u) == (n, t)]
@@ -162,7 +162,7 @@ def test_everything_at_once(request, checkpoint, build_inputs, run):
 # What a forward began with.
 
 
-@pytest.mark.parametrize("width", [NARROW, MIDDLE])
+@pytest.mark.parametrize("width", [MIDDLE, pytest.param(NARROW, marks=pytest.mark.slow)])
 def test_a_block_that_grows_is_whole(mapped, build_inputs, run, monkeypatch, width):
     """Forwards of a narrow plan come between any two tensors that a wide plan reads, and are right."""
     narrow = of_width(mapped.catalog, width)
@@ -255,23 +255,27 @@ def test_a_block_that_others_hold_on_to_grows_itself(made, build_inputs, run):
     assert model.transformer_blocks[1] is block and calls
 
 
-def test_a_forward_sees_the_old_or_the_new(made):
-    """No forward sees a state between two that were set: no error, no plan that nobody set."""
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_forward_sees_the_old_or_the_new(made, scheduled):
+    """Something is set between any two lines of the choice of a program: no error, no plan that nobody set."""
     model = ppcl_rt.load(made.folder, resident="all")
     plan, other = model.planner.plan(0.6), model.planner.plan(0.75)
-    model.set_plan(plan)
-    schedule, end = Schedule.constant(other), time.monotonic() + 1.0
+    sets = [lambda: model.set_plan(plan), lambda: model.set_schedule(Schedule.constant(other))]
 
-    def setting():
-        while time.monotonic() < end:
-            model.set_plan(plan)
-            model.set_schedule(schedule)
+    def line(frame, event, _):
+        if event == "line":
+            sets[next(turns) % 2]()
+        return line
 
-    def sampling():
-        while time.monotonic() < end:
-            assert model._program(torch.ones(1)).plan in (plan, other)
-
-    together(setting, sampling, sampling)
+    for turns in (itertools.count(), itertools.count(1)):
+        sets[scheduled]()
+        before = sys.gettrace()
+        sys.settrace(lambda frame, *_: line if frame.f_code.co_name == "_program" else None)
+        try:
+            program = model._program(torch.ones(1))
+        finally:
+            sys.settrace(before)
+        assert program.plan in (plan, other) and next(turns) > 2
 
 
 def test_trim_against_set(made, monkeypatch):
@@ -302,7 +306,7 @@ def test_trim_against_set(made, monkeypatch):
 
 def test_walking_the_model_while_it_changes(made):
     """Parameters can be counted, and modules listed, while blocks come and go."""
-    model, end = ppcl_rt.load(made.folder, 0.6), time.monotonic() + 1.0
+    model, end = ppcl_rt.load(made.folder, 0.6), time.monotonic() + 0.5
 
     def setting():
         while time.monotonic() < end:
