@@ -82,7 +82,7 @@ class Pluggable(CheckpointFolder):
 
     def _obstacle(self, program: Program) -> str:
         """Say why there can be no graph of a program as this model is set up; nothing where there can."""
-        if not self._is_known(program):
+        if program.dropped or program.later is not None:
             # A graph would keep its weights alive after the last forward.
             return "what it runs was dropped or has grown since"
         if getattr(self, "is_cache_enabled", False):

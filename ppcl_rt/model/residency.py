@@ -142,7 +142,7 @@ class Residency(nn.Module):
     # Reading.
 
     def move_to(self, grown: Mapping[PluggableBlock, PluggableBlock]) -> None:
-        """Go on with blocks that have taken the place of others, which they are wider than."""
+        """Go on with blocks that have taken the place of others."""
 
     def make_resident(self, plan: Plan) -> None:
         """Read what a plan needs and the model does not hold yet; call it with `READING` held.
@@ -261,6 +261,20 @@ class Residency(nn.Module):
             needed = self.catalog.spec(planned.interval.first).params(planned.width, plan.not_updated(planned))
             if sum(parameter.numel() for parameter in home.block.parameters()) > needed:
                 _drop(home.modules, [home.key])
+        self._graphs.drop_all()
+
+    def drop_factored(self) -> None:
+        """Drop the weights of factored parts (`PluggableBlock.drop_factored`); call it with `READING` held."""
+        left: dict[PluggableBlock, PluggableBlock] = {}
+        homes: list[Any] = [*map(self.get_submodule, self.block_lists), self.students]
+        for modules in homes:
+            for key, block in modules._modules.items():
+                without: Any = block if is_bound(block) else shared_copy(block)
+                without.drop_factored()
+                if len(list(without.parameters())) < len(list(block.parameters())):
+                    Home(modules, key, "").put(without)
+                    left[block] = without
+        self.move_to(left)
         self._graphs.drop_all()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -201,9 +201,19 @@ class Switching(Residency):
             self._current = self._current.over(grown)
         self._graphs.drop_all()
 
-    def _is_known(self, program: Program) -> bool:
-        """Whether a program is one that later forwards can run: neither dropped nor moved to grown blocks."""
-        return program is self._current or program is self._programs.get(program.plan)
+    @property
+    def _plans_set(self) -> list[Plan]:
+        """The plans of what was set last."""
+        current = self._current
+        if isinstance(current, Running):
+            return current.plans
+        return [] if current is None else [current.plan]
+
+    def _forget(self, is_kept: Callable[[Program], bool] = lambda _: False) -> None:
+        """Forget programs whose blocks were dropped; call it with `READING` held."""
+        for program in self._programs.values():
+            program.dropped = not is_kept(program)
+        self._programs = {plan: program for plan, program in self._programs.items() if not program.dropped}
 
     def trim(self, to_width: bool = False) -> None:
         """Drop blocks and students that neither the plan or schedule set nor an enclosing `at` runs.
@@ -213,21 +223,19 @@ class Switching(Residency):
                 Visiting a wider plan then reads that again.
         """
         with READING:
-            current = self._current
-            set_last = current.plans if isinstance(current, Running) else [] if current is None else [current.plan]
-            plans = list(dict.fromkeys([self.plan, *set_last]))
+            plans = list(dict.fromkeys([self.plan, *self._plans_set]))
             self.drop_all_but(plans)
             if to_width and len(plans) == 1:
                 self.drop_wide(plans[0])
             resident, runs = set(map(id, self.resident_blocks())), set(self.text_runs)
-            self._programs = {
-                plan: program
-                for plan, program in self._programs.items()
-                if all(id(call.block) in resident for call in program.calls)
-                and {run.key for run in plan.text_runs} <= runs
-            }
-            if to_width and isinstance(current, Program):
-                self._current = self.prepare(current.plan)
+            self._forget(
+                lambda program: (
+                    all(id(call.block) in resident for call in program.calls)
+                    and {run.key for run in program.plan.text_runs} <= runs
+                )
+            )
+            if to_width and isinstance(self._current, Program):
+                self._current = self.prepare(self._current.plan)
             # Once more: no graph of a program that is gone was made meanwhile.
             self._graphs.drop_all()
 
@@ -251,8 +259,9 @@ class Switching(Residency):
         """The program that runs now; ``timestep`` moves the clock of a schedule on."""
         chosen = _CHOSEN.get().get(id(self))
         if chosen is not None:
-            # Its blocks may have grown since; if they were dropped, it still holds them.
-            return self._programs.get(chosen.plan, chosen)
+            # Its blocks may have grown since. If they were dropped, it still holds them.
+            latest = chosen.latest
+            return self._programs.get(latest.plan, latest) if latest.dropped else latest
         current = self._current
         if isinstance(current, Running):
             return self.prepare(current.plan_at(timestep))
