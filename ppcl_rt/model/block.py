@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import types
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from torch import nn
 
 from ppcl_rt.planning.block_spec import BlockSpec, Part
 from ppcl_rt.planning.width import Width
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class NotLoaded(nn.Module):
@@ -118,3 +121,34 @@ class PluggableBlock(nn.Module):
     def modulation_input(self, condition: torch.Tensor) -> torch.Tensor:
         """What the factored parts read, given what the block is conditioned on: ``silu`` of it."""
         return F.silu(condition)
+
+
+def is_bound(block: nn.Module) -> bool:
+    """Whether others hold on to this very object: they compiled one of its modules or put a forward around it."""
+
+    def around(module: nn.Module) -> bool:
+        forward = module.__dict__.get("forward")
+        return forward is not None and getattr(forward, "__self__", None) is not module
+
+    return any(around(module) or "_compiled_call_impl" in module.__dict__ for module in block.modules())
+
+
+def shared_copy(module: M) -> M:
+    """Copy a module and all modules in it, but not their tensors, hooks and other attributes, which both then have.
+
+    A parameter or module that is put into one of the two is not in the other.
+    """
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            # diffusers leaves a module's own forward among the attributes.
+            copy.__dict__[name] = types.MethodType(value.__func__, copy)
+    for tensors in ("_parameters", "_buffers"):
+        copy.__dict__[tensors] = dict(module.__dict__[tensors])
+    copy.__dict__["_modules"] = {
+        name: None if child is None else shared_copy(child) for name, child in module._modules.items()
+    }
+    if isinstance(copy, PluggableBlock):
+        copy.held = dict(copy.held)
+    return copy

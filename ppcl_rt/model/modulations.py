@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.model.residency import READING
 from ppcl_rt.model.switching import Switching
@@ -93,7 +94,7 @@ class Modulations(Switching):
         if not keep_weights and self._source is None:
             raise ValueError("without a checkpoint to read them from again, precompute has to keep the weights")
         with READING:
-            plans = [self.plan_of(choice) for _, choice in self._schedule.phases] if self._schedule else [self.plan]
+            plans = self._plans_set or [self.plan]
             precomputed = Precomputed(self._conditions(asked), keep_weights) if len(asked) else None
             if precomputed is not None:
                 # Refused before anything changes.
@@ -102,9 +103,9 @@ class Modulations(Switching):
             self._precomputed = None
             if dropped:
                 # Programs that are remembered have lost weights: they are prepared again, which reads them.
-                self._programs.clear()
-                if self._active is not None:
-                    self._active = self.prepare(self._active.plan)
+                self._forget()
+                if isinstance(self._current, Program):
+                    self._current = self.prepare(self._current.plan)
                 for plan in plans:
                     self.make_resident(plan)
             self._precomputed = precomputed
@@ -117,7 +118,14 @@ class Modulations(Switching):
         program = super().prepare(plan)
         if self._precomputed is not None:
             self._table(program, self._precomputed)
-        return program
+        return program.latest
+
+    def move_to(self, grown: Mapping[PluggableBlock, PluggableBlock]) -> None:
+        """As `Switching.move_to`; tables stay: what a timestep gives is the same at any width."""
+        super().move_to(grown)
+        if self._precomputed is not None:
+            tables = [table._replace(program=table.program.latest) for table in self._precomputed.tables.values()]
+            self._precomputed.tables = {id(table.program): table for table in tables}
 
     def _conditions(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The timesteps whose embeddings a forward at these reads: themselves, ``[n]``."""
@@ -126,7 +134,9 @@ class Modulations(Switching):
     @property
     def resident_bytes(self) -> int:
         """Bytes of all weights and tables that the model holds now."""
-        tables = self._precomputed.tables.values() if self._precomputed else ()
+        precomputed = self._precomputed
+        # A tuple, because another thread may add a table.
+        tables = () if precomputed is None else tuple(precomputed.tables.values())
         return super().resident_bytes + sum(table.rows.numel() * table.rows.element_size() for table in tables)
 
     def _rows(self, program: Program, timestep: torch.Tensor) -> torch.Tensor | None:
@@ -157,12 +167,15 @@ class Modulations(Switching):
     @torch.no_grad()
     def _table(self, program: Program, precomputed: Precomputed) -> _Table:
         """The table of a program; made now if need be, with weights that were dropped read for it and dropped again."""
+        program = program.latest
         table = precomputed.tables.get(id(program))
         if table is not None and table.program is program:
             return table
         with READING:
             if not precomputed.keep_weights:
+                program = super().prepare(program.plan)
                 self.make_resident(program.plan)
+                program = program.latest
             condition = self.embed_timesteps(precomputed.timesteps.to(next(self.parameters())))
             columns = [condition]
             for call in program.calls:
@@ -175,9 +188,7 @@ class Modulations(Switching):
                 del precomputed.tables[next(iter(precomputed.tables))]
             table = precomputed.tables[id(program)] = _Table(program, torch.cat(columns, dim=1))
             if not precomputed.keep_weights:
-                for block in self.resident_blocks():
-                    block.drop_factored()
-                self._graphs.drop_all()
+                self.drop_factored()
         return table
 
     @staticmethod
@@ -206,7 +217,7 @@ class Modulations(Switching):
         """As `Switching.trim`; tables of programs that are gone go too."""
         super().trim(to_width)
         if self._precomputed is not None:
-            kept = {id(program) for program in (*self._programs.values(), self._active) if program is not None}
+            kept = {id(program) for program in (*self._programs.values(), self._current)}
             self._precomputed.tables = {k: t for k, t in self._precomputed.tables.items() if k in kept}
 
 

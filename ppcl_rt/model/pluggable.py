@@ -37,8 +37,8 @@ class Pluggable(CheckpointFolder):
 
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
-        self._catalog = self._source = self._planner = self._active = self._schedule = self._precomputed = None
-        self._programs, self._clocks, self._times = {}, {}, {}
+        self._catalog = self._source = self._planner = self._current = self._precomputed = None
+        self._programs, self._times = {}, {}
         self._graphs = Graphs()
         self.students = nn.ModuleDict()
         self.text_runs = nn.ModuleDict()
@@ -67,7 +67,7 @@ class Pluggable(CheckpointFolder):
             model=self,
             modules=lambda: self._reads(program),
             conditions=lambda: self._graph_settings(program),
-            obstacle=self._obstacle,
+            obstacle=functools.partial(self._obstacle, program),
         )
         return output
 
@@ -80,8 +80,11 @@ class Pluggable(CheckpointFolder):
             if call.text_run is not None:
                 yield from (m for m in (call.text_run.input_map, call.text_run.exit_map) if m is not None)
 
-    def _obstacle(self) -> str:
-        """Say why there can be no graph as this model is set up; nothing where there can."""
+    def _obstacle(self, program: Program) -> str:
+        """Say why there can be no graph of a program as this model is set up; nothing where there can."""
+        if program.dropped or program.later is not None:
+            # A graph would keep its weights alive after the last forward.
+            return "what it runs was dropped or has grown since"
         if getattr(self, "is_cache_enabled", False):
             return "a cache of diffusers"
         if torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
@@ -43,9 +44,33 @@ class BlockCall(NamedTuple):
     text_run: TextRunRole | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Program:
-    """The calls that a forward makes, and the plan that they came from."""
+    """The calls that a forward makes, and the plan that they came from; neither ever changes.
+
+    Attributes:
+        later: what has taken its place, over blocks that have grown.
+        dropped: whether the model has let go of its blocks.
+    """
 
     plan: Plan
     calls: tuple[BlockCall, ...]
+    later: Program | None = field(default=None, repr=False)
+    dropped: bool = False
+
+    @property
+    def latest(self) -> Program:
+        """What runs in its place now: itself, or the last that has taken its place."""
+        program = self
+        while program.later is not None:
+            program = program.later
+        return program
+
+    def over(self, grown: Mapping[PluggableBlock, PluggableBlock]) -> Program:
+        """The same over the blocks that others have grown to; itself where it calls none of them."""
+        if self.later is not None:
+            return self.latest
+        if not any(call.block in grown for call in self.calls):
+            return self
+        self.later = Program(self.plan, tuple(c._replace(block=grown.get(c.block, c.block)) for c in self.calls))
+        return self.later

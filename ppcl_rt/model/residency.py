@@ -1,4 +1,9 @@
-"""Which weights a model holds: read as plans need them, grown in place, dropped by `Residency.drop_all_but`."""
+"""Which weights a model holds: read as plans need them, dropped by `Residency.drop_all_but`.
+
+Other threads may be in the middle of a forward. So nothing that a forward reads is changed: a block that grows is a new
+block, which shares with the old one what both hold, and a list of blocks that changes gets a new dict of them. What a
+forward began with lives until it ends.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from torch import nn
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.families import registry
-from ppcl_rt.model.block import NotLoaded, PluggableBlock
+from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, shared_copy
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
 from ppcl_rt.ops.packing import pack
@@ -22,8 +27,8 @@ from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import Plan, PlannedBlock, text_maps
 
-# Held while weights are read into a model. One for all models: reading is rare, and a lock in a model could not be
-# copied.
+# Held while weights are read into a model or dropped. One for all models: reading is rare, and a lock in a model could
+# not be copied. Nothing is planned or timed while it is held.
 READING = threading.RLock()
 
 
@@ -44,6 +49,20 @@ class Home(NamedTuple):
     def block(self) -> Any:
         """The block, None where it is not resident."""
         return self.modules._modules.get(self.key)
+
+    def put(self, block: Any) -> None:
+        """Put a block here, in the order in which blocks run."""
+        blocks = {**self.modules._modules, self.key: block}
+        _hold(self.modules, dict(sorted(blocks.items(), key=lambda item: int(item[0].split("-")[0]))))
+
+
+def _hold(modules: nn.Module, held: Mapping[str, Any]) -> None:
+    """Have a list or dict of modules hold these: a new dict, because other threads may be going through the old one."""
+    modules.__dict__["_modules"] = dict(held)
+
+
+def _drop(modules: nn.Module, keys: Collection[str]) -> None:
+    _hold(modules, {key: block for key, block in modules._modules.items() if key not in keys})
 
 
 class Residency(nn.Module):
@@ -122,6 +141,9 @@ class Residency(nn.Module):
 
     # Reading.
 
+    def move_to(self, grown: Mapping[PluggableBlock, PluggableBlock]) -> None:
+        """Go on with blocks that have taken the place of others."""
+
     def make_resident(self, plan: Plan) -> None:
         """Read what a plan needs and the model does not hold yet; call it with `READING` held.
 
@@ -131,35 +153,43 @@ class Residency(nn.Module):
         for run in plan.text_runs:
             if run.key not in self.text_runs:
                 self._graphs.drop_all()
-                self.text_runs[run.key] = self._read_text_run(run)
-        for planned in plan.blocks:
-            if self._source is not None:
-                self._read_block(self._source, planned, plan.not_updated(planned))
-            elif self.home(planned).block is None:
-                raise ValueError(f"block {planned.interval} was dropped and there is no checkpoint to read it from")
+                _hold(self.text_runs, {**self.text_runs._modules, run.key: self._read_text_run(run)})
+        grown = {}
+        try:
+            for planned in plan.blocks:
+                before = self.home(planned).block
+                if self._source is not None:
+                    after = self._read_block(self._source, planned, plan.not_updated(planned))
+                    if before is not None and after is not before:
+                        grown[before] = after
+                elif before is None:
+                    raise ValueError(f"block {planned.interval} was dropped and there is no checkpoint to read it from")
+        finally:
+            # Also where a file cannot be read: those before it have grown.
+            if grown:
+                self.move_to(grown)
 
-    def _read_block(self, source: Checkpoint, planned: PlannedBlock, not_updated: Collection[Stream]) -> None:
-        """Read what a planned block needs and the model does not hold yet."""
+    def _read_block(self, source: Checkpoint, planned: PlannedBlock, not_updated: Collection[Stream]) -> PluggableBlock:
+        """The block of a plan, with what it needs and the model did not hold yet."""
         home, like = self.home(planned), next(self.parameters())
-        block = home.block
-        if block is None:
-            block = self._empty_block(source, planned, home.prefix)
+        block = home.block if home.block is not None else self._empty_block(source, planned, home.prefix)
         new = [
             (missing, missing.tensor.to(device=like.device, dtype=like.dtype))
             for missing in missing_tensors(
                 source, block, home.prefix, planned.width, not_updated, fresh=home.block is None
             )
         ]
-        if new:
-            self._graphs.drop_all()
+        if not new:
+            return block
+        if home.block is not None and not is_bound(block):
+            block = shared_copy(block)
         for missing, tensor in new:
             assign(block, missing, tensor.requires_grad_(like.requires_grad))
         lay_side_by_side(block)
         block.train(self.training)
-        home.modules._modules[home.key] = block
-        ordered = sorted(home.modules._modules.items(), key=lambda item: int(item[0].split("-")[0]))
-        home.modules._modules.clear()
-        home.modules._modules.update(ordered)
+        home.put(block)
+        self._graphs.drop_all()
+        return block
 
     def _empty_block(self, source: Checkpoint, planned: PlannedBlock, prefix: str) -> PluggableBlock:
         """A block with none of its parts loaded, and its rank orders."""
@@ -212,11 +242,9 @@ class Residency(nn.Module):
         plans = list(plans)
         wanted = {(id(home.modules), home.key) for plan in plans for home in map(self.home, plan.blocks)}
         for modules in (*map(self.get_submodule, self.block_lists), self.students):
-            for key in [key for key in modules._modules if (id(modules), key) not in wanted]:
-                del modules._modules[key]
+            _drop(modules, [key for key in modules._modules if (id(modules), key) not in wanted])
         runs = {run.key for plan in plans for run in plan.text_runs}
-        for key in [key for key in self.text_runs if key not in runs]:
-            del self.text_runs[key]
+        _drop(self.text_runs, [key for key in self.text_runs if key not in runs])
         self._graphs.drop_all()
 
     def drop_wide(self, plan: Plan) -> None:
@@ -232,7 +260,21 @@ class Residency(nn.Module):
                 continue
             needed = self.catalog.spec(planned.interval.first).params(planned.width, plan.not_updated(planned))
             if sum(parameter.numel() for parameter in home.block.parameters()) > needed:
-                del home.modules._modules[home.key]
+                _drop(home.modules, [home.key])
+        self._graphs.drop_all()
+
+    def drop_factored(self) -> None:
+        """Drop the weights of factored parts (`PluggableBlock.drop_factored`); call it with `READING` held."""
+        left: dict[PluggableBlock, PluggableBlock] = {}
+        homes: list[Any] = [*map(self.get_submodule, self.block_lists), self.students]
+        for modules in homes:
+            for key, block in modules._modules.items():
+                without: Any = block if is_bound(block) else shared_copy(block)
+                without.drop_factored()
+                if len(list(without.parameters())) < len(list(block.parameters())):
+                    Home(modules, key, "").put(without)
+                    left[block] = without
+        self.move_to(left)
         self._graphs.drop_all()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

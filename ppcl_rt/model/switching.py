@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 
+from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.model.residency import READING, Residency
+from ppcl_rt.model.running import Running
 from ppcl_rt.model.times import block_times
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.budget import Budget, costs
@@ -24,6 +26,8 @@ from ppcl_rt.planning.schedule import Schedule
 # Programs chosen by `at`, by the identity of the model. A context variable, so that threads and tasks do not see each
 # other's.
 _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=MappingProxyType({}))
+# Held while milliseconds are measured: two measurements at once would slow each other down. Taken before `READING`.
+_MEASURING = threading.RLock()
 # Programs that are remembered; one is a tuple of references, a few kilobytes.
 _MOST_PROGRAMS = 256
 
@@ -33,15 +37,17 @@ Choice = float | Budget | Plan
 
 
 class Switching(Residency):
-    """Choosing what runs."""
+    """Choosing what runs.
+
+    All of it may be called from several threads and tasks at once, while others sample. A forward runs to its end the
+    program that was current when it began, whatever is set, read or dropped meanwhile.
+    """
 
     _planner: Planner | None
-    _active: Program | None
-    _schedule: Schedule | None
+    # What was set last; None before anything was. One reference, so that a forward sees the old or the new.
+    _current: Program | Running | None
     _programs: dict[Plan, Program]
     _times: dict[Tokens, BlockTimes]
-    # The last timestep and the denoising step that it belongs to, by thread.
-    _clocks: dict[int, tuple[float, int]]
 
     @property
     def planner(self) -> Planner:
@@ -79,9 +85,11 @@ class Switching(Residency):
             ValueError: no such budget, or no plan keeps it: the message says the least that can be.
         """
         budget = Budget.of(ratio, **budgets)
-        self.set_plan(self.plan_of(budget))
-        if budget.memory is not None:
-            self.trim(to_width=True)
+        plan = self.plan_of(budget)
+        with READING:
+            self.set_plan(plan)
+            if budget.memory is not None:
+                self.trim(to_width=True)
 
     def set_plan(self, plan: Plan) -> None:
         """Run a plan from now on.
@@ -90,23 +98,27 @@ class Switching(Residency):
             ValueError: the plan is for another checkpoint or asks for what it does not hold.
         """
         with READING:
-            self._active, self._schedule = self.prepare(plan), None
+            self._current = self.prepare(plan)
 
     def set_schedule(self, schedule: Schedule) -> None:
         """Choose by denoising step from now on; everything that the schedule names becomes resident now.
 
         A denoising step is counted each time the timestep changes, and counting starts again when the timestep rises;
-        calls at one timestep (the two halves of guidance) are one denoising step. Counts are kept per thread.
+        calls at one timestep (the two halves of guidance) are one denoising step. Each thread, and each task of
+        asyncio, has a count of its own: the calls of one sampling belong in one of them.
         """
+        running = Running(Schedule(phases=tuple((begin, self.plan_of(choice)) for begin, choice in schedule.phases)))
         with READING:
-            for _, choice in schedule.phases:
-                self.prepare(self.plan_of(choice))
-            self._schedule, self._active = schedule, None
-            self._clocks.clear()
+            for plan in running.plans:
+                self.prepare(plan)
+            self._current = running
 
     @contextlib.contextmanager
     def at(self: Self, ratio: float | None = None, *, plan: Plan | None = None, **budgets: Any) -> Iterator[Self]:
-        """Run at a ratio, within budgets or at a plan inside a ``with``, in this thread or task alone.
+        """Run at a ratio, within budgets or at a plan inside a ``with``, in this thread or task and tasks made there.
+
+        It wins over all that is set, a schedule too. The weights that it runs live as long as the ``with``: a `trim` of
+        another thread takes them out of the model, and so out of `resident_bytes`, but not away.
 
         Args:
             ratio, budgets: as `set_budget` takes them.
@@ -155,7 +167,9 @@ class Switching(Residency):
         """
         tokens = tokens or self.catalog.reference
         if tokens not in self._times:
-            self._times[tokens] = block_times(self, tokens)
+            with _MEASURING:
+                if tokens not in self._times:
+                    self._times[tokens] = block_times(self, tokens)
         return self._times[tokens]
 
     def prepare(self, plan: Plan) -> Program:
@@ -165,9 +179,13 @@ class Switching(Residency):
             ValueError: as `set_plan`.
         """
         program = self._programs.get(plan)
-        if program is None:
-            self.catalog.check(plan)
-            with READING:
+        if program is not None:
+            return program
+        self.catalog.check(plan)
+        with READING:
+            # Another thread may have been faster.
+            program = self._programs.get(plan)
+            if program is None:
                 self.make_resident(plan)
                 program = Program(plan, tuple(self._call(plan, planned) for planned in plan.blocks))
                 # Inside the lock: a `trim` in between would leave a program over blocks that are gone.
@@ -176,6 +194,27 @@ class Switching(Residency):
                     del self._programs[next(iter(self._programs))]
         return program
 
+    def move_to(self, grown: Mapping[PluggableBlock, PluggableBlock]) -> None:
+        """Have programs run the blocks that theirs have grown to; forwards that have begun keep the old ones."""
+        self._programs = {plan: program.over(grown) for plan, program in self._programs.items()}
+        if isinstance(self._current, Program):
+            self._current = self._current.over(grown)
+        self._graphs.drop_all()
+
+    @property
+    def _plans_set(self) -> list[Plan]:
+        """The plans of what was set last."""
+        current = self._current
+        if isinstance(current, Running):
+            return current.plans
+        return [] if current is None else [current.plan]
+
+    def _forget(self, is_kept: Callable[[Program], bool] = lambda _: False) -> None:
+        """Forget programs whose blocks were dropped; call it with `READING` held."""
+        for program in self._programs.values():
+            program.dropped = not is_kept(program)
+        self._programs = {plan: program for plan, program in self._programs.items() if not program.dropped}
+
     def trim(self, to_width: bool = False) -> None:
         """Drop blocks and students that neither the plan or schedule set nor an enclosing `at` runs.
 
@@ -183,25 +222,22 @@ class Switching(Residency):
             to_width: of the blocks of the plan that is set, if it alone is set, drop what it does not run as well.
                 Visiting a wider plan then reads that again.
         """
-        choices: list[Choice] = [self.plan]
-        if self._schedule is not None:
-            choices += [choice for _, choice in self._schedule.phases]
-        elif self._active is not None:
-            choices.append(self._active.plan)
-        plans = list(dict.fromkeys(self.plan_of(choice) for choice in choices))
         with READING:
+            plans = list(dict.fromkeys([self.plan, *self._plans_set]))
             self.drop_all_but(plans)
             if to_width and len(plans) == 1:
                 self.drop_wide(plans[0])
             resident, runs = set(map(id, self.resident_blocks())), set(self.text_runs)
-            self._programs = {
-                plan: program
-                for plan, program in self._programs.items()
-                if all(id(call.block) in resident for call in program.calls)
-                and {run.key for run in plan.text_runs} <= runs
-            }
-            if to_width and self._active is not None:
-                self._active = self.prepare(self._active.plan)
+            self._forget(
+                lambda program: (
+                    all(id(call.block) in resident for call in program.calls)
+                    and {run.key for run in program.plan.text_runs} <= runs
+                )
+            )
+            if to_width and isinstance(self._current, Program):
+                self._current = self.prepare(self._current.plan)
+            # Once more: no graph of a program that is gone was made meanwhile.
+            self._graphs.drop_all()
 
     def _call(self, plan: Plan, planned: PlannedBlock) -> BlockCall:
         block = self.home(planned).block
@@ -223,22 +259,16 @@ class Switching(Residency):
         """The program that runs now; ``timestep`` moves the clock of a schedule on."""
         chosen = _CHOSEN.get().get(id(self))
         if chosen is not None:
-            return chosen
-        if self._schedule is not None:
-            return self.prepare(self.plan_of(self._schedule.at(self._denoising_step(timestep))))
-        if self._active is None:
-            self._active = self.prepare(self.catalog.dense)
-        return self._active
-
-    def _denoising_step(self, timestep: torch.Tensor | None) -> int:
-        """The denoising step of this thread, from 0."""
-        thread = threading.get_ident()
-        last, step = self._clocks.get(thread, (float("inf"), -1))
-        if timestep is None:
-            return max(step, 0)
-        # Reading the timestep waits for the device, once a forward, and only where a schedule is set.
-        now = float(timestep.reshape(-1)[0])
-        if now != last:
-            step = step + 1 if now < last else 0
-            self._clocks[thread] = (now, step)
-        return step
+            # Its blocks may have grown since. If they were dropped, it still holds them.
+            latest = chosen.latest
+            return self._programs.get(latest.plan, latest) if latest.dropped else latest
+        current = self._current
+        if isinstance(current, Running):
+            return self.prepare(current.plan_at(timestep))
+        if current is not None:
+            return current
+        program = self.prepare(self.catalog.dense)
+        with READING:
+            if self._current is None:
+                self._current = program
+        return program

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ Listing = Callable[[], Iterable[Implementation]]
 Entry = dict[str, Any]
 
 _choices_made = 0
+# Held while an implementation is chosen: of two threads at one shape one measures, with the device to itself.
+_CHOOSING = threading.RLock()
 
 
 def choices_made() -> int:
@@ -87,12 +90,16 @@ class ImplementationTable:
         Raises:
             RuntimeError: every implementation failed, or memory ran out (`ran_out_of_memory`). Nothing is kept then.
         """
+        if key not in self._chosen:
+            with _CHOOSING:
+                if key not in self._chosen:
+                    self._chosen[key] = self._choose(key, implementations, run, run_checked or run)
+        return self._chosen[key]
+
+    def _choose(self, key: Key, implementations: Listing, run: Run, run_checked: Run) -> Implementation:
         global _choices_made
-        if key in self._chosen:
-            return self._chosen[key]
         _choices_made += 1
         available = {str(each): each for each in implementations()}
-        run_checked = run_checked or run
         chosen = _fastest_at(key, available, self._read(self.path))
         if chosen is None:
             chosen = self.look_up(key, available.values)
@@ -103,7 +110,6 @@ class ImplementationTable:
             if not times:
                 raise RuntimeError(f"no implementation of {key} works here: the log says why each of them failed")
             chosen = available[min(times, key=times.__getitem__)]
-        self._chosen[key] = chosen
         return chosen
 
     def look_up(self, key: Key, implementations: Listing) -> Implementation | None:

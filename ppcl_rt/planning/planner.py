@@ -105,7 +105,8 @@ class Planner:
     def near(self, band: int) -> Planner:
         """The planner of a band of the timestep."""
         if band not in self._near:
-            self._near[band] = Planner(self.catalog, self._sketches, band)
+            # Of two threads that are here at once, both get the planner of one: it remembers its answers.
+            self._near.setdefault(band, Planner(self.catalog, self._sketches, band))
         return self._near[band]
 
     def loss(self, plan: Plan) -> float:

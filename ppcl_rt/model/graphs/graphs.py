@@ -185,14 +185,18 @@ class Graphs:
             if entry is not None and not entry.weights.unchanged():
                 self.drop_all()
                 entry = None
-            candidate = None if entry is not None else self._candidate(key, program)
+            # Asked again with the lock held: a `drop_all` comes before, and shows here, or after, and drops this.
+            reason = "" if entry is not None else obstacle()
+            candidate = None if entry is not None or reason else self._candidate(key, program)
             if candidate is not None and self._graph_wanted(candidate):
                 entry = self._capture(key, candidate, forward, (leaves, spec), device, Weights(model, modules()))
             if entry is not None:
                 self._entries.move_to_end(key)
                 self.replays += 1
                 return self._replay(entry, tensors, device)
-        assert candidate is not None
+        if candidate is None:
+            self._note_eager(reason)
+            return forward(**inputs)
         return self._run_eagerly(candidate, functools.partial(forward, **inputs), device)
 
     def _note_eager(self, reason: str, level: int | None = None) -> None:
