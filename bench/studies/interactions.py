@@ -24,8 +24,8 @@ from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration
 from ppcl_train.losses.velocity_error import VelocityError
-from ppcl_train.stages.measure import sensitivities
 from ppcl_train.stages.recover import random_plan
+from ppcl_train.stages.sensitivities import sensitivities
 
 _PERCENTILES = (5, 25, 50, 75, 95)
 

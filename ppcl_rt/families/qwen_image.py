@@ -346,6 +346,8 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     gradient_checkpointing: bool
 
     family = "qwen-image"
+    # 1024 x 1024 pixels in patches of 16 x 16.
+    reference = Tokens(image=4096, text=512)
     stock_name = "QwenImageTransformer2DModel"
     _no_split_modules = ["PPCLQwenImageTransformerBlock"]
     _repeated_blocks = ["PPCLQwenImageTransformerBlock"]

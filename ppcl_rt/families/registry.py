@@ -9,9 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
-# 1024 x 1024 pixels in patches of 16 x 16, and as many words as the large models take.
-_LARGE = (4096, 512)
-
 
 class Registered(NamedTuple):
     """A family.
@@ -22,13 +19,13 @@ class Registered(NamedTuple):
             a family that can be run but not trained.
         stock: name of the diffusers class, as ``config.json`` has it; empty for a task that trains the model of another
             family, which alone is found by that name.
-        reference: (image, text) tokens of the sample at which a ratio counts FLOPs.
+        reference: (image, text) tokens of the sample at which a ratio counts FLOPs; None for the model's own.
     """
 
     model: str
     training: str = ""
     stock: str = ""
-    reference: tuple[int, int] = _LARGE
+    reference: tuple[int, int] | None = None
 
 
 _FAMILIES: dict[str, Registered] = {
@@ -46,7 +43,9 @@ _FAMILIES: dict[str, Registered] = {
 }
 
 
-def register(name: str, model: str, training: str = "", stock: str = "", reference: tuple[int, int] = _LARGE) -> None:
+def register(
+    name: str, model: str, training: str = "", stock: str = "", reference: tuple[int, int] | None = None
+) -> None:
     """Add a family, or replace one; see `Registered`."""
     _FAMILIES[name] = Registered(model, training, stock, reference)
 
@@ -84,7 +83,8 @@ def reference(name: str) -> tuple[int, int]:
     Raises:
         ValueError: there is no such family.
     """
-    return _find(name).reference
+    found = _find(name)
+    return found.reference or tuple(_load(found.model).reference[:2])
 
 
 def of_stock(class_name: object) -> Any:

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
-from ppcl_rt.families import registry
 from ppcl_rt.files import one_line
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.modulations import Modulations
@@ -20,8 +19,7 @@ from ppcl_rt.model.residency import READING
 from ppcl_rt.model.tensors import restore
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning import sketch
-from ppcl_rt.planning.architecture import Tokens
-from ppcl_rt.planning.budget import Budget
+from ppcl_rt.planning.budget import Budget, check_ratio
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.frozen import first_error
 from ppcl_rt.planning.interval import Interval
@@ -81,6 +79,7 @@ class CheckpointFolder(Modulations):
         **hub: Any,
     ) -> Self:
         """Load a checkpoint at a ratio or within other budgets; see `ppcl_rt.load`."""
+        check_ratio(ratio)
         budget = Budget.of(ratio, params=params, flops=flops, memory=memory, latency=latency, shape=shape)
         if resident not in ("plan", "all"):
             raise ValueError(f'resident is "plan" or "all", not {resident!r}')
@@ -124,7 +123,7 @@ class CheckpointFolder(Modulations):
             raise ValueError(
                 first_error(error, f"{source.folder}: config.json describes no model that can be")
             ) from None
-        catalog = source.catalog or Catalog.of_dense(cls.family, architecture, Tokens(*registry.reference(cls.family)))
+        catalog = source.catalog or Catalog.of_dense(cls.family, architecture, cls.reference)
         if catalog.family != cls.family:
             raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
         if catalog.architecture != architecture:

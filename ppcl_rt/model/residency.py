@@ -16,7 +16,6 @@ from torch import nn
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
-from ppcl_rt.families import registry
 from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, shared_copy
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
@@ -73,10 +72,12 @@ class Residency(nn.Module):
 
     Attributes:
         family: name in the registry.
+        reference: tokens of the sample at which ratios count FLOPs, where a checkpoint names none.
         block_lists: paths of the lists of blocks, in the order in which they run.
     """
 
     family: ClassVar[str]
+    reference: ClassVar[Tokens]
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     students: nn.ModuleDict
     text_runs: nn.ModuleDict
@@ -112,8 +113,7 @@ class Residency(nn.Module):
         if self._catalog is None:
             inside = {id(p) for block in self.resident_blocks() for p in block.parameters()}
             outer = sum(p.numel() for p in self.parameters() if id(p) not in inside)
-            reference = Tokens(*registry.reference(self.family))
-            self._catalog = Catalog.of_dense(self.family, self.architecture_of(self.config, outer), reference)
+            self._catalog = Catalog.of_dense(self.family, self.architecture_of(self.config, outer), self.reference)
         return self._catalog
 
     def blocks(self) -> tuple[Any, ...]:

@@ -15,9 +15,8 @@ from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED, BlockSpec
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.legal import LegalWidths, Student, TextRun
+from ppcl_rt.planning.legal import LegalWidths, Sketch, Student, TextRun
 from ppcl_rt.planning.plan import Plan, PlannedBlock
-from ppcl_rt.planning.sketch import Sketch
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 # The version of the JSON form. It rises when an older reader would misread a catalog; `ppcl_rt.checkpoint.migration`

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, RootModel, field_validator
+from pydantic import ConfigDict, Field, RootModel, field_validator, model_validator
 
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_rt.planning.interval import Interval
@@ -111,3 +111,31 @@ class TextRun(Frozen):
         if len(interval) < 2:
             raise ValueError(f"a text run is two or more blocks, not {interval}")
         return interval
+
+
+# A size beyond this is a broken catalog.
+MOST_BUCKETS = 2**20
+
+
+class Sketch(Frozen):
+    """What the sketches of a checkpoint are.
+
+    Attributes:
+        seed: decides buckets and signs.
+        size: buckets, the numbers of a row.
+        bands: of the timestep; each has an equal share of the buckets, in order.
+    """
+
+    seed: int = Field(ge=0, lt=2**63)
+    size: int = Field(ge=1, le=MOST_BUCKETS)
+    bands: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _a_bucket_for_each(self) -> Sketch:
+        if self.size < self.bands:
+            raise ValueError(f"{self.size} buckets cannot be shared by {self.bands} bands")
+        return self
+
+    def slice(self, band: int) -> slice:
+        """The buckets of a band."""
+        return slice(band * self.size // self.bands, (band + 1) * self.size // self.bands)

@@ -14,48 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from ppcl_rt.planning.frozen import Frozen
+from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
-
-if TYPE_CHECKING:
-    from ppcl_rt.planning.catalog import Catalog
-    from ppcl_rt.planning.legal import LegalWidths
-    from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.legal import LegalWidths
+from ppcl_rt.planning.plan import Plan
 
 # Names of the tensors ``[choices, size]`` of a checkpoint, float16 with rows of norm 1.
 PLAN, SCORE = TENSORS = ("sketches.plan", "sketches.score")
-
-# A size beyond this is a broken catalog.
-MOST_BUCKETS = 2**20
-
-
-class Sketch(Frozen):
-    """What the sketches of a checkpoint are.
-
-    Attributes:
-        seed: decides buckets and signs.
-        size: buckets, the numbers of a row.
-        bands: of the timestep; each has an equal share of the buckets, in order.
-    """
-
-    seed: int = Field(ge=0, lt=2**63)
-    size: int = Field(ge=1, le=MOST_BUCKETS)
-    bands: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _a_bucket_for_each(self) -> Sketch:
-        if self.size < self.bands:
-            raise ValueError(f"{self.size} buckets cannot be shared by {self.bands} bands")
-        return self
-
-    def slice(self, band: int) -> slice:
-        """The buckets of a band."""
-        return slice(band * self.size // self.bands, (band + 1) * self.size // self.bands)
 
 
 class Choice(NamedTuple):

@@ -14,6 +14,7 @@ from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.choices import Choices
 from ppcl_rt.planning.costs import Flops, Params
 from ppcl_rt.planning.interactions import Interactions
+from ppcl_rt.planning.legal import Sketch
 
 SIZE = 32
 
@@ -26,7 +27,7 @@ def with_sketches(catalog: Catalog, rng: np.random.Generator) -> tuple[Catalog, 
         size=(count, SIZE)
     )
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    described = catalog.model_copy(update={"sketch": sketch.Sketch(seed=0, size=SIZE, bands=1)})
+    described = catalog.model_copy(update={"sketch": Sketch(seed=0, size=SIZE, bands=1)})
     return described, [rows.astype(np.float16)] * 2
 
 

@@ -6,7 +6,8 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Catalog, Checkpoint, Interval, LegalWidths
-from ppcl_rt.planning.sketch import TENSORS, Choice, Sketch, Sketches, choices, measured, select, taken
+from ppcl_rt.planning.legal import Sketch
+from ppcl_rt.planning.sketch import TENSORS, Choice, Sketches, choices, measured, select, taken
 
 
 def with_bands(catalog: Catalog) -> Catalog:

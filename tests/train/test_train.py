@@ -23,7 +23,7 @@ from ppcl_train.losses.matching import matching_loss
 from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors.eq5 import find_intervals
 from ppcl_train.stages import teacher
-from ppcl_train.stages.measure import sensitivities
+from ppcl_train.stages.sensitivities import sensitivities
 
 
 @pytest.fixture(scope="module")

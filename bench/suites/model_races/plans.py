@@ -8,9 +8,7 @@ import random
 from typing import Any, NamedTuple
 
 from model_races.presets import RATIOS, Preset
-from ppcl_rt.families import registry
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
-from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.legal import LegalCount, LegalWidths, Student, TextRun
@@ -36,7 +34,7 @@ def catalog_of(preset: Preset, outer_params: int) -> Catalog:
 
     return Catalog(
         family=PPCLQwenImageTransformer2DModel.family,
-        reference=Tokens(*registry.reference(PPCLQwenImageTransformer2DModel.family)),
+        reference=PPCLQwenImageTransformer2DModel.reference,
         architecture=PPCLQwenImageTransformer2DModel.architecture_of(config, outer_params),
         blocks=tuple(widths(1.0) for _ in range(depth)),
         students=tuple(

@@ -96,6 +96,7 @@ class ToyBlock(PluggableBlock):
 
 class Toy(Pluggable, ModelMixin, ConfigMixin):
     family, stock_name = "toy", "Toy"
+    reference = Tokens(image=6, text=4)
     block_lists, depth_settings = ("double_blocks", "single_blocks"), ("num_double", "num_single")
 
     @register_to_config

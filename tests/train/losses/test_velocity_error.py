@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import TINY
 from torch import nn
 
-from ppcl_rt.planning.sketch import Sketch
+from ppcl_rt.planning.legal import Sketch
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from ppcl_rt.planning.sketch import TENSORS, Sketch
+from ppcl_rt.planning.legal import Sketch
+from ppcl_rt.planning.sketch import TENSORS
 from ppcl_train.data.calibration import Inputs
 
 # Buckets of a sketch, and the number of choices above which it has more. Of 426 choices, 1,024 buckets gave the loss of

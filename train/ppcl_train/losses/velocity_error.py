@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from ppcl_rt import Interval, Plan, PlannedBlock
-from ppcl_rt.planning.sketch import Sketch
+from ppcl_rt.planning.legal import Sketch
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration
 from ppcl_train.data.calibration import Inputs

@@ -24,7 +24,7 @@ from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages.draft import open_draft, write_draft
-from ppcl_train.stages.measure import sensitivities
+from ppcl_train.stages.sensitivities import sensitivities
 from ppcl_train.stages.taken import listed, taken
 
 OUTPUT = "recovered.safetensors"
