@@ -250,13 +250,13 @@ class Residency(nn.Module):
     def drop_wide(self, plan: Plan) -> None:
         """Drop blocks that hold more than a plan runs of them, which are then read anew; with `READING` held.
 
-        Blocks that are being trained stay as they are: what they hold lies nowhere else.
+        Blocks in training mode stay as they are: what they hold lies nowhere else.
         """
         if self._source is None:
             return
         for planned in plan.blocks:
             home = self.home(planned)
-            if home.block is None or any(p.requires_grad for p in home.block.parameters()):
+            if home.block is None or home.block.training:
                 continue
             needed = self.catalog.spec(planned.interval.first).params(planned.width, plan.not_updated(planned))
             if sum(parameter.numel() for parameter in home.block.parameters()) > needed:

@@ -234,7 +234,11 @@ class Planner:
 
     @cached_property
     def _frontier_plans(self) -> list[Plan]:
-        return [self._choices.of_rows(each.choices) for each in self.catalog.frontier]
+        try:
+            return [self._choices.of_rows(each.choices) for each in self.catalog.frontier]
+        except (ValueError, IndexError) as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(f"the frontier of the catalog holds a plan that cannot be: {said}") from None
 
     @cached_property
     def _frontier_costs(self) -> Callable[[Cost], np.ndarray]:

@@ -8,11 +8,12 @@ from catalogs import random_catalog, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl_rt import Catalog, Planner
+from ppcl_rt import Catalog, Planner, Tokens
 from ppcl_rt.planning import sketch
 from ppcl_rt.planning.budget import Limit
+from ppcl_rt.planning.catalog import MeasuredPlan
 from ppcl_rt.planning.choices import Choices
-from ppcl_rt.planning.costs import Flops, Params
+from ppcl_rt.planning.costs import Bytes, Flops, Params
 from ppcl_rt.planning.interactions import Interactions
 from ppcl_rt.planning.legal import Sketch
 
@@ -98,3 +99,77 @@ def test_no_worse_than_random_plans_and_within_every_budget(seed, depth, student
             assert score <= planner.loss(linear.plan(limits)) * (1 + 1e-6)
             if fits.any():
                 assert score <= losses[fits].min() * (1 + 1e-6)
+
+
+@settings(seeded, max_examples=4)
+@given(seed=st.integers(0, 10**6))
+def test_a_measured_frontier_answers_every_budget(seed):
+    """A larger budget never gets a worse plan, in any currency; what no measured plan fits is planned anew."""
+    rng = np.random.default_rng(seed)
+    catalog, rows = with_sketches(random_catalog(rng, 4, 2), rng)
+    plans = Planner(catalog, lambda: rows).frontier(0.1, 0.2)
+    assert catalog.dense in plans and len(set(plans)) == len(plans)
+    measured = [
+        MeasuredPlan(
+            choices=tuple(sketch.taken(catalog, plan)), loss=0.0 if plan == catalog.dense else rng.uniform(0.1, 1)
+        )
+        for plan in plans
+    ]
+    catalog = Catalog.model_validate({**catalog.model_dump(), "frontier": [each.model_dump() for each in measured]})
+    losses = dict(zip(plans, (each.loss for each in measured), strict=True))
+    planner, architecture = Planner(catalog, lambda: rows), catalog.architecture
+    for cost in (Params(), Flops(catalog.reference), Bytes(2)):
+        dense, least = cost.of(architecture, catalog.dense), min(cost.of(architecture, plan) for plan in plans)
+        answers = [planner.plan((Limit(cost, most),)) for most in np.linspace(least, dense, 25)]
+        assert answers[-1] == catalog.dense
+        found = [losses[plan] for plan in answers]
+        assert found == sorted(found, reverse=True)
+        # The very best of those that fit.
+        for most, plan in zip(np.linspace(least, dense, 25), answers, strict=True):
+            fits = [losses[other] for other in plans if cost.of(architecture, other) <= most]
+            assert losses[plan] == min(fits)
+    with pytest.raises(ValueError, match="the least is"):
+        planner.plan((Limit(Params(), planner.least(Params()) - 1),))
+    broken = catalog.model_copy(update={"frontier": (MeasuredPlan(choices=(10**6,), loss=0.5),)})
+    with pytest.raises(ValueError, match="frontier"):
+        Planner(broken).plan(0.9)
+
+
+def test_budgets_that_only_together_cannot_be_met_say_so():
+    catalog = random_catalog(np.random.default_rng(3), 4, 2)
+    planner = Planner(catalog)
+    params, flops = Params(), Flops(catalog.reference)
+    tight = tuple(Limit(cost, planner.least(cost)) for cost in (params, flops))
+    smallest = planner.plan(tight[:1]), planner.plan(tight[1:])
+    if smallest[0] != smallest[1]:
+        with pytest.raises(ValueError, match="at once: the least is"):
+            planner.plan(tight)
+
+
+@pytest.mark.parametrize("cost", [Params(), Bytes(4), Flops(Tokens(16, 7)), Flops(Tokens(5, 9, 3))])
+def test_costs_are_those_of_the_architecture(cost):
+    """A sum over blocks and groups is what the architecture counts as a whole, and what choices add up to."""
+    catalog = random_catalog(np.random.default_rng(5), 5, 3)
+    choices, architecture = Choices(catalog), catalog.architecture
+    for taken in random_sets(choices, np.random.default_rng(1), 30):
+        plan = choices.plan(taken)
+        if isinstance(cost, Flops):
+            wanted = architecture.flops(plan, *cost.tokens)
+        else:
+            wanted = architecture.params(plan) * (cost.each if isinstance(cost, Bytes) else 1)
+        assert cost.of(architecture, plan) == wanted
+        assert choices.costs(cost)[taken].sum() + cost.outer(architecture) == wanted
+        assert np.array_equal(choices.taken(plan), taken)
+        assert choices.of_rows(sketch.taken(catalog, plan)) == plan
+
+
+def test_what_a_choice_excludes():
+    """Counts of one group, a student and its blocks, and a text run and what it leaves out exclude one another."""
+    catalog = random_catalog(np.random.default_rng(7), 5, 4)
+    choices = Choices(catalog)
+    everything = np.arange(len(choices))
+    excluded = choices.excluded(everything)
+    assert np.array_equal(excluded, excluded.T) and excluded.diagonal().all()
+    for taken in random_sets(choices, np.random.default_rng(2), 50):
+        inside = excluded[np.ix_(taken, taken)]
+        assert np.array_equal(inside, np.eye(len(taken), dtype=bool))

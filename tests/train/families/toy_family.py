@@ -15,7 +15,7 @@ from torch import nn
 from ppcl_rt.families import registry
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
-from ppcl_rt.planning.architecture import Architecture, BlockList
+from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
 from ppcl_train.families.base import Samples
 

@@ -1,0 +1,115 @@
+"""Budgets in bytes and milliseconds of a loaded model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import ppcl_rt
+from ppcl_rt import Budget, Tokens
+from ppcl_rt.model import times
+from ppcl_rt.planning.costs import Milliseconds
+from ppcl_rt.planning.milliseconds import TimeTable
+
+SHAPE = Tokens(6, 4, 2)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and a clock that is not waited for: this is no test of speed."""
+    monkeypatch.setenv("PPCL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PPCL_TIMES", raising=False)
+    monkeypatch.setattr(times, "_REPEATS", 3)
+    return tmp_path / "cache"
+
+
+def test_times_are_measured_once_and_remembered(compensated, cache, monkeypatch):
+    """Every count of the catalog has a row; another model of the same checkpoint finds them on disk."""
+    model = ppcl_rt.load(compensated.folder)
+    costs = model.times(SHAPE)
+    catalog = model.catalog
+    for widths in catalog.blocks:
+        for group in widths.groups:
+            assert {count.units for count in widths.of(group)} <= set(costs.counts(group))
+    assert costs.outer_ms > 0 and costs.ms(catalog.spec(0).full) > 0
+    [file] = cache.glob("times-*.json")
+    assert TimeTable.read(file).at(*SHAPE) == costs
+    monkeypatch.setattr(times, "measure", lambda *_: pytest.fail("it was measured again"))
+    assert ppcl_rt.load(compensated.folder).times(SHAPE) == costs
+    assert model.times(SHAPE) is costs
+    # The model that asks is left as it was.
+    assert model.plan == catalog.dense
+
+
+def test_a_table_that_is_named_is_taken(compensated, cache, monkeypatch, tmp_path):
+    model = ppcl_rt.load(compensated.folder)
+    model.times(SHAPE)
+    [file] = cache.glob("times-*.json")
+    file.rename(tmp_path / "mine.json")
+    monkeypatch.setenv("PPCL_TIMES", str(tmp_path / "mine.json"))
+    monkeypatch.setattr(times, "measure", lambda *_: pytest.fail("it was measured again"))
+    other = ppcl_rt.load(compensated.folder)
+    assert other.times(SHAPE).shape == SHAPE
+    with pytest.raises(ValueError, match="no full block was measured"):
+        other.times(Tokens(1, 1))
+    (tmp_path / "mine.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(ValueError, match="not a table of costs") as caught:
+        ppcl_rt.load(compensated.folder).times(SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+def test_latency_is_a_budget(compensated, cache):
+    """What is granted takes no longer than what was asked for, by the table; too little says the least there is."""
+    model = ppcl_rt.load(compensated.folder)
+    cost, architecture = Milliseconds(model.times(SHAPE)), model.catalog.architecture
+    dense, least = cost.of(architecture, model.catalog.dense), model.planner.least(cost)
+    for share in (0.1, 0.5, 0.9):
+        asked = least + share * (dense - least)
+        if asked <= 0:
+            continue
+        model.set_budget(latency=asked, shape=SHAPE)
+        assert model.costs(shape=SHAPE, latency=True)["latency"] <= asked * (1 + 1e-9)
+        with model.at(latency=asked, params=architecture.dense_params * 0.9, shape=SHAPE):
+            assert architecture.params(model.plan) <= architecture.dense_params * 0.9
+    if least > 0:
+        with pytest.raises(ValueError, match="milliseconds: the least is"):
+            model.set_budget(latency=least / 2, shape=SHAPE)
+
+
+def test_a_stock_model_has_no_blocks_to_time(compensated, cache):
+    model = ppcl_rt.PPCLQwenImageTransformer2DModel(**compensated.stock.config)
+    with pytest.raises(ValueError, match="no checkpoint to time blocks of"):
+        model.times(SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_a_budget(compensated, dtype):
+    """Resident bytes are never above it: after loading, and after coming from the dense plan."""
+    model = ppcl_rt.load(compensated.folder, dtype=dtype)
+    whole = model.resident_bytes
+    assert whole == model.costs()["memory"] == dtype.itemsize * model.catalog.architecture.dense_params
+    for share in (0.9, 0.7, 0.6):
+        model.set_ratio(1.0)
+        model.set_budget(memory=share * whole)
+        assert model.resident_bytes <= share * whole
+        assert model.resident_bytes == model.costs()["memory"]
+        loaded = ppcl_rt.load(compensated.folder, memory=share * whole, dtype=dtype)
+        assert loaded.plan == model.plan and loaded.resident_bytes == model.resident_bytes
+    with pytest.raises(ValueError, match="bytes: the least is"):
+        ppcl_rt.load(compensated.folder, memory="1b", dtype=dtype)
+
+
+def test_at_takes_budgets_or_a_plan(compensated):
+    model = ppcl_rt.load(compensated.folder)
+    dense = model.catalog.architecture.dense_params
+    with model.at(params=0.8 * dense):
+        assert model.costs()["params"] <= 0.8 * dense
+        with model.at(0.9, flops="1P"):
+            assert model.plan == model.planner.plan(0.9)
+    assert model.plan == model.catalog.dense
+    for wrong in ({}, {"ratio": 0.9, "plan": model.plan}, {"params": 1e9, "plan": model.plan}):
+        with pytest.raises(ValueError, match="give one of them"), model.at(**wrong):
+            pass
+    assert model.plan_of(Budget.of(0.9)) == model.planner.plan(0.9)
