@@ -37,7 +37,7 @@ _MARGINAL_PROGRAMS = 4
 _EXACT_CHOICES = 2000
 _GAP = 5e-3
 # Further starts for one plan. Small catalogs have fewer good ways down, and each start takes milliseconds there.
-_MOST_STARTS = 32
+_MOST_STARTS = 12
 _STARTS_TIMES_CHOICES = 2000
 # A budget is often a product of floats, such as a ratio of the dense cost: equal within rounding is within it.
 _ROUNDING = 1e-12

@@ -46,6 +46,8 @@ TINY = with_changes(
         "width.channels": [0.5],
         "width.samples": 48,
         "measure.samples": 8,
+        "measure.spacing": 0.1,
+        "measure.other_spacing": 0.25,
         "batch": 16,
         "save_every": 2,
         "tracker": "none",

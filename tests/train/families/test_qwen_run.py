@@ -37,6 +37,8 @@ SMALL = {
     "recover.steps": 4,
     "recover.batch": 2,
     "measure.samples": 8,
+    "measure.spacing": 0.1,
+    "measure.other_spacing": 0.25,
 }
 
 

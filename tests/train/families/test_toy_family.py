@@ -31,6 +31,8 @@ SETTINGS = {
     "recover.steps": 4,
     "recover.batch": 4,
     "measure.samples": 16,
+    "measure.spacing": 0.1,
+    "measure.other_spacing": 0.25,
     "batch": 16,
     "storage": "float32",
     "tracker": "none",
