@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import random
 from typing import Any, NamedTuple
 
 from model_races.presets import RATIOS, Preset
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
+from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.legal import LegalCount, LegalWidths, Student, TextRun
@@ -34,7 +35,7 @@ def catalog_of(preset: Preset, outer_params: int) -> Catalog:
 
     return Catalog(
         family=PPCLQwenImageTransformer2DModel.family,
-        reference=PPCLQwenImageTransformer2DModel.reference,
+        reference=Tokens(math.prod(next(iter(preset.sizes.values()))), preset.text),
         architecture=PPCLQwenImageTransformer2DModel.architecture_of(config, outer_params),
         blocks=tuple(widths(1.0) for _ in range(depth)),
         students=tuple(
@@ -79,7 +80,7 @@ def plan_of(name: str, preset: Preset, catalog: Catalog) -> Planned:
         kept = int((ratio * architecture.dense_params - architecture.outer_params) / preset.spec.params(full))
         plan = catalog.compose((n * depth // kept, full) for n in range(kept))
     elif kind == "mixed":
-        plan = plan_within(preset, catalog, ratio)
+        plan = Planner(catalog).plan(ratio)
     else:
         plan = catalog.dense
     return Planned(kind, ratio, plan)
@@ -89,17 +90,6 @@ def narrowed(preset: Preset, ratio: float) -> Width:
     """Return a width with a share of the heads and channels, and modulations of a low rank."""
     channels = int(ratio * preset.full["image"]) // preset.unit * preset.unit
     return Width(heads=int(ratio * preset.heads), image=channels, text=channels, modulation=preset.rank)
-
-
-def plan_within(preset: Preset, catalog: Catalog, ratio: float) -> Plan:
-    """Plan for fewer and fewer parameters until the FLOPs are within the ratio too."""
-    rows, columns = next(iter(preset.sizes.values()))
-    flops = functools.partial(catalog.architecture.flops, image_tokens=rows * columns, text_tokens=preset.text)
-    # Modulations are a third of the parameters and hardly any of the FLOPs, and the planner drops them first.
-    planner, asked = Planner(catalog), 0.65 * ratio
-    while flops(plan := planner.plan(asked)) > ratio * flops(catalog.dense):
-        asked *= 0.9
-    return plan
 
 
 def described(planned: Planned, catalog: Catalog) -> dict[str, Any]:
@@ -116,7 +106,7 @@ def described(planned: Planned, catalog: Catalog) -> dict[str, Any]:
         "ratio": planned.ratio,
         "how": "planner, synthetic losses" if planned.kind == "mixed" else "explicit",
         "params": architecture.params(plan),
-        "params_ratio": round(catalog.ratio(plan), 4),
+        "params_ratio": round(architecture.params(plan) / architecture.dense_params, 4),
         "blocks": blocks,
         "students": sum(block.student for block in plan.blocks),
         "text_not_updated": len(plan.text_not_updated),
