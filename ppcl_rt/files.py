@@ -12,10 +12,21 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ppcl_rt.planning.frozen import brief
+
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message as one line: line ends and runs of spaces become one space."""
-    return " ".join(str(error).split())
+    """Return an error's message as one line (`brief`)."""
+    return brief(str(error))
+
+
+@contextlib.contextmanager
+def refusing_briefly() -> Iterator[None]:
+    """Make the message of a ValueError one line (`brief`): what a file holds may be in it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(one_line(error)) from None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.checkpoint import migration
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
-from ppcl_rt.files import one_line
+from ppcl_rt.files import one_line, refusing_briefly
 from ppcl_rt.planning.catalog import FORMAT, Catalog
 from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
@@ -60,6 +60,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        with refusing_briefly():
+            self._open(folder)
+
+    def _open(self, folder: Path) -> None:
         self.folder = folder
         config = _json_object(folder / CONFIG)
         catalog = config.pop(CATALOG_KEY, None)
@@ -72,9 +76,11 @@ class Checkpoint:
             self._format, content = migration.up_to_date(catalog, broken)
             self.catalog = read_json(Catalog, json.dumps(content), broken)
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         self._files = self._find_tensors()
         if self.catalog is not None:
             self._compare(self.catalog.checksums)
+            self._check_dtypes(self.catalog.checksums_of)
         self._stored = {migration.current_name(name, self._format): name for name in self._files}
 
     def _find_tensors(self) -> dict[str, Path]:
@@ -100,7 +106,9 @@ class Checkpoint:
                 with safe_open(path, framework="pt") as file:
                     for tensor in file.keys():  # noqa: SIM118 - it has keys, but cannot be iterated
                         found[tensor] = path
-                        self._shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
+                        header = file.get_slice(tensor)
+                        self._shapes[tensor] = tuple(header.get_shape())
+                        self._dtypes[tensor] = header.get_dtype()
             except SafetensorError as error:
                 raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
         if lost := sorted(set(mapping) - set(found)):
@@ -112,6 +120,24 @@ class Checkpoint:
             raise ValueError(f"the catalog of {self.folder} lists {lost[0]}, which no file holds ({len(lost)} such)")
         if more := sorted(set(self._files) - set(checksums)):
             raise ValueError(f"{self.folder} holds {more[0]}, which its catalog does not list ({len(more)} such)")
+
+    def _check_dtypes(self, checksums_of: str) -> None:
+        """Refuse integers for weights and floats for rank orders.
+
+        Where checksums are of bytes alone, nothing else would tell that a header calls a tensor by another dtype: all
+        floats are then of one, as every program wrote them.
+        """
+        floats = dict[str, str]()
+        for name, dtype in self._dtypes.items():
+            is_order = ".order." in name
+            if dtype.startswith(("F", "BF")) == is_order:
+                wanted = "integers" if is_order else "floats"
+                raise ValueError(f"{self._files[name]}: {name} is {dtype}, wanted {wanted}: fetch it again")
+            if not is_order:
+                floats.setdefault(dtype, name)
+        if checksums_of == "bytes" and len(floats) > 1:
+            (one, name), (other, another) = list(floats.items())[:2]
+            raise ValueError(f"{self.folder}: {name} is {one} and {another} {other}, wanted one dtype: fetch it again")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,9 +195,21 @@ class Checkpoint:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}): fetch it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object: fetch it again")
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)} is there twice")
+    return content
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from ppcl_rt.cli import inspect, sample
+from ppcl_rt.planning.frozen import brief
 
 app = typer.Typer(
     help="One checkpoint of a diffusion transformer, at any ratio.",
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"ppcl: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ppcl: {brief(message)}", file=sys.stderr)
     return _BAD_INPUT
 
 

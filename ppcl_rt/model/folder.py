@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
-from ppcl_rt.files import one_line
+from ppcl_rt.files import one_line, refusing_briefly
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.modulations import Modulations
 from ppcl_rt.model.residency import READING
@@ -86,7 +86,8 @@ class CheckpointFolder(Modulations):
         check_mode(graphs)
         if unknown := sorted(set(hub) - HUB_ARGUMENTS):
             raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
-        model = cls._without_blocks(ComposedCheckpoint(locate(path, subfolder, **hub)), dtype, device)
+        with refusing_briefly():
+            model = cls._without_blocks(ComposedCheckpoint(locate(path, subfolder, **hub)), dtype, device)
         model.set_graphs(graphs)
         model.set_plan(plan if plan is not None else model.plan_of(budget))
         if resident == "all":
@@ -110,13 +111,15 @@ class CheckpointFolder(Modulations):
     @classmethod
     def _without_blocks(cls: type[Self], source: ComposedCheckpoint, dtype: torch.dtype | None, device: Any) -> Self:
         """Build the model with everything outside the blocks, and no block."""
-        model = cls._built(source)
-        outer = model.state_dict()
+        # Without memory first: sizes that the file's headers contradict would take any amount of it.
+        with torch.device("meta"):
+            outer = cls._built(source).state_dict()
         for name, tensor in outer.items():
             if source.shape(name) != tuple(tensor.shape):
                 raise ValueError(
                     f"{source.folder}: {name} is {list(source.shape(name))}, config.json asks for {list(tensor.shape)}"
                 )
+        model = cls._built(source)
         try:
             architecture = cls.architecture_of(model.config, sum(tensor.numel() for tensor in outer.values()))
         except ValidationError as error:

@@ -13,6 +13,19 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# Characters of a message, whatever the file holds that it is about.
+MOST_CHARACTERS = 300
+
+
+def brief(text: str) -> str:
+    """One line of at most `MOST_CHARACTERS`, the middle left out; what cannot be printed becomes a space."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    half = (MOST_CHARACTERS - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}"
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -34,5 +47,4 @@ def first_error(error: ValidationError, what: str) -> str:
     where = ".".join(map(str, first["loc"]))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = first["msg"].removeprefix("Value error, ")
-    # Joined anew, because a value or key of the input may hold line ends.
-    return " ".join(f"{what}: {where + ': ' if where else ''}{message}{more}".split())
+    return brief(f"{what}: {where + ': ' if where else ''}{message}{more}")
