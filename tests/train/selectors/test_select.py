@@ -241,9 +241,11 @@ def test_the_table_holds_every_interval_and_its_best_start(measured):
 def test_the_planner_picks_the_obviously_cheap_interval_first(measured):
     found = table.read(measured)
     first = found.choices[0]
-    assert first.intervals in {(Interval(IDLE - 1, IDLE),), (Interval(IDLE, IDLE + 1),)} and first.loss < 1e-6
-    cheap = {line.interval: (line.start, line.loss) for line in found.candidates if line.loss < 1e-6}
-    assert cheap == {Interval(IDLE - 1, IDLE): ("first", 0), Interval(IDLE, IDLE + 1): ("last", 0)}
+    # A perfect student begins at a loss of rounding alone: where gradients are kept, operations add up in another order
+    # than in the teacher. AdamW's steps are as long for it as for any other, so it ends near 0, not at 0.
+    assert first.intervals in {(Interval(IDLE - 1, IDLE),), (Interval(IDLE, IDLE + 1),)} and first.loss < 1e-4
+    cheap = {line.interval: line.start for line in found.candidates if line.loss < 1e-4}
+    assert cheap == {Interval(IDLE - 1, IDLE): "first", Interval(IDLE, IDLE + 1): "last"}
     ratios = [choice.ratio for choice in found.choices]
     assert ratios == sorted(set(ratios), reverse=True)
     used = {interval for choice in found.choices for interval in choice.intervals}

@@ -119,11 +119,15 @@ def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(value, (tuple, list)):
         return [_flatten(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {"items": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in value.items()}}
     json.dumps(value)
     return value
 
 
 def _unflatten(form: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(form, dict):
+        if "items" in form:
+            return {key: _unflatten(item, tensors) for key, item in form["items"].items()}
         return tensors[form["tensor"]]
     return tuple(_unflatten(item, tensors) for item in form) if isinstance(form, list) else form
