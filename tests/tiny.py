@@ -29,6 +29,7 @@ TINY = with_changes(
         "width.samples": 48,
         "measure.samples": 8,
         "measure.spacing": 0.1,
+        "compress.samples": 16,
         "measure.other_spacing": 0.25,
         "batch": 16,
         "save_every": 2,

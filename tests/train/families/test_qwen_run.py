@@ -38,6 +38,7 @@ SMALL = {
     "recover.batch": 2,
     "measure.samples": 8,
     "measure.spacing": 0.1,
+    "compress.samples": 16,
     "measure.other_spacing": 0.25,
 }
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "recover.batch": 4,
     "measure.samples": 16,
     "measure.spacing": 0.1,
+    "compress.samples": 16,
     "measure.other_spacing": 0.25,
     "batch": 16,
     "storage": "float32",

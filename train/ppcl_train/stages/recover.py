@@ -57,13 +57,16 @@ def recover(run: RunConfig, folder: Path) -> None:
             measured, sketches = sensitivities(open_draft(run, folder), run, log)
             write_tensors(folder / COST_SKETCHES, sketches, {})
             write_json(folder / COSTS, measured.model_dump(mode="json"))
-        start = {name: start[name] for name in listed(_worthwhile(config, folder), start)}
+        worthwhile = _worthwhile(config, folder)
+        start = {name: start[name] for name in listed(worthwhile, start)}
         write_draft(run, folder, start, narrower=True)
     world.wait()
+    if not world.is_main:
+        worthwhile = _worthwhile(config, folder)
     model = open_draft(run, folder)
     # Plans name the draft that runs them: the one without what no plan takes.
     named = {"checksums": model.catalog.checksums}
-    costs = Catalog.model_validate({**_worthwhile(config, folder).model_dump(mode="json"), **named})
+    costs = Catalog.model_validate({**worthwhile.model_dump(mode="json"), **named})
     plans = Plans(costs, config.planned, config.least_ratio)
     teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
     model.requires_grad_(False)
