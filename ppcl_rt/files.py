@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ppcl_rt.planning.frozen import brief
+from ppcl_rt.messages import brief
 
 
 def one_line(error: BaseException) -> str:
@@ -22,10 +22,10 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusing_briefly() -> Iterator[None]:
-    """Make the message of a ValueError one line (`brief`): what a file holds may be in it."""
+    """Make an error of reading a ValueError of one line (`brief`): what a file holds may be in the message."""
     try:
         yield
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(one_line(error)) from None
 
 

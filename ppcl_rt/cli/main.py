@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ppcl_rt.cli import inspect, sample
-from ppcl_rt.planning.frozen import brief
+from ppcl_rt.messages import brief
 
 app = typer.Typer(
     help="One checkpoint of a diffusion transformer, at any ratio.",

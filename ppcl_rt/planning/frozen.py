@@ -6,24 +6,13 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ppcl_rt.messages import brief
+
 
 class Frozen(BaseModel):
     """Immutable, validated, JSON both ways; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-# Characters of a message, whatever the file holds that it is about.
-MOST_CHARACTERS = 300
-
-
-def brief(text: str) -> str:
-    """One line of at most `MOST_CHARACTERS`, the middle left out; what cannot be printed becomes a space."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if len(line) <= MOST_CHARACTERS:
-        return line
-    half = (MOST_CHARACTERS - 5) // 2
-    return f"{line[:half]} ... {line[-half:]}"
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import ppcl_rt
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, WEIGHTS
-from ppcl_rt.planning.frozen import MOST_CHARACTERS, brief
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS
+from ppcl_rt.messages import MOST_CHARACTERS, brief
 
 
 @pytest.fixture
@@ -113,7 +113,13 @@ def test_messages_are_short_whatever_the_file_holds(copy, long):
     change_config(copy, lambda config: config[CATALOG_KEY].update({long: 1}))
     refused(copy, "broken catalog")
     change_header(copy, lambda header: header.update({long: header.pop(some(header, "to_q.weight"))}))
-    refused(copy, "")
+    refused(copy, "broken catalog")
+
+
+def test_a_name_that_no_file_can_have_is_refused(copy):
+    """The system refuses to look for it, with the whole name in its message."""
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"img_in.weight": "x" * 5000}}))
+    refused(copy, "File name too long")
 
 
 def test_brief():
