@@ -76,9 +76,7 @@ class Bases:
         self.replaced: dict[str, Replaced] = {}
         self.copied: dict[str, tuple[str, ...]] = {}
         architecture = catalog.architecture
-        blocks = [("{}.{}.".format(*architecture.place(n)), n, widths) for n, widths in enumerate(catalog.blocks)]
-        blocks += [(f"students.{s.interval.key}.", s.interval.first, s.widths) for s in catalog.students]
-        for prefix, number, widths in blocks:
+        for prefix, number, widths in catalog.prefixed:
             spec = catalog.spec(number)
             for output in spec.outputs:
                 for legal in widths.of(output.segment.group)[1:]:

@@ -159,12 +159,11 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights: that of the first tensor that holds floats."""
-        for name in self.names:
-            tensor = self.read(name)
-            if tensor.is_floating_point() and name not in TENSORS:
-                return tensor.dtype
-        raise ValueError(f"{self.folder} holds no weights: fetch it again")
+        """Of the weights: that of the first of them."""
+        first = next((name for name in self.names if ".order." not in name and name not in TENSORS), None)
+        if first is None:
+            raise ValueError(f"{self.folder} holds no weights: fetch it again")
+        return self.read(first).dtype
 
     def sketches(self) -> list[np.ndarray]:
         """Read the sketches of what choices change (`ppcl_rt.planning.sketch`), ``[choices, size]`` each.

@@ -14,32 +14,30 @@ from rich.table import Table
 
 import ppcl_rt
 from ppcl_rt.cli.options import (
+    NO_AMOUNTS,
+    Amounts,
     AsJson,
     Checkpoint,
     Device,
     DType,
-    Flops,
-    Latency,
-    Memory,
-    Params,
     Ratio,
-    Shape,
     budget_of,
-    catalog_of,
     check_device,
     float_of,
+    no_times,
+    opened,
+    with_amounts,
 )
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.picture import draw_plan, groups_of
 from ppcl_rt.planning.budget import Budget, costs
-from ppcl_rt.planning.milliseconds import BlockTimes
 from ppcl_rt.planning.plan import Plan
 
 
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     """Say what a checkpoint can do."""
-    catalog = catalog_of(checkpoint)
-    smallest = ppcl_rt.Planner(catalog).smallest
+    _, catalog, planner = opened(checkpoint)
+    smallest = planner.smallest
     if as_json:
         content = catalog.model_dump(mode="json", exclude={"checksums"})
         print(json.dumps({**content, "fingerprint": catalog.fingerprint, "smallest_ratio": smallest}, indent=1))
@@ -79,14 +77,11 @@ def _tables(catalog: ppcl_rt.Catalog) -> tuple[Table, Table, Table]:
     return students, text_runs, widths
 
 
+@with_amounts
 def plan(
     checkpoint: Checkpoint,
     ratio: Ratio = None,
-    params: Params = None,
-    flops: Flops = None,
-    memory: Memory = None,
-    latency: Latency = None,
-    shape: Shape = None,
+    amounts: Amounts = NO_AMOUNTS,
     dtype: DType = None,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
@@ -94,12 +89,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show the plan with the least predicted loss within a budget (at ratio 0.5, unless another is asked for)."""
-    asked = budget_of(0.5, ratio, shape, params=params, flops=flops, memory=memory, latency=latency)
+    asked = budget_of(0.5, ratio, amounts)
     with contextlib.ExitStack() as files:
         # Both are opened before anything is written: a bad path leaves no other file.
         plan_file, picture_file = (files.enter_context(writing(path)) if path else None for path in (out, picture))
-        catalog = catalog_of(checkpoint)
-        made, granted, loss = _planned(checkpoint, asked, float_of(dtype), device)
+        catalog, made, granted, loss = _planned(checkpoint, asked, float_of(dtype), device)
         if plan_file is not None:
             plan_file.write_text(made.to_json() + "\n")
         if picture_file is not None:
@@ -128,24 +122,18 @@ def plan(
 
 def _planned(
     checkpoint: str, asked: Budget, dtype: torch.dtype | None, device: str
-) -> tuple[Plan, dict[str, float], float]:
-    """The plan that keeps a budget, what it costs in each currency, and its predicted loss.
+) -> tuple[ppcl_rt.Catalog, Plan, dict[str, float], float]:
+    """The catalog, the plan that keeps a budget, what it costs in each currency, and its predicted loss.
 
     Weights are read only where milliseconds are asked for.
     """
-    source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
-    catalog = catalog_of(checkpoint)
-    planner = ppcl_rt.Planner(catalog, source.sketches if catalog.sketch else None)
+    source, catalog, planner = opened(checkpoint)
     if asked.latency is not None:
         check_device(device)
         smallest = planner.plan(planner.smallest_in_digits)
         model = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device)
         made = model.plan_of(asked)
-        return made, model.costs(made, asked.shape, latency=True), planner.loss(made)
+        return catalog, made, model.costs(made, asked.shape, latency=True), planner.loss(made)
     each = (dtype or source.dtype).itemsize
-    made = planner.plan_within(asked, lambda: each, _no_times)
-    return made, costs(catalog, made, each, asked.shape), planner.loss(made)
-
-
-def _no_times(tokens: ppcl_rt.Tokens) -> BlockTimes:
-    raise AssertionError(f"nobody asks for milliseconds at {tokens} here")
+    made = planner.plan_within(asked, lambda: each, no_times)
+    return catalog, made, costs(catalog, made, each, asked.shape), planner.loss(made)

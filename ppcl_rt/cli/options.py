@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 import typer
 
 import ppcl_rt
 from ppcl_rt.planning.budget import Budget
+from ppcl_rt.planning.milliseconds import BlockTimes
 
 Checkpoint = Annotated[str, typer.Argument(help="checkpoint folder or hub id")]
 Ratio = Annotated[float | None, typer.Option(help="share of the dense parameters and FLOPs, in (0, 1]")]
 Ratios = Annotated[str | None, typer.Option(help="ratios, with commas between")]
-Params = Annotated[str | None, typer.Option(help="at most so many parameters: 10B")]
-Flops = Annotated[str | None, typer.Option(help="at most so many FLOPs a forward at --shape: 40T")]
-Memory = Annotated[str | None, typer.Option(help="at most so many bytes of weights, GB is 1e9: 12GB")]
-Latency = Annotated[str | None, typer.Option(help="at most so many ms a forward at --shape on --device: 400")]
-Shape = Annotated[str | None, typer.Option(help="image + text tokens, x batch: 4096+512x2; else the reference shape")]
 PlanFile = Annotated[Path | None, typer.Option(help="a plan written by `ppcl plan --out`, instead of a ratio")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Device = Annotated[str, typer.Option(help="torch device")]
@@ -28,48 +27,99 @@ DType = Annotated[str | None, typer.Option(help="of the weights, for --memory: f
 _RATIOS = "1,0.7,0.5,0.35"
 
 
-def catalog_of(checkpoint: str) -> ppcl_rt.Catalog:
-    """Read the catalog of a checkpoint.
+class Amounts(NamedTuple):
+    """Budgets other than a ratio, as they were typed; None where they were not."""
+
+    params: str | None = None
+    flops: str | None = None
+    memory: str | None = None
+    latency: str | None = None
+    shape: str | None = None
+
+
+NO_AMOUNTS = Amounts()
+_HELP = Amounts(
+    params="at most so many parameters: 10B",
+    flops="at most so many FLOPs a forward at --shape: 40T",
+    memory="at most so many bytes of weights, GB is 1e9: 12GB",
+    latency="at most so many ms a forward at --shape on --device: 400",
+    shape="image + text tokens, x batch: 4096+512x2; else the reference shape",
+)
+
+
+def with_amounts(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each of `Amounts`, in the place of its parameter ``amounts``."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(amounts=Amounts(**{name: given.pop(name) for name in Amounts._fields}), **given)
+
+    options = {name: Annotated[str | None, typer.Option(help=said)] for name, said in _HELP._asdict().items()}
+    hints = {**get_type_hints(command, include_extras=True), **options}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        more = [parameter.replace(name=name, default=None) for name in options]
+        parameters += more if parameter.name == "amounts" else [parameter]
+    named = {p.name: p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters}
+    # What typer reads.
+    run.__signature__ = inspect.Signature(list(named.values()))  # type: ignore[attr-defined]  # functions take any
+    run.__annotations__ = {name: hints[name] for name in named}
+    return run
+
+
+def opened(checkpoint: str) -> tuple[ppcl_rt.Checkpoint, ppcl_rt.Catalog, ppcl_rt.Planner]:
+    """Open a checkpoint; returns it, its catalog, and the planner of it.
 
     Raises:
         ValueError: there is no such checkpoint, or it has no catalog.
     """
-    catalog = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint)).catalog
-    if catalog is None:
+    source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
+    if source.catalog is None:
         raise ValueError(f"{checkpoint} is a stock checkpoint with no catalog: `ppcl train` makes one")
-    return catalog
+    sketches = source.sketches if source.catalog.sketch is not None else None
+    return source, source.catalog, ppcl_rt.Planner(source.catalog, sketches)
 
 
-def budget_of(default: float, ratio: float | None, shape: str | None, **amounts: str | None) -> Budget:
+def no_times(tokens: ppcl_rt.Tokens) -> BlockTimes:
+    """The milliseconds of a checkpoint whose weights are not loaded: none are known."""
+    raise AssertionError(f"nobody asks for milliseconds at {tokens} here")
+
+
+def budget_of(default: float, ratio: float | None, amounts: Amounts) -> Budget:
     """The budget that options ask for; ``default`` is the ratio where they ask for none.
 
     Raises:
         ValueError: one of them is no amount.
     """
-    if ratio is None and not any(amounts.values()):
+    if ratio is None and not any(amounts[:-1]):
         ratio = default
-    return Budget.of(ratio, shape=shape, **amounts)
+    return Budget.of(ratio, **amounts._asdict())
 
 
-def budgets_of(checkpoint: str, ratios: str | None, shape: str | None, **amounts: str | None) -> list[Budget]:
+def budgets_of(checkpoint: str, ratios: str | None, amounts: Amounts) -> list[Budget]:
     """One budget for each ratio and each amount; every option takes several with commas between.
 
-    Without any, ratios 1, 0.7, 0.5 and 0.35.
+    Without any, ratios 1, 0.7, 0.5 and 0.35. Models are loaded in float32.
 
     Raises:
-        ValueError: one of them is no number, or the checkpoint has no plan for a ratio.
+        ValueError: one of them is no number, or the checkpoint has no plan for it. What needs milliseconds is found
+            when it is run.
     """
-    planner, asked = ppcl_rt.Planner(catalog_of(checkpoint)), []
-    if ratios is None and not any(amounts.values()):
+    *others, shape = amounts._asdict().items()
+    if ratios is None and not any(given for _, given in others):
         ratios = _RATIOS
+    asked = []
     for part in ratios.split(",") if ratios is not None else []:
         try:
             asked.append(Budget.of(float(part)))
         except ValueError:
             raise ValueError(f'a ratio is a number above 0 and up to 1, not "{part.strip()}"') from None
-        planner.plan(float(part))
-    for name, given in amounts.items():
-        asked += [Budget.of(None, shape=shape, **{name: part}) for part in given.split(",")] if given else []
+    for name, given in others:
+        asked += [Budget.of(None, **{name: part, shape[0]: shape[1]}) for part in given.split(",")] if given else []
+    _, _, planner = opened(checkpoint)
+    for budget in asked:
+        if budget.latency is None:
+            planner.plan_within(budget, lambda: torch.float32.itemsize, no_times)
     return asked
 
 

@@ -15,19 +15,17 @@ from rich.table import Table
 
 import ppcl_rt
 from ppcl_rt.cli.options import (
+    NO_AMOUNTS,
+    Amounts,
     Checkpoint,
     Device,
-    Flops,
-    Latency,
-    Memory,
-    Params,
     PlanFile,
     Ratio,
     Ratios,
-    Shape,
     budget_of,
     budgets_of,
     check_device,
+    with_amounts,
 )
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.picture import grid
@@ -41,23 +39,20 @@ _TIMED = 7
 _TIMED_BATCH = 64
 
 
+@with_amounts
 def sample(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str], typer.Option(help="what to draw; give it again for more pictures")],
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("sample.png"),
     ratio: Ratio = None,
-    params: Params = None,
-    flops: Flops = None,
-    memory: Memory = None,
-    latency: Latency = None,
-    shape: Shape = None,
+    amounts: Amounts = NO_AMOUNTS,
     plan: PlanFile = None,
     dense_steps: Annotated[int, typer.Option(min=0, help="first denoising steps that run dense")] = 0,
     seed: int = 0,
     device: Device = "cpu",
 ) -> None:
     """Draw pictures at a ratio (1, unless another is asked for), within other budgets, or at a plan."""
-    asked = budget_of(1.0, ratio, shape, params=params, flops=flops, memory=memory, latency=latency)
+    asked = budget_of(1.0, ratio, amounts)
     with writing(out) as partial:
         model, task = _load(checkpoint, asked, plan, device)
         task.check(prompt)
@@ -68,14 +63,11 @@ def sample(
     print(f"wrote {out}: {len(pictures)} pictures at ratio {model.catalog.ratio(model.plan):.3f}, seed {seed}")
 
 
+@with_amounts
 def evaluate(
     checkpoint: Checkpoint,
     ratios: Ratios = None,
-    params: Params = None,
-    flops: Flops = None,
-    memory: Memory = None,
-    latency: Latency = None,
-    shape: Shape = None,
+    amounts: Amounts = NO_AMOUNTS,
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts, spread evenly over their kinds")] = 2000,
     seed: int = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
@@ -83,7 +75,7 @@ def evaluate(
 ) -> None:
     """Judge samples within several budgets, one after the other, and say what each costs."""
     with writing(json_file) if json_file else contextlib.nullcontext() as partial:
-        asked = budgets_of(checkpoint, ratios, shape, params=params, flops=flops, memory=memory, latency=latency)
+        asked = budgets_of(checkpoint, ratios, amounts)
         results = []
         for budget in asked:
             model, task = _load(checkpoint, budget, None, device)
@@ -95,22 +87,19 @@ def evaluate(
     print_table(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
 
 
+@with_amounts
 def demo(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("demo.png"),
     ratios: Ratios = None,
-    params: Params = None,
-    flops: Flops = None,
-    memory: Memory = None,
-    latency: Latency = None,
-    shape: Shape = None,
+    amounts: Amounts = NO_AMOUNTS,
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts to judge")] = 250,
     seed: int = 0,
     device: Device = "cpu",
 ) -> None:
     """Draw the same prompts and seeds within several budgets, and print what each costs and scores."""
     with writing(out) as partial:
-        asked = budgets_of(checkpoint, ratios, shape, params=params, flops=flops, memory=memory, latency=latency)
+        asked = budgets_of(checkpoint, ratios, amounts)
         rows, results = [], []
         for budget in asked:
             model, task = _load(checkpoint, budget, None, device)
@@ -126,11 +115,8 @@ def _load(checkpoint: str, asked: Budget, plan: Path | None, device: str) -> tup
     """A model in float32 (scores are compared across machines), and its task."""
     check_device(device)
     chosen = Plan.read(plan) if plan is not None else None
-    if chosen is None and asked.only_ratio:
-        model = ppcl_rt.load(checkpoint, asked.ratio or 1.0, dtype=torch.float32, device=device)
-    else:
-        budgets = {} if chosen is not None else asked.model_dump(exclude={"ratio"}, exclude_none=True)
-        model = ppcl_rt.load(checkpoint, asked.ratio or 1.0, plan=chosen, dtype=torch.float32, device=device, **budgets)
+    budgets = asked.model_dump(exclude={"ratio"}, exclude_none=True)
+    model = ppcl_rt.load(checkpoint, asked.ratio or 1.0, plan=chosen, dtype=torch.float32, device=device, **budgets)
     return model, task_of(model.catalog)
 
 

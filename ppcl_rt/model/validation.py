@@ -35,9 +35,7 @@ def check_tensors(source: Checkpoint, catalog: Catalog, stock: Mapping[str, Shap
         for name in text_maps(run, architecture.depth):
             _compare(source, f"text_runs.{run.key}.{name}.weight", (architecture.dim, architecture.dim))
             _compare(source, f"text_runs.{run.key}.{name}.bias", (architecture.dim,))
-    blocks = [("{}.{}.".format(*architecture.place(n)), n, widths) for n, widths in enumerate(catalog.blocks)]
-    blocks += [(f"students.{s.interval.key}.", s.interval.first, s.widths) for s in catalog.students]
-    for prefix, number, widths in blocks:
+    for prefix, number, widths in catalog.prefixed:
         shapes, spec = stock[architecture.kind(number)], architecture.spec(number)
         for name, shape in (*shapes.items(), *_beside(spec, widths, catalog.compensated)):
             _compare(source, prefix + name, shape)

@@ -184,6 +184,17 @@ class Catalog(Frozen):
         """Legal widths of what a planned block runs."""
         return self.student(planned.interval).widths if planned.student else self.blocks[planned.interval.first]
 
+    @property
+    def prefixed(self) -> list[tuple[str, int, LegalWidths]]:
+        """What has widths, blocks and then students.
+
+        Of each: what the names of its tensors begin with (``transformer_blocks.3.``), the number of a block of its
+        kind, and its legal widths.
+        """
+        blocks = [("{}.{}.".format(*self.architecture.place(n)), n, widths) for n, widths in enumerate(self.blocks)]
+        students = [(f"students.{s.interval.key}.", s.interval.first, s.widths) for s in self.students]
+        return blocks + students
+
     def student(self, interval: Interval) -> Student:
         """The student of an interval.
 

@@ -201,28 +201,6 @@ class Choices:
         catalog = self.catalog
         return catalog.check(Plan.of(catalog.fingerprint, catalog.architecture.depth, (), blocks, runs))
 
-    def taken(self, plan: Plan) -> np.ndarray:
-        """Undo `plan`.
-
-        Raises:
-            ValueError: the plan runs a count that was not measured, or skips a block.
-        """
-        found = []
-        if plan.skipped:
-            raise ValueError(f"nothing is known of a plan that skips blocks {plan.skipped}")
-        for planned in plan.blocks:
-            kind: Kind = "student" if planned.student else "block"
-            owner = Owner("text not updated" if plan.not_updated(planned) else kind, planned.interval)
-            if planned.student:
-                found.append(self._numbers[owner, ""][0])
-            for group, units in planned.width.items():
-                number = [n for n in self._numbers[owner, group] if self.all[n].units == units]
-                if not number:
-                    raise ValueError(f"blocks {planned.interval}: {group} was not measured at {units}")
-                found += number
-        found += [self._numbers[Owner("run", run), ""][0] for run in plan.text_runs]
-        return np.array(sorted(found), dtype=int)
-
     def of_rows(self, rows: Iterable[int]) -> Plan:
         """The plan that makes these changes and no others (`rows`)."""
         listed = list(sketch.choices(self.catalog))

@@ -16,15 +16,15 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, hstack
 
+from ppcl_rt.planning import sketch
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.budget import Budget, Limit, check_ratio, ratio_limits
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.choices import Choices
-from ppcl_rt.planning.costs import Cost, Flops, Params
+from ppcl_rt.planning.costs import Cost
 from ppcl_rt.planning.interactions import Interactions
 from ppcl_rt.planning.milliseconds import BlockTimes
 from ppcl_rt.planning.plan import Plan
-from ppcl_rt.planning.sketch import Sketches
 from ppcl_rt.planning.solver import minimise
 
 # HiGHS meets a row up to 1e-6 of its scale, so a plan may come out that much over budget; then it is asked for less.
@@ -114,10 +114,10 @@ class Planner:
 
         NaN where the plan takes what was not measured.
         """
-        if self._forms is None:
+        if self._scaled is None:
             return self.catalog.loss(plan)
         try:
-            return self._forms[1].loss(self._choices.taken(plan))
+            return self._scaled[1].loss(sketch.taken(self.catalog, plan))
         except ValueError:
             return math.nan
 
@@ -141,22 +141,17 @@ class Planner:
             spacing: between ratios.
             others: between shares of the dense parameters alone, and of the dense FLOPs alone.
         """
-        catalog = self.catalog
-        params, flops = Params(), Flops(catalog.reference)
-        dense = catalog.architecture.dense_params, catalog.architecture.dense_flops(catalog.reference)
+        params, flops = ratio_limits(self.catalog, 1.0)
         found: dict[Plan, None] = {}
-        for step, costs in ((spacing, (params, flops)), (others, (params,)), (others, (flops,))):
-            of = [dict(zip((params, flops), dense, strict=True))[cost] for cost in costs]
-            least = self._least_share(costs, of)
-            shares = [least, *(n * step for n in range(1, round(1 / step)) if n * step > least)]
-            before = None
-            for share in shares:
-                limits = tuple(Limit(cost, share * whole) for cost, whole in zip(costs, of, strict=True))
+        for step, dense in ((spacing, (params, flops)), (others, (params,)), (others, (flops,))):
+            least, before = self._least_share(dense), None
+            for share in (least, *(n * step for n in range(1, round(1 / step)) if n * step > least)):
+                limits = tuple(Limit(cost, share * whole) for cost, whole in dense)
                 taken = self._solve_within(limits, before)
                 if taken is not None:
                     found.setdefault(self._choices.plan(taken))
                     before = taken
-        found.setdefault(catalog.dense)
+        found.setdefault(self.catalog.dense)
         return list(found)
 
     # The least that can be.
@@ -169,18 +164,17 @@ class Planner:
     @cached_property
     def smallest(self) -> float:
         """The least ratio that a plan has."""
-        limits = ratio_limits(self.catalog, 1.0)
-        return self._least_share([limit.cost for limit in limits], [limit.most for limit in limits])
+        return self._least_share(ratio_limits(self.catalog, 1.0))
 
     def least(self, cost: Cost) -> float:
         """The least that a plan costs."""
-        return self._least_share([cost], [1.0])
+        return self._least_share([Limit(cost, 1.0)])
 
-    def _least_share(self, costs: Sequence[Cost], of: Sequence[float]) -> float:
-        """The least share that a plan has of amounts of several costs at once: the larger of its shares."""
+    def _least_share(self, limits: Sequence[Limit]) -> float:
+        """The least share of several limits that a plan needs: the larger of its shares."""
         # One more variable, the share, which no cost exceeds.
         rows, outer = [], []
-        for cost, whole in zip(costs, of, strict=True):
+        for cost, whole in limits:
             rows.append([*(self._choices.costs(cost) / whole), -1.0])
             outer.append(-cost.outer(self.catalog.architecture) / whole)
         rules = self._choices.rules
@@ -199,14 +193,14 @@ class Planner:
         assert answer.x is not None, "without a budget there is always a plan"
         plan = self._choices.plan(np.flatnonzero(answer.x[:-1] > 0.5))
         architecture = self.catalog.architecture
-        return max(cost.of(architecture, plan) / whole for cost, whole in zip(costs, of, strict=True))
+        return max(cost.of(architecture, plan) / whole for cost, whole in limits)
 
     def _why_none(self, limits: tuple[Limit, ...]) -> str:
         for cost, most in limits:
             if most < (least := self.least(cost)) * (1 - _ROUNDING):
                 return f"no plan of this checkpoint keeps within {most:.6g} {cost.unit}: the least is {least:.6g}"
         wanted = " and ".join(f"{most:.6g} {cost.unit}" for cost, most in limits)
-        share = self._least_share([limit.cost for limit in limits], [limit.most for limit in limits])
+        share = self._least_share(limits)
         return f"no plan of this checkpoint keeps within {wanted} at once: the least is {share:.4g} times all of them"
 
     # One plan.
@@ -303,17 +297,22 @@ class Planner:
         return None
 
     @cached_property
-    def _forms(self) -> tuple[Interactions, Interactions] | None:
-        """What plans are improved by, and what they are scored by; None where there are no sketches."""
+    def _scaled(self) -> tuple[sketch.Sketches, sketch.Sketches] | None:
+        """The sketches to plan by and to score by; None where there are none."""
         if self._sketches is None:
             return None
+        planning, scoring = (sketch.Sketches.of(rows, self._whole, self._band) for rows in self._sketches())
+        return planning, scoring
+
+    @cached_property
+    def _forms(self) -> tuple[Interactions, Interactions] | None:
+        """What plans are improved by, and what they are scored by; None where there are no sketches."""
+        if self._scaled is None:
+            return None
         rows = self._choices.rows
-
-        def form(unit_rows: np.ndarray) -> Interactions:
-            scaled = Sketches.of(unit_rows, self._whole, self._band).rows
-            return Interactions(self._choices, np.where(rows[:, None] >= 0, scaled[rows], 0.0))
-
-        planning, scoring = map(form, self._sketches())
+        planning, scoring = (
+            Interactions(self._choices, np.where(rows[:, None] >= 0, scaled.rows[rows], 0.0)) for scaled in self._scaled
+        )
         return planning, scoring
 
 

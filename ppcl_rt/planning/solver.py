@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
 # Variables of the first small program; a plan of 60 blocks has some 250 choices, and as many alternatives matter.
 _FIRST = 400
@@ -38,7 +38,7 @@ def minimise(
     exact = rules.lb == rules.ub
     relaxed = linprog(
         objective,
-        A_ub=csr_array(np.vstack([rules.A[~exact].toarray(), rows])),
+        A_ub=vstack([rules.A[~exact], csr_array(rows)]),
         b_ub=np.concatenate([rules.ub[~exact], room]),
         A_eq=rules.A[exact],
         b_eq=rules.ub[exact],

@@ -107,6 +107,8 @@ BAD = {
     "shape of one number": ("plan", CHECKPOINT, "--flops", "20M", "--shape", "16"),
     "too few parameters": ("sample", CHECKPOINT, "--params", "1k", "--prompt", "a red ring"),
     "no such dtype": ("plan", CHECKPOINT, "--memory", "6MB", "--dtype", "int8"),
+    # Found before the first is judged.
+    "one budget of many too small": ("eval", CHECKPOINT, "--params", "1m,1k"),
     "unknown word": ("sample", CHECKPOINT, "--prompt", "two red dogs"),
     "no scene": ("sample", CHECKPOINT, "--prompt", "red red red"),
     "no prompt": ("sample", CHECKPOINT),

@@ -95,7 +95,7 @@ def test_no_worse_than_random_plans_and_within_every_budget(seed, depth, student
             assert all(real[cost] <= most for cost, most in limits)
             fits = np.all([costs[cost] <= most for cost, most in limits], axis=0)
             score = planner.loss(plan)
-            assert score == pytest.approx(scores.loss(choices.taken(plan)))
+            assert score == pytest.approx(sketch.Sketches.of(rows[1], catalog).loss(sketch.taken(catalog, plan)))
             assert score <= planner.loss(linear.plan(limits)) * (1 + 1e-6)
             if fits.any():
                 assert score <= losses[fits].min() * (1 + 1e-6)
@@ -159,7 +159,6 @@ def test_costs_are_those_of_the_architecture(cost):
             wanted = architecture.params(plan) * (cost.each if isinstance(cost, Bytes) else 1)
         assert cost.of(architecture, plan) == wanted
         assert choices.costs(cost)[taken].sum() + cost.outer(architecture) == wanted
-        assert np.array_equal(choices.taken(plan), taken)
         assert choices.of_rows(sketch.taken(catalog, plan)) == plan
 
 

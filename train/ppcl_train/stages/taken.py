@@ -66,14 +66,12 @@ def listed(catalog: Catalog, names: Iterable[str]) -> list[str]:
     maps = {f"{run.first}.z_{n}" for run in runs for n in run if n != run.first}
     maps |= {f"{run.first}.text_{run.last}" for run in runs}
     unlisted = set()
-    blocks = [("{}.{}".format(*catalog.architecture.place(n)), n, widths) for n, widths in enumerate(catalog.blocks)]
-    blocks += [(f"students.{s.interval.key}", s.interval.first, s.widths) for s in catalog.students]
-    for prefix, number, widths in blocks:
+    for prefix, number, widths in catalog.prefixed:
         spec = catalog.spec(number)
         for output in spec.outputs:
             group = output.segment.group
             gone = (count for count in range(spec.groups[group].count) if not widths.has(group, count))
-            unlisted |= {f"{prefix}.replacements.{spec.replacement(output.name, count)}" for count in gone}
+            unlisted |= {f"{prefix}replacements.{spec.replacement(output.name, count)}" for count in gone}
 
     def is_listed(name: str) -> bool:
         path = name.split(".")
