@@ -71,7 +71,8 @@ def cached(reader, folder, encoder, **more):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Name -> bytes; a kill just after a rename leaves an empty folder `.NAME.partial`, which no reader looks at."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".partial"}
 
 
 def samples(folder):
@@ -303,8 +304,7 @@ def test_a_cache_that_is_killed_ends_with_the_same_bytes(tmp_path):
     process = begin(tmp_path / "killed")
     process.join()
     assert process.exitcode == 0 and kills > 0 and seen == sorted(seen) and seen[-1] > 0, seen
-    finished = {name: content for name, content in files(tmp_path / "killed").items() if not name.endswith(".partial")}
-    assert finished == files(tmp_path / "whole"), (kills, seen)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole"), (kills, seen)
 
 
 def test_parts_share_the_work(images, encoder, cache, tmp_path):
