@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.checkpoint import migration
+from ppcl_rt.checkpoint.card import CARD
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
 from ppcl_rt.files import one_line, refusing_briefly
 from ppcl_rt.planning.catalog import FORMAT, Catalog
@@ -36,7 +37,8 @@ def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
         from huggingface_hub import snapshot_download
 
         prefix = f"{subfolder}/" if subfolder else ""
-        wanted = [f"{prefix}{CONFIG}", f"{prefix}diffusion_pytorch_model*"]
+        # The card, for the licence of a model that has no catalog.
+        wanted = [f"{prefix}{CONFIG}", f"{prefix}diffusion_pytorch_model*", CARD, "model_index.json"]
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=wanted, **hub))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):

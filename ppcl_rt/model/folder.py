@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import ValidationError
 
+from ppcl_rt.checkpoint.card import read_origin
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
@@ -126,7 +127,9 @@ class CheckpointFolder(Modulations):
             raise ValueError(
                 first_error(error, f"{source.folder}: config.json describes no model that can be")
             ) from None
-        catalog = source.catalog or Catalog.of_dense(cls.family, architecture, cls.reference)
+        catalog = source.catalog or Catalog.of_dense(
+            cls.family, architecture, cls.reference, **read_origin(source.folder)._asdict()
+        )
         if catalog.family != cls.family:
             raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
         if catalog.architecture != architecture:
