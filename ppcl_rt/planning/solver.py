@@ -59,11 +59,13 @@ def minimise(
             needed = reduced <= value - relaxed.fun - gap * abs(value)
             if (needed <= free).all():
                 return found
-            free |= needed
+            if needed.sum() <= 2 * free.sum():
+                free |= needed
+                continue
+            # A better solution of a program twice as large costs less than all that this one leaves open.
         elif free.all():
             return None
-        else:
-            first *= 4
+        first *= 2
 
 
 def _solve(
