@@ -431,7 +431,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             "hidden_states": noise(tokens.batch, tokens.image, self.config.in_channels),
             "encoder_hidden_states": noise(tokens.batch, tokens.text, self.config.joint_attention_dim),
             "timestep": torch.full((tokens.batch,), 0.5, device=like.device),
-            "img_shapes": [(1, rows, columns)] * tokens.batch,
+            "img_shapes": [[(1, rows, columns)]] * tokens.batch,
             "return_dict": False,
         }
 
@@ -442,7 +442,8 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         With I image tokens, T text tokens and N = I + T, counted over the batch; streams of width D, heads of A = D
         channels together, MLPs of C = 4 D; f numbers of the dtype in a float32:
 
-        - of the forward: the inputs, the text as the first block got it (T D), two copies of the rotations;
+        - of the forward: the inputs, the text as the first block got it (T D), two copies of the rotations, the key
+          mask, and where tokens choose between two modulations, their index;
         - of a block: the streams as they came (N D) and the modulations of both;
         - in attention: what q, k and v are projected from (N D); q, k and v as projected (3 N A); and while k of the
           image is rotated in plain torch, q of both streams and k of the text done (N A + T A), k normed (I A), and
@@ -457,13 +458,16 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         joint, heads = image + text, config["num_attention_heads"] * config["attention_head_dim"]
         dim, channels, wide = heads, 4 * heads, 4 / itemsize
         outer = image * config["in_channels"] + text * (config["joint_attention_dim"] + dim)
-        rotations = 2 * (tokens.image + tokens.text) * config["attention_head_dim"] * wide
-        block = joint * dim + 2 * 6 * dim * tokens.batch
+        outer += 2 * (tokens.image + tokens.text) * config["attention_head_dim"] * wide + joint / itemsize
+        # The embedding of the timestep, before and after SiLU, and six parts for each stream.
+        block, modulations = joint * dim, (2 + 2 * 6) * dim * tokens.batch
+        if config["zero_cond_t"]:
+            outer, modulations = outer + image * 8 / itemsize, 2 * modulations
         attention = joint * dim + (4 * joint + text + image + 3 * wide * image) * heads
         hidden = max(2 * image + text, image + 2 * text) * channels
         feed_forward = (2 * joint + text) * dim + joint * heads
         feed_forward += max(hidden, joint * channels + 3 * image * dim)
-        return math.ceil(itemsize * (outer + rotations + block + max(attention, feed_forward)))
+        return math.ceil(itemsize * (outer + block + modulations + max(attention, feed_forward)))
 
     @classmethod
     def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:

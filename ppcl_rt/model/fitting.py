@@ -4,10 +4,10 @@ Counted are the weights of the other parts, what a forward of the transformer ho
 (`Residency.activation_bytes`), and what decoding holds at once. The last is found by a dry run: the VAE is built from
 its config and decodes without memory, while the bytes of all tensors that live at once are counted.
 
-A forward and a decoding are never there together, so the larger of the two is left free. What a text encoder computes is
-not counted: for 1,024 tokens of an encoder of 8 billion parameters it is 0.6 GB (MLP, logits, states of all layers),
-gone before the first forward, and a decoding of 1024 x 1024 pixels takes more. Neither is what a driver or the workspace
-of a convolution takes, which are no tensors.
+A forward and a decoding are never there together, so the larger of the two is left free. What a text encoder computes
+is not counted: for 1,024 tokens of an encoder of 8 billion parameters it is 0.6 GB (MLP, logits, states of all layers),
+gone before the first forward, and a decoding of 1024 x 1024 pixels takes more. Neither is what a driver or the
+workspace of a convolution takes, which are no tensors.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Room(NamedTuple):
         return self.fit - self.rest
 
     def __str__(self) -> str:
-        weights = [f"{name} {_gb(taken)}" for name, taken in self.parts.items()]
+        weights = [f"{name} {_said(taken)}" for name, taken in self.parts.items()]
         if self.offload:
-            others = [*weights, f"decode {_gb(self.decode)}"] if weights else ["nothing"]
-            said = f"activations {_gb(self.activations)} (at other times {', '.join(others)})"
+            others = [*weights, f"decode {_said(self.decode)}"] if weights else ["nothing"]
+            said = f"activations {_said(self.activations)} (at other times {', '.join(others)})"
         else:
-            larger = f"the larger of activations {_gb(self.activations)} and decode {_gb(self.decode)}"
+            larger = f"the larger of activations {_said(self.activations)} and decode {_said(self.decode)}"
             said = ", ".join([*weights, larger])
-        return f"{_gb(self.fit)} GB: {said}: {_gb(self.left)} left for the transformer"
+        return f"{_said(self.fit)}: {said}: {_said(self.left)} left for the transformer"
 
     def _alone(self, part: str) -> int:
         """What a part takes that is on the device by itself."""
@@ -95,14 +95,14 @@ class Room(NamedTuple):
         alone = {part: self._alone(part) for part in self.parts}
         for part, taken in alone.items() if self.offload else ():
             if taken > self.fit:
-                raise ValueError(f"{_gb(self.fit)} GB is too little for the {part} alone: it takes {_gb(taken)} GB")
+                raise ValueError(f"{_said(self.fit)} is too little for the {part} alone: it takes {_said(taken)}")
         if self.left >= least:
             return
-        said = f"{_gb(self.fit)} GB is too little: {_gb(least)} GB are the least for the transformer"
-        said += f", and the rest takes {_gb(self.rest)}: together {_gb(self.rest + least)}"
+        said = f"{_said(self.fit)} is too little: {_said(least)} are the least for the transformer"
+        said += f", and the rest takes {_said(self.rest)}: together {_said(self.rest + least)}"
         offloaded = max(self.activations + least, *alone.values(), 0)
         if not self.offload and offloaded <= self.fit:
-            said += f'; with offload="model" {_gb(offloaded)} would do'
+            said += f'; with offload="model" {_said(offloaded)} would do'
         raise ValueError(said)
 
 
@@ -167,12 +167,13 @@ def decode_bytes(vae: Vae, family: Any, tokens: Tokens) -> int:
             model = vae.kind.from_config(dict(vae.config)).eval()
         vars(model).update(vae.settings)
         shape = family.latents_of(model.config, tokens)
+        sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         # Fake tensors on a CPU rather than on meta: attention then takes no scores, as on real devices.
         with torch.no_grad(), FakeTensorMode():
-            weights = {name: torch.empty(t.shape, dtype=vae.dtype) for name, t in model.state_dict().items()}
+            weights = {name: torch.empty(size, dtype=vae.dtype) for name, size in sizes.items()}
             model.load_state_dict(weights, assign=True)
             latents = torch.empty(shape, dtype=vae.dtype)
-            with LiveBytes() as live:
+            with LiveBytes(workspaces=True) as live:
                 model.decode(latents, return_dict=False)
     except Exception as error:
         # Whatever a class of another package trips over.
@@ -185,11 +186,14 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes that live now, and the most that did.
+        workspaces: whether a convolution counts a copy of what it reads and of what it writes while it runs. Libraries
+            bring both into a layout of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workspaces: bool = False) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.workspaces = workspaces
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -198,6 +202,8 @@ class LiveBytes(TorchDispatchMode):
         self._see((args, kwargs), counted=False)
         made = func(*args, **(kwargs or {}))
         self._see(made, counted=True)
+        if self.workspaces and func is torch.ops.aten.convolution.default:
+            self.peak = max(self.peak, self.now + args[0].nbytes + made.nbytes)
         return made
 
     def _see(self, values: Any, counted: bool) -> None:
@@ -276,5 +282,8 @@ def _itemsize(stored: str, dtype: torch.dtype) -> int:
     return math.ceil(int(bits[0]) / 8) if bits else 1
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g}"
+def _said(size: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 1e3:.3g} kB"
