@@ -171,6 +171,7 @@ def test_a_pipeline_keeps_within_fit(made, qwen_folder, parts, tmp_path):
     model = ppcl_rt.load(made.folder, fit=fit, **how)
     assert model.resident_bytes <= 0.6 * dense.resident_bytes
     pipe.transformer = model
+    assert model.room(fit, pipeline=pipe, shape=how["shape"]).parts.keys() == {"text_encoder", "vae"}
 
     def draw():
         size = {"height": 64, "width": 64, "num_images_per_prompt": 2}
