@@ -213,4 +213,4 @@ def _short(value: Any) -> str:
         return f"{image}+{text}" + (f"x{batch}" if batch != 1 else "")
     if isinstance(value, (int, float)):
         return f"{value:,.10g}"
-    return str(value) if isinstance(value, (str, Path)) else f"a {type(value).__name__}"
+    return str(value) if isinstance(value, (str, Path)) else type(value).__name__

@@ -13,6 +13,7 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Tokens
+from ppcl_rt.cli.options import Amounts, budgets_of
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_rt.model.fitting import LiveBytes, Vae, decode_bytes
 from ppcl_rt.planning.costs import Bytes
@@ -264,3 +265,18 @@ def test_the_program_takes_fit(ppcl, made, qwen_folder):
     assert status == 0 and "left for the transformer" in out
     status, _, err = ppcl("plan", made.folder, *arguments[:1], "10kB", *arguments[2:])
     assert status == 2 and "too little" in err
+
+
+def test_several_fits_are_budgets_of_their_own(made, qwen_folder):
+    model = ppcl_rt.load(made.folder)
+    fits = [model.room(1e9, pipeline=qwen_folder).rest + share * model.resident_bytes for share in (0.8, 0.6)]
+    amounts = Amounts(fit=",".join(map(str, fits)), params="1M", pipeline=str(qwen_folder))
+    asked = budgets_of(str(made.folder), None, amounts)
+    assert [(each.fit, each.params, each.pipeline) for each in asked] == [
+        (None, 1e6, None),
+        *((fit, None, str(qwen_folder)) for fit in fits),
+    ]
+    with pytest.raises(ValueError, match="too little"):
+        budgets_of(str(made.folder), None, amounts._replace(fit="10kB"))
+    with pytest.raises(ValueError, match="go with --fit"):
+        budgets_of(str(made.folder), None, amounts._replace(fit=None))

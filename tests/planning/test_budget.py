@@ -77,9 +77,9 @@ def test_shapes():
 
 
 def test_a_pipeline_is_written_by_its_name():
-    budget = Budget.of(fit="24GB", pipeline=object(), offload="model")
-    assert str(budget) == "fit 24,000,000,000, pipeline a object, offload model"
-    assert json.loads(budget.model_dump_json(exclude_none=True))["pipeline"] == "a object"
+    budget = Budget.of(fit="8GB", pipeline=object(), offload="model")
+    assert str(budget) == "fit 8,000,000,000, pipeline object, offload model"
+    assert json.loads(budget.model_dump_json(exclude_none=True))["pipeline"] == "object"
     assert Budget.of(fit=1, pipeline="here").model_dump(exclude_none=True) == {"fit": 1, "pipeline": "here"}
 
 
