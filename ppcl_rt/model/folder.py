@@ -35,6 +35,9 @@ _LOAD_ARGUMENTS = (
     "flops",
     "memory",
     "latency",
+    "fit",
+    "pipeline",
+    "offload",
     "shape",
     "plan",
     "device",
@@ -76,12 +79,16 @@ class CheckpointFolder(Modulations):
         flops: float | str | None = None,
         memory: float | str | None = None,
         latency: float | str | None = None,
+        fit: float | str | None = None,
+        pipeline: Any = None,
+        offload: Literal["model"] | None = None,
         shape: Any = None,
         **hub: Any,
     ) -> Self:
         """Load a checkpoint at a ratio or within other budgets; see `ppcl_rt.load`."""
         check_ratio(ratio)
-        budget = Budget.of(ratio, params=params, flops=flops, memory=memory, latency=latency, shape=shape)
+        fitting = {"fit": fit, "pipeline": pipeline, "offload": offload, "shape": shape}
+        budget = Budget.of(ratio, params=params, flops=flops, memory=memory, latency=latency, **fitting)
         if resident not in ("plan", "all"):
             raise ValueError(f'resident is "plan" or "all", not {resident!r}')
         check_mode(graphs)
