@@ -83,13 +83,15 @@ def test_parts_are_scaled_as_explains_whole_plans(compensated, cache):
     """With a clock by which narrow heads save half of what the table says, the table says so afterwards."""
     model = ppcl_rt.load(compensated.folder)
     table = model.times(SHAPE)
-    rows = [row if row.width is None else row.model_copy(update={"ms": 2.0, "full_ms": 2.0}) for row in table.rows]
     full = model.catalog.spec(0).full
     saves = {"heads": 0.6, "image": 0.4, "text": 0.3, "modulation": 0.2}
-    for n, row in enumerate(rows):
-        if row.width is not None:
-            shares = {group: 1 - row.width[group] / full[group] for group in row.width}
-            rows[n] = row.model_copy(update={"ms": 2.0 - sum(saves[group] * shares[group] for group in shares)})
+
+    def ms(row):
+        if row.width is None:
+            return {"outer": 0.5, "map": 0.05}[row.kind]
+        return 2.0 - sum(saves[group] * (1 - row.width[group] / full[group]) for group in row.width)
+
+    rows = (row.model_copy(update={"ms": ms(row), "full_ms": 2.0}) for row in table.rows)
     said = BlockTimes(table.spec, tuple(rows), table.shape)
     truth = said.scaled({**dict.fromkeys(said.parts(model.catalog.dense), 1.0), "heads": 0.5})
     explained = times._explained(model, truth.plan_ms, said, repeats=1)
