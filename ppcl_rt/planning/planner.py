@@ -136,17 +136,18 @@ class Planner:
         multiples = (n * spacing for n in range(1, round(1 / spacing) + 1))
         return [self.plan(ratio) for ratio in [smallest, *(ratio for ratio in multiples if smallest < ratio <= 1)]]
 
-    def frontier(self, spacing: float, others: float) -> list[Plan]:
+    def frontier(self, spacing: float, others: float, least_share: float = 0.0) -> list[Plan]:
         """Plans for every budget, made without a look at `Catalog.frontier`: what is measured to become it.
 
         Args:
             spacing: between ratios.
             others: between shares of the dense parameters alone, and of the dense FLOPs alone.
+            least_share: make no plan for less than this, of the ratio or of either.
         """
         params, flops = ratio_limits(self.catalog, 1.0)
         found: dict[Plan, None] = {}
         for step, dense in ((spacing, (params, flops)), (others, (params,)), (others, (flops,))):
-            least, before = self._least_share(dense), None
+            least, before = max(self._least_share(dense), least_share), None
             for share in (least, *(n * step for n in range(1, round(1 / step)) if n * step > least)):
                 limits = tuple(Limit(cost, share * whole) for cost, whole in dense)
                 taken = self._solve_within(limits, before)

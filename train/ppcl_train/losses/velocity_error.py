@@ -35,8 +35,8 @@ from ppcl_train.data.calibration import Inputs
 from ppcl_train.losses.sketching import Sketcher
 
 # Losses of choices are recorded as at least this, so that a change that measures as free is still told from the dense
-# plan, whose loss is exactly 0.
-LEAST_LOSS = 1e-9
+# plan, whose loss is exactly 0. Roundings of float32 alone are about so much.
+LEAST_LOSS = 1e-14
 
 
 def band_edges(bands: int) -> tuple[float, ...]:

@@ -29,7 +29,8 @@ _LOGGED = 20
 def pack(run: RunConfig, folder: Path) -> None:
     """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
 
-    What no plan of the frontier takes is left out: students, text runs. Then each plan of the frontier is measured as a
+    What no plan of the frontier takes is left out: students, text runs. The frontier begins where training did
+    (`RecoverConfig.least_ratio`). Then each plan of the frontier is measured as a
     whole, and its loss stored (`Catalog.frontier`).
     """
     log, config = Log(folder, "pack"), run.measure
@@ -39,7 +40,7 @@ def pack(run: RunConfig, folder: Path) -> None:
     whole = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
     sketches = {name: rows.numpy() for name, rows in read_tensors(folder / measure.SKETCHES).items()}
     planner = Planner(whole, lambda: [sketches[name] for name in TENSORS])
-    plans = planner.frontier(config.spacing, config.other_spacing)
+    plans = planner.frontier(config.spacing, config.other_spacing, run.recover.least_ratio)
     log(plans=len(plans), smallest_ratio=planner.smallest)
     catalog = _packed(whole, plans)
     catalog = catalog.model_copy(update={"frontier": _measured(run, folder, catalog, plans, log)})
