@@ -17,11 +17,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.checkpoint import migration
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
+from ppcl_rt.checkpoint.names import (
+    CATALOG_KEY,
+    CHECKSUM_KEY,
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    config_digest,
+    digest,
+    needs_catalog,
+)
 from ppcl_rt.files import one_line, refusing_briefly
 from ppcl_rt.planning.catalog import FORMAT, Catalog
 from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
+
+# Bytes of a JSON file that is read: catalogs and indexes of the largest models take a few millions.
+MOST_JSON = 2**25
 
 
 def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -66,6 +78,7 @@ class Checkpoint:
     def _open(self, folder: Path) -> None:
         self.folder = folder
         config = _json_object(folder / CONFIG)
+        _check_config(config, folder / CONFIG)
         catalog = config.pop(CATALOG_KEY, None)
         self.config: dict[str, Any] = config
         self.catalog = None
@@ -81,6 +94,8 @@ class Checkpoint:
         if self.catalog is not None:
             self._compare(self.catalog.checksums)
             self._check_dtypes(self.catalog.checksums_of)
+        elif (name := next(filter(needs_catalog, self._files), None)) is not None:
+            raise ValueError(f"{folder / CONFIG} has no catalog, but {folder} holds {name}: fetch {CONFIG} again")
         self._stored = {migration.current_name(name, self._format): name for name in self._files}
 
     def _find_tensors(self) -> dict[str, Path]:
@@ -192,9 +207,26 @@ class Checkpoint:
         return tensor
 
 
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Take the checksum of settings and catalog out of ``config``, and compare it where there is one."""
+    if CHECKSUM_KEY not in config:
+        return
+    written, found = config.pop(CHECKSUM_KEY), config_digest(config)
+    if written != found:
+        raise ValueError(
+            f"{path} was altered: its settings and catalog have the checksum {found[:8]}, not {str(written)[:8]}: "
+            f'fetch it again, or drop "{CHECKSUM_KEY}" if you changed them'
+        )
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_number)
+        # As much as fits, not as much as the file says that it holds.
+        with path.open("rb") as file:
+            text = file.read(MOST_JSON + 1)
+        if len(text) > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON} bytes")
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}): fetch it again") from None
     if not isinstance(content, dict):

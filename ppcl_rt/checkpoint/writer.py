@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, WEIGHTS, config_digest, digest
 from ppcl_rt.files import replacing_folder
 from ppcl_rt.planning.catalog import Catalog
 
@@ -51,7 +51,9 @@ def write_checkpoint(
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        content = {**config, CATALOG_KEY: catalog.model_dump(mode="json")}
+        # Through JSON: the checksum is of what a reader finds, lists where a config holds tuples.
+        content = json.loads(json.dumps({**config, CATALOG_KEY: catalog.model_dump(mode="json")}))
+        content[CHECKSUM_KEY] = config_digest(content)
         (partial / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
     return catalog
 
