@@ -143,7 +143,9 @@ class CheckpointFolder(Modulations):
     @classmethod
     def _built(cls: type[Self], source: Checkpoint) -> Self:
         """The class as ``config.json`` describes it, its lists of blocks empty."""
-        init, _, _ = cls.extract_init_dict(dict(source.config))
+        # diffusers' notes are no settings, and no checksum covers them: one that names settings would drop these.
+        settings = {key: value for key, value in source.config.items() if not key.startswith("_")}
+        init, _, _ = cls.extract_init_dict(settings)
         depths = {}
         for setting in cls.depth_settings:
             depths[setting] = init.get(setting)

@@ -111,6 +111,13 @@ def test_notes_and_the_order_of_keys_do_not_count(copy):
     ppcl_rt.load(copy, 0.7)
 
 
+@pytest.mark.parametrize("note", [["axes_dims_rope"], 2**64, None])
+def test_a_note_of_diffusers_drops_no_setting(copy, note):
+    """Settings that it lists would come from defaults; no checksum covers private names."""
+    change_config(copy, lambda config: config.update(_use_default_values=note))
+    assert ppcl_rt.load(copy, 0.7).config.axes_dims_rope == [2, 2, 4]
+
+
 def test_a_saved_model_has_a_checksum_of_its_own_settings(copy, tmp_path):
     model = ppcl_rt.load(copy, 0.7)
     model.register_to_config(axes_dims_rope=(2, 4, 2))
