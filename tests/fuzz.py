@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fixtures
 import torch
@@ -45,7 +45,13 @@ MOST_BYTES = 10**9
 # Of one process, which begins with a load of its own.
 BATCH = 40
 GROUPS = {"heads": (3, 1), "image": (96, 50, 0), "text": (31, 0), "modulation": (7, 1)}
-RUNS = ((0, 1), (0, 2), (2, 3))
+FORM: dict[str, Any] = {
+    "num_layers": 3,
+    "students": ((0, 1), (2, 2)),
+    "text_runs": ((0, 1), (0, 2)),
+    "compensated": True,
+    "groups": GROUPS,
+}
 
 
 class Verdict(NamedTuple):
@@ -88,8 +94,8 @@ def outputs(folder: Path) -> tuple[torch.Tensor, ...]:
 
 def make_bases(root: Path) -> list[Base]:
     """Write checkpoints of every form."""
-    made = fixtures._make_checkpoint(root / "whole", compensated=True, groups=GROUPS, text_runs=RUNS)
-    other = fixtures._make_checkpoint(root / "other", seed=5, compensated=True, groups=GROUPS, text_runs=RUNS)
+    made = fixtures._make_checkpoint(root / "whole", **FORM)
+    other = fixtures._make_checkpoint(root / "other", seed=5, **FORM)
     small, _ = as_small(made)
     ppcl_rt.write_checkpoint(root / "small", made.config, made.catalog, small)
     ppcl_rt.write_checkpoint(root / "sharded", made.config, made.catalog, made.tensors, max_shard_size=300_000)
