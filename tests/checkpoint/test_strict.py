@@ -118,6 +118,22 @@ def test_a_note_of_diffusers_drops_no_setting(copy, note):
     assert ppcl_rt.load(copy, 0.7).config.axes_dims_rope == [2, 2, 4]
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("axes_dims_rope", [2, 2, 4.0], "axes_dims_rope: 2: .* valid integer"),
+        ("axes_dims_rope", [2, 2, 2, 2], "axes_dims_rope"),
+        ("zero_cond_t", 0, "zero_cond_t: .* valid boolean"),
+        ("guidance_embeds", "a\nb" * 10**4, "guidance_embeds: .* valid boolean"),
+        ("patch_size", 2.0, "patch_size: .* valid integer"),
+    ],
+)
+def test_settings_of_another_type_are_refused(copy, setting, value, said):
+    """A constructor takes them, and a forward fails."""
+    change_config(copy, lambda config: config.update({setting: value}))
+    refused(copy, said)
+
+
 def test_a_saved_model_has_a_checksum_of_its_own_settings(copy, tmp_path):
     model = ppcl_rt.load(copy, 0.7)
     model.register_to_config(axes_dims_rope=(2, 4, 2))
