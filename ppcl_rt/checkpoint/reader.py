@@ -22,6 +22,7 @@ from ppcl_rt.checkpoint.names import (
     CHECKSUM_KEY,
     CONFIG,
     INDEX,
+    MOST_JSON,
     WEIGHTS,
     config_digest,
     digest,
@@ -31,9 +32,6 @@ from ppcl_rt.files import one_line, refusing_briefly
 from ppcl_rt.planning.catalog import FORMAT, Catalog
 from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
-
-# Bytes of a JSON file that is read: catalogs and indexes of the largest models take a few millions.
-MOST_JSON = 2**25
 
 
 def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -117,6 +115,9 @@ class Checkpoint:
                 raise ValueError(f"{index} points outside its folder, to {name}: do not use this checkpoint")
             if not path.is_file():
                 raise ValueError(f"{path} is missing: fetch the checkpoint again")
+            with path.open("rb") as start:
+                if (length := int.from_bytes(start.read(8), "little")) > MOST_JSON:
+                    raise ValueError(f"{path} is not whole (a header of {length} bytes): fetch it again")
             try:
                 with safe_open(path, framework="pt") as file:
                     for tensor in file.keys():  # noqa: SIM118 - it has keys, but cannot be iterated

@@ -9,8 +9,7 @@ import pytest
 from formats import change_config, change_header
 
 import ppcl_rt
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, needs_catalog
-from ppcl_rt.checkpoint.reader import MOST_JSON
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, MOST_JSON, WEIGHTS, needs_catalog
 from ppcl_rt.messages import MOST_CHARACTERS, brief
 
 
@@ -178,6 +177,23 @@ def test_json_without_end_is_not_read(copy, name):
     with (copy / name).open("ab") as file:
         file.truncate(2**40)
     refused(copy, f"{name} cannot be read as JSON .it has more than {MOST_JSON} bytes")
+
+
+def test_a_header_without_end_is_not_read(copy):
+    """Each tensor that it lists takes a kilobyte."""
+    with (copy / WEIGHTS).open("r+b") as file:
+        file.write((MOST_JSON + 1).to_bytes(8, "little"))
+        file.truncate(2**27)
+    refused(copy, f"a header of {MOST_JSON + 1} bytes")
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path, make_checkpoint):
+    made = make_checkpoint(tmp_path / "copy")
+    before = (made.folder / CONFIG).read_bytes()
+    catalog = made.catalog.model_copy(update={"task": {"note": "x" * MOST_JSON}})
+    with pytest.raises(ValueError, match=f"at most {MOST_JSON} are read"):
+        ppcl_rt.write_checkpoint(made.folder, made.config, catalog, made.tensors)
+    assert (made.folder / CONFIG).read_bytes() == before
 
 
 def test_a_class_name_of_any_length_is_refused_briefly(copy):
