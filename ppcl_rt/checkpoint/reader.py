@@ -29,7 +29,7 @@ from ppcl_rt.checkpoint.names import (
     needs_catalog,
 )
 from ppcl_rt.files import one_line, refusing_briefly
-from ppcl_rt.planning.catalog import FORMAT, Catalog
+from ppcl_rt.planning.catalog import FORMAT, MOST_LISTED, Catalog
 from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
 
@@ -85,6 +85,10 @@ class Checkpoint:
         if catalog is not None:
             broken = f"{folder / CONFIG} holds a broken catalog"
             self._format, content = migration.up_to_date(catalog, broken)
+            # Validation would go through millions of them, and keep an error for each.
+            for key, listed in content.items():
+                if isinstance(listed, list) and len(listed) > MOST_LISTED:
+                    raise ValueError(f"{broken}: {key} lists {len(listed)}, at most {MOST_LISTED} are read")
             self.catalog = read_json(Catalog, json.dumps(content), broken)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}

@@ -26,6 +26,9 @@ FORMAT = 3
 # Tokens of a stream at a reference shape; more is a broken catalog, and FLOPs would not fit a float.
 MOST_TOKENS = 2**24
 
+# Blocks, students, text runs or measured plans; all intervals of 60 blocks are 1,830.
+MOST_LISTED = 10_000
+
 Chosen = TypeVar("Chosen", Student, TextRun)
 
 

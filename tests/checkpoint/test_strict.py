@@ -196,6 +196,13 @@ def test_what_would_not_be_read_is_not_written(tmp_path, make_checkpoint):
     assert (made.folder / CONFIG).read_bytes() == before
 
 
+@pytest.mark.parametrize("key", ["blocks", "students", "text_runs", "frontier"])
+def test_lists_without_end_are_refused_before_each_entry_is_judged(copy, key):
+    """Two millions, which a file has room for, took minutes and gigabytes."""
+    change_config(copy, lambda config: config[CATALOG_KEY].update({key: [{}] * 20_000}))
+    refused(copy, f"broken catalog: {key} lists 20000")
+
+
 def test_a_class_name_of_any_length_is_refused_briefly(copy):
     change_config(copy, lambda config: config.update(_class_name="a\n" * 10**4))
     refused(copy, "families here")
