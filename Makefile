@@ -71,6 +71,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench/suites/bench_model.py --benchmark-only -s
 	$(BIN)/python bench/suites/bench_widths.py
+	$(BIN)/python bench/suites/bench_planner.py
 	$(BIN)/python bench/suites/bench_kernels.py --tiny
 
 # On a machine with a CUDA device, with its own python: nothing is installed. PART=1, 2 or 3 for one of its parts.

@@ -12,6 +12,7 @@ from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.families import registry
 from ppcl_rt.messages import brief
+from ppcl_rt.model.fitting import Room
 from ppcl_rt.model.graphs import Mode
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
@@ -42,6 +43,9 @@ def load(
     flops: float | str | None = None,
     memory: float | str | None = None,
     latency: float | str | None = None,
+    fit: float | str | None = None,
+    pipeline: Any = None,
+    offload: Literal["model"] | None = None,
     shape: tuple[int, ...] | str | None = None,
     plan: Plan | None = None,
     dtype: torch.dtype | None = None,
@@ -65,6 +69,14 @@ def load(
         flops: at most so many floating-point operations a forward at ``shape``, also as ``"40T"``.
         memory: at most so many bytes of weights in ``dtype``, also as ``"12GB"`` (GB is 1e9 bytes).
         latency: at most so many milliseconds a forward at ``shape`` on ``device``; the first time, this measures.
+        fit: memory of the device that the whole pipeline runs on, also as ``"24GB"``: the transformer gets what the
+            weights of the other parts and the larger of its own activations and the VAE's decoding leave. What a driver
+            takes for itself is not counted: some hundred megabytes with CUDA.
+        pipeline: the rest, for ``fit``: the folder of a diffusers pipeline, of which only the headers of its files are
+            read (its floats count in the dtype of the transformer), or a pipeline, as it is. None: nothing but the
+            transformer runs, and only its activations are left free.
+        offload: for ``fit``: ``"model"`` where the pipeline runs under ``enable_model_cpu_offload``, one part at a
+            time; None where all parts stay on the device, and for a pipeline that has been set up already.
         shape: (image tokens, text tokens) or (..., ..., batch), also as ``"4096+512x2"``; None for the reference shape.
         plan: run this `Plan` instead of planning for ``ratio``.
         dtype: torch dtype of the weights; None for the one that they are stored in.
@@ -105,6 +117,9 @@ def load(
         flops=flops,
         memory=memory,
         latency=latency,
+        fit=fit,
+        pipeline=pipeline,
+        offload=offload,
         shape=shape,
         plan=plan,
         dtype=dtype,
@@ -144,6 +159,7 @@ __all__ = [
     "Planner",
     "Pluggable",
     "Program",
+    "Room",
     "Schedule",
     "Segment",
     "Streams",

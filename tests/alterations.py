@@ -380,7 +380,7 @@ def alter(folder: Path, others: Sequence[Path], rng: random.Random) -> tuple[str
     Returns:
         The file's name, and what was done to it.
     """
-    path = rng.choice(sorted(folder.iterdir()))
+    path = rng.choice(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))
     # Of many shards, as often as of one.
     if is_weights(path) and rng.random() < 0.3:
         path = folder / CONFIG

@@ -17,12 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.checkpoint import migration
+from ppcl_rt.checkpoint.card import CARD
+from ppcl_rt.checkpoint.headers import json_object, tensor_headers
 from ppcl_rt.checkpoint.names import (
     CATALOG_KEY,
     CHECKSUM_KEY,
     CONFIG,
-    INDEX,
-    MOST_JSON,
     WEIGHTS,
     config_digest,
     digest,
@@ -46,7 +46,8 @@ def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
         from huggingface_hub import snapshot_download
 
         prefix = f"{subfolder}/" if subfolder else ""
-        wanted = [f"{prefix}{CONFIG}", f"{prefix}diffusion_pytorch_model*"]
+        # The card, for the licence of a model that has no catalog.
+        wanted = [f"{prefix}{CONFIG}", f"{prefix}diffusion_pytorch_model*", CARD, "model_index.json"]
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=wanted, **hub))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
@@ -75,7 +76,7 @@ class Checkpoint:
 
     def _open(self, folder: Path) -> None:
         self.folder = folder
-        config = _json_object(folder / CONFIG)
+        config = json_object(folder / CONFIG)
         _check_config(config, folder / CONFIG)
         catalog = config.pop(CATALOG_KEY, None)
         self.config: dict[str, Any] = config
@@ -90,50 +91,13 @@ class Checkpoint:
                 if isinstance(listed, list) and len(listed) > MOST_LISTED:
                     raise ValueError(f"{broken}: {key} lists {len(listed)}, at most {MOST_LISTED} are read")
             self.catalog = read_json(Catalog, json.dumps(content), broken)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
-        self._files = self._find_tensors()
+        self._files = tensor_headers(folder, WEIGHTS)
         if self.catalog is not None:
             self._compare(self.catalog.checksums)
             self._check_dtypes(self.catalog.checksums_of)
         elif (name := next(filter(needs_catalog, self._files), None)) is not None:
             raise ValueError(f"{folder / CONFIG} has no catalog, but {folder} holds {name}: fetch {CONFIG} again")
         self._stored = {migration.current_name(name, self._format): name for name in self._files}
-
-    def _find_tensors(self) -> dict[str, Path]:
-        """Tensor name -> file, from the headers of all files."""
-        index = self.folder / INDEX
-        mapping: Any = {}
-        if index.is_file():
-            mapping = _json_object(index).get("weight_map")
-            if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
-                raise ValueError(f'{index} has no "weight_map" from tensor to file: fetch it again')
-            names = sorted(set(mapping.values()))
-        else:
-            names = [WEIGHTS]
-        found: dict[str, Path] = {}
-        for name in names:
-            path = self.folder / name
-            # A file of a hub's cache may be a link, so the name is judged, not where it leads.
-            if Path(name).name != name:
-                raise ValueError(f"{index} points outside its folder, to {name}: do not use this checkpoint")
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: fetch the checkpoint again")
-            with path.open("rb") as start:
-                if (length := int.from_bytes(start.read(8), "little")) > MOST_JSON:
-                    raise ValueError(f"{path} is not whole (a header of {length} bytes): fetch it again")
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for tensor in file.keys():  # noqa: SIM118 - it has keys, but cannot be iterated
-                        found[tensor] = path
-                        header = file.get_slice(tensor)
-                        self._shapes[tensor] = tuple(header.get_shape())
-                        self._dtypes[tensor] = header.get_dtype()
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
-        if lost := sorted(set(mapping) - set(found)):
-            raise ValueError(f"{index} lists {lost[0]}, which no file holds: fetch the checkpoint again")
-        return found
 
     def _compare(self, checksums: Mapping[str, str]) -> None:
         if lost := sorted(set(checksums) - set(self._files)):
@@ -148,11 +112,11 @@ class Checkpoint:
         floats are then of one, as every program wrote them.
         """
         floats = dict[str, str]()
-        for name, dtype in self._dtypes.items():
+        for name, (path, _, dtype) in self._files.items():
             is_order = ".order." in name
             if dtype.startswith(("F", "BF")) == is_order:
                 wanted = "integers" if is_order else "floats"
-                raise ValueError(f"{self._files[name]}: {name} is {dtype}, wanted {wanted}: fetch it again")
+                raise ValueError(f"{path}: {name} is {dtype}, wanted {wanted}: fetch it again")
             if not is_order:
                 floats.setdefault(dtype, name)
         if checksums_of == "bytes" and len(floats) > 1:
@@ -175,7 +139,7 @@ class Checkpoint:
         """
         if name not in self._stored:
             raise ValueError(f"{self.folder} holds no tensor {name}, which its catalog promises")
-        return self._shapes[self._stored[name]]
+        return self._files[self._stored[name]].shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,7 +165,7 @@ class Checkpoint:
         """
         self.shape(name)
         stored = self._stored[name]
-        path = self._files[stored]
+        path = self._files[stored].path
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(stored)
@@ -222,30 +186,3 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             f"{path} was altered: its settings and catalog have the checksum {found[:8]}, not {str(written)[:8]}: "
             f'fetch it again, or drop "{CHECKSUM_KEY}" if you changed them'
         )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        # As much as fits, not as much as the file says that it holds.
-        with path.open("rb") as file:
-            text = file.read(MOST_JSON + 1)
-        if len(text) > MOST_JSON:
-            raise ValueError(f"it has more than {MOST_JSON} bytes")
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}): fetch it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: fetch it again")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)} is there twice")
-    return content
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from ppcl_rt.checkpoint import card
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, MOST_JSON, WEIGHTS, config_digest, digest
 from ppcl_rt.files import replacing_folder
 from ppcl_rt.planning.catalog import Catalog
@@ -24,6 +25,8 @@ def write_checkpoint(
     max_shard_size: int | str = "10GB",
 ) -> Catalog:
     """Write a checkpoint folder; one that is there already is replaced once the new one is complete.
+
+    A model card that is there stays; else one is written with the catalog's licence and base model.
 
     Args:
         config: what diffusers' class takes.
@@ -50,7 +53,7 @@ def write_checkpoint(
             filename_pattern=WEIGHTS.replace(".safetensors", "{suffix}.safetensors"),
         )
         for name, members in split.filename_to_tensors.items():
-            save_file({member: held[member] for member in members}, partial / name, metadata={"format": "pt"})
+            save_file({member: held[member] for member in members}, partial / name, metadata=card.metadata(catalog))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -61,6 +64,8 @@ def write_checkpoint(
         if len(text) > MOST_JSON:
             raise ValueError(f"{CONFIG} would have {len(text)} bytes, at most {MOST_JSON} are read: leave out choices")
         (partial / CONFIG).write_text(text)
+        if not (folder / card.CARD).is_file():
+            card.write_card(partial, catalog)
     return catalog
 
 

@@ -27,6 +27,7 @@ from ppcl_rt.cli.options import (
     no_times,
     opened,
     with_amounts,
+    without_fit,
 )
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.picture import draw_plan, groups_of
@@ -93,7 +94,7 @@ def plan(
     with contextlib.ExitStack() as files:
         # Both are opened before anything is written: a bad path leaves no other file.
         plan_file, picture_file = (files.enter_context(writing(path)) if path else None for path in (out, picture))
-        catalog, made, granted, loss = _planned(checkpoint, asked, float_of(dtype), device)
+        catalog, made, granted, loss, room = _planned(checkpoint, asked, float_of(dtype), device)
         if plan_file is not None:
             plan_file.write_text(made.to_json() + "\n")
         if picture_file is not None:
@@ -102,12 +103,15 @@ def plan(
         content = {
             "asked": asked.model_dump(mode="json", exclude_none=True),
             "granted": granted,
+            **({} if room is None else {"room": {**room._asdict(), "left": room.left}}),
             "predicted_loss": None if math.isnan(loss) else loss,
             "plan": made.model_dump(mode="json"),
         }
         print(json.dumps(content, indent=1))
         return
     print(f"asked: {asked}")
+    if room is not None:
+        print(f"room: {room}")
     print(f"granted: {', '.join(f'{name} {amount:,.6g}' for name, amount in granted.items())}")
     print(f"predicted loss {loss:.5f}")
     for planned in made.blocks:
@@ -122,18 +126,19 @@ def plan(
 
 def _planned(
     checkpoint: str, asked: Budget, dtype: torch.dtype | None, device: str
-) -> tuple[ppcl_rt.Catalog, Plan, dict[str, float], float]:
-    """The catalog, the plan that keeps a budget, what it costs in each currency, and its predicted loss.
+) -> tuple[ppcl_rt.Catalog, Plan, dict[str, float], float, ppcl_rt.Room | None]:
+    """The catalog, the plan that keeps a budget, its costs, its predicted loss, and the room of a budget with ``fit``.
 
     Weights are read only where milliseconds are asked for.
     """
     source, catalog, planner = opened(checkpoint)
-    if asked.latency is not None:
+    limited, room = without_fit(asked, source, planner, dtype or source.dtype)
+    if limited.latency is not None:
         check_device(device)
         smallest = planner.plan(planner.smallest_in_digits)
         model = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device)
-        made = model.plan_of(asked)
-        return catalog, made, model.costs(made, asked.shape, latency=True), planner.loss(made)
+        made = model.plan_of(limited)
+        return catalog, made, model.costs(made, asked.shape, latency=True), planner.loss(made), room
     each = (dtype or source.dtype).itemsize
-    made = planner.plan_within(asked, lambda: each, no_times)
-    return catalog, made, costs(catalog, made, each, asked.shape), planner.loss(made)
+    made = planner.plan_within(limited, lambda: each, no_times)
+    return catalog, made, costs(catalog, made, each, asked.shape), planner.loss(made), room

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from ppcl_rt.cli import inspect, sample
+from ppcl_rt.cli.output import our_standard_output
 from ppcl_rt.messages import brief
 
 app = typer.Typer(
@@ -38,7 +39,8 @@ def main() -> None:
     for entry in entry_points(group="ppcl.commands"):
         app.add_typer(entry.load(), name=entry.name)
     try:
-        status = app(standalone_mode=False)
+        with our_standard_output():
+            status = app(standalone_mode=False)
     except _ClickException as error:
         status = _complain(error.format_message())
     except typer.Abort:

@@ -12,6 +12,8 @@ import torch
 import typer
 
 import ppcl_rt
+from ppcl_rt.families import registry
+from ppcl_rt.model.fitting import fitted, room_of
 from ppcl_rt.planning.budget import Budget
 from ppcl_rt.planning.milliseconds import BlockTimes
 
@@ -27,6 +29,10 @@ DType = Annotated[str | None, typer.Option(help="of the weights, for --memory: f
 _RATIOS = "1,0.7,0.5,0.35"
 
 
+# Of `Amounts`: what a limit is of.
+_HOW = ("shape", "pipeline", "offload")
+
+
 class Amounts(NamedTuple):
     """Budgets other than a ratio, as they were typed; None where they were not."""
 
@@ -34,7 +40,20 @@ class Amounts(NamedTuple):
     flops: str | None = None
     memory: str | None = None
     latency: str | None = None
+    fit: str | None = None
     shape: str | None = None
+    pipeline: str | None = None
+    offload: str | None = None
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """Those that limit something; the others say how."""
+        return {name: given for name, given in self._asdict().items() if name not in _HOW and given is not None}
+
+    @property
+    def how(self) -> dict[str, str | None]:
+        """Those that say how something is limited."""
+        return {name: getattr(self, name) for name in _HOW}
 
 
 NO_AMOUNTS = Amounts()
@@ -43,7 +62,10 @@ _HELP = Amounts(
     flops="at most so many FLOPs a forward at --shape: 40T",
     memory="at most so many bytes of weights, GB is 1e9: 12GB",
     latency="at most so many ms a forward at --shape on --device: 400",
+    fit="memory of the device that the whole --pipeline runs on: 24GB",
     shape="image + text tokens, x batch: 4096+512x2; else the reference shape",
+    pipeline="for --fit: folder of a diffusers pipeline; else the transformer alone",
+    offload="for --fit: model, where one part at a time is on the device",
 )
 
 
@@ -91,7 +113,7 @@ def budget_of(default: float, ratio: float | None, amounts: Amounts) -> Budget:
     Raises:
         ValueError: one of them is no amount.
     """
-    if ratio is None and not any(amounts[:-1]):
+    if ratio is None and not amounts.limits:
         ratio = default
     return Budget.of(ratio, **amounts._asdict())
 
@@ -105,8 +127,7 @@ def budgets_of(checkpoint: str, ratios: str | None, amounts: Amounts) -> list[Bu
         ValueError: one of them is no number, or the checkpoint has no plan for it. What needs milliseconds is found
             when it is run.
     """
-    *others, shape = amounts._asdict().items()
-    if ratios is None and not any(given for _, given in others):
+    if ratios is None and not amounts.limits:
         ratios = _RATIOS
     asked = []
     for part in ratios.split(",") if ratios is not None else []:
@@ -114,13 +135,32 @@ def budgets_of(checkpoint: str, ratios: str | None, amounts: Amounts) -> list[Bu
             asked.append(Budget.of(float(part)))
         except ValueError:
             raise ValueError(f'a ratio is a number above 0 and up to 1, not "{part.strip()}"') from None
-    for name, given in others:
-        asked += [Budget.of(None, **{name: part, shape[0]: shape[1]}) for part in given.split(",")] if given else []
-    _, _, planner = opened(checkpoint)
+    for name, given in amounts.limits.items():
+        how = amounts.how if name == "fit" else {"shape": amounts.shape}
+        asked += [Budget.of(None, **{name: part}, **how) for part in given.split(",")]
+    if amounts.fit is None and (amounts.pipeline or amounts.offload):
+        raise ValueError("--pipeline and --offload go with --fit")
+    source, _, planner = opened(checkpoint)
     for budget in asked:
         if budget.latency is None:
-            planner.plan_within(budget, lambda: torch.float32.itemsize, no_times)
+            limited, _ = without_fit(budget, source, planner, torch.float32)
+            planner.plan_within(limited, lambda: torch.float32.itemsize, no_times)
     return asked
+
+
+def without_fit(
+    budget: Budget, source: ppcl_rt.Checkpoint, planner: ppcl_rt.Planner, dtype: torch.dtype
+) -> tuple[Budget, ppcl_rt.Room | None]:
+    """The budget with ``memory`` in place of ``fit``, and what the rest of the pipeline takes; no weights are read.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if budget.fit is None:
+        return budget, None
+    catalog = planner.catalog
+    room = room_of(budget, registry.model_class(catalog.family), source.config, dtype, catalog.reference)
+    return fitted(budget, room, planner, dtype), room
 
 
 def float_of(name: str | None) -> torch.dtype | None:

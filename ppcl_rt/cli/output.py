@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,29 @@ from ppcl_rt.files import replacing
 
 # Columns that tables need. Narrower terminals wrap lines, which is better than numbers that are cut off.
 _TABLE_WIDTH = 150
+
+
+@contextlib.contextmanager
+def our_standard_output() -> Iterator[None]:
+    """Keep standard output for what commands print; what libraries write to its descriptor goes to standard error.
+
+    The solver's C++ prints lines of its own there for some programs, which would end up in ``--json``.
+    """
+    if sys.stdout is not sys.__stdout__ or sys.stdout is None:
+        # Somebody has put another one there already: a test, an embedding program.
+        yield
+        return
+    theirs, was = sys.stdout, os.dup(1)
+    theirs.flush()
+    with open(was, "w", encoding=theirs.encoding, errors=theirs.errors, buffering=1 if theirs.isatty() else -1) as ours:
+        os.dup2(2, 1)
+        sys.stdout = ours
+        try:
+            yield
+        finally:
+            ours.flush()
+            sys.stdout = theirs
+            os.dup2(was, 1)
 
 
 @contextlib.contextmanager

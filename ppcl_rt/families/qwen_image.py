@@ -422,7 +422,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     def example(self, tokens: Tokens) -> dict[str, Any]:
         """See `Residency.example`; the image is as nearly square as its number of tokens allows."""
         like = next(self.parameters())
-        rows = max(n for n in range(1, math.isqrt(tokens.image) + 1) if tokens.image % n == 0)
+        rows, columns = _sides(tokens.image)
 
         def noise(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=like.device, dtype=like.dtype)
@@ -431,9 +431,49 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             "hidden_states": noise(tokens.batch, tokens.image, self.config.in_channels),
             "encoder_hidden_states": noise(tokens.batch, tokens.text, self.config.joint_attention_dim),
             "timestep": torch.full((tokens.batch,), 0.5, device=like.device),
-            "img_shapes": [(1, rows, tokens.image // rows)] * tokens.batch,
+            "img_shapes": [[(1, rows, columns)]] * tokens.batch,
             "return_dict": False,
         }
+
+    @classmethod
+    def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
+        """See `Residency.activation_bytes`.
+
+        With I image tokens, T text tokens and N = I + T, counted over the batch; streams of width D, heads of A = D
+        channels together, MLPs of C = 4 D; f numbers of the dtype in a float32:
+
+        - of the forward: the inputs, the text as the first block got it (T D), two copies of the rotations, the key
+          mask, and where tokens choose between two modulations, their index;
+        - of a block: the streams as they came (N D) and the modulations of both;
+        - in attention: what q, k and v are projected from (N D); q, k and v as projected (3 N A); and while k of the
+          image is rotated in plain torch, q of both streams and k of the text done (N A + T A), k normed (I A), and
+          three float32 copies of it (3 f I A);
+        - in the MLPs: the streams with their attention (N D), what attention gave (N A), what it read of the text
+          (T D), the norms (N D), and the channels of both streams, of one twice while GELU is computed, or those of
+          the image with the product, the gated product and the sum.
+
+        Fused kernels hold less. Adapters, ControlNet and what an attention backend allocates are not counted.
+        """
+        image, text = tokens.batch * tokens.image, tokens.batch * tokens.text
+        joint, heads = image + text, config["num_attention_heads"] * config["attention_head_dim"]
+        dim, channels, wide = heads, 4 * heads, 4 / itemsize
+        outer = image * config["in_channels"] + text * (config["joint_attention_dim"] + dim)
+        outer += 2 * (tokens.image + tokens.text) * config["attention_head_dim"] * wide + joint / itemsize
+        # The embedding of the timestep, before and after SiLU, and six parts for each stream.
+        block, modulations = joint * dim, (2 + 2 * 6) * dim * tokens.batch
+        if config["zero_cond_t"]:
+            outer, modulations = outer + image * 8 / itemsize, 2 * modulations
+        attention = joint * dim + (4 * joint + text + image + 3 * wide * image) * heads
+        hidden = max(2 * image + text, image + 2 * text) * channels
+        feed_forward = (2 * joint + text) * dim + joint * heads
+        feed_forward += max(hidden, joint * channels + 3 * image * dim)
+        return math.ceil(itemsize * (outer + block + modulations + max(attention, feed_forward)))
+
+    @classmethod
+    def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:
+        """See `Residency.latents_of`; a token is 2 x 2 latents of one frame, the image as nearly square as can be."""
+        rows, columns = _sides(tokens.image)
+        return (tokens.batch, vae["z_dim"], 1, 2 * rows, 2 * columns)
 
     def adopt(self, block: Any) -> None:
         """Take over the attention backend of the blocks that are there."""
@@ -615,6 +655,12 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
             for block in blocks:
                 image = image + samples[block // share]
         return image
+
+
+def _sides(tokens: int) -> tuple[int, int]:
+    """Rows and columns of an image, as nearly square as its number of tokens allows."""
+    rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
+    return rows, tokens // rows
 
 
 def _architecture(depth: int, heads: int, head_dim: int, outer_params: int) -> Architecture:

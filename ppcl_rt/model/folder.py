@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from ppcl_rt.checkpoint.card import read_origin
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
@@ -36,6 +37,9 @@ _LOAD_ARGUMENTS = (
     "flops",
     "memory",
     "latency",
+    "fit",
+    "pipeline",
+    "offload",
     "shape",
     "plan",
     "device",
@@ -77,12 +81,16 @@ class CheckpointFolder(Modulations):
         flops: float | str | None = None,
         memory: float | str | None = None,
         latency: float | str | None = None,
+        fit: float | str | None = None,
+        pipeline: Any = None,
+        offload: Literal["model"] | None = None,
         shape: Any = None,
         **hub: Any,
     ) -> Self:
         """Load a checkpoint at a ratio or within other budgets; see `ppcl_rt.load`."""
         check_ratio(ratio)
-        budget = Budget.of(ratio, params=params, flops=flops, memory=memory, latency=latency, shape=shape)
+        fitting = {"fit": fit, "pipeline": pipeline, "offload": offload, "shape": shape}
+        budget = Budget.of(ratio, params=params, flops=flops, memory=memory, latency=latency, **fitting)
         if resident not in ("plan", "all"):
             raise ValueError(f'resident is "plan" or "all", not {resident!r}')
         check_mode(graphs)
@@ -128,7 +136,9 @@ class CheckpointFolder(Modulations):
             raise ValueError(
                 first_error(error, f"{source.folder}: config.json describes no model that can be")
             ) from None
-        catalog = source.catalog or Catalog.of_dense(cls.family, architecture, cls.reference)
+        catalog = source.catalog or Catalog.of_dense(
+            cls.family, architecture, cls.reference, **read_origin(source.folder)._asdict()
+        )
         if catalog.family != cls.family:
             raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
         if catalog.architecture != architecture:

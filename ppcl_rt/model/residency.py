@@ -102,6 +102,29 @@ class Residency(nn.Module):
         """Arguments of a forward over random inputs of a shape, on the model's device and in its dtype."""
         raise NotImplementedError
 
+    @classmethod
+    def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
+        """The most bytes that a dense forward holds at once beside the weights; at least what any plan takes.
+
+        Args:
+            config: of the transformer.
+            tokens: of the forward.
+            itemsize: bytes of a number in the model's dtype.
+
+        Raises:
+            ValueError: the family does not say.
+        """
+        raise ValueError(f"the family {cls.family} does not say what its forwards hold: fit cannot be had, memory can")
+
+    @classmethod
+    def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:
+        """Shape of what a pipeline has its VAE, of this config, decode after forwards over some tokens.
+
+        Raises:
+            ValueError: the family does not say.
+        """
+        raise ValueError(f"the family {cls.family} does not say what its VAE decodes: fit cannot be had, memory can")
+
     def adopt(self, block: Any) -> None:
         """Give a block that joins the model what callers have set on the others."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.model.fitting import Room, fitted, room_of
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.model.residency import READING, Residency
 from ppcl_rt.model.running import Running
@@ -23,6 +25,7 @@ from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
 from ppcl_rt.planning.schedule import Schedule
 
+_log = logging.getLogger(__name__)
 # Programs chosen by `at`, by the identity of the model. A context variable, so that threads and tasks do not see each
 # other's.
 _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=MappingProxyType({}))
@@ -77,9 +80,10 @@ class Switching(Residency):
         """Run the best plan within a budget from now on.
 
         Args:
-            ratio, budgets: as `ppcl_rt.planning.budget.Budget` takes them: ``params``, ``flops``, ``memory`` and
-                ``latency``, alone or together, and the ``shape`` that FLOPs and latency are of. With ``memory``, what
-                the plan does not need is dropped, so that the model holds no more than that.
+            ratio, budgets: as `ppcl_rt.planning.budget.Budget` takes them: ``params``, ``flops``, ``memory``,
+                ``latency`` and ``fit``, alone or together; the ``shape`` that FLOPs, latency and activations are of;
+                ``pipeline`` and ``offload`` for ``fit`` (`room`). With ``memory`` or ``fit``, what the plan does not
+                need is dropped, so that the model holds no more than that.
 
         Raises:
             ValueError: no such budget, or no plan keeps it: the message says the least that can be.
@@ -88,7 +92,7 @@ class Switching(Residency):
         plan = self.plan_of(budget)
         with READING:
             self.set_plan(plan)
-            if budget.memory is not None:
+            if budget.memory is not None or budget.fit is not None:
                 self.trim(to_width=True)
 
     def set_plan(self, plan: Plan) -> None:
@@ -147,7 +151,27 @@ class Switching(Residency):
             return choice
         if not isinstance(choice, Budget):
             return self.planner.plan(choice)
-        return self.planner.plan_within(choice, lambda: next(self.parameters()).element_size(), self.times)
+        dtype = next(self.parameters()).dtype
+        if choice.fit is not None:
+            room = self._room(choice)
+            choice = fitted(choice, room, self.planner, dtype)
+            _log.info("%s", room)
+        return self.planner.plan_within(choice, lambda: dtype.itemsize, self.times)
+
+    def room(self, fit: float | str, **more: Any) -> Room:
+        """What the rest of a pipeline leaves of a device for this model, part by part.
+
+        Args:
+            fit: memory of the device in bytes, also as ``"24GB"`` (GB is 1e9 bytes).
+            more: as `ppcl_rt.planning.budget.Budget` takes them: ``pipeline``, ``offload`` and ``shape``.
+
+        Raises:
+            ValueError: not an amount, or no pipeline whose parts can be told.
+        """
+        return self._room(Budget.of(fit=fit, **more))
+
+    def _room(self, budget: Budget) -> Room:
+        return room_of(budget, type(self), self.config, next(self.parameters()).dtype, self.catalog.reference)
 
     def costs(self, plan: Plan | None = None, shape: Tokens | None = None, latency: bool = False) -> dict[str, float]:
         """What a plan costs here: ``ratio``, ``params``, ``flops``, ``memory`` in bytes and, if asked, ``latency``.

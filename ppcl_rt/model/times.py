@@ -4,6 +4,10 @@ A table (`ppcl_rt.planning.milliseconds.TimeTable`) is of one kind of block, at 
 for in the file that ``PPCL_TIMES`` names (`make gpu` writes one), then in the user's cache folder, and else measured:
 forwards over a few blocks of the checkpoint, all at one width, against forwards over none, by turns with the full
 width. That takes less than a minute and holds a few blocks.
+
+A planner for milliseconds takes what the table makes too cheap, so a plan takes longer than the sum of its parts says.
+Where all blocks were held, whole plans that the planner makes are timed as well, and each part is scaled as explains
+them best.
 """
 
 from __future__ import annotations
@@ -14,26 +18,36 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ppcl_rt.files import write_json
 from ppcl_rt.ops.table import cache_folder
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED
+from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.costs import Milliseconds
 from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.milliseconds import BlockTimes, Kind, TimeRow, TimeTable
+from ppcl_rt.planning.milliseconds import LEAST_MS, BlockTimes, Kind, TimeRow, TimeTable
 from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.planner import Planner
 from ppcl_rt.planning.width import Width
 
-# Blocks that a forward is timed over: their weights do not stay in a cache.
+# Blocks that a forward is timed over: their weights do not stay in a cache. All blocks, where they take few bytes.
 _BLOCKS = 4
+_ALL_BLOCKS_BYTES = 1e9
 # Timings of each width, by turns with the full one; fewer where a forward is so long that a minute would not do.
 _REPEATS = 15
-_SECONDS = 40.0
+_SECONDS = 30.0
+# Whole plans that are timed, spread between the least and the dense milliseconds, and rounds of planning them: with the
+# table as it was measured, then with the table that explains the first.
+_TRIALS, _ROUNDS = 12, 2
+# A trial is off by some 3 %, a part of the table by some 20 %: parts move from what was measured as far as that pays.
+_RIDGE = (0.03 / 0.2) ** 2
 
 
 def block_times(model: Any, tokens: Tokens) -> BlockTimes:
@@ -61,7 +75,7 @@ def _name(model: Any, tokens: Tokens) -> str:
     """A name of all that times depend on, and of the counts that are measured."""
     about = {
         "spec": next(iter(model.catalog.architecture.kinds.values())).model_dump(mode="json"),
-        "widths": [dict(probe.width) for probe in _probes(model.catalog)],
+        "widths": [dict(probe.width) for probe in _probes(model.catalog, 1)],
         "tokens": list(tokens),
         "dtype": str(model.dtype),
         "device": _device_name(model.device),
@@ -92,19 +106,23 @@ class _Probe(NamedTuple):
     run: Interval | None = None
 
 
-def _probes(catalog: Catalog) -> Iterator[_Probe]:
-    """The full block, every count of every group alone, and blocks that do not update the text."""
+def _probes(catalog: Catalog, most: int) -> Iterator[_Probe]:
+    """The full block, every count of every group alone, and blocks that do not update the text.
+
+    Args:
+        most: blocks to a plan.
+    """
     depth, full = catalog.architecture.depth, catalog.spec(0).full
 
     def plan(widths: dict[int, Width], runs: tuple[Interval, ...] = ()) -> Plan:
         return catalog.compose(widths.items(), text_runs=runs)
 
-    yield _Probe(full, plan(dict.fromkeys(range(min(_BLOCKS, depth)), full)), min(_BLOCKS, depth))
+    yield _Probe(full, plan(dict.fromkeys(range(min(most, depth)), full)), min(most, depth))
     for group in full:
         counts = {count.units for widths in catalog.blocks for count in widths.of(group)[1:]}
         for count in sorted(counts, reverse=True):
             width = full.replace(**{group: count})
-            blocks = [n for n in range(depth) if catalog.blocks[n].has(group, count)][:_BLOCKS]
+            blocks = [n for n in range(depth) if catalog.blocks[n].has(group, count)][:most]
             yield _Probe(width, plan(dict.fromkeys(blocks, width)), len(blocks))
     for run in sorted((run.interval for run in catalog.text_runs), key=len)[:1]:
         width = full.without(set(full) - set(catalog.spec(0).groups_without(TEXT_NOT_UPDATED)))
@@ -154,17 +172,20 @@ def measure(model: Any, tokens: Tokens) -> TimeTable:
     """
     if model._source is None:
         raise ValueError("there is no checkpoint to time blocks of: load the model from a folder")
-    catalog, probes = model.catalog, list(_probes(model.catalog))
+    catalog = model.catalog
+    architecture = catalog.architecture
+    everything = model.dtype.itemsize * architecture.dense_params <= _ALL_BLOCKS_BYTES
+    probes = list(_probes(catalog, architecture.depth if everything else _BLOCKS))
     alone = type(model).load(model._source.folder, plan=probes[0].plan, dtype=model.dtype, device=model.device)
     clock = _Clock(alone, alone.example(tokens))
-    empty = Plan(checkpoint=catalog.fingerprint, depth=catalog.architecture.depth, blocks=())
+    empty = Plan(checkpoint=catalog.fingerprint, depth=architecture.depth, blocks=())
     for plan in (empty, *(probe.plan for probe in probes)):
         # Reads, chooses implementations, warms up.
         clock(plan)
     once = clock(probes[0].plan) / 1e3
     repeats = max(3, min(_REPEATS, int(_SECONDS / (3 * once * len(probes)))))
     rows = []
-    map_ms = clock.map(tokens, catalog.architecture.dim)
+    map_ms = clock.map(tokens, architecture.dim)
     outers = []
     for probe in probes:
         # By turns, so that a change of the clock rate or of other load meets all three alike.
@@ -173,17 +194,53 @@ def measure(model: Any, tokens: Tokens) -> TimeTable:
         mine = statistics.median(own - outer for own, _, outer in turns)
         full = statistics.median(whole - outer for _, whole, outer in turns) / probes[0].blocks
         if probe.run is not None:
-            mine -= full + map_ms * len(catalog.architecture.run_maps(probe.run))
+            mine -= full + map_ms * len(architecture.run_maps(probe.run))
         kind: Kind = "text_not_updated" if probe.run is not None else "block"
         rows.append(_row(kind, probe.width, tokens, mine / probe.blocks, full, repeats))
     rows.append(_row("outer", None, tokens, statistics.median(outers), statistics.median(outers), repeats))
     rows.append(_row("map", None, tokens, map_ms, map_ms, _REPEATS))
-    return _table(model, rows)
+    times = BlockTimes(catalog.spec(0), tuple(rows), (tokens.image, tokens.text, tokens.batch))
+    return _table(model, list(_explained(model, clock, times, repeats).rows if everything else rows))
+
+
+def _explained(model: Any, clock: _Clock, times: BlockTimes, repeats: int) -> BlockTimes:
+    """Scale what was measured so that it explains whole plans."""
+    found, timed = times, dict[Plan, float]()
+    for _ in range(_ROUNDS):
+        trials = {plan: None for plan in _trials(model.planner, found) if plan not in timed}
+        for plan in trials:
+            clock(plan)
+        # One round of all plans after another, so that a change of the clock rate meets them all alike.
+        turns = [[clock(plan) for plan in trials] for _ in range(repeats)]
+        timed |= {plan: statistics.median(each) for plan, each in zip(trials, zip(*turns, strict=True), strict=True)}
+        found = times.scaled(_factors(times, timed))
+    return found
+
+
+def _trials(planner: Planner, times: BlockTimes) -> Iterator[Plan]:
+    """Plans of a planner at milliseconds spread evenly from the least to those of the dense plan, which is the last."""
+    cost, dense = Milliseconds(times), planner.catalog.dense
+    least, most = planner.least(cost), times.plan_ms(dense)
+    for n in range(1, _TRIALS):
+        yield planner.plan((Limit(cost, least + (most - least) * n / _TRIALS),))
+    yield dense
+
+
+def _factors(times: BlockTimes, timed: Mapping[Plan, float]) -> dict[str, float]:
+    """Find the factor of each part that explains the milliseconds of plans: ridge regression towards factors of 1."""
+    parts = [times.parts(plan) for plan in timed]
+    names = list(parts[0])
+    measured = np.array(list(timed.values()))
+    # In shares of each plan's milliseconds, so that short plans count as much as long ones.
+    shares = np.array([[each[name] for name in names] for each in parts]) / measured[:, None]
+    normal = shares.T @ shares + _RIDGE * np.eye(len(names))
+    found = np.linalg.solve(normal, shares.T @ (1 - shares.sum(1)))
+    return {name: float(max(1 + change, 0.0)) for name, change in zip(names, found, strict=True)}
 
 
 def _row(kind: Kind, width: Width | None, tokens: Tokens, ms: float, full_ms: float, repeats: int) -> TimeRow:
     # A difference of medians may come out below nothing where the clock is coarser than the block.
-    ms, full_ms = max(ms, 1e-6), max(full_ms, 1e-6)
+    ms, full_ms = max(ms, LEAST_MS), max(full_ms, LEAST_MS)
     return TimeRow(
         kind=kind,
         image_tokens=tokens.image,

@@ -67,7 +67,12 @@ def qkv_projection(
         for into, weight, bias in zip(part.unbind(0), s.weights, s.biases, strict=True):
             if rows < len(weight):
                 weight, bias = weight[:rows], None if bias is None else bias[:rows]
-            into.copy_(F.linear(s.x, weight if columns == weight.shape[1] else weight[:, :columns], bias))
+            weight = weight if columns == weight.shape[1] else weight[:, :columns]
+            if batch == 1 and bias is not None:
+                # Where a stream is one piece of memory, the product goes there at once.
+                torch.addmm(bias, s.x[0], weight.t(), out=into[0])
+            else:
+                into.copy_(F.linear(s.x, weight, bias))
     joint = joint.view(3, batch, sum(tokens), heads, head_dim)
     qk = joint[:2]
     if streams[0].norms[0] is not None:

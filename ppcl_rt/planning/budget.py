@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_serializer, field_validator, model_validator
 
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.catalog import MOST_TOKENS, Catalog
@@ -23,7 +24,10 @@ _UNITS: dict[str, dict[str, float]] = {
     "memory": {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12},
     "latency": {"": 1, "ms": 1, "s": 1e3},
 }
-_EXAMPLES = {"params": "10B", "flops": "40T", "memory": "12GB", "latency": "400ms"}
+_UNITS["fit"] = _UNITS["memory"]
+_EXAMPLES = {"params": "10B", "flops": "40T", "memory": "12GB", "latency": "400ms", "fit": "24GB"}
+# What each budget limits; the others say how.
+_LIMITED = ("ratio", "params", "flops", "memory", "latency", "fit")
 
 
 class Limit(NamedTuple):
@@ -45,7 +49,12 @@ class Budget(Frozen):
         flops: floating-point operations of a forward at ``shape``.
         memory: bytes of the weights that the model holds, in its dtype.
         latency: milliseconds of a forward at ``shape``, as measured on this device.
+        fit: bytes of a device that the whole pipeline runs on; the model gets what the rest leaves
+            (`ppcl_rt.model.fitting`).
         shape: tokens of a forward; None for the reference shape.
+        pipeline: the rest, for ``fit``: the folder of a diffusers pipeline, or a pipeline.
+        offload: how it runs, for ``fit``: None where all parts stay on the device, ``"model"`` where one part at a time
+            is there (``enable_model_cpu_offload``).
     """
 
     ratio: float | None = Field(None, gt=0, le=1)
@@ -53,7 +62,10 @@ class Budget(Frozen):
     flops: float | None = Field(None, gt=0, allow_inf_nan=False)
     memory: float | None = Field(None, gt=0, allow_inf_nan=False)
     latency: float | None = Field(None, gt=0, allow_inf_nan=False)
+    fit: float | None = Field(None, gt=0, allow_inf_nan=False)
     shape: Tokens | None = None
+    pipeline: Any = None
+    offload: Literal["model"] | None = None
 
     @classmethod
     def of(cls, ratio: float | None = None, **budgets: Any) -> Budget:
@@ -71,7 +83,7 @@ class Budget(Frozen):
         except ValidationError as error:
             raise ValueError(first_error(error, "a budget")) from None
 
-    @field_validator("params", "flops", "memory", "latency", mode="before")
+    @field_validator("params", "flops", "memory", "latency", "fit", mode="before")
     @classmethod
     def _amount(cls, given: Any, info: ValidationInfo) -> Any:
         """Read ``"12GB"``; numbers are taken as they are."""
@@ -102,11 +114,27 @@ class Budget(Frozen):
             raise ValueError(f"a shape has 1 to {MOST_TOKENS} tokens of each stream and a batch of 1 or more")
         return shape
 
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _offload(cls, offload: Any) -> Any:
+        if offload not in (None, "model"):
+            raise ValueError(
+                f'wanted "model" (enable_model_cpu_offload) or None, not {offload!r}: where layers come one by one, '
+                "the size of the transformer does not decide what fits"
+            )
+        return offload
+
     @model_validator(mode="after")
     def _something(self) -> Budget:
-        if all(getattr(self, name) is None for name in ("ratio", "params", "flops", "memory", "latency")):
-            raise ValueError("give a ratio, or at least one of params, flops, memory and latency")
+        if all(getattr(self, name) is None for name in _LIMITED):
+            raise ValueError("give a ratio, or at least one of params, flops, memory, latency and fit")
+        if self.fit is None and (self.pipeline is not None or self.offload is not None):
+            raise ValueError("pipeline and offload go with fit, the memory of the device")
         return self
+
+    @field_serializer("pipeline")
+    def _named(self, pipeline: Any) -> str | None:
+        return None if pipeline is None else _short(pipeline)
 
     def __str__(self) -> str:
         given = self.model_dump(exclude_none=True)
@@ -126,6 +154,7 @@ class Budget(Frozen):
             bytes_each: returns the bytes of a parameter; called if memory is asked for.
             times: returns the milliseconds at a shape; called if latency is asked for.
         """
+        assert self.fit is None, "what fits is found first: it is a limit of memory then"
         shape = self.shape or catalog.reference
         found: list[Limit] = []
         if self.ratio is not None:
@@ -182,4 +211,6 @@ def _short(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         image, text, batch = value
         return f"{image}+{text}" + (f"x{batch}" if batch != 1 else "")
-    return f"{value:,.10g}"
+    if isinstance(value, (int, float)):
+        return f"{value:,.10g}"
+    return str(value) if isinstance(value, (str, Path)) else type(value).__name__

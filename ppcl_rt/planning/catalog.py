@@ -25,6 +25,8 @@ FORMAT = 3
 
 # Tokens of a stream at a reference shape; more is a broken catalog, and FLOPs would not fit a float.
 MOST_TOKENS = 2**24
+# Characters of a model as hubs name it, and of a licence.
+LONGEST_MODEL, LONGEST_LICENSE = 200, 100
 
 # Blocks, students, text runs or measured plans; all intervals of 60 blocks are 1,830.
 MOST_LISTED = 10_000
@@ -68,7 +70,7 @@ class Catalog(Frozen):
         checksums: SHA-256 of every tensor, by its name in the file.
         checksums_of: what they are made of: a tensor's bytes alone (formats 1 and 2), or its dtype and shape too.
         base_model: the model that this one was made from, as its hub names it; None where it was made from nothing.
-        license: of the weights, as its SPDX identifier.
+        license: of the weights, as hubs write it (``apache-2.0``, ``other/NAME``); None: not known.
         task: how to sample and judge, for checkpoints of a task that the project can judge: ``{"name": ..., ...}``.
     """
 
@@ -85,8 +87,8 @@ class Catalog(Frozen):
     sketch: Sketch | None = None
     checksums: dict[str, str] = Field(default_factory=dict)
     checksums_of: Literal["bytes", "tensors"] = "tensors"
-    base_model: str | None = Field(None, max_length=200)
-    license: str | None = Field(None, max_length=100)
+    base_model: str | None = Field(None, min_length=1, max_length=LONGEST_MODEL)
+    license: str | None = Field(None, min_length=1, max_length=LONGEST_LICENSE)
     task: dict[str, Any] | None = None
 
     @field_validator("reference")
@@ -141,10 +143,10 @@ class Catalog(Frozen):
         return self
 
     @classmethod
-    def of_dense(cls, family: str, architecture: Architecture, reference: Tokens) -> Catalog:
-        """The catalog of a stock checkpoint: everything, or nothing."""
+    def of_dense(cls, family: str, architecture: Architecture, reference: Tokens, **origin: str | None) -> Catalog:
+        """The catalog of a stock checkpoint: everything, or nothing; ``origin`` is its base model and licence."""
         blocks = (LegalWidths.only(architecture.spec(n).full) for n in range(architecture.depth))
-        return cls(family=family, architecture=architecture, reference=reference, blocks=tuple(blocks))
+        return cls(family=family, architecture=architecture, reference=reference, blocks=tuple(blocks), **origin)
 
     @cached_property
     def fingerprint(self) -> str:

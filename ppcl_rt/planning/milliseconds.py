@@ -7,7 +7,7 @@ for milliseconds adds up `BlockTimes.change` as it adds up parameters.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ from ppcl_rt.planning.plan import Plan, text_maps
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 Kind = Literal["block", "text_not_updated", "map", "outer"]
+# Milliseconds are above zero: a difference of timings may not be.
+LEAST_MS = 1e-6
 
 
 class TimeRow(Frozen):
@@ -160,9 +162,13 @@ class BlockTimes:
         Raises:
             ValueError: a count lies outside of what was measured.
         """
-        kind, whole = _kind(not_updated), self.whole(not_updated)
-        total = self._curve(kind, next(iter(whole)))[next(iter(whole.values()))]
-        return total + sum(self.change(group, width[group], not_updated) for group in whole)
+        changes = (self.change(group, width[group], not_updated) for group in self.whole(not_updated))
+        return self._whole_ms(not_updated) + sum(changes)
+
+    def _whole_ms(self, not_updated: Collection[Stream]) -> float:
+        """Milliseconds of a block at full width."""
+        whole = self.whole(not_updated)
+        return self._curve(_kind(not_updated), next(iter(whole)))[next(iter(whole.values()))]
 
     def change(self, group: str, count: int, not_updated: Collection[Stream] = ALL_UPDATED) -> float:
         """Return the milliseconds that a block takes more when only this group differs from the full block's.
@@ -194,10 +200,43 @@ class BlockTimes:
         Raises:
             ValueError: a block needs what was not measured.
         """
-        total = self.outer_ms
-        total += sum(self.ms(block.width, plan.not_updated(block)) for block in plan.blocks)
+        return sum(self.parts(plan).values())
+
+    def parts(self, plan: Plan) -> dict[str, float]:
+        """Divide the milliseconds of a forward into what adds up.
+
+        Those outside of blocks (``outer``), of full blocks (``full``), of maps (``map``), what changes where the text
+        is not updated (``still``), and where a group is narrower, by its name.
+
+        Raises:
+            ValueError: as `plan_ms`.
+        """
         maps = sum(len(text_maps(run, plan.depth)) for run in plan.text_runs)
-        return total + (maps * self.map_ms if maps else 0.0)
+        found = {"outer": self.outer_ms, "map": maps * self.map_ms if maps else 0.0, "full": 0.0, "still": 0.0}
+        found |= dict.fromkeys(self.spec.full, 0.0)
+        for block in plan.blocks:
+            not_updated = plan.not_updated(block)
+            found["full"] += self._full_ms
+            found["still"] += self._whole_ms(not_updated) - self._full_ms
+            for group in self.whole(not_updated):
+                found[group] += self.change(group, block.width[group], not_updated)
+        return found
+
+    def scaled(self, factors: Mapping[str, float]) -> BlockTimes:
+        """Multiply each of the `parts` by a factor; those of the blocks' groups by that of the group."""
+        full = self._full_ms * factors["full"]
+
+        def ms(row: TimeRow) -> float:
+            if row.width is None:
+                return row.ms * factors[row.kind]
+            reference, whole = self.whole(row.not_updated), self._whole_ms(row.not_updated)
+            narrower = [group for group in reference if row.width[group] != reference[group]]
+            change = row.ms / row.full_ms * self._full_ms - whole
+            factor = factors[narrower[0]] if len(narrower) == 1 else 1.0
+            return full + factors["still"] * (whole - self._full_ms) + factor * change
+
+        rows = (row.model_copy(update={"ms": max(ms(row), LEAST_MS), "full_ms": full}) for row in self.rows)
+        return BlockTimes(self.spec, tuple(rows), self.shape)
 
     @property
     def outer_ms(self) -> float:

@@ -33,9 +33,11 @@ _TRIES = 8
 # Linear programs on marginal losses that are solved for one plan. They stand still or go round after two or three.
 _MARGINAL_PROGRAMS = 4
 # How exactly a linear program is solved, as a share of the loss: to the end up to so many choices. Beyond them (60
-# blocks have some 5,000) a proof that nothing is better takes seconds. Programs on marginal losses are only steps.
+# blocks have some 5,000) a proof that nothing is better takes seconds. Programs on marginal losses are only steps,
+# after which counts are exchanged: they go without a proof.
 _EXACT_CHOICES = 2000
 _GAP = 5e-3
+_STEP_GAP = 2e-2
 # Further starts for one plan. Small catalogs have fewer good ways down, and each start takes milliseconds there.
 _MOST_STARTS = 12
 _STARTS_TIMES_CHOICES = 2000
@@ -258,7 +260,7 @@ class Planner:
         found = [linear, *(planning.improve(start, costs, room) for start in (linear, known) if start is not None)]
         best = min(found, key=planning.loss)
         for _ in range(_MARGINAL_PROGRAMS):
-            step = self._linear(planning.marginal(best), limits, _GAP)
+            step = self._linear(planning.marginal(best), limits, _STEP_GAP, proof=False)
             if step is None or any(np.array_equal(step, other) for other in found):
                 break
             found += [step, planning.improve(step, costs, room)]
@@ -268,15 +270,17 @@ class Planner:
         # Other starts: the linear program with losses that are off at random.
         rng = np.random.default_rng(0)
         for _ in range(min(_MOST_STARTS, _STARTS_TIMES_CHOICES // len(choices))):
-            start = self._linear(choices.losses * np.exp(rng.normal(size=len(choices))), limits, _GAP)
+            start = self._linear(choices.losses * np.exp(rng.normal(size=len(choices))), limits, _STEP_GAP, proof=False)
             if start is not None:
                 found.append(planning.improve(start, costs, room))
         if known is not None:
             found.append(known)
         return min(found, key=scoring.loss)
 
-    def _linear(self, objective: np.ndarray, limits: tuple[Limit, ...], gap: float) -> np.ndarray | None:
-        """The set of choices with the least sum of ``objective`` within limits; None where there is none."""
+    def _linear(
+        self, objective: np.ndarray, limits: tuple[Limit, ...], gap: float, proof: bool = True
+    ) -> np.ndarray | None:
+        """The set of choices with the least sum of ``objective`` within limits ; None where there is none."""
         architecture = self.catalog.architecture
         rows, most, scales = [], [], []
         for cost, budget in limits:
@@ -287,7 +291,7 @@ class Planner:
             most.append((budget - cost.outer(architecture)) / scales[-1])
         room = np.array(most)
         for _ in range(_TRIES):
-            taken = minimise(objective, self._choices.rules, np.array(rows), room, gap)
+            taken = minimise(objective, self._choices.rules, np.array(rows), room, gap, proof)
             if taken is None:
                 return None
             excess = np.array([row[taken].sum() for row in rows]) - most

@@ -13,9 +13,9 @@ from formats import as_format_1
 import ppcl_rt
 from ppcl_rt.checkpoint import migration
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG
+from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.catalog import FORMAT
-
-SCENES = Path(__file__).parents[2] / "examples" / "scenes"
+from ppcl_rt.planning.costs import Params
 
 
 @pytest.fixture
@@ -54,12 +54,19 @@ def test_format_1_is_saved_in_the_current_format(old, tmp_path):
     assert all(torch.equal(saved.read(name), tensor) for name, tensor in made.tensors.items())
 
 
-def test_the_shipped_checkpoint_is_of_format_1_and_loads():
-    """Nothing on disk was changed for the new format."""
-    assert json.loads((SCENES / CONFIG).read_text())[CATALOG_KEY]["format"] == 1
-    source = ppcl_rt.Checkpoint(SCENES)
-    assert source.catalog is not None and source.catalog.format == FORMAT
-    assert source.catalog.fingerprint == "334ff64baef7b3b3"
+@pytest.mark.parametrize(
+    ("share", "params", "flops"),
+    [(0.7, 2858120, 45944832), (0.5, 2042024, 42433536), (0.35, 1424992, 33114560), (0.2, 813080, 17394496)],
+)
+def test_the_catalog_of_the_first_shipped_checkpoint_still_plans(share, params, flops):
+    """`format_1_catalog.json` is that catalog (checksums left out); plans are those of its table of scores."""
+    content = json.loads(Path(__file__).with_name("format_1_catalog.json").read_text())
+    version, migrated = migration.up_to_date(content, "broken")
+    catalog = ppcl_rt.Catalog.model_validate(migrated)
+    assert version == 1 and catalog.format == FORMAT
+    architecture = catalog.architecture
+    plan = ppcl_rt.Planner(catalog).plan((Limit(Params(), share * architecture.dense_params),))
+    assert (architecture.params(plan), architecture.flops(plan, 16, 7)) == (params, flops)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ppcl_rt import Budget, Tokens
@@ -21,6 +23,7 @@ from ppcl_rt.planning.budget import ratio_limits
         ({"latency": "400ms"}, 400),
         ({"latency": "1.5s"}, 1500),
         ({"latency": 7}, 7),
+        ({"fit": "24GB"}, 24e9),
     ],
 )
 def test_amounts(given, amount):
@@ -44,6 +47,11 @@ def test_amounts(given, amount):
         ({"flops": float("inf")}, "flops"),
         ({"memory": -1}, "memory"),
         ({}, "give a ratio"),
+        ({"fit": "24"}, None),
+        ({"fit": "24 cards"}, "24GB"),
+        ({"fit": 0}, "fit"),
+        ({"memory": 1, "pipeline": "here"}, "go with fit"),
+        ({"fit": 1, "offload": "sequential"}, "enable_model_cpu_offload"),
         ({"shape": (16, 7)}, "give a ratio"),
         ({"flops": 1, "shape": "16"}, "4096"),
         ({"flops": 1, "shape": (16,)}, "shape"),
@@ -66,6 +74,13 @@ def test_shapes():
     assert Budget.of(flops=1, shape="4096+512").shape == Tokens(4096, 512)
     assert Budget.of(flops=1, shape=" 16+7x3 ").shape == Budget.of(flops=1, shape=(16, 7, 3)).shape == Tokens(16, 7, 3)
     assert str(Budget.of(0.5, flops="20M", shape=(16, 7, 3))) == "ratio 0.5, flops 20,000,000, shape 16+7x3"
+
+
+def test_a_pipeline_is_written_by_its_name():
+    budget = Budget.of(fit="8GB", pipeline=object(), offload="model")
+    assert str(budget) == "fit 8,000,000,000, pipeline object, offload model"
+    assert json.loads(budget.model_dump_json(exclude_none=True))["pipeline"] == "object"
+    assert Budget.of(fit=1, pipeline="here").model_dump(exclude_none=True) == {"fit": 1, "pipeline": "here"}
 
 
 def test_what_is_asked_for_is_what_is_limited(made):

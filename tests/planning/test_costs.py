@@ -124,6 +124,22 @@ def test_a_plan_costs_its_blocks_its_maps_and_what_is_around_them(costs):
     assert costs.plan_ms(plan) == pytest.approx(0.3 + 3 * 1.4 + 2 * 1.2 + 2.0 + 3 * 0.05)
 
 
+def test_parts_add_up_and_each_is_scaled_by_its_factor(costs):
+    half = FULL.replace(heads=12)
+    planned = [(0, half), *((n, SKIPPING if n > 1 else half.replace(image=4096)) for n in range(1, 4))]
+    blocks = tuple(PlannedBlock(interval=Interval(n, n), width=width) for n, width in planned)
+    plan = Plan(checkpoint="", depth=6, blocks=blocks, text_runs=(Interval(1, 3),))
+    parts = costs.parts(plan)
+    assert sum(parts.values()) == pytest.approx(costs.plan_ms(plan))
+    assert parts["full"] == pytest.approx(4 * 2.0) and parts["still"] == pytest.approx(2 * (1.7 - 2.0))
+    assert parts["heads"] == pytest.approx(2 * -0.6) and parts["text"] == 0
+    factors = {name: 1 + n / 10 for n, name in enumerate(parts)}
+    scaled = costs.scaled(factors)
+    assert scaled.parts(plan) == pytest.approx({name: factors[name] * ms for name, ms in parts.items()})
+    same = costs.scaled(dict.fromkeys(parts, 1.0))
+    assert same.plan_ms(plan) == pytest.approx(costs.plan_ms(plan))
+
+
 def test_a_shape_that_was_not_measured_is_refused(read):
     with pytest.raises(ValueError, match=r"no full block was measured at \(1024, 512, 1\).*\(4096, 512, 1\)"):
         read().at(1024, 512)

@@ -99,6 +99,10 @@ def test_a_trace_is_what_the_model_computes():
     assert not model.blocks()[0]._forward_hooks
 
 
+def test_a_runs_licence_is_the_checkpoints(finished):
+    assert ppcl_rt.load(finished / "checkpoint").catalog.license == TINY.license == "apache-2.0"
+
+
 def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     model = ppcl_rt.load(finished / "checkpoint")
     stock = load_teacher(TINY, finished)

@@ -22,6 +22,7 @@ CACHE_FAMILY = "qwen-image"
 PRESETS = {
     "scenes": RunConfig(
         task="scenes",
+        license="apache-2.0",
         teacher=TeacherConfig(
             architecture={
                 "patch_size": CELL,

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_rt.files import one_line
+from ppcl_rt.planning.catalog import LONGEST_LICENSE, LONGEST_MODEL
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_train.config.stages import (
     CompareConfig,
@@ -46,6 +47,9 @@ class RunConfig(Frozen):
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once in stages that train nothing.
         save_every: steps between saves of a stage's state.
+        base_model: the model that the checkpoint is made from, as its hub names it; None: the name of a pretrained
+            teacher, or what the model card in its folder says.
+        license: of the checkpoint's weights, as hubs write it; None: what that card says.
         tracker: the tracker of accelerate that draws the curves; those of tensorboard lie in the run folder, in
             ``tracking/``.
     """
@@ -59,6 +63,8 @@ class RunConfig(Frozen):
     storage: Literal["float32", "float16", "bfloat16"] = "float16"
     batch: PositiveInt = 128
     save_every: PositiveInt = 500
+    base_model: str | None = Field(None, min_length=1, max_length=LONGEST_MODEL)
+    license: str | None = Field(None, min_length=1, max_length=LONGEST_LICENSE)
     tracker: Literal[
         "none", "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"
     ] = "tensorboard"

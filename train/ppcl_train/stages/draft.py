@@ -13,6 +13,7 @@ import ppcl_rt
 from ppcl_rt import LINEAR_MAP, BlockSpec, Catalog, Interval, LegalCount, LegalWidths, Student, TextRun
 from ppcl_rt.families import registry
 from ppcl_rt.planning.architecture import Tokens
+from ppcl_rt.planning.catalog import LONGEST_MODEL
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
@@ -80,6 +81,8 @@ def write_draft(
         ),
         text_runs=tuple(TextRun(interval=i, loss=_UNMEASURED) for i in _text_runs(tensors, architecture.depth)),
         compensated=narrower,
+        base_model=run.base_model or _hub_name(run.teacher.pretrained) or teacher.catalog.base_model,
+        license=run.license or teacher.catalog.license,
         # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
         task={"name": run.task, "sampler": run.sampler.model_dump()} if run.family.judged else None,
     )
@@ -89,6 +92,11 @@ def write_draft(
     # The draft of an earlier stage is of no more use, and with nothing to replace, one rename writes the new one.
     shutil.rmtree(folder / "draft", ignore_errors=True)
     return ppcl_rt.write_checkpoint(folder / "draft", teacher.stock_config, catalog, stored)
+
+
+def _hub_name(source: str | None) -> str | None:
+    """The hub's name of a pretrained teacher; a folder of somebody's disk is nobody else's business."""
+    return source if source and not Path(source).exists() and len(source) <= LONGEST_MODEL else None
 
 
 def _made(run: RunConfig, spec: BlockSpec, prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
