@@ -15,7 +15,7 @@ LOWEST_DIFFUSERS := diffusers==0.41.0
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test quick full lowest kill lint bench gpu clean
+.PHONY: demo test quick full lowest kill fuzz lint bench gpu clean
 
 $(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
@@ -55,6 +55,12 @@ lowest: $(LOWEST)/installed
 # Fifty SIGKILLs over a whole tiny training run; `make test` has three, `make full` a dozen.
 kill: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills 50
+
+# Ten thousand altered copies of tiny checkpoints, a quarter of an hour on two cores; `make test` has a hundred.
+# SEED=... for other copies.
+SEED ?= 0
+fuzz: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --copies 10000 --processes 2 --seed $(SEED)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

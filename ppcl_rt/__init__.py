@@ -11,6 +11,7 @@ import torch
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.families import registry
+from ppcl_rt.messages import brief
 from ppcl_rt.model.fitting import Room
 from ppcl_rt.model.graphs import Mode
 from ppcl_rt.model.pluggable import Pluggable
@@ -107,7 +108,8 @@ def load(
     name = source.config.get("_class_name")
     family = registry.of_stock(name)
     if family is None:
-        raise ValueError(f"{source.folder} is a {name}; the families here are: {', '.join(registry.stock_names())}")
+        known = ", ".join(registry.stock_names())
+        raise ValueError(brief(f"{source.folder} is a {name}; the families here are: {known}"))
     model: Pluggable = family.load(
         path,
         ratio,

@@ -25,7 +25,7 @@ def refusing_briefly() -> Iterator[None]:
     """Make an error of reading a ValueError of one line (`brief`): what a file holds may be in the message."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(one_line(error)) from None
 
 

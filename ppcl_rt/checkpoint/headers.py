@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from ppcl_rt.checkpoint.names import MOST_JSON
 from ppcl_rt.files import one_line
 
 
@@ -52,6 +53,9 @@ def tensor_headers(folder: Path, weights: str) -> dict[str, Header]:
             raise ValueError(f"{index} points outside its folder, to {name}: do not use this checkpoint")
         if not path.is_file():
             raise ValueError(f"{path} is missing: fetch the checkpoint again")
+        with path.open("rb") as start:
+            if (length := int.from_bytes(start.read(8), "little")) > MOST_JSON:
+                raise ValueError(f"{path} is not whole (a header of {length} bytes): fetch it again")
         try:
             with safe_open(path, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118 - it has keys, but cannot be iterated
@@ -71,7 +75,12 @@ def json_object(path: Path) -> dict[str, Any]:
         ValueError: there is none, a key is there twice, or a number is none of JSON.
     """
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_number)
+        # As much as fits, not as much as the file says that it holds.
+        with path.open("rb") as file:
+            text = file.read(MOST_JSON + 1)
+        if len(text) > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON} bytes")
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}): fetch it again") from None
     if not isinstance(content, dict):

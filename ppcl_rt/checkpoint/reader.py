@@ -19,9 +19,17 @@ from safetensors import SafetensorError, safe_open
 from ppcl_rt.checkpoint import migration
 from ppcl_rt.checkpoint.card import CARD
 from ppcl_rt.checkpoint.headers import json_object, tensor_headers
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, WEIGHTS, digest
+from ppcl_rt.checkpoint.names import (
+    CATALOG_KEY,
+    CHECKSUM_KEY,
+    CONFIG,
+    WEIGHTS,
+    config_digest,
+    digest,
+    needs_catalog,
+)
 from ppcl_rt.files import one_line, refusing_briefly
-from ppcl_rt.planning.catalog import FORMAT, Catalog
+from ppcl_rt.planning.catalog import FORMAT, MOST_LISTED, Catalog
 from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
 
@@ -69,6 +77,7 @@ class Checkpoint:
     def _open(self, folder: Path) -> None:
         self.folder = folder
         config = json_object(folder / CONFIG)
+        _check_config(config, folder / CONFIG)
         catalog = config.pop(CATALOG_KEY, None)
         self.config: dict[str, Any] = config
         self.catalog = None
@@ -77,11 +86,17 @@ class Checkpoint:
         if catalog is not None:
             broken = f"{folder / CONFIG} holds a broken catalog"
             self._format, content = migration.up_to_date(catalog, broken)
+            # Validation would go through millions of them, and keep an error for each.
+            for key, listed in content.items():
+                if isinstance(listed, list) and len(listed) > MOST_LISTED:
+                    raise ValueError(f"{broken}: {key} lists {len(listed)}, at most {MOST_LISTED} are read")
             self.catalog = read_json(Catalog, json.dumps(content), broken)
         self._files = tensor_headers(folder, WEIGHTS)
         if self.catalog is not None:
             self._compare(self.catalog.checksums)
             self._check_dtypes(self.catalog.checksums_of)
+        elif (name := next(filter(needs_catalog, self._files), None)) is not None:
+            raise ValueError(f"{folder / CONFIG} has no catalog, but {folder} holds {name}: fetch {CONFIG} again")
         self._stored = {migration.current_name(name, self._format): name for name in self._files}
 
     def _compare(self, checksums: Mapping[str, str]) -> None:
@@ -159,3 +174,15 @@ class Checkpoint:
         if self.catalog is not None and digest(tensor, self.catalog.checksums_of) != self.catalog.checksums[stored]:
             raise ValueError(f"{path}: {stored} was altered since the catalog was made: fetch it again")
         return tensor
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Take the checksum of settings and catalog out of ``config``, and compare it where there is one."""
+    if CHECKSUM_KEY not in config:
+        return
+    written, found = config.pop(CHECKSUM_KEY), config_digest(config)
+    if written != found:
+        raise ValueError(
+            f"{path} was altered: its settings and catalog have the checksum {found[:8]}, not {str(written)[:8]}: "
+            f'fetch it again, or drop "{CHECKSUM_KEY}" if you changed them'
+        )

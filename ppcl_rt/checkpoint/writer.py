@@ -12,7 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ppcl_rt.checkpoint import card
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS, digest
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, MOST_JSON, WEIGHTS, config_digest, digest
 from ppcl_rt.files import replacing_folder
 from ppcl_rt.planning.catalog import Catalog
 
@@ -36,6 +36,9 @@ def write_checkpoint(
 
     Returns:
         The catalog as written.
+
+    Raises:
+        ValueError: the catalog is larger than a reader takes; what was there before is kept.
     """
     folder = Path(folder)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -54,8 +57,13 @@ def write_checkpoint(
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        content = {**config, CATALOG_KEY: catalog.model_dump(mode="json")}
-        (partial / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+        # Through JSON: the checksum is of what a reader finds, lists where a config holds tuples.
+        content = json.loads(json.dumps({**config, CATALOG_KEY: catalog.model_dump(mode="json")}))
+        content[CHECKSUM_KEY] = config_digest(content)
+        text = json.dumps(content, indent=1) + "\n"
+        if len(text) > MOST_JSON:
+            raise ValueError(f"{CONFIG} would have {len(text)} bytes, at most {MOST_JSON} are read: leave out choices")
+        (partial / CONFIG).write_text(text)
         if not (folder / card.CARD).is_file():
             card.write_card(partial, catalog)
     return catalog

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ppcl_rt.checkpoint.card import read_origin
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
@@ -153,7 +155,15 @@ class CheckpointFolder(Modulations):
     @classmethod
     def _built(cls: type[Self], source: Checkpoint) -> Self:
         """The class as ``config.json`` describes it, its lists of blocks empty."""
-        init, _, _ = cls.extract_init_dict(dict(source.config))
+        # diffusers' notes are no settings, and no checksum covers them: one that names settings would drop these.
+        settings = {key: value for key, value in source.config.items() if not key.startswith("_")}
+        init, _, _ = cls.extract_init_dict(settings)
+        for setting, kind in _types_of(cls).items():
+            if setting in init:
+                try:
+                    kind.validate_json(json.dumps(init[setting]), strict=True)
+                except ValidationError as error:
+                    raise ValueError(first_error(error, f"{source.folder}: config.json: {setting}")) from None
         depths = {}
         for setting in cls.depth_settings:
             depths[setting] = init.get(setting)
@@ -265,3 +275,9 @@ class CheckpointFolder(Modulations):
         """The resident blocks and students by what their tensors' names begin with."""
         homes = {path: self.get_submodule(path) for path in (*self.block_lists, "students")}
         return {f"{path}.{key}.": block for path, home in homes.items() for key, block in home._modules.items()}
+
+
+def _types_of(cls: type) -> dict[str, TypeAdapter[Any]]:
+    """Types of a class's settings, as its constructor has them; diffusers checks none, and fails in a forward."""
+    hints = get_type_hints(inspect.unwrap(cls.__init__))  # type: ignore[misc] # of a class, not of an instance
+    return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return"}

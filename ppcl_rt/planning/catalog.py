@@ -28,6 +28,9 @@ MOST_TOKENS = 2**24
 # Characters of a model as hubs name it, and of a licence.
 LONGEST_MODEL, LONGEST_LICENSE = 200, 100
 
+# Blocks, students, text runs or measured plans; all intervals of 60 blocks are 1,830.
+MOST_LISTED = 10_000
+
 Chosen = TypeVar("Chosen", Student, TextRun)
 
 

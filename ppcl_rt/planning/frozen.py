@@ -32,7 +32,8 @@ def read_json(kind: type[Model], text: str | bytes, what: str) -> Model:
 
 def first_error(error: ValidationError, what: str) -> str:
     """Say in one line what is wrong first, ``what`` in front."""
-    first = error.errors()[0]
+    # Without what was given: of a list of millions, millions are wrong.
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = first["msg"].removeprefix("Value error, ")

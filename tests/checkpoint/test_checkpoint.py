@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+from formats import change_config
 from safetensors.torch import load_file, save_file
 
 import ppcl_rt
@@ -275,7 +276,7 @@ CATALOGS = {
 
 @pytest.mark.parametrize("kind", CATALOGS)
 def test_broken_catalog(plain_copy, kind):
-    edit_json(plain_copy / CONFIG, CATALOGS[kind])
+    change_config(plain_copy, CATALOGS[kind])
     refused(ppcl_rt.load, plain_copy)
 
 
@@ -310,7 +311,7 @@ CONFIGS = {
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_broken_config(plain_copy, kind):
-    edit_json(plain_copy / CONFIG, CONFIGS[kind])
+    change_config(plain_copy, CONFIGS[kind])
     refused(ppcl_rt.load, plain_copy)
 
 

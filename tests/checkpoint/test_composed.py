@@ -6,58 +6,14 @@ import json
 
 import pytest
 import torch
+from formats import as_small
 
 import ppcl_rt
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG
-from ppcl_rt.planning.plan import text_maps
 
 GROUPS = {"heads": (3, 1), "image": (96, 50, 0), "text": (31, 0), "modulation": (7, 1)}
 RUNS = ((0, 1), (0, 2), (2, 3))
-
-
-def as_small(made):
-    """Tensors of a checkpoint in the small form, and those that its weights then are; bases by hand."""
-    catalog, generator = made.catalog, torch.Generator().manual_seed(7)
-    small, whole = dict(made.tensors), dict(made.tensors)
-
-    def store(path, base, rank=2, home=None):
-        rows, columns = whole[f"{path}.weight"].shape
-        up = torch.randn(rows, rank, generator=generator) * 0.2
-        down = torch.randn(rank, columns, generator=generator) * 0.2
-        small.pop(f"{path}.weight", None)
-        small[f"{home or path}.up"], small[f"{home or path}.down"] = up, down
-        whole[f"{path}.weight"] = up @ down if base is None else base + up @ down
-
-    for student in catalog.students:
-        for part in catalog.spec(0).parts:
-            # Students of these checkpoints start from the first block of their interval.
-            first = f"transformer_blocks.{student.interval.first}.{part.path}.weight"
-            store(f"students.{student.interval.key}.{part.path}", whole[first])
-    prefixes = [(f"transformer_blocks.{n}", widths) for n, widths in enumerate(catalog.blocks)]
-    prefixes += [(f"students.{student.interval.key}", student.widths) for student in catalog.students]
-    for prefix, widths in prefixes:
-        for output in catalog.spec(0).outputs:
-            group, offset, unit = output.segment
-            for legal in widths.of(group)[1:]:
-                order = whole[f"{prefix}.order.{group}"][: legal.units].tolist()
-                columns = [offset + n * unit + k for n in order for k in range(unit)]
-                path = f"{prefix}.replacements.{catalog.spec(0).replacement(output.name, legal.units)}"
-                store(path, whole[f"{prefix}.{output.part.path}.weight"][:, columns] if legal.units else None)
-    maps = {}
-    for run in (run.interval for run in catalog.text_runs):
-        for name in text_maps(run, catalog.architecture.depth):
-            path = f"text_runs.{run.key}.{name}"
-            home = f"text_runs.{run.first}.{name if name != 'text' else f'text_{run.last}'}"
-            if home in maps:
-                del small[f"{path}.weight"]
-                whole |= {f"{path}.{which}": whole[f"{maps[home]}.{which}"].clone() for which in ("weight", "bias")}
-            else:
-                store(path, None, home=home)
-            small[f"{home}.bias"] = whole[f"{path}.bias"]
-            del small[f"{path}.bias"]
-            maps.setdefault(home, path)
-    return small, whole
 
 
 @pytest.fixture(scope="module")

@@ -8,39 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from formats import as_format_1
 
 import ppcl_rt
 from ppcl_rt.checkpoint import migration
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, WEIGHTS, digest
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG
 from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.catalog import FORMAT
 from ppcl_rt.planning.costs import Params
-
-
-def as_format_1(folder: Path) -> None:
-    """Rewrite a checkpoint of one file as it was written before widths were mappings and families had specs."""
-
-    def old(name: str) -> str:
-        return name.replace(".replacements.", ".narrow.")
-
-    tensors = load_file(folder / WEIGHTS)
-    save_file({old(name): tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
-    config = json.loads((folder / CONFIG).read_text())
-    catalog = config[CATALOG_KEY]
-    architecture = catalog.pop("architecture")
-    [blocks], [spec] = architecture["lists"], architecture["kinds"].values()
-    catalog["shape"] = {
-        "depth": blocks["depth"],
-        "dim": architecture["dim"],
-        "head_dim": spec["head_dim"],
-        "width": [group["count"] for group in spec["groups"].values()],
-        "outer_params": architecture["outer_params"],
-    }
-    catalog["format"] = 1
-    del catalog["reference"], catalog["checksums_of"]
-    catalog["checksums"] = {old(name): digest(tensor, "bytes") for name, tensor in tensors.items()}
-    (folder / CONFIG).write_text(json.dumps(config))
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
+from formats import change_config, change_header
 
 import ppcl_rt
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS
+from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, MOST_JSON, WEIGHTS, needs_catalog
 from ppcl_rt.messages import MOST_CHARACTERS, brief
 
 
@@ -18,22 +18,6 @@ def copy(tmp_path, make_checkpoint):
     """A checkpoint of one file, to be altered."""
     groups = {"heads": (3, 1), "image": (96, 0), "text": (31, 0), "modulation": (7, 1)}
     return make_checkpoint(tmp_path / "copy", compensated=True, groups=groups).folder
-
-
-def change_header(folder: Path, change) -> None:
-    """Rewrite the header of a safetensors file; the data stays as it was."""
-    content = (folder / WEIGHTS).read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    written = json.dumps(header).encode()
-    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
-
-
-def change_config(folder: Path, change) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    change(config)
-    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def as_bytes_alone(folder: Path) -> None:
@@ -92,6 +76,136 @@ def test_a_shape_that_the_checksum_covers_is_refused(copy):
 
     change_header(copy, turn)
     refused(copy, "img_in.weight")
+
+
+def test_a_setting_that_nothing_else_tells_is_refused(copy):
+    """These load: sizes stay as they were, positions are encoded otherwise."""
+    change_config(copy, lambda config: config.update(axes_dims_rope=[2, 4, 2]), sealed=False)
+    refused(copy, f'settings and catalog .* or drop "{CHECKSUM_KEY}"')
+    change_config(copy, lambda config: config.pop(CHECKSUM_KEY))
+    ppcl_rt.load(copy, 0.7)
+
+
+@pytest.mark.parametrize("changed", [{"zz": 1}, {CHECKSUM_KEY: None}, {CHECKSUM_KEY: "0" * 64}, {CATALOG_KEY: None}])
+def test_a_checksum_that_differs_is_refused(copy, changed):
+    change_config(copy, lambda config: config.update(changed), sealed=False)
+    refused(copy, "was altered: its settings and catalog")
+
+
+def test_a_loss_in_the_catalog_is_covered(copy):
+    """Another loss makes other plans, in silence."""
+    change_config(copy, lambda config: config[CATALOG_KEY]["students"][0].update(loss=9.0), sealed=False)
+    refused(copy, "was altered: its settings and catalog")
+
+
+def test_notes_and_the_order_of_keys_do_not_count(copy):
+    """What diffusers and hubs write under private names, and what an editor does to the layout."""
+
+    def turn(config):
+        turned = dict(reversed(config.items()))
+        config.clear()
+        config.update(turned, _diffusers_version="0.99", _name_or_path="elsewhere")
+
+    change_config(copy, turn, sealed=False)
+    ppcl_rt.load(copy, 0.7)
+
+
+@pytest.mark.parametrize("note", [["axes_dims_rope"], 2**64, None])
+def test_a_note_of_diffusers_drops_no_setting(copy, note):
+    """Settings that it lists would come from defaults; no checksum covers private names."""
+    change_config(copy, lambda config: config.update(_use_default_values=note))
+    assert ppcl_rt.load(copy, 0.7).config.axes_dims_rope == [2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("axes_dims_rope", [2, 2, 4.0], "axes_dims_rope: 2: .* valid integer"),
+        ("axes_dims_rope", [2, 2, 2, 2], "axes_dims_rope"),
+        ("zero_cond_t", 0, "zero_cond_t: .* valid boolean"),
+        ("guidance_embeds", "a\nb" * 10**4, "guidance_embeds: .* valid boolean"),
+        ("patch_size", 2.0, "patch_size: .* valid integer"),
+    ],
+)
+def test_settings_of_another_type_are_refused(copy, setting, value, said):
+    """A constructor takes them, and a forward fails."""
+    change_config(copy, lambda config: config.update({setting: value}))
+    refused(copy, said)
+
+
+def test_a_saved_model_has_a_checksum_of_its_own_settings(copy, tmp_path):
+    model = ppcl_rt.load(copy, 0.7)
+    model.register_to_config(axes_dims_rope=(2, 4, 2))
+    model.save_pretrained(tmp_path / "saved")
+    assert ppcl_rt.load(tmp_path / "saved", 0.7).config.axes_dims_rope == [2, 4, 2]
+    checksums = {json.loads((folder / CONFIG).read_text())[CHECKSUM_KEY] for folder in (copy, tmp_path / "saved")}
+    assert len(checksums) == 2
+
+
+@pytest.mark.parametrize("students", [(), ((0, 1),)])
+@pytest.mark.parametrize("lose", [lambda config: config.pop(CATALOG_KEY), lambda config: config.update(_ppcl=None)])
+def test_a_catalog_that_was_lost_is_missed(tmp_path, make_checkpoint, students, lose):
+    """With its checksum: what is left would be a stock checkpoint, were it not for the tensors' names."""
+    folder = make_checkpoint(tmp_path / "copy", students=students).folder
+    change_config(folder, lambda config: (config.pop(CHECKSUM_KEY), lose(config)))
+    with pytest.raises(ValueError, match=r"has no catalog, but .* fetch config.json again") as caught:
+        ppcl_rt.load(folder)
+    assert len(str(caught.value)) <= MOST_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("students.0-1.attn.to_q.weight", True),
+        ("text_runs.0.z_1.up", True),
+        ("sketches.plan", True),
+        ("transformer_blocks.0.order.heads", True),
+        ("transformer_blocks.0.replacements.attn_image_1.bias", True),
+        ("transformer_blocks.0.attn.to_q.down", True),
+        ("transformer_blocks.0.attn.to_q.weight", False),
+        ("ff.up.weight", False),
+        ("proj.narrow.weight", False),
+    ],
+)
+def test_names_that_no_stock_checkpoint_has(name, ours):
+    assert needs_catalog(name) is ours
+
+
+@pytest.mark.parametrize("name", [CONFIG, INDEX])
+def test_json_without_end_is_not_read(copy, name):
+    """A file of a terabyte that takes no place on the disk."""
+    with (copy / name).open("ab") as file:
+        file.truncate(2**40)
+    refused(copy, f"{name} cannot be read as JSON .it has more than {MOST_JSON} bytes")
+
+
+def test_a_header_without_end_is_not_read(copy):
+    """Each tensor that it lists takes a kilobyte."""
+    with (copy / WEIGHTS).open("r+b") as file:
+        file.write((MOST_JSON + 1).to_bytes(8, "little"))
+        file.truncate(2**27)
+    refused(copy, f"a header of {MOST_JSON + 1} bytes")
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path, make_checkpoint):
+    made = make_checkpoint(tmp_path / "copy")
+    before = (made.folder / CONFIG).read_bytes()
+    catalog = made.catalog.model_copy(update={"task": {"note": "x" * MOST_JSON}})
+    with pytest.raises(ValueError, match=f"at most {MOST_JSON} are read"):
+        ppcl_rt.write_checkpoint(made.folder, made.config, catalog, made.tensors)
+    assert (made.folder / CONFIG).read_bytes() == before
+
+
+@pytest.mark.parametrize("key", ["blocks", "students", "text_runs", "frontier"])
+def test_lists_without_end_are_refused_before_each_entry_is_judged(copy, key):
+    """Two millions, which a file has room for, took minutes and gigabytes."""
+    change_config(copy, lambda config: config[CATALOG_KEY].update({key: [{}] * 20_000}))
+    refused(copy, f"broken catalog: {key} lists 20000")
+
+
+def test_a_class_name_of_any_length_is_refused_briefly(copy):
+    change_config(copy, lambda config: config.update(_class_name="a\n" * 10**4))
+    refused(copy, "families here")
 
 
 def test_keys_that_are_there_twice_and_constants_are_refused(copy):
