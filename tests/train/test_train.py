@@ -209,7 +209,7 @@ def test_the_stage_measure_keeps_a_sketch_of_every_choice_in_order(finished):
         assert np.abs(mine - theirs).max() < 2e-3 * np.abs(theirs).max()
         assert np.allclose(np.square(mine).sum(1), losses[0], rtol=1e-9)
     for each in known:
-        assert each.loss == pytest.approx(max(sum(each.bands), 1e-9), rel=1e-12)
+        assert each.loss == pytest.approx(max(sum(each.bands), 1e-14), rel=1e-12)
 
 
 def test_counts_of_a_student_lose_what_they_change_of_the_student(finished):

@@ -46,6 +46,7 @@ STAGES = (
     Stage("students", students.OUTPUT, students.distil, parallel=True),
     Stage("width", width.OUTPUT, width.prune),
     Stage("recover", recover.OUTPUT, recover.recover, parallel=True),
+    Stage("refine", recover.REFINED, recover.refine, parallel=True),
     Stage("compress", compress.OUTPUT, compress.compress),
     Stage("measure", measure.OUTPUT, measure.measure),
     Stage("pack", pack.OUTPUT, pack.pack),

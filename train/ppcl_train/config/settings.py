@@ -16,6 +16,7 @@ from ppcl_train.config.stages import (
     MeasureConfig,
     ProbesConfig,
     RecoverConfig,
+    RefineConfig,
     StudentsConfig,
     TableConfig,
     WidthConfig,
@@ -75,6 +76,7 @@ class RunConfig(Frozen):
     students: StudentsConfig = StudentsConfig()
     width: WidthConfig = WidthConfig()
     recover: RecoverConfig = RecoverConfig()
+    refine: RefineConfig = RefineConfig()
     compress: CompressConfig = CompressConfig()
     measure: MeasureConfig = MeasureConfig()
     compare: CompareConfig = CompareConfig()

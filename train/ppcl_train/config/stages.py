@@ -148,28 +148,51 @@ class WidthConfig(Frozen):
     blocks_at_once: PositiveInt = 64
 
 
-class RecoverConfig(LoopConfig):
-    """Recovery: end to end on the teacher's prediction, under a plan drawn anew at every step.
+class EndToEndConfig(LoopConfig):
+    """Training end to end on the teacher's prediction, under a plan drawn anew at every step.
 
     Attributes:
         steps: steps for students and all that only narrower plans run (compensated layers, maps, factors).
-        kept_steps: further steps for the teacher's own blocks as well, with the dense plan among the plans. With more
-            than 0, ratio 1 is no longer the teacher.
-        least_ratio: plans of the planner below this ratio are not trained: tiny plans pull at the weights that all
-            other plans share.
+        planned: share of the steps whose plan is one of the planner's; the other steps draw a random plan.
+        smallest: share of the steps whose plan is the smallest of the planner's (the sandwich rule).
+        least_ratio, most_ratio: plans of the planner outside of these ratios are not trained: tiny plans pull at the
+            weights that all other plans share, and large ones lose next to nothing.
+        towards_small: a plan at ratio r is drawn in proportion to ``r ** -towards_small``.
         neighbours: legal counts that are trained and kept on either side of one that a plan takes; what no plan takes
             is left out before training.
-        planned: share of the steps whose plan is one of the planner's; the other steps draw a random plan.
     """
 
     steps: int = Field(0, ge=0)
-    kept_steps: int = Field(0, ge=0)
     lr: PositiveFloat = 5e-4
-    # Training starts from closed forms: nothing should pull them towards zero.
+    # Training starts from what is good already: nothing should pull it towards zero.
     weight_decay: float = Field(0.0, ge=0)
     planned: float = Field(0.85, ge=0, le=1)
+    smallest: float = Field(0.15, ge=0, le=1)
     least_ratio: float = Field(0.0, ge=0, lt=1)
+    most_ratio: float = Field(1.0, gt=0, le=1)
+    towards_small: float = Field(0.0, ge=0)
     neighbours: int = Field(1, ge=0)
+
+
+class RecoverConfig(EndToEndConfig):
+    """Recovery: training end to end from closed forms and distilled students.
+
+    Attributes:
+        kept_steps: further steps for the teacher's own blocks as well, with the dense plan among the plans. With more
+            than 0, ratio 1 is no longer the teacher.
+    """
+
+    kept_steps: int = Field(0, ge=0)
+
+
+class RefineConfig(EndToEndConfig):
+    """Refinement: the same once more, under the plans that will answer budgets.
+
+    After recovery other plans are the best. They are found as for the checkpoint: by sketches of what the recovered
+    choices change, for ratios, parameters and FLOPs. 0 steps leave the stage out.
+    """
+
+    towards_small: float = Field(1.0, ge=0)
 
 
 class CompressConfig(Frozen):

@@ -24,7 +24,7 @@ from ppcl_train.families.base import Samples
 
 # The seeds of each stage's batches start here, so that no stage sees a batch of another stage or of the teacher's
 # training. `CHECK` is for samples that no stage sees.
-PROBES, STUDENTS, RECOVER, WIDTH, MEASURE, CHECK = (10_000_000 * stage for stage in range(1, 7))
+PROBES, STUDENTS, RECOVER, WIDTH, MEASURE, CHECK, REFINE = (10_000_000 * stage for stage in range(1, 8))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ OUTPUT = "compressed.safetensors"
 def compress(run: RunConfig, folder: Path) -> None:
     """Store layers as factors where these are smaller and near enough; writes ``compressed.safetensors``."""
     log, config = Log(folder, "compress"), run.compress
-    tensors = read_tensors(folder / recover.OUTPUT)
+    tensors = read_tensors(folder / recover.REFINED)
     before = _bytes(tensors)
     if config.share:
         write_draft(run, folder, tensors, narrower=True)

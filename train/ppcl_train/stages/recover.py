@@ -1,4 +1,4 @@
-"""The stage *recover*: training end to end on the teacher's prediction, under a new plan at every step.
+"""The stages *recover* and *refine*: training end to end on the teacher's prediction, under a new plan at every step.
 
 PPCL stage 3.
 """
@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ppcl_rt import Catalog, Interval, LegalWidths, Plan, PlannedBlock, Planner, Width
+from ppcl_rt.planning.sketch import TENSORS
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.config.stages import RecoverConfig
+from ppcl_train.config.stages import EndToEndConfig
 from ppcl_train.data import calibration
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, write_json, write_tensors
@@ -28,14 +29,47 @@ from ppcl_train.stages.sensitivities import sensitivities
 from ppcl_train.stages.taken import listed, taken
 
 OUTPUT = "recovered.safetensors"
-# The catalog with losses before recovery: what the planner goes by when it chooses the plans that are trained.
-COSTS = "costs.json"
-# And the sketches that go with them.
-COST_SKETCHES = "costs.safetensors"
-# Between the ratios whose plans are trained.
-_SPACING = 0.02
-# Shares of the steps: for the smallest plan (the sandwich rule), and, where kept blocks are trained, for the dense one.
-_SMALLEST, _DENSE = 0.15, 0.25
+REFINED = "refined.safetensors"
+# Between the ratios whose plans are trained; and, where sketches are planned by, between shares of parameters or FLOPs.
+_SPACING, _OTHER_SPACING = 0.02, 0.08
+# Share of the steps for the dense plan where kept blocks are trained.
+_DENSE = 0.25
+
+
+class _Costs(NamedTuple):
+    """What the planner goes by when it chooses the plans that are trained: measured before training.
+
+    Attributes:
+        catalog, sketches: names of the files in the run folder.
+        by_sketches: plan by the sketches, for all budgets; else by sums of losses, for ratios.
+    """
+
+    catalog: str
+    sketches: str
+    by_sketches: bool
+
+    def measure(self, run: RunConfig, folder: Path, start: Mapping[str, torch.Tensor], log: Log) -> None:
+        """Measure every choice that some tensors make."""
+        write_draft(run, folder, start, narrower=True)
+        measured, sketches = sensitivities(open_draft(run, folder), run, log)
+        write_tensors(folder / self.sketches, sketches, {})
+        write_json(folder / self.catalog, measured.model_dump(mode="json"))
+
+    def read(self, folder: Path, config: EndToEndConfig) -> tuple[Catalog, list[Plan]]:
+        """The catalog without what no plan takes, which is neither trained nor kept; and the plans."""
+        catalog = Catalog.model_validate(read_content(folder / self.catalog))
+        if self.by_sketches:
+            rows = {name: tensor.numpy() for name, tensor in read_tensors(folder / self.sketches).items()}
+            planner = Planner(catalog, lambda: [rows[name] for name in TENSORS])
+            plans = planner.frontier(_SPACING, _OTHER_SPACING, config.least_ratio)
+            return taken(catalog, plans, config.neighbours), plans
+        planner = Planner(catalog)
+        worthwhile = taken(catalog, planner.plans(_SPACING), config.neighbours)
+        return worthwhile, Planner(worthwhile).plans(_SPACING, config.least_ratio)
+
+
+_CLOSED_FORMS = _Costs("costs.json", "costs.safetensors", by_sketches=False)
+_RECOVERED = _Costs("recovered_costs.json", "recovered_costs.safetensors", by_sketches=True)
 
 
 def recover(run: RunConfig, folder: Path) -> None:
@@ -45,49 +79,65 @@ def recover(run: RunConfig, folder: Path) -> None:
     are trained, the teacher's own included, with the dense plan among the plans. Every process of a world calls this;
     the processes share each batch.
     """
-    log, config, world = Log(folder, "recover"), run.recover, join()
     start = read_tensors(folder / "students.safetensors") | read_tensors(folder / "width.safetensors")
-    if not config.steps + config.kept_steps:
+    config = run.recover
+    _end_to_end(run, folder, Log(folder, "recover"), config, _CLOSED_FORMS, start, OUTPUT, config.kept_steps)
+
+
+def refine(run: RunConfig, folder: Path) -> None:
+    """Train the same once more, under the plans that will answer budgets; writes ``refined.safetensors``."""
+    start = read_tensors(folder / OUTPUT)
+    _end_to_end(run, folder, Log(folder, "refine"), run.refine, _RECOVERED, start, REFINED)
+
+
+def _end_to_end(
+    run: RunConfig,
+    folder: Path,
+    log: Log,
+    config: EndToEndConfig,
+    costs: _Costs,
+    start: dict[str, torch.Tensor],
+    output: str,
+    kept_steps: int = 0,
+) -> None:
+    world = join()
+    if not config.steps + kept_steps:
         if world.is_main:
-            write_tensors(folder / OUTPUT, start, {"steps": 0})
+            write_tensors(folder / output, start, {"steps": 0})
         return
     if world.is_main:
-        if not (folder / COSTS).exists():
-            write_draft(run, folder, start, narrower=True)
-            measured, sketches = sensitivities(open_draft(run, folder), run, log)
-            write_tensors(folder / COST_SKETCHES, sketches, {})
-            write_json(folder / COSTS, measured.model_dump(mode="json"))
-        worthwhile = _worthwhile(config, folder)
+        if not (folder / costs.catalog).exists():
+            costs.measure(run, folder, start, log)
+        worthwhile, planned = costs.read(folder, config)
         start = {name: start[name] for name in listed(worthwhile, start)}
         write_draft(run, folder, start, narrower=True)
     world.wait()
     if not world.is_main:
-        worthwhile = _worthwhile(config, folder)
+        worthwhile, planned = costs.read(folder, config)
     model = open_draft(run, folder)
-    # Plans name the draft that runs them: the one without what no plan takes.
-    named = {"checksums": model.catalog.checksums}
-    costs = Catalog.model_validate({**worthwhile.model_dump(mode="json"), **named})
-    plans = Plans(costs, config.planned, config.least_ratio)
-    teacher = copy.deepcopy(model).requires_grad_(False) if config.kept_steps else model
+    plans = Plans(_of_draft(worthwhile, model), planned, config)
+    teacher = copy.deepcopy(model).requires_grad_(False) if kept_steps else model
     model.requires_grad_(False)
+    first_seed = calibration.RECOVER if costs is _CLOSED_FORMS else calibration.REFINE
     if config.steps:
         parameters = {name: p for name, p in model.named_parameters() if _only_narrower_plans_run(name)}
-        _train(run, config, log, model, teacher, plans, parameters, calibration.RECOVER, dense=False)
-    if config.kept_steps:
-        kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": config.kept_steps})
-        first_seed = calibration.RECOVER + config.steps * config.accumulate
+        _train(run, config, log, model, teacher, plans, parameters, first_seed, dense=False)
+    if kept_steps:
+        kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": kept_steps})
+        first_seed += config.steps * config.accumulate
         parameters = dict(model.named_parameters())
         _train(run, kept_config, kept_log, model, teacher, plans, parameters, first_seed, dense=True)
     if world.is_main:
         state = model.stored_state()
-        names = state if config.kept_steps else start
-        note = {"steps": config.steps, "kept": config.kept_steps}
-        write_tensors(folder / OUTPUT, {name: state[name] for name in names}, note)
+        names = state if kept_steps else start
+        write_tensors(
+            folder / output, {name: state[name] for name in names}, {"steps": config.steps, "kept": kept_steps}
+        )
 
 
-def _worthwhile(config: RecoverConfig, folder: Path) -> Catalog:
-    """The catalog of closed-form losses without what no plan takes: that is neither trained nor kept."""
-    return taken(Catalog.model_validate(read_content(folder / COSTS)), _SPACING, config.neighbours)
+def _of_draft(catalog: Catalog, model: Any) -> Catalog:
+    """The catalog with the checksums of a draft: plans name the weights that run them."""
+    return Catalog.model_validate({**catalog.model_dump(mode="json"), "checksums": model.catalog.checksums})
 
 
 def _only_narrower_plans_run(name: str) -> bool:
@@ -98,7 +148,7 @@ def _only_narrower_plans_run(name: str) -> bool:
 
 def _train(
     run: RunConfig,
-    config: RecoverConfig,
+    config: EndToEndConfig,
     log: Log,
     model: Any,
     teacher: Any,
@@ -152,26 +202,36 @@ class Plans:
     """Plans to train: those that the planner takes, the smallest of them more often, and random plans.
 
     Args:
-        share: of the draws that take one of the planner's plans; the others are random.
-        least_ratio: take no plan of the planner's below this ratio.
+        catalog: of the draft that runs them.
+        planned: the planner's plans, of another catalog with the same blocks.
+        config: which of them are drawn, and how often.
     """
 
-    def __init__(self, catalog: Catalog, share: float, least_ratio: float = 0.0) -> None:
-        self.catalog, self._share = catalog, share
-        self._planned = [plan for plan in Planner(catalog).plans(_SPACING, least_ratio) if plan != catalog.dense]
+    def __init__(self, catalog: Catalog, planned: Sequence[Plan], config: EndToEndConfig) -> None:
+        self.catalog, self._config = catalog, config
+        inside = [plan for plan in planned if catalog.ratio(plan) <= config.most_ratio and not is_dense(plan, catalog)]
+        self._planned = [plan.model_copy(update={"checkpoint": catalog.fingerprint}) for plan in inside]
+        ratios = [catalog.ratio(plan) for plan in self._planned]
+        self._weights = [ratio**-config.towards_small for ratio in ratios]
+        self._smallest = self._planned[min(range(len(ratios)), key=ratios.__getitem__)]
 
     def draw(self, rng: random.Random, dense: bool) -> Plan:
         """Draw a plan; ``dense`` puts the dense plan among them."""
         if dense and rng.random() < _DENSE:
             return self.catalog.dense
-        if rng.random() < _SMALLEST:
-            return self._planned[0]
-        if rng.random() < self._share:
-            return rng.choice(self._planned)
+        if rng.random() < self._config.smallest:
+            return self._smallest
+        if rng.random() < self._config.planned:
+            return rng.choices(self._planned, self._weights)[0]
         # The dense plan runs nothing that is trained, unless it was asked for.
         while (plan := random_plan(self.catalog, rng)) == self.catalog.dense:
             pass
         return plan
+
+
+def is_dense(plan: Plan, catalog: Catalog) -> bool:
+    """Whether a plan runs all that the teacher runs, whatever checkpoint it names."""
+    return plan.blocks == catalog.dense.blocks and not plan.text_runs
 
 
 def random_plan(catalog: Catalog, rng: random.Random) -> Plan:

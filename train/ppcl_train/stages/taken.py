@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
-from ppcl_rt import Catalog, Interval, LegalWidths, Planner
+from ppcl_rt import Catalog, Interval, LegalWidths, Plan
 
 
-def taken(catalog: Catalog, spacing: float, neighbours: int) -> Catalog:
-    """Return a catalog without the choices that no plan takes, the smallest plan and those at ratios ``spacing`` apart.
+def taken(catalog: Catalog, plans: Sequence[Plan], neighbours: int) -> Catalog:
+    """Return a catalog without the choices that none of some plans takes.
 
     Args:
-        spacing: between the ratios.
         neighbours: legal counts to keep on either side of one that a plan takes, so that other budgets have a choice.
             Ranks are all kept: they are prefixes of one pair of factors.
     """
-    plans = Planner(catalog).plans(spacing)
     students = {planned.interval for plan in plans for planned in plan.blocks if planned.student}
     runs = {run for plan in plans for run in plan.text_runs}
     counts: dict[tuple[Interval, bool], dict[str, set[int]]] = {}
