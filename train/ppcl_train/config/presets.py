@@ -7,6 +7,7 @@ from ppcl_train.config.stages import (
     MeasureConfig,
     ProbesConfig,
     RecoverConfig,
+    RefineConfig,
     StudentsConfig,
     TableConfig,
     WidthConfig,
@@ -50,6 +51,9 @@ PRESETS = {
         # Measured on 200 prompts: 800 steps at twice this rate, with plans down to ratio 0.06, cost large plans up to
         # 0.6 points of the soft score.
         recover=RecoverConfig(steps=3000, lr=2.5e-4, ema=0.99, least_ratio=0.15),
+        refine=RefineConfig(
+            steps=3000, lr=2.5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
+        ),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
     ),
     # The paper's settings where the paper states them: 6,000 steps of depth, 2,000 of width and 1,000 of fine-tuning,

@@ -40,7 +40,7 @@ def pack(run: RunConfig, folder: Path) -> None:
     whole = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
     sketches = {name: rows.numpy() for name, rows in read_tensors(folder / measure.SKETCHES).items()}
     planner = Planner(whole, lambda: [sketches[name] for name in TENSORS])
-    plans = planner.frontier(config.spacing, config.other_spacing, run.recover.least_ratio)
+    plans = planner.frontier(config.spacing, config.other_spacing, max(run.recover.least_ratio, run.refine.least_ratio))
     log(plans=len(plans), smallest_ratio=planner.smallest)
     catalog = _packed(whole, plans)
     catalog = catalog.model_copy(update={"frontier": _measured(run, folder, catalog, plans, log)})
