@@ -23,6 +23,8 @@ TINY = with_changes(
         "students.batch": 4,
         "recover.steps": 6,
         "recover.batch": 4,
+        "refine.steps": 4,
+        "refine.batch": 4,
         "width.ranks": [5, 2],
         "width.heads": [0.5],
         "width.channels": [0.5],

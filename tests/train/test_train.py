@@ -1,5 +1,6 @@
 """Training: the closed forms, the losses, and runs that can be killed."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from tiny import ARCHITECTURE, TINY
 from torch import nn
 
 import ppcl_rt
-from ppcl_rt import Interval, PlannedBlock, Streams
+from ppcl_rt import Catalog, Interval, PlannedBlock, Streams
 from ppcl_rt.planning.sketch import TENSORS, Sketches, choices, measured
 from ppcl_train import pipeline
 from ppcl_train.closed_form.cka import linear_cka
@@ -101,6 +102,16 @@ def test_a_trace_is_what_the_model_computes():
 
 def test_a_runs_licence_is_the_checkpoints(finished):
     assert ppcl_rt.load(finished / "checkpoint").catalog.license == TINY.license == "apache-2.0"
+
+
+def test_refinement_goes_on_from_recovery_and_leaves_out_what_no_plan_takes(finished):
+    before, after = (read_tensors(finished / f"{stage}.safetensors") for stage in ("recovered", "refined"))
+    assert set(after) <= set(before)
+    moved = [name for name in after if not torch.equal(before[name], after[name])]
+    assert len(moved) > len(after) // 4
+    # What it planned by was measured on what recovery left.
+    costs = Catalog.model_validate(json.loads((finished / "recovered_costs.json").read_text()))
+    assert costs.sketch is not None and (finished / "recovered_costs.safetensors").exists()
 
 
 def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):

@@ -159,8 +159,8 @@ def test_ours_runs_the_pipeline_with_the_steps_of_all(entry_of):
     model = METHODS["ours"](entry_of("ours"))
     assert model.catalog.ratio(model.plan) <= 0.6
     config = json.loads((entry_of("ours").shared / "ours" / "config.json").read_text())
-    stages = config["students"]["steps"], config["recover"]["steps"], config["recover"]["kept_steps"]
-    assert sum(stages) + config["table"]["steps"] == TINY.compare.steps
+    stages = [config[name]["steps"] for name in ("students", "recover", "refine")]
+    assert sum(stages) + config["recover"]["kept_steps"] + config["table"]["steps"] == TINY.compare.steps
     # The smallest is a model too; smaller there is none.
     with pytest.raises(UnreachableError):
         METHODS["ours"](entry_of("ours", ratio=0.05))

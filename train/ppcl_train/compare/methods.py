@@ -48,6 +48,7 @@ def _budgeted(run: RunConfig) -> dict[str, int]:
         "students__steps": run.students.steps,
         "recover__steps": run.recover.steps,
         "recover__kept_steps": run.recover.kept_steps,
+        "refine__steps": run.refine.steps,
     }
     taken = run.table.steps if run.select == "table" else run.probes.steps
     left, total = run.compare.steps - taken, sum(planned.values())
