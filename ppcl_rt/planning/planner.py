@@ -136,13 +136,14 @@ class Planner:
         multiples = (n * spacing for n in range(1, round(1 / spacing) + 1))
         return [self.plan(ratio) for ratio in [smallest, *(ratio for ratio in multiples if smallest < ratio <= 1)]]
 
-    def frontier(self, spacing: float, others: float, least_share: float = 0.0) -> list[Plan]:
+    def frontier(self, spacing: float, others: float, least_share: float = 0.0, candidates: int = 1) -> list[Plan]:
         """Plans for every budget, made without a look at `Catalog.frontier`: what is measured to become it.
 
         Args:
             spacing: between ratios.
             others: between shares of the dense parameters alone, and of the dense FLOPs alone.
             least_share: make no plan for less than this, of the ratio or of either.
+            candidates: the most plans for one budget, the best by their predicted losses: measuring tells them apart.
         """
         params, flops = ratio_limits(self.catalog, 1.0)
         found: dict[Plan, None] = {}
@@ -150,10 +151,9 @@ class Planner:
             least, before = max(self._least_share(dense), least_share), None
             for share in (least, *(n * step for n in range(1, round(1 / step)) if n * step > least)):
                 limits = tuple(Limit(cost, share * whole) for cost, whole in dense)
-                taken = self._solve_within(limits, before)
-                if taken is not None:
-                    found.setdefault(self._choices.plan(taken))
-                    before = taken
+                solved = self._solve_within(limits, before)
+                found.update(dict.fromkeys(map(self._choices.plan, solved[:candidates])))
+                before = solved[0] if solved else before
         found.setdefault(self.catalog.dense)
         return list(found)
 
@@ -214,10 +214,10 @@ class Planner:
             return self.catalog.dense
         if (measured := self._of_frontier(limits)) is not None:
             return measured
-        taken = self._solve_within(limits)
-        if taken is None:
+        solved = self._solve_within(limits)
+        if not solved:
             raise _NoneFits
-        return self._choices.plan(taken)
+        return self._choices.plan(solved[0])
 
     def _of_frontier(self, limits: tuple[Limit, ...]) -> Plan | None:
         """The plan of the measured frontier that loses least within limits."""
@@ -244,16 +244,16 @@ class Planner:
 
         return lru_cache(maxsize=64)(costs)
 
-    def _solve_within(self, limits: tuple[Limit, ...], known: np.ndarray | None = None) -> np.ndarray | None:
-        """The best set of choices that was found within limits; None where there is none.
+    def _solve_within(self, limits: tuple[Limit, ...], known: np.ndarray | None = None) -> list[np.ndarray]:
+        """Sets of choices that were found within limits, the best first; none where there is none.
 
         Args:
-            known: a set within the limits, which the answer is no worse than.
+            known: a set within the limits, which the first is no worse than.
         """
         choices = self._choices
         linear = self._linear(choices.losses, limits, 0.0 if len(choices) <= _EXACT_CHOICES else _GAP)
         if linear is None or self._forms is None:
-            return linear if linear is not None else known
+            return [each for each in (linear, known) if each is not None][:1]
         planning, scoring = self._forms
         costs = np.array([choices.costs(cost) for cost, _ in limits])
         outer = np.array([cost.outer(self.catalog.architecture) for cost, _ in limits])
@@ -276,7 +276,7 @@ class Planner:
                 found.append(planning.improve(start, costs, room))
         if known is not None:
             found.append(known)
-        return min(found, key=scoring.loss)
+        return sorted(found, key=scoring.loss)
 
     def _linear(
         self, objective: np.ndarray, limits: tuple[Limit, ...], gap: float, proof: bool = True

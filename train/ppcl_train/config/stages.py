@@ -219,12 +219,14 @@ class MeasureConfig(Frozen):
         bands: equal bands of the timestep that losses and sketches are divided into.
         spacing: between the ratios whose plans are measured as a whole.
         other_spacing: likewise, between shares of the dense parameters alone, and of the dense FLOPs alone.
+        candidates: the most plans that are measured for one budget; the best of them stays.
     """
 
     samples: PositiveInt = 200
     bands: PositiveInt = 4
     spacing: float = Field(0.01, gt=0, lt=1)
     other_spacing: float = Field(0.04, gt=0, lt=1)
+    candidates: PositiveInt = 3
 
 
 class CompareConfig(LoopConfig):

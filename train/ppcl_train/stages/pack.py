@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,9 +29,9 @@ _LOGGED = 20
 def pack(run: RunConfig, folder: Path) -> None:
     """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
 
-    What no plan of the frontier takes is left out: students, text runs. The frontier begins where training did
-    (`RecoverConfig.least_ratio`). Then each plan of the frontier is measured as a
-    whole, and its loss stored (`Catalog.frontier`).
+    Plans are made for many budgets, some for each, from where training began (`RecoverConfig.least_ratio`), and measured
+    as a whole. Those that no other one beats are the frontier (`Catalog.frontier`). What none of them takes is left out:
+    students, text runs.
     """
     log, config = Log(folder, "pack"), run.measure
     draft = Checkpoint(folder / "draft")
@@ -40,10 +40,16 @@ def pack(run: RunConfig, folder: Path) -> None:
     whole = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
     sketches = {name: rows.numpy() for name, rows in read_tensors(folder / measure.SKETCHES).items()}
     planner = Planner(whole, lambda: [sketches[name] for name in TENSORS])
-    plans = planner.frontier(config.spacing, config.other_spacing, max(run.recover.least_ratio, run.refine.least_ratio))
+    least_share = max(run.recover.least_ratio, run.refine.least_ratio)
+    plans = planner.frontier(config.spacing, config.other_spacing, least_share, config.candidates)
     log(plans=len(plans), smallest_ratio=planner.smallest)
-    catalog = _packed(whole, plans)
-    catalog = catalog.model_copy(update={"frontier": _measured(run, folder, catalog, plans, log)})
+    losses = undominated(whole, _measured(run, folder, whole, plans, log))
+    catalog = _packed(whole, list(losses))
+    frontier = (
+        MeasuredPlan(choices=tuple(taken(catalog, plan)), loss=sum(bands), bands=bands)
+        for plan, bands in losses.items()
+    )
+    catalog = catalog.model_copy(update={"frontier": tuple(frontier)})
     tensors = {name: draft.read(name) for name in listed(catalog, draft.names)}
     for name, rows in sketches.items():
         tensors[name] = torch.from_numpy(select(rows, whole, catalog))
@@ -72,12 +78,26 @@ def _packed(whole: Catalog, plans: Sequence[Plan]) -> Catalog:
 
 def _measured(
     run: RunConfig, folder: Path, catalog: Catalog, plans: Sequence[Plan], log: Log
-) -> tuple[MeasuredPlan, ...]:
-    """The plans of the frontier with their losses, which are not those that were predicted."""
-    error, found = VelocityError(open_draft(run, folder), run), []
+) -> dict[Plan, tuple[float, ...]]:
+    """The losses of plans in each band, which are not those that were predicted."""
+    error, found = VelocityError(open_draft(run, folder), run), dict[Plan, tuple[float, ...]]()
     for number, plan in enumerate(plans):
-        bands = error.of(plan)
-        found.append(MeasuredPlan(choices=tuple(taken(catalog, plan)), loss=sum(bands), bands=bands))
+        found[plan] = error.of(plan)
         if number % _LOGGED == 0:
-            log(measured=number, of=len(plans), ratio=catalog.ratio(plan), loss=found[-1].loss)
-    return tuple(found)
+            log(measured=number, of=len(plans), ratio=catalog.ratio(plan), loss=sum(found[plan]))
+    return found
+
+
+def undominated(catalog: Catalog, losses: Mapping[Plan, tuple[float, ...]]) -> dict[Plan, tuple[float, ...]]:
+    """Leave out plans that another one beats, or equals, in parameters, FLOPs and loss at once."""
+    architecture, reference = catalog.architecture, catalog.reference
+    figures = {
+        plan: (sum(bands), architecture.params(plan), architecture.flops(plan, *reference))
+        for plan, bands in losses.items()
+    }
+    kept: dict[Plan, tuple[float, ...]] = {}
+    # The least loss first, so that what beats a plan comes before it.
+    for plan in sorted(losses, key=figures.__getitem__):
+        if not any(all(a <= b for a, b in zip(figures[other], figures[plan], strict=True)) for other in kept):
+            kept[plan] = losses[plan]
+    return kept
