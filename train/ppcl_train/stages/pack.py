@@ -29,9 +29,9 @@ _LOGGED = 20
 def pack(run: RunConfig, folder: Path) -> None:
     """Put the measured catalog and the tensors together; writes ``checkpoint/``, with ``run.json`` in it.
 
-    Plans are made for many budgets, some for each, from where training began (`RecoverConfig.least_ratio`), and measured
-    as a whole. Those that no other one beats are the frontier (`Catalog.frontier`). What none of them takes is left out:
-    students, text runs.
+    Plans are made for many budgets, some for each, from where training began (`RecoverConfig.least_ratio`), and
+    measured as a whole. Those that no other one beats are the frontier (`Catalog.frontier`). What none of them takes
+    is left out: students, text runs.
     """
     log, config = Log(folder, "pack"), run.measure
     draft = Checkpoint(folder / "draft")
