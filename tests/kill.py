@@ -24,11 +24,6 @@ from tiny import TINY
 
 from ppcl_train import pipeline
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.stages import pack
-
-# The planner is asked at ratios this far apart, in place of 0.005: which plans a run packs does not matter here, and to
-# find them takes a third of its time.
-pack._SPACING = 0.05
 
 
 def start(config: RunConfig, folder: Path) -> int:

@@ -54,6 +54,7 @@ def write_checkpoint(
         )
         for name, members in split.filename_to_tensors.items():
             save_file({member: held[member] for member in members}, partial / name, metadata=card.metadata(catalog))
+            _sort_metadata(partial / name)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -67,6 +68,18 @@ def write_checkpoint(
         if not (folder / card.CARD).is_file():
             card.write_card(partial, catalog)
     return catalog
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: its library writes them in another one each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same JSON in another order"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _is_of_a_checkpoint(name: str) -> bool:

@@ -60,6 +60,16 @@ def test_what_is_known_of_a_stock_model_travels(build_stock, tmp_path, license_)
         first = folder
 
 
+def test_files_are_the_same_bytes_each_time(build_stock, tmp_path):
+    """Two entries of metadata: the library puts them in either order."""
+    first = stock(build_stock, tmp_path / "stock", "---\nlicense: mit\nbase_model: a/b\n---\n")
+    written = set()
+    for n in range(8):
+        ppcl_rt.load(first).save_pretrained(tmp_path / str(n))
+        written.add((tmp_path / str(n) / WEIGHTS).read_bytes())
+    assert len(written) == 1
+
+
 def test_somebodys_own_card_stays(made, tmp_path):
     (tmp_path / CARD).write_text("mine\n")
     ppcl_rt.load(made.folder).save_pretrained(tmp_path)

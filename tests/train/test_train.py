@@ -1,6 +1,5 @@
 """Training: the closed forms, the losses, and runs that can be killed."""
 
-import json
 import shutil
 
 import numpy as np
@@ -19,7 +18,7 @@ from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.teacher_file import load_teacher
-from ppcl_train.engine.files import read_tensors
+from ppcl_train.engine.files import read_content, read_tensors
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors.eq5 import find_intervals
@@ -110,7 +109,7 @@ def test_refinement_goes_on_from_recovery_and_leaves_out_what_no_plan_takes(fini
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert len(moved) > len(after) // 4
     # What it planned by was measured on what recovery left.
-    costs = Catalog.model_validate(json.loads((finished / "recovered_costs.json").read_text()))
+    costs = Catalog.model_validate(read_content(finished / "recovered_costs.json"))
     assert costs.sketch is not None and (finished / "recovered_costs.safetensors").exists()
 
 

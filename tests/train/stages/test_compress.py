@@ -54,7 +54,7 @@ def test_a_map_loses_a_share_of_its_own_error():
 def test_only_what_plans_take_is_kept_and_a_neighbour():
     catalog = catalog_of(6)
     plans = Planner(catalog).plans(0.02)
-    alone, near = taken(catalog, 0.02, 0), taken(catalog, 0.02, 1)
+    alone, near = taken(catalog, plans, 0), taken(catalog, plans, 1)
     used = {planned.interval for plan in plans for planned in plan.blocks if planned.student}
     assert {student.interval for student in alone.students} == used < {s.interval for s in catalog.students}
     for n in range(6):
@@ -74,7 +74,8 @@ def test_only_what_plans_take_is_kept_and_a_neighbour():
 
 
 def test_tensors_of_choices_that_are_gone_are_left_out():
-    catalog = taken(catalog_of(6), 0.02, 0)
+    whole = catalog_of(6)
+    catalog = taken(whole, Planner(whole).plans(0.02), 0)
     kept, gone = catalog.students[0].interval, "0-5"
     assert all(student.interval.key != gone for student in catalog.students)
     legal = catalog.blocks[0].of("image")[-1].units

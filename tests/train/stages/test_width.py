@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppcl_rt import Architecture, BlockList, Catalog, Interval, LegalWidths, Student, Tokens
+from ppcl_rt import Architecture, BlockList, Catalog, Interval, LegalWidths, Planner, Student, Tokens
 from ppcl_rt.families.qwen_image import block_spec
 from ppcl_train.closed_form.block_statistics import BlockStatistics
 from ppcl_train.closed_form.least_squares import LeastSquares
@@ -17,6 +17,7 @@ from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.closed_form.text_runs import fit_text_runs
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
+from ppcl_train.config.stages import EndToEndConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.stages import teacher
 from ppcl_train.stages.draft import legal_counts
@@ -224,7 +225,7 @@ def test_random_plans_are_plans():
 
 def test_drawn_plans_hold_the_smallest_and_the_dense_one_only_if_asked():
     catalog = catalog_of(4)
-    plans = Plans(catalog, share=0.7)
+    plans = Plans(catalog, Planner(catalog).plans(0.02), EndToEndConfig(planned=0.7))
     drawn = [plans.draw(random.Random(n), dense=False) for n in range(200)]
     assert catalog.dense not in drawn and len(set(drawn)) > 20
     least = min(catalog.architecture.params(plan) for plan in drawn)
