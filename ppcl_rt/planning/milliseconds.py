@@ -269,6 +269,16 @@ class BlockTimes:
 
     def _curve(self, kind: Kind, group: str) -> dict[int, float]:
         """Milliseconds by count where all else is full, on the clock of the full block's own row."""
+        if (kind, group) not in self._curves:
+            self._curves[kind, group] = self._made_curve(kind, group)
+        return self._curves[kind, group]
+
+    @cached_property
+    def _curves(self) -> dict[tuple[Kind, str], dict[int, float]]:
+        """Those that were asked for so far: a plan asks for each of them many times."""
+        return {}
+
+    def _made_curve(self, kind: Kind, group: str) -> dict[int, float]:
         rows = [(row, row.width) for row in self.rows if row.kind == kind and row.width is not None]
         whole = self.whole(TEXT_NOT_UPDATED if kind == "text_not_updated" else ALL_UPDATED)
         points = {
