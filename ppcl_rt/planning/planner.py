@@ -245,7 +245,7 @@ class Planner:
         return lru_cache(maxsize=64)(costs)
 
     def _solve_within(self, limits: tuple[Limit, ...], known: np.ndarray | None = None) -> list[np.ndarray]:
-        """Sets of choices that were found within limits, the best first; none where there is none.
+        """Different sets of choices that were found within limits, the best first; none where there is none.
 
         Args:
             known: a set within the limits, which the first is no worse than.
@@ -276,12 +276,14 @@ class Planner:
                 found.append(planning.improve(start, costs, room))
         if known is not None:
             found.append(known)
-        return sorted(found, key=scoring.loss)
+        # Different starts often end in one set.
+        distinct = {each.tobytes(): each for each in found}
+        return sorted(distinct.values(), key=scoring.loss)
 
     def _linear(
         self, objective: np.ndarray, limits: tuple[Limit, ...], gap: float, proof: bool = True
     ) -> np.ndarray | None:
-        """The set of choices with the least sum of ``objective`` within limits ; None where there is none."""
+        """The set of choices with the least sum of ``objective`` within limits; None where there is none."""
         architecture = self.catalog.architecture
         rows, most, scales = [], [], []
         for cost, budget in limits:

@@ -3,6 +3,8 @@
 import random
 from collections import Counter
 
+import pytest
+
 from ppcl_rt import Planner
 from ppcl_train.config.stages import EndToEndConfig
 from ppcl_train.stages.recover import Plans, is_dense
@@ -43,3 +45,9 @@ def test_plans_of_another_catalog_run_on_the_draft(made):
     other = type(other).model_validate(other.model_dump())
     planned = Planner(other).plans(0.2)
     assert {plan.checkpoint for plan in drawn(made.catalog, planned)} == {made.catalog.fingerprint}
+
+
+def test_ratios_without_a_plan_are_refused(made):
+    planned = Planner(made.catalog).plans(0.2)
+    with pytest.raises(ValueError, match="raise most_ratio"):
+        drawn(made.catalog, planned, most_ratio=0.01)

@@ -42,11 +42,13 @@ class _Costs(NamedTuple):
     Attributes:
         catalog, sketches: names of the files in the run folder.
         by_sketches: plan by the sketches, for all budgets; else by sums of losses, for ratios.
+        first_seed: of the batches that are trained on.
     """
 
     catalog: str
     sketches: str
     by_sketches: bool
+    first_seed: int
 
     def measure(self, run: RunConfig, folder: Path, start: Mapping[str, torch.Tensor], log: Log) -> None:
         """Measure every choice that some tensors make."""
@@ -68,8 +70,10 @@ class _Costs(NamedTuple):
         return worthwhile, Planner(worthwhile).plans(_SPACING, config.least_ratio)
 
 
-_CLOSED_FORMS = _Costs("costs.json", "costs.safetensors", by_sketches=False)
-_RECOVERED = _Costs("recovered_costs.json", "recovered_costs.safetensors", by_sketches=True)
+_CLOSED_FORMS = _Costs("costs.json", "costs.safetensors", by_sketches=False, first_seed=calibration.RECOVER)
+_RECOVERED = _Costs(
+    "recovered_costs.json", "recovered_costs.safetensors", by_sketches=True, first_seed=calibration.REFINE
+)
 
 
 def recover(run: RunConfig, folder: Path) -> None:
@@ -118,13 +122,12 @@ def _end_to_end(
     plans = Plans(_of_draft(worthwhile, model), planned, config)
     teacher = copy.deepcopy(model).requires_grad_(False) if kept_steps else model
     model.requires_grad_(False)
-    first_seed = calibration.RECOVER if costs is _CLOSED_FORMS else calibration.REFINE
     if config.steps:
         parameters = {name: p for name, p in model.named_parameters() if _only_narrower_plans_run(name)}
-        _train(run, config, log, model, teacher, plans, parameters, first_seed, dense=False)
+        _train(run, config, log, model, teacher, plans, parameters, costs.first_seed, dense=False)
     if kept_steps:
         kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": kept_steps})
-        first_seed += config.steps * config.accumulate
+        first_seed = costs.first_seed + config.steps * config.accumulate
         parameters = dict(model.named_parameters())
         _train(run, kept_config, kept_log, model, teacher, plans, parameters, first_seed, dense=True)
     if world.is_main:
@@ -211,6 +214,10 @@ class Plans:
         self.catalog, self._config = catalog, config
         inside = [plan for plan in planned if catalog.ratio(plan) <= config.most_ratio and not is_dense(plan, catalog)]
         self._planned = [plan.model_copy(update={"checkpoint": catalog.fingerprint}) for plan in inside]
+        if not inside:
+            raise ValueError(
+                f"no plan has a ratio of {config.least_ratio:g} to {config.most_ratio:g}: raise most_ratio"
+            )
         ratios = [catalog.ratio(plan) for plan in self._planned]
         self._weights = [ratio**-config.towards_small for ratio in ratios]
         self._smallest = self._planned[min(range(len(ratios)), key=ratios.__getitem__)]
