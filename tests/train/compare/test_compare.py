@@ -159,7 +159,9 @@ def test_ours_runs_the_pipeline_with_the_steps_of_all(entry_of):
     model = METHODS["ours"](entry_of("ours"))
     assert model.catalog.ratio(model.plan) <= 0.6
     config = json.loads((entry_of("ours").shared / "ours" / "config.json").read_text())
+    # Whatever the run trains at all is trained here too, however few the steps and however long the longest stage.
     stages = [config[name]["steps"] for name in ("students", "recover", "refine")]
+    assert min(stages) > 0 and config["recover"]["kept_steps"] > 0
     assert sum(stages) + config["recover"]["kept_steps"] + config["table"]["steps"] == TINY.compare.steps
     # The smallest is a model too; smaller there is none.
     with pytest.raises(UnreachableError):

@@ -54,8 +54,10 @@ def _budgeted(run: RunConfig) -> dict[str, int]:
     left, total = run.compare.steps - taken, sum(planned.values())
     if left < len(planned):
         raise ValueError(f"choosing intervals takes {taken} of {run.compare.steps} steps: raise compare.steps")
-    changes = {name: round(count * left / total) for name, count in planned.items()}
-    changes["recover__steps"] += left - sum(changes.values())
+    # One step for whatever the run trains at all, the rest by its own shares; what rounding leaves goes to the longest.
+    spare = left - sum(count > 0 for count in planned.values())
+    changes = {name: (count > 0) + spare * count // total for name, count in planned.items()}
+    changes[max(planned, key=planned.__getitem__)] += left - sum(changes.values())
     return changes
 
 
