@@ -106,7 +106,8 @@ def load(
     }
     source = Checkpoint(locate(path, subfolder, **hub))
     name = source.config.get("_class_name")
-    family = registry.of_stock(name)
+    # A checkpoint of one plan names our class: diffusers' own could not run it.
+    family = registry.of_stock(name) or registry.by_class_name(str(name))
     if family is None:
         known = ", ".join(registry.stock_names())
         raise ValueError(brief(f"{source.folder} is a {name}; the families here are: {known}"))

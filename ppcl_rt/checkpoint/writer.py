@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +40,75 @@ def write_checkpoint(
     Raises:
         ValueError: the catalog is larger than a reader takes; what was there before is kept.
     """
-    folder = Path(folder)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksums = {name: digest(tensor) for name, tensor in held.items()}
-    catalog = catalog.model_copy(update={"checksums": checksums, "checksums_of": "tensors"})
-    # A copy would keep what it had cached of the old checksums.
-    catalog = Catalog.model_validate(catalog.model_dump())
+    split = split_torch_state_dict_into_shards(held, max_shard_size=max_shard_size)
+    shards = ({name: held[name] for name in members} for members in split.filename_to_tensors.values())
+    return write_shards(folder, config, shards, lambda: catalog)
+
+
+def write_shards(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    shards: Iterable[Mapping[str, torch.Tensor]],
+    catalog: Callable[[], Catalog],
+) -> Catalog:
+    """Write a checkpoint folder file by file, so that the tensors of one file are in memory at once.
+
+    Args:
+        config, and what is returned and raised: as of `write_checkpoint`.
+        shards: the tensors of each file, by name; nobody but the file has to hold on to them.
+        catalog: called before the first file, for its licence and base model, and again once all are written; its
+            checksums are made anew.
+    """
+    folder = Path(folder)
+    checksums: dict[str, str] = {}
+    files: list[tuple[str, ...]] = []
+    total = 0
+    headers = card.metadata(catalog())
     with replacing_folder(folder, _is_of_a_checkpoint) as partial:
-        split = split_torch_state_dict_into_shards(
-            held,
-            max_shard_size=max_shard_size,
-            filename_pattern=WEIGHTS.replace(".safetensors", "{suffix}.safetensors"),
-        )
-        for name, members in split.filename_to_tensors.items():
-            save_file({member: held[member] for member in members}, partial / name, metadata=card.metadata(catalog))
-            _sort_metadata(partial / name)
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        # Through JSON: the checksum is of what a reader finds, lists where a config holds tuples.
-        content = json.loads(json.dumps({**config, CATALOG_KEY: catalog.model_dump(mode="json")}))
-        content[CHECKSUM_KEY] = config_digest(content)
-        text = json.dumps(content, indent=1) + "\n"
-        if len(text) > MOST_JSON:
-            raise ValueError(f"{CONFIG} would have {len(text)} bytes, at most {MOST_JSON} are read: leave out choices")
-        (partial / CONFIG).write_text(text)
+        for shard in shards:
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+            if twice := set(held) & set(checksums):
+                raise ValueError(f"two files would hold {min(twice)}")
+            checksums |= {name: digest(tensor) for name, tensor in held.items()}
+            total += sum(tensor.nbytes for tensor in held.values())
+            # How many there will be, which is part of their names, is known at the end.
+            save_file(held, partial / str(len(files)), metadata=headers)
+            _sort_metadata(partial / str(len(files)))
+            files.append(tuple(held))
+            del held, shard
+        if len(files) == 1:
+            (partial / "0").rename(partial / WEIGHTS)
+        else:
+            _write_index(partial, files, total)
+        made = catalog().model_copy(update={"checksums": checksums, "checksums_of": "tensors"})
+        # A copy would keep what it had cached of the old checksums.
+        made = Catalog.model_validate(made.model_dump())
+        _write_config(partial / CONFIG, config, made)
         if not (folder / card.CARD).is_file():
-            card.write_card(partial, catalog)
-    return catalog
+            card.write_card(partial, made)
+    return made
+
+
+def _write_index(partial: Path, files: Sequence[Collection[str]], total: int) -> None:
+    """Name numbered files as hubs do, and write which of them holds what."""
+    places: dict[str, str] = {}
+    for number, members in enumerate(files):
+        name = WEIGHTS.replace(".safetensors", f"-{number + 1:05d}-of-{len(files):05d}.safetensors")
+        (partial / str(number)).rename(partial / name)
+        places |= dict.fromkeys(members, name)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(path: Path, config: Mapping[str, Any], catalog: Catalog) -> None:
+    # Through JSON: the checksum is of what a reader finds, lists where a config holds tuples.
+    content = json.loads(json.dumps({**config, CATALOG_KEY: catalog.model_dump(mode="json")}))
+    content[CHECKSUM_KEY] = config_digest(content)
+    text = json.dumps(content, indent=1) + "\n"
+    if len(text) > MOST_JSON:
+        raise ValueError(f"{CONFIG} would have {len(text)} bytes, at most {MOST_JSON} are read: leave out choices")
+    path.write_text(text)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
@@ -18,15 +19,16 @@ from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.files import one_line, refusing_briefly
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.modulations import Modulations
+from ppcl_rt.model.program import Program
 from ppcl_rt.model.residency import READING
-from ppcl_rt.model.tensors import restore
+from ppcl_rt.model.tensors import held_at, restore
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning import sketch
 from ppcl_rt.planning.budget import Budget, check_ratio
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.frozen import first_error
 from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.plan import Plan, PlannedBlock
+from ppcl_rt.planning.plan import OnePlan, Plan, PlannedBlock
 from ppcl_rt.planning.width import Width
 
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
@@ -185,7 +187,9 @@ class CheckpointFolder(Modulations):
     def _everything(self) -> Iterator[Plan]:
         """Plans that between them need every tensor: each block and student at each of its counts."""
         catalog, depth = self.catalog, self.catalog.architecture.depth
-        yield catalog.dense
+        yield catalog.largest
+        if catalog.only is not None:
+            return
         blocks = [(Interval(n, n), widths, False) for n, widths in enumerate(catalog.blocks)]
         blocks += [(student.interval, student.widths, True) for student in catalog.students]
         for interval, widths, student in blocks:
@@ -223,9 +227,49 @@ class CheckpointFolder(Modulations):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write pickle: checkpoints here are safetensors only")
-        catalog = write_checkpoint(save_directory, self.stock_config, self.catalog, self.stored_state(), max_shard_size)
+        config = self.stock_config if self.catalog.only is None else self.one_plan_config
+        catalog = write_checkpoint(save_directory, config, self.catalog, self.stored_state(), max_shard_size)
         if self._source is not None and Path(save_directory).resolve() == self._source.folder.resolve():
             self._reopen(self._source.folder, catalog)
+
+    def save_plan(self, save_directory: str | Path, max_shard_size: int | str = "10GB") -> Catalog:
+        """Write the plan that runs now as a checkpoint of its own, with what it runs and nothing else.
+
+        Rank orders of narrower groups go with it: they say which heads and channels of the base model are left.
+
+        Returns:
+            Its catalog, which has the one plan (`Catalog.only`).
+        """
+        plan, whole = self.plan, self.catalog
+        loss = self.planner.loss(plan)
+        only = OnePlan(blocks=plan.blocks, text_runs=plan.text_runs, loss=loss if math.isfinite(loss) else None)
+        with READING:
+            program = self.prepare(plan)
+            held = {name: tensor.detach().cpu() for name, tensor in self._of_program(program)}
+        origin = {"base_model": whole.base_model, "license": whole.license}
+        catalog = Catalog.of_dense(self.family, whole.architecture, whole.reference, **origin)
+        catalog = catalog.model_copy(update={"only": only, "task": whole.task})
+        return write_checkpoint(save_directory, self.one_plan_config, catalog, held, max_shard_size)
+
+    def _of_program(self, program: Program) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a program reads, by its names in a checkpoint of one plan."""
+        homes = (*self.block_lists, "students", "text_runs")
+        for name, tensor in self.state_dict().items():
+            if not name.startswith(tuple(f"{home}." for home in homes)):
+                yield name, tensor
+        for call, planned in zip(program.calls, program.plan.blocks, strict=True):
+            prefix, width = self.home(planned).prefix, planned.width
+            not_updated = program.plan.not_updated(planned)
+            for name, tensor in held_at(call.block, width, not_updated):
+                yield prefix + name, tensor
+        for run in program.plan.text_runs:
+            for name, tensor in self.text_runs[run.key].state_dict().items():
+                yield f"text_runs.{run.key}.{name}", tensor
+
+    @property
+    def one_plan_config(self) -> dict[str, Any]:
+        """`stock_config` of a checkpoint of one plan: diffusers' own class, which cannot run it, has another name."""
+        return {**self.stock_config, "_class_name": type(self).__name__}
 
     def _reopen(self, folder: Path, catalog: Catalog) -> None:
         """Go on with the checkpoint that was just written over the one that this model was loaded from."""
@@ -257,7 +301,9 @@ class CheckpointFolder(Modulations):
         for name in self._source.names:
             tensor = self._source.read(name)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() and name not in sketch.TENSORS else tensor
-            if name in held:
+            if name in held and self.catalog.only is not None:
+                state[name] = held[name]
+            elif name in held:
                 prefix = next((prefix for prefix in blocks if name.startswith(prefix)), "")
                 state[name] = (
                     restore(state[name], held[name], name.removeprefix(prefix), blocks[prefix])

@@ -291,7 +291,7 @@ class Switching(Residency):
             return self.prepare(current.plan_at(timestep))
         if current is not None:
             return current
-        program = self.prepare(self.catalog.dense)
+        program = self.prepare(self.catalog.largest)
         with READING:
             if self._current is None:
                 self._current = program

@@ -105,6 +105,9 @@ def missing_tensors(
         not_updated: streams that the block leaves as they were.
         fresh: whether the block holds nothing yet.
     """
+    if source.catalog is not None and source.catalog.only is not None:
+        yield from _as_stored(source, block, prefix, width, fresh)
+        return
     spec = block.spec
     if fresh:
         paths = {part.path for part in spec.parts}
@@ -125,6 +128,23 @@ def missing_tensors(
             yield from _replacement(source, block, output, prefix, width)
     for group in spec.rank_groups:
         yield from _factors(source, block, group, prefix, width, not_updated)
+
+
+def _as_stored(source: Checkpoint, block: PluggableBlock, prefix: str, width: Width, fresh: bool) -> Iterator[Missing]:
+    """All that a checkpoint of one plan holds of a block, but for what is held already: it lies there as it runs."""
+    parts, order = {part.path: part for part in block.spec.parts}, f"{prefix}order."
+    # A layer is made when its weight comes, so weights come before biases.
+    for stored in sorted(source.names, key=lambda name: name.endswith(".bias")):
+        if not stored.startswith(prefix) or stored.startswith(order):
+            continue
+        name = stored.removeprefix(prefix)
+        path = name.rpartition(".")[0]
+        part = parts.get(path)
+        replaced = path.removeprefix("replacements.")
+        is_held = path in block.held if part is not None else replaced == path or replaced in block.replacements
+        if fresh or not is_held:
+            counts = Width() if part is None else block.counts_of(part, width)
+            yield Missing(name, source.read(stored), part, counts, f"{prefix}{path}.bias" in source)
 
 
 def is_replaced(source: Checkpoint, spec: BlockSpec, output: Output, prefix: str, count: int) -> bool:
@@ -231,3 +251,64 @@ def _keep_held(block: PluggableBlock, missing: Missing, tensor: torch.Tensor, ol
             end = segment.offset + segment.unit * block.spec.groups[segment.group].count
         rest = old.shape[part.axis] - here
         tensor.narrow(part.axis, there, rest).copy_(old.narrow(part.axis, here, rest))
+
+
+def held_at(block: PluggableBlock, width: Width, not_updated: Collection[Stream]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a block reads when it runs a width, by name inside the block; where it is narrower, its rank orders too.
+
+    Args:
+        not_updated: streams that the block leaves as they were.
+    """
+    spec, state = block.spec, block.state_dict()
+    paths = {part.path for part in spec.parts}
+    yield from ((n, t) for n, t in state.items() if n.rpartition(".")[0] not in paths and not n.startswith("replace"))
+    for part in spec.parts:
+        if spec.runs(part, not_updated):
+            yield from _part_at(block, part, width, state)
+    for group, order in block.orders.items():
+        if width.get(group, 0) < spec.groups[group].count:
+            yield f"order.{group}", order
+
+
+def _part_at(
+    block: PluggableBlock, part: Part, width: Width, state: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    spec = block.spec
+    whole = tuple((which, f"{part.path}.{which}") for which in ("weight", "bias") if f"{part.path}.{which}" in state)
+    if part.factored:
+        rank = width[part.factored]
+        if rank == spec.groups[part.factored].count:
+            yield from ((name, state[name]) for _, name in whole)
+            return
+        down, up = f"replacements.{spec.shared_factor(part.factored)}", f"replacements.{part.name}"
+        yield from ((f"{down}.{which}", state[f"{down}.{which}"][:rank]) for which in ("weight", "bias"))
+        yield f"{up}.weight", state[f"{up}.weight"][:, :rank]
+        yield f"{up}.bias", state[f"{up}.bias"]
+        return
+    counts = block.counts_of(part, width)
+    for output in (output for output in spec.outputs if output.part is part):
+        prefix = f"replacements.{spec.replacement(output.name, width[output.segment.group])}."
+        replacing = [name for name in state if name.startswith(prefix)]
+        yield from ((name, state[name]) for name in replacing)
+        if replacing and not output.shared:
+            return
+    if part.axis == 0 and counts and not any(counts.values()):
+        return
+    for _, name in whole:
+        yield name, _narrowed(block, part, name, state[name], counts)
+
+
+def _narrowed(block: PluggableBlock, part: Part, name: str, held: torch.Tensor, counts: Width) -> torch.Tensor:
+    """The first units of what a block holds of a part."""
+    if not has_units(part, name):
+        return held
+    assert part.axis is not None, "units lie along an axis"
+    pieces, here, end = [], 0, 0
+    for segment in part.segments:
+        # Rows of no group, then the units of one.
+        start = here + segment.offset - end
+        pieces.append(torch.arange(here, start + segment.unit * counts.get(segment.group, 0)))
+        here = start + segment.unit * block.held[part.path].get(segment.group, 0)
+        end = segment.offset + segment.unit * block.spec.groups[segment.group].count
+    pieces.append(torch.arange(here, held.shape[part.axis]))
+    return held.index_select(part.axis, torch.cat(pieces).to(held.device))

@@ -219,7 +219,7 @@ def _explained(model: Any, clock: _Clock, times: BlockTimes, repeats: int) -> Bl
 
 def _trials(planner: Planner, times: BlockTimes) -> Iterator[Plan]:
     """Plans of a planner at milliseconds spread evenly from the least to those of the dense plan, which is the last."""
-    cost, dense = Milliseconds(times), planner.catalog.dense
+    cost, dense = Milliseconds(times), planner.catalog.largest
     least, most = planner.least(cost), times.plan_ms(dense)
     for n in range(1, _TRIALS):
         yield planner.plan((Limit(cost, least + (most - least) * n / _TRIALS),))

@@ -16,7 +16,7 @@ from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED, BlockSpec
 from ppcl_rt.planning.frozen import Frozen
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.legal import LegalWidths, Sketch, Student, TextRun
-from ppcl_rt.planning.plan import Plan, PlannedBlock
+from ppcl_rt.planning.plan import OnePlan, Plan, PlannedBlock
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 # The version of the JSON form. It rises when an older reader would misread a catalog; `ppcl_rt.checkpoint.migration`
@@ -63,6 +63,7 @@ class Catalog(Frozen):
         students: what can stand in for which interval; intervals may overlap, a plan takes disjoint ones.
         text_runs: where the text stream need not be updated; likewise.
         frontier: measured plans, from which the planner takes the best that fits a budget.
+        only: the one plan that the checkpoint holds; nothing else can then be chosen. None where there is a choice.
         compensated: whether output layers at every narrower count lie in the checkpoint, fitted by least squares.
             Linear maps for MLPs and modulations of a lower rank always do where they are legal.
         edges: timesteps that bound the bands that losses are divided into, from 0 to 1; none where they are not.
@@ -82,6 +83,7 @@ class Catalog(Frozen):
     students: tuple[Student, ...] = ()
     text_runs: tuple[TextRun, ...] = ()
     frontier: tuple[MeasuredPlan, ...] = ()
+    only: OnePlan | None = None
     compensated: bool = False
     edges: tuple[float, ...] = ()
     sketch: Sketch | None = None
@@ -104,17 +106,20 @@ class Catalog(Frozen):
         if len(self.blocks) != depth:
             raise ValueError(f"the catalog lists {len(self.blocks)} blocks, the model has {depth}")
         for name, choices in (("student", self.students), ("text run", self.text_runs)):
-            for choice in choices:
-                if choice.interval.last >= depth:
-                    raise ValueError(f"{name} {choice.interval} reaches beyond block {depth - 1}")
-                if not self.architecture.one_kind(choice.interval):
-                    raise ValueError(f"{name} {choice.interval} reaches from one list of blocks into the next")
+            self._check_intervals(name, [choice.interval for choice in choices])
             if len({choice.interval for choice in choices}) != len(choices):
                 raise ValueError(f"an interval has two {name}s: drop one")
-        for run in self.text_runs:
-            if "text" not in self.architecture.spec(run.interval.first).may_leave:
-                raise ValueError(f"text run {run.interval}: these blocks cannot leave the text stream as it was")
         return self
+
+    def _check_intervals(self, name: str, intervals: Iterable[Interval]) -> None:
+        depth = self.architecture.depth
+        for interval in intervals:
+            if interval.last >= depth:
+                raise ValueError(f"{name} {interval} reaches beyond block {depth - 1}")
+            if not self.architecture.one_kind(interval):
+                raise ValueError(f"{name} {interval} reaches from one list of blocks into the next")
+            if name == "text run" and "text" not in self.architecture.spec(interval.first).may_leave:
+                raise ValueError(f"text run {interval}: these blocks cannot leave the text stream as it was")
 
     @model_validator(mode="after")
     def _legal(self) -> Catalog:
@@ -127,6 +132,20 @@ class Catalog(Frozen):
             for group in widths.groups:
                 if widths.has(group, LINEAR_MAP) and not spec.groups[group].mappable:
                     raise ValueError(f"{name}: no linear map can stand in for {group}: a count stays at 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> Catalog:
+        if self.only is None:
+            return self
+        narrower = any(len(widths.of(group)) > 1 for widths in self.blocks for group in widths.groups)
+        if self.students or self.text_runs or self.frontier or narrower:
+            raise ValueError("the checkpoint holds one plan, but its catalog lists choices")
+        plan = self.largest
+        for name, intervals in ("block", [b.interval for b in plan.blocks]), ("text run", plan.text_runs):
+            self._check_intervals(name, intervals)
+        for planned in plan.blocks:
+            self._check_counts(plan, planned)
         return self
 
     @model_validator(mode="after")
@@ -160,6 +179,14 @@ class Catalog(Frozen):
     def dense(self) -> Plan:
         """The plan that leaves everything in: the teacher."""
         return self.compose((n, self.architecture.spec(n).full) for n in range(self.architecture.depth))
+
+    @cached_property
+    def largest(self) -> Plan:
+        """The plan that runs where none is asked for: the dense one, or the only one that there is."""
+        if self.only is None:
+            return self.dense
+        blocks, runs = self.only.blocks, self.only.text_runs
+        return Plan(checkpoint=self.fingerprint, depth=self.architecture.depth, blocks=blocks, text_runs=runs)
 
     def compose(
         self,
@@ -228,6 +255,10 @@ class Catalog(Frozen):
             )
         if plan.depth != self.architecture.depth:
             raise ValueError(f"the plan is for {plan.depth} blocks, the checkpoint has {self.architecture.depth}")
+        if self.only is not None:
+            if plan != self.largest:
+                raise ValueError("this checkpoint holds one plan, and this is another: see `ppcl plan`")
+            return plan
         for planned in plan.blocks:
             if planned.student:
                 self.student(planned.interval)
@@ -236,8 +267,9 @@ class Catalog(Frozen):
             self.text_run(run)
         return plan
 
-    def _check_width(self, plan: Plan, planned: PlannedBlock) -> None:
-        spec, width, widths = self.spec(planned.interval.first), planned.width, self.widths(planned)
+    def _check_counts(self, plan: Plan, planned: PlannedBlock) -> None:
+        """Check a width against the kind of block alone."""
+        spec, width = self.spec(planned.interval.first), planned.width
         where = f"blocks {planned.interval}"
         groups = spec.groups_without(plan.not_updated(planned))
         if set(width) != set(groups):
@@ -247,6 +279,12 @@ class Catalog(Frozen):
         for group, count in width.items():
             if count == LINEAR_MAP and not spec.groups[group].mappable:
                 raise ValueError(f"{where}: {group} is 1 or more, not 0")
+
+    def _check_width(self, plan: Plan, planned: PlannedBlock) -> None:
+        self._check_counts(plan, planned)
+        spec, width, widths = self.spec(planned.interval.first), planned.width, self.widths(planned)
+        where = f"blocks {planned.interval}"
+        for group, count in width.items():
             if count == LINEAR_MAP and not widths.has(group, LINEAR_MAP):
                 raise ValueError(f"{where}: the checkpoint holds no linear map for the {group} MLP")
         for group in spec.rank_groups:
@@ -262,6 +300,8 @@ class Catalog(Frozen):
 
     def loss(self, plan: Plan) -> float:
         """Predicted loss: the sum of what each choice alone loses (NaN where the plan takes what was not measured)."""
+        if self.only is not None:
+            return math.nan if self.only.loss is None else self.only.loss
         if plan.skipped:
             return math.nan
         total = 0.0
@@ -295,33 +335,6 @@ class Catalog(Frozen):
         if not 0 <= timestep <= 1:
             raise ValueError(f"a timestep lies in [0, 1], 1 is noise, not {timestep}")
         return min(bisect.bisect_right(self.edges, timestep), len(self.edges) - 1) - 1
-
-    def near(self, band: int) -> Catalog:
-        """The same catalog with losses as they are in a band of the timestep: what a denoising step there goes by."""
-        least = 1e-12
-
-        def widths_there(widths: LegalWidths) -> LegalWidths:
-            return LegalWidths(
-                {
-                    group: (legal[0], *(c._replace(loss=max(c.bands[band], least)) for c in legal[1:]))
-                    for group, legal in widths.root.items()
-                }
-            )
-
-        def there(choice: Chosen) -> Chosen:
-            moved: dict[str, Any] = {"loss": max(choice.bands[band], least)}
-            if isinstance(choice, Student):
-                moved["widths"] = widths_there(choice.widths)
-            return choice.model_copy(update=moved)
-
-        return self.model_copy(
-            update={
-                "blocks": tuple(map(widths_there, self.blocks)),
-                "students": tuple(map(there, self.students)),
-                "text_runs": tuple(map(there, self.text_runs)),
-                "frontier": tuple(p.model_copy(update={"loss": p.bands[band]}) for p in self.frontier),
-            }
-        )
 
 
 def _of_interval(choices: Iterable[Chosen], interval: Interval, missing: str) -> Chosen:

@@ -127,6 +127,21 @@ class Plan(Frozen):
         return read_json(cls, Path(path).read_bytes(), f"{path} is not a plan")
 
 
+class OnePlan(Frozen):
+    """The plan of a checkpoint that was made for it alone, and holds nothing else.
+
+    Its tensors lie in the files as the plan runs them: of each part the units that run, in rank order.
+
+    Attributes:
+        blocks, text_runs: as of `Plan`.
+        loss: predicted or measured velocity error; None: not known.
+    """
+
+    blocks: tuple[PlannedBlock, ...]
+    text_runs: tuple[Interval, ...] = ()
+    loss: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+
 def _first_block(block: PlannedBlock) -> int:
     return block.interval.first
 

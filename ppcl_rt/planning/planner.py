@@ -18,6 +18,7 @@ from scipy.sparse import csr_array, hstack
 
 from ppcl_rt.planning import sketch
 from ppcl_rt.planning.architecture import Tokens
+from ppcl_rt.planning.bands import near
 from ppcl_rt.planning.budget import Budget, Limit, check_ratio, ratio_limits
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.choices import Choices
@@ -58,7 +59,7 @@ class Planner:
     def __init__(
         self, catalog: Catalog, sketches: Callable[[], Sequence[np.ndarray]] | None = None, band: int | None = None
     ) -> None:
-        self.catalog = catalog if band is None else catalog.near(band)
+        self.catalog = catalog if band is None else near(catalog, band)
         # Rows are scaled by the losses of the whole catalog.
         self._whole, self._sketches, self._band = catalog, sketches, band
         self._choices = Choices(self.catalog)
@@ -66,7 +67,8 @@ class Planner:
         self._near: dict[int, Planner] = {}
 
     def plan(self, budget: float | tuple[Limit, ...], timestep: float | None = None) -> Plan:
-        """The plan with the least predicted loss within a budget; the dense plan wherever it fits.
+        """The plan with the least predicted loss within a budget; the dense plan wherever it fits, and the only
+        plan of a checkpoint that holds one.
 
         A checkpoint whose frontier was measured (`Catalog.frontier`) answers with the best plan of it that fits: a
         larger budget never gets a worse plan. Where none fits, and for other checkpoints, the plan is made here.
@@ -145,6 +147,8 @@ class Planner:
             least_share: make no plan for less than this, of the ratio or of either.
             candidates: the most plans for one budget, the best by their predicted losses: measuring tells them apart.
         """
+        if self.catalog.only is not None:
+            return [self.catalog.largest]
         params, flops = ratio_limits(self.catalog, 1.0)
         found: dict[Plan, None] = {}
         for step, dense in ((spacing, (params, flops)), (others, (params,)), (others, (flops,))):
@@ -175,6 +179,9 @@ class Planner:
 
     def _least_share(self, limits: Sequence[Limit]) -> float:
         """The least share of several limits that a plan needs: the larger of its shares."""
+        architecture = self.catalog.architecture
+        if self.catalog.only is not None:
+            return max(cost.of(architecture, self.catalog.largest) / whole for cost, whole in limits)
         # One more variable, the share, which no cost exceeds.
         rows, outer = [], []
         for cost, whole in limits:
@@ -195,7 +202,6 @@ class Planner:
         )
         assert answer.x is not None, "without a budget there is always a plan"
         plan = self._choices.plan(np.flatnonzero(answer.x[:-1] > 0.5))
-        architecture = self.catalog.architecture
         return max(cost.of(architecture, plan) / whole for cost, whole in limits)
 
     def _why_none(self, limits: tuple[Limit, ...]) -> str:
@@ -210,8 +216,10 @@ class Planner:
 
     def _plan(self, limits: tuple[Limit, ...]) -> Plan:
         architecture = self.catalog.architecture
-        if all(_within(cost.of(architecture, self.catalog.dense), most) for cost, most in limits):
-            return self.catalog.dense
+        if all(_within(cost.of(architecture, self.catalog.largest), most) for cost, most in limits):
+            return self.catalog.largest
+        if self.catalog.only is not None:
+            raise _NoneFits
         if (measured := self._of_frontier(limits)) is not None:
             return measured
         solved = self._solve_within(limits)

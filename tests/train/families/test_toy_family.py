@@ -178,3 +178,13 @@ def test_a_block_with_packed_parts_grows_around_what_was_trained(checkpoint):
     trained = (grown == 7).all(1).nonzero()[:, 0].tolist()
     assert trained == [*range(0, 4), *range(8, 12), *range(16, 20), *range(24, 29), *range(36, 41)]
     assert before.shape[0] == len(trained)
+
+
+def test_one_plan_goes_into_a_checkpoint_of_its_own(checkpoint, tmp_path, inputs, run):
+    """Parts that hold two groups keep what stands in for the columns of each."""
+    model = ppcl_rt.load(checkpoint, resident="all")
+    model.set_ratio(0.65)
+    model.save_plan(tmp_path / "one")
+    alone = ppcl_rt.load(tmp_path / "one")
+    assert torch.equal(run(alone, inputs), run(model, inputs))
+    assert sum(p.numel() for p in alone.parameters()) < sum(p.numel() for p in model.parameters())
