@@ -104,6 +104,8 @@ def make_bases(root: Path) -> list[Base]:
     as_format_1(root / "old")
     shutil.copytree(root / "small", root / "without")
     change_config(root / "without", lambda config: config.pop(CHECKSUM_KEY))
+    for name in ("whole", "other"):
+        ppcl_rt.load(root / name, RATIOS[1]).save_plan(root / f"{name}-alone")
     # Settings that no tensor's shape depends on, and losses, which the planner goes by, were written without a checksum
     # before there was one. Nothing but a checksum can tell them, so that these two are only asked not to crash, hang,
     # swell or chatter when config.json was altered. Tensors have their checksums there too.
@@ -112,6 +114,7 @@ def make_bases(root: Path) -> list[Base]:
         ("whole", "other", {}),
         ("small", "whole", {}),
         ("sharded", "sharded-other", {}),
+        ("whole-alone", "other-alone", {}),
         ("old", "whole", unsealed),
         ("without", "other", unsealed),
     ]
