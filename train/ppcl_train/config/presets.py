@@ -52,7 +52,7 @@ PRESETS = {
         # 0.6 points of the soft score.
         recover=RecoverConfig(steps=3000, lr=2.5e-4, ema=0.99, least_ratio=0.15),
         refine=RefineConfig(
-            steps=3000, lr=2.5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
+            steps=6000, lr=2.5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
         ),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
     ),
