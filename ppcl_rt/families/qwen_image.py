@@ -8,8 +8,8 @@ modulations).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +17,6 @@ import torch
 from diffusers import ModelMixin, QwenImageTransformer2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
@@ -25,160 +24,56 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from diffusers.utils import apply_lora_scale
 
-from ppcl_rt import ops
-from ppcl_rt.model.block import PluggableBlock
-from ppcl_rt.model.pluggable import Pluggable
-from ppcl_rt.model.program import BlockCall, Program
+from ppcl_rt.families.mmdit import (
+    KEY_MASK,
+    Control,
+    Layers,
+    MMDiT,
+    TwoStreamBlock,
+    in_range,
+    joint_mask,
+    residual_after,
+    sides,
+    two_stream_spec,
+)
+from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
-from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
-from ppcl_rt.planning.width import LINEAR_MAP, Width
+from ppcl_rt.planning.block_spec import BlockSpec, Stream
+from ppcl_rt.planning.width import Width
 
 # The one kind of block.
 _KIND = "two-stream"
-# Where blocks find the mask of all keys, text first.
-_KEY_MASK = "key_mask"
-# What diffusers calls the layers of each stream.
-_MODULES = {"image": "img", "text": "txt"}
+# Where diffusers keeps the layers of each stream.
+_LAYERS: Mapping[Stream, Layers] = {
+    "image": Layers("img_mod.1", "img_norm1", "img_norm2", "img_mlp"),
+    "text": Layers("txt_mod.1", "txt_norm1", "txt_norm2", "txt_mlp"),
+}
 
 
 def block_spec(
     dim: int, heads: int, head_dim: int, image_channels: int | None = None, text_channels: int | None = None
 ) -> BlockSpec:
     """What a block is made of; streams have width ``dim``, and MLPs ``4 * dim`` channels unless told otherwise."""
-    channels = {"image": image_channels or 4 * dim, "text": text_channels or 4 * dim}
-
-    def projection(path: str, stream: Literal["image", "text"]) -> Part:
-        segments = (Segment("heads", 0, head_dim),)
-        return Part(path=path, rows=heads * head_dim, columns=dim, axis=0, segments=segments, stream=stream)
-
-    parts = [projection(f"attn.{path}", "image") for path in ("to_q", "to_k", "to_v")]
-    parts += [projection(f"attn.{path}", "text") for path in ("add_q_proj", "add_k_proj", "add_v_proj")]
-    streams: tuple[Literal["image", "text"], ...] = ("image", "text")
-    for stream, path in zip(streams, ("attn.to_out.0", "attn.to_add_out")):
-        segments = (Segment("heads", 0, head_dim),)
-        parts.append(
-            Part(
-                name=f"attn_{stream}",
-                path=path,
-                rows=dim,
-                columns=heads * head_dim,
-                axis=1,
-                segments=segments,
-                stream=stream,
-                updates=stream,
-            )
-        )
-    for stream in streams:
-        mlp, segments = f"{_MODULES[stream]}_mlp", (Segment(stream, 0, 1),)
-        where: dict[str, Any] = {"segments": segments, "stream": stream, "updates": stream}
-        parts.append(Part(path=f"{mlp}.net.0.proj", rows=channels[stream], columns=dim, axis=0, **where))
-        parts.append(
-            Part(name=f"mlp_{stream}", path=f"{mlp}.net.2", rows=dim, columns=channels[stream], axis=1, **where)
-        )
-    for stream in streams:
-        parts.append(
-            Part(
-                name=f"modulation_{stream}",
-                path=f"{_MODULES[stream]}_mod.1",
-                rows=6 * dim,
-                columns=dim,
-                stream="sample",
-                updates=stream,
-                factored="modulation",
-            )
-        )
-    return BlockSpec(
-        dim=dim,
-        head_dim=head_dim,
-        groups={
-            "heads": Group(count=heads),
-            "image": Group(count=channels["image"], mappable=True, updates="image"),
-            "text": Group(count=channels["text"], mappable=True, updates="text"),
-            "modulation": Group(count=dim, is_rank=True),
-        },
-        parts=tuple(parts),
-        # The norms of q and k, of both streams.
-        other_params=4 * head_dim,
-        may_leave=("text",),
-    )
+    channels: dict[Stream, int] = {"image": image_channels or 4 * dim, "text": text_channels or 4 * dim}
+    return two_stream_spec(dim, heads, head_dim, _LAYERS, channels)
 
 
-class Modulation(NamedTuple):
-    """What the timestep does to one half of a block, ``[B, D]`` each."""
+class PPCLQwenImageTransformerBlock(TwoStreamBlock, QwenImageTransformerBlock):
+    """The stock block, over the first heads and channels in rank order (`TwoStreamBlock`).
 
-    shift: torch.Tensor
-    scale: torch.Tensor
-    gate: torch.Tensor
-
-
-class UpdatedStream(NamedTuple):
-    """One stream on its way through a block.
-
-    Attributes:
-        name: image or text.
-        x: ``[B, S, D]``.
-        attention, mlp: modulations of the block's two halves.
-        token_index: ``[B, S]``, which of two modulations a token takes (Qwen-Image-Edit), or None.
-    """
-
-    name: str
-    x: torch.Tensor
-    attention: Modulation
-    mlp: Modulation
-    token_index: torch.Tensor | None = None
-
-
-class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
-    """The stock block, over the first heads and channels in rank order.
-
-    Modules, their names and the returned order (text, image) are those of diffusers. ``replacements`` holds what runs
-    in place of a part at a narrower width: output layers that least squares has compensated for what is left out (a
-    width without one uses a prefix of the full layer), linear maps in place of MLPs, and modulations of a low rank.
+    Modules, their names and the returned order (text, image) are those of diffusers.
     """
 
     # Of the stock block.
-    attn: Any
     dim: int
     attention_head_dim: int
 
-    side_by_side = (
-        ("attn.to_q", "attn.to_k", "attn.to_v"),
-        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    )
+    layers = _LAYERS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         heads = self.attn.to_q.out_features // self.attention_head_dim
         self.become_pluggable(block_spec(self.dim, heads, self.attention_head_dim))
-
-    def modulations(
-        self, stream: str, temb: torch.Tensor, width: Width, known: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[Modulation, Modulation]:
-        """The modulations of both halves of the block, for ``temb [B, D]``; those that are ``known`` are taken."""
-        name = f"modulation_{stream}"
-        if known is not None:
-            product = known[name][: len(temb)]
-        else:
-            product = self.factored(name, self.modulation_input(temb), "modulation", width["modulation"])
-        parts = product.chunk(6, dim=-1)
-        return Modulation(*parts[:3]), Modulation(*parts[3:])
-
-    def attention_input(self, stream: UpdatedStream) -> torch.Tensor:
-        """What q, k and v of a stream are projected from: normalised and modulated, ``[B, S, D]``."""
-        norm = getattr(self, f"{_MODULES[stream.name]}_norm1")
-        return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
-
-    def text_input(
-        self,
-        text: torch.Tensor,
-        condition: torch.Tensor,
-        width: Width,
-        modulations: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """See `PluggableBlock.text_input`; the condition is the timestep embedding ``[B, D]``."""
-        return self.attention_input(
-            UpdatedStream("text", text, *self.modulations("text", condition[: len(text)], width, modulations))
-        )
 
     def forward(
         self,
@@ -193,111 +88,31 @@ class PPCLQwenImageTransformerBlock(PluggableBlock, QwenImageTransformerBlock):
         text_input: torch.Tensor | None = None,
         modulations: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the block.
+        """Run the block; arguments and result as in `TwoStreamBlock.run_streams`, but for these.
 
         Args:
-            hidden_states: image stream ``[B, S_image, D]``.
-            encoder_hidden_states: text stream ``[B, S_text, D]``.
             encoder_hidden_states_mask: boolean ``[B, S_text]``, true on tokens that count, or None.
-            temb: timestep embedding ``[B, D]`` (``[2 B, D]`` with ``modulate_index``).
             image_rotary_emb: (image, text) rotations, complex ``[S, E / 2]`` or real ``[S, E / 2, 2]``.
             joint_attention_kwargs: under ``key_mask`` what a forward makes once for all blocks, the mask of both
                 streams ``[B, S_text + S_image]``; there is nothing else that it could set.
             modulate_index: ``[B, S_image]``, which of two modulations an image token takes (Qwen-Image-Edit).
-            width: what to run; None for all that the block holds.
-            text_input: ``[B, S_text, D]``, what to project the text's q, k and v from, in a block that does not update
-                the text stream (PPCL eq. 8): no text output, no text MLP; the text is returned as it came.
-            modulations: ``[B, 6 D]`` (``[2 B, 6 D]``) of each factored part by name, where they are known already.
-
-        Returns:
-            (text, image) streams, in diffusers' order.
         """
-        width, text = width or self.width, encoder_hidden_states
-        image_stream = UpdatedStream(
-            "image", hidden_states, *self.modulations("image", temb, width, modulations), token_index=modulate_index
-        )
-        updated = [image_stream]
-        if text_input is None:
-            of_text = self.modulations("text", temb[: len(text)], width, modulations)
-            updated.append(UpdatedStream("text", text, *of_text))
-            text_input = self.attention_input(updated[-1])
-        key_mask = (joint_attention_kwargs or {}).get(_KEY_MASK)
+        key_mask = (joint_attention_kwargs or {}).get(KEY_MASK)
         if key_mask is None:
-            key_mask = _joint_mask(encoder_hidden_states_mask, hidden_states.shape[1])
-        attended = self.attention(self.attention_input(image_stream), text_input, key_mask, image_rotary_emb, width)
-        updated = self.add_attention(updated, attended, width)
-        image, *updated_text = self.add_feed_forward(updated, width)
-        text = updated_text[0] if updated_text else text
-        if image.dtype == torch.float16:
-            image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
-        return text, image
-
-    def attention(
-        self,
-        image_input: torch.Tensor,
-        text_input: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        rotations: tuple[torch.Tensor, torch.Tensor] | None,
-        width: Width,
-    ) -> dict[str, torch.Tensor]:
-        """Attend over both streams together; gives ``[B, S, heads * E]`` of each stream by name."""
-        attn = self.attn
-        image_rope, text_rope = map(as_real, rotations) if rotations else (None, None)
-        image_qkv = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
-        text_qkv = ops.Projection(
-            attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k
+            key_mask = joint_mask(encoder_hidden_states_mask, hidden_states.shape[1])
+        image_rope, text_rope = image_rotary_emb or (None, None)
+        text, image = self.run_streams(
+            hidden_states,
+            encoder_hidden_states,
+            temb,
+            rotations=None if image_rope is None or text_rope is None else (as_real(image_rope), as_real(text_rope)),
+            key_mask=key_mask,
+            width=width,
+            text_input=text_input,
+            modulations=modulations,
+            token_index=modulate_index,
         )
-        q, k, v = ops.qkv_projection(
-            [
-                ops.ProjectedStream(text_input, text_qkv, text_rope),
-                ops.ProjectedStream(image_input, image_qkv, image_rope),
-            ],
-            width["heads"],
-            self.attention_head_dim,
-        )
-        joint = ops.joint_attention(q, k, v, key_mask=key_mask, backend=attn.processor._attention_backend)
-        tokens = text_input.shape[1]
-        return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
-
-    def add_attention(
-        self, streams: list[UpdatedStream], attended: Mapping[str, torch.Tensor], width: Width
-    ) -> list[UpdatedStream]:
-        """``x + gate * out(attended)`` for each stream, in one launch."""
-        layers = [
-            ops.Layer(
-                self.output(f"attn_{s.name}", width["heads"]),
-                attended[s.name],
-                None,
-                s.attention.gate,
-                s.token_index,
-                s.x,
-            )
-            for s in streams
-        ]
-        return [s._replace(x=x) for s, x in zip(streams, ops.linears(layers), strict=True)]
-
-    def add_feed_forward(self, streams: list[UpdatedStream], width: Width) -> list[torch.Tensor]:
-        """``x + gate * mlp(norm(x))`` for each stream, or ``x + map(x)`` where a linear map stands in for the MLP.
-
-        Streams that keep their MLP share one up-projection launch and one down-projection launch.
-        """
-        after, ups, downs = {}, [], {}
-        for s in streams:
-            module, count = _MODULES[s.name], width[s.name]
-            down = ops.Layer(self.output(f"mlp_{s.name}", count), s.x, None, s.mlp.gate, s.token_index, residual=s.x)
-            if count == LINEAR_MAP:
-                # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
-                [after[s.name]] = ops.linears([down._replace(gate=None, token_index=None)])
-                continue
-            norm, mlp = getattr(self, f"{module}_norm2"), getattr(self, f"{module}_mlp")
-            normed = ops.ada_layer_norm(s.x, norm, s.mlp.scale, s.mlp.shift, s.token_index)
-            ups.append(ops.Layer(mlp.net[0].proj, normed, count))
-            downs[s.name] = down
-        if ups:
-            hidden = ops.linears(ups, gelu=True)
-            layers = [down._replace(x=x) for down, x in zip(downs.values(), hidden, strict=True)]
-            after |= dict(zip(downs, ops.linears(layers), strict=True))
-        return [after[s.name] for s in streams]
+        return in_range(text), in_range(image)
 
 
 # diffusers' caches look blocks up by their exact class. They return (text, image).
@@ -320,13 +135,7 @@ def _in_one_piece(image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor
     return joint[len(text) :], joint[: len(text)]
 
 
-def _joint_mask(text_mask: torch.Tensor | None, image_tokens: int) -> torch.Tensor | None:
-    if text_mask is None:
-        return None
-    return torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], image_tokens)], dim=1)
-
-
-class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
+class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
     """A `QwenImageTransformer2DModel` that runs at any ratio.
 
     Built by hand it is the dense model; `load` (or ``from_pretrained``) reads a checkpoint at a ratio. Arguments are
@@ -342,13 +151,12 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     time_text_embed: torch.nn.Module
     norm_out: torch.nn.Module
     proj_out: torch.nn.Module
-    _gradient_checkpointing_func: Any
-    gradient_checkpointing: bool
 
     family = "qwen-image"
     # 1024 x 1024 pixels in patches of 16 x 16.
     reference = Tokens(image=4096, text=512)
     stock_name = "QwenImageTransformer2DModel"
+    stock_processor = QwenDoubleStreamAttnProcessor2_0
     _no_split_modules = ["PPCLQwenImageTransformerBlock"]
     _repeated_blocks = ["PPCLQwenImageTransformerBlock"]
 
@@ -422,7 +230,7 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     def example(self, tokens: Tokens) -> dict[str, Any]:
         """See `Residency.example`; the image is as nearly square as its number of tokens allows."""
         like = next(self.parameters())
-        rows, columns = _sides(tokens.image)
+        rows, columns = sides(tokens.image)
 
         def noise(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=like.device, dtype=like.dtype)
@@ -472,24 +280,8 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
     @classmethod
     def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:
         """See `Residency.latents_of`; a token is 2 x 2 latents of one frame, the image as nearly square as can be."""
-        rows, columns = _sides(tokens.image)
+        rows, columns = sides(tokens.image)
         return (tokens.batch, vae["z_dim"], 1, 2 * rows, 2 * columns)
-
-    def adopt(self, block: Any) -> None:
-        """Take over the attention backend of the blocks that are there."""
-        for other in self.resident_blocks():
-            block.attn.processor._attention_backend = other.attn.processor._attention_backend
-
-    def set_attn_processor(self, processor: Any) -> None:
-        """Refuse a processor other than the stock one: attention over kept heads alone has no use for it.
-
-        Raises:
-            ValueError: any other processor. Backends are chosen with ``set_attention_backend``, which works.
-        """
-        given = processor.values() if isinstance(processor, dict) else [processor]
-        if any(type(each) is not QwenDoubleStreamAttnProcessor2_0 for each in given):
-            raise ValueError("attention processors are not called here: use set_attention_backend to choose a kernel")
-        super().set_attn_processor(processor)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -566,12 +358,6 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         """Timestep 0 too, where tokens of a reference image take it."""
         return torch.cat([timesteps, timesteps.new_zeros(1)]) if self.zero_cond_t else timesteps
 
-    def _graph_settings(self, program: Program) -> Hashable:
-        """Attention backends, as set on the blocks and by diffusers' context manager."""
-        blocks: list[Any] = [call.block for call in program.calls]
-        chosen = tuple(block.attn.processor._attention_backend for block in blocks)
-        return (super()._graph_settings(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
-
     def _walk(  # type: ignore[override]  # names the inputs of `Pluggable._walk`
         self,
         program: Program,
@@ -596,71 +382,34 @@ class PPCLQwenImageTransformer2DModel(Pluggable, QwenImageTransformer2DModel):
         image = self.img_in(hidden_states)
         timestep = self._conditions_of(timestep.to(image.dtype))
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        known: Sequence[Mapping[str, torch.Tensor] | None] = [None] * len(program.calls)
+        known: Sequence[Mapping[str, torch.Tensor] | None] | None = None
         if rows is None:
             temb = self.time_text_embed(timestep, image, additional_t_cond)
         else:
             temb, known = self._from_rows(program, rows.expand(len(timestep), -1))
-
         if mask is not None:
             # Made once a forward.
-            attention_kwargs = {**(attention_kwargs or {}), _KEY_MASK: _joint_mask(mask, image.shape[1])}
-        next_block, first_input = 0, text
-        for call, modulations in zip(program.calls, known, strict=True):
-            # Only where there are any: hooks of others know the call as it is in diffusers.
-            more: dict[str, Any] = {} if modulations is None else {"modulations": modulations}
-            image = self._add_control(image, controlnet_block_samples, range(next_block, call.interval.first))
-            text_input = None
-            if call.text_run is not None and call.text_run.is_first:
-                first_input = call.block.text_input(text, temb, call.width, **more)
-            elif call.text_run is not None and call.text_run.input_map is not None:
-                text_input = first_input + call.text_run.input_map(first_input)
-            text, image = self._call_block(
-                call,
-                hidden_states=image,
-                encoder_hidden_states=text,
-                encoder_hidden_states_mask=mask,
-                temb=temb,
-                image_rotary_emb=rope,
-                joint_attention_kwargs=attention_kwargs,
-                modulate_index=modulate_index,
-                **more,
-                **({} if text_input is None else {"text_input": text_input}),
-            )
-            if call.text_run is not None and call.text_run.exit_map is not None:
-                text = text + call.text_run.exit_map(text)
-            next_block = call.interval.last + 1
-            image = self._add_control(image, controlnet_block_samples, call.interval)
-        image = self._add_control(image, controlnet_block_samples, range(next_block, program.plan.depth))
-
+            attention_kwargs = {**(attention_kwargs or {}), KEY_MASK: joint_mask(mask, image.shape[1])}
+        image = self._walk_blocks(
+            program,
+            image,
+            text,
+            temb,
+            known,
+            control=self._control(controlnet_block_samples),
+            encoder_hidden_states_mask=mask,
+            image_rotary_emb=rope,
+            joint_attention_kwargs=attention_kwargs,
+            modulate_index=modulate_index,
+        )
         output: torch.Tensor = self.proj_out(self.norm_out(image, temb[: len(image)]))
         return output
 
-    def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a block, with gradient checkpointing where that is on."""
-        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
-            return call.block(**arguments, width=call.width)
-        # Checkpointing passes arguments by place.
-        names = tuple(arguments)
-
-        def block(*values: Any) -> Any:
-            return call.block(**dict(zip(names, values, strict=True)), width=call.width)
-
-        return self._gradient_checkpointing_func(block, *arguments.values())
-
-    def _add_control(self, image: torch.Tensor, samples: Sequence[torch.Tensor] | None, blocks: Any) -> torch.Tensor:
-        """Add the ControlNet residuals that follow these blocks."""
-        if samples is not None:
-            share = math.ceil(self.config.num_layers / len(samples))
-            for block in blocks:
-                image = image + samples[block // share]
-        return image
-
-
-def _sides(tokens: int) -> tuple[int, int]:
-    """Rows and columns of an image, as nearly square as its number of tokens allows."""
-    rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
-    return rows, tokens // rows
+    def _control(self, samples: Sequence[torch.Tensor] | None) -> Control | None:
+        """ControlNet residuals by block."""
+        if samples is None:
+            return None
+        return lambda block: residual_after(samples, block, self.config.num_layers)
 
 
 def _architecture(depth: int, heads: int, head_dim: int, outer_params: int) -> Architecture:

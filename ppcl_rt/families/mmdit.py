@@ -1,0 +1,443 @@
+"""What families of two streams share (MMDiT): image and text tokens with weights of their own, which attend together.
+
+`two_stream_spec` says what such a block is made of, `TwoStreamBlock` runs one at any width, and `MMDiT` is the part of
+a model that does not depend on the family: walking a program, ControlNet residuals, gradient checkpointing, attention
+backends. A family says where its layers lie (`Layers`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+from ppcl_rt import ops
+from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.model.pluggable import Pluggable
+from ppcl_rt.model.program import BlockCall, Program
+from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
+from ppcl_rt.planning.width import LINEAR_MAP, Width
+
+# Under this name of ``joint_attention_kwargs``, blocks find the mask of all keys, text first.
+KEY_MASK = "key_mask"
+_STREAMS: tuple[Stream, ...] = ("image", "text")
+# Paths of what diffusers' joint attention has for each stream: q, k, v, the norms of q and k, and the output.
+_PROJECTIONS: Mapping[Stream, tuple[str, ...]] = {
+    "image": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "text": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+_NORMS: Mapping[Stream, tuple[str, str]] = {
+    "image": ("attn.norm_q", "attn.norm_k"),
+    "text": ("attn.norm_added_q", "attn.norm_added_k"),
+}
+_OUTPUTS: Mapping[Stream, str] = {"image": "attn.to_out.0", "text": "attn.to_add_out"}
+
+
+class Layers(NamedTuple):
+    """Where the layers of one stream lie in a block, beside those of its attention.
+
+    Attributes:
+        modulation: the linear layer of its modulations, ``[6 D, D]``: shift, scale and gate of the attention half, then
+            those of the MLP half.
+        norm1, norm2: the norms of both halves.
+        mlp: the MLP, a `diffusers.models.attention.FeedForward` with tanh-GELU.
+    """
+
+    modulation: str
+    norm1: str
+    norm2: str
+    mlp: str
+
+
+def two_stream_spec(
+    dim: int, heads: int, head_dim: int, layers: Mapping[Stream, Layers], channels: Mapping[Stream, int]
+) -> BlockSpec:
+    """What a block is made of that updates two streams of width ``dim``, whose MLPs have so many ``channels``.
+
+    Its groups are ``heads`` (of both streams together), ``image`` and ``text`` (the channels of each stream's MLP), and
+    ``modulation`` (the rank of both streams' modulations).
+    """
+    in_heads = (Segment("heads", 0, head_dim),)
+    parts = [
+        Part(path=path, rows=heads * head_dim, columns=dim, axis=0, segments=in_heads, stream=stream)
+        for stream in _STREAMS
+        for path in _PROJECTIONS[stream]
+    ]
+    for stream in _STREAMS:
+        attends: dict[str, Any] = {"segments": in_heads, "stream": stream, "updates": stream}
+        columns = heads * head_dim
+        parts.append(Part(name=f"attn_{stream}", path=_OUTPUTS[stream], rows=dim, columns=columns, axis=1, **attends))
+    for stream in _STREAMS:
+        mlp, many = layers[stream].mlp, channels[stream]
+        where: dict[str, Any] = {"segments": (Segment(stream, 0, 1),), "stream": stream, "updates": stream}
+        parts.append(Part(path=f"{mlp}.net.0.proj", rows=many, columns=dim, axis=0, **where))
+        parts.append(Part(name=f"mlp_{stream}", path=f"{mlp}.net.2", rows=dim, columns=many, axis=1, **where))
+    for stream in _STREAMS:
+        path = layers[stream].modulation
+        parts.append(modulation_part(f"modulation_{stream}", path, 6 * dim, dim, updates=stream))
+    return BlockSpec(
+        dim=dim,
+        head_dim=head_dim,
+        groups={
+            "heads": Group(count=heads),
+            "image": Group(count=channels["image"], mappable=True, updates="image"),
+            "text": Group(count=channels["text"], mappable=True, updates="text"),
+            "modulation": Group(count=dim, is_rank=True),
+        },
+        parts=tuple(parts),
+        # The norms of q and k, of both streams.
+        other_params=4 * head_dim,
+        may_leave=("text",),
+    )
+
+
+def modulation_part(name: str, path: str, rows: int, dim: int, updates: Stream | None = None) -> Part:
+    """The linear layer of a block's modulations, which the group ``modulation`` factors."""
+    return Part(name=name, path=path, rows=rows, columns=dim, stream="sample", updates=updates, factored="modulation")
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to one half of a block, ``[B, D]`` each."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+
+
+class UpdatedStream(NamedTuple):
+    """One stream on its way through a block.
+
+    Attributes:
+        name: image or text.
+        x: ``[B, S, D]``.
+        attention, mlp: modulations of the block's two halves.
+        token_index: ``[B, S]``, which of two modulations a token takes (Qwen-Image-Edit), or None.
+    """
+
+    name: Stream
+    x: torch.Tensor
+    attention: Modulation
+    mlp: Modulation
+    token_index: torch.Tensor | None = None
+
+
+class _Found(NamedTuple):
+    """How to get at the modules of one stream; each takes the block."""
+
+    norm1: Callable[[Any], Any]
+    norm2: Callable[[Any], Any]
+    up: Callable[[Any], Any]
+    projection: Callable[[Any], tuple[Any, ...]]
+
+
+class ModulatedBlock(PluggableBlock):
+    """A block whose halves are shifted, scaled and gated by what it is conditioned on."""
+
+    # Of diffusers' blocks.
+    attn: Any
+
+    def modulation(
+        self, name: str, temb: torch.Tensor, width: Width, known: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[Modulation, ...]:
+        """The modulations that a factored part makes of ``temb [B, D]``; those that are ``known`` are taken."""
+        if known is not None:
+            product = known[name][: len(temb)]
+        else:
+            product = self.factored(name, self.modulation_input(temb), "modulation", width["modulation"])
+        parts = product.chunk(product.shape[-1] // self.spec.dim, dim=-1)
+        return tuple(Modulation(*parts[n : n + 3]) for n in range(0, len(parts), 3))
+
+
+class TwoStreamBlock(ModulatedBlock):
+    """A diffusers block of two streams, over the first heads and channels in rank order.
+
+    ``replacements`` holds what runs in place of a part at a narrower width: output layers that least squares has
+    compensated for what is left out (a width without one uses a prefix of the full layer), linear maps in place of
+    MLPs, and modulations of a low rank.
+
+    Attributes:
+        layers: where the layers of each stream lie.
+    """
+
+    layers: ClassVar[Mapping[Stream, Layers]]
+    _found: ClassVar[dict[Stream, _Found]]
+
+    side_by_side = tuple(_PROJECTIONS.values())
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "layers" in cls.__dict__:
+            cls._found = {
+                stream: _Found(
+                    attrgetter(paths.norm1),
+                    attrgetter(paths.norm2),
+                    attrgetter(f"{paths.mlp}.net.0.proj"),
+                    attrgetter(*_PROJECTIONS[stream], *_NORMS[stream]),
+                )
+                for stream, paths in cls.layers.items()
+            }
+
+    def attention_input(self, stream: UpdatedStream) -> torch.Tensor:
+        """What q, k and v of a stream are projected from: normalised and modulated, ``[B, S, D]``."""
+        norm = self._found[stream.name].norm1(self)
+        return ops.ada_layer_norm(stream.x, norm, stream.attention.scale, stream.attention.shift, stream.token_index)
+
+    def updated_text(
+        self, text: torch.Tensor, condition: torch.Tensor, width: Width, known: Mapping[str, torch.Tensor] | None
+    ) -> UpdatedStream:
+        """The text stream with its modulations; reference images, which only the image has, come last in a batch."""
+        attention, mlp = self.modulation("modulation_text", condition[: len(text)], width, known)
+        return UpdatedStream("text", text, attention, mlp)
+
+    def text_input(
+        self,
+        text: torch.Tensor,
+        condition: torch.Tensor,
+        width: Width,
+        modulations: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """See `PluggableBlock.text_input`; the condition is the timestep embedding ``[B, D]``."""
+        return self.attention_input(self.updated_text(text, condition, width, modulations))
+
+    def run_streams(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        temb: torch.Tensor,
+        *,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
+        key_mask: torch.Tensor | None,
+        width: Width | None,
+        text_input: torch.Tensor | None,
+        modulations: Mapping[str, torch.Tensor] | None,
+        token_index: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            image: ``[B, S_image, D]``.
+            text: ``[B, S_text, D]``.
+            temb: what modulations are made of ``[B, D]`` (``[2 B, D]`` with ``token_index``).
+            rotations: of image and text, ``[S, E / 2, 2]`` each, or None.
+            key_mask: boolean ``[B, S_text + S_image]``, true on tokens that count, or None.
+            width: what to run; None for all that the block holds.
+            text_input: ``[B, S_text, D]``, what to project the text's q, k and v from, in a block that does not update
+                the text stream (PPCL eq. 8): no text output, no text MLP; the text is returned as it came.
+            modulations: ``[B, 6 D]`` (``[2 B, 6 D]``) of each factored part by name, where they are known already.
+            token_index: ``[B, S_image]``, which of two modulations an image token takes.
+
+        Returns:
+            (text, image) streams, in diffusers' order.
+        """
+        width = width or self.width
+        attention, mlp = self.modulation("modulation_image", temb, width, modulations)
+        updated = [UpdatedStream("image", image, attention, mlp, token_index)]
+        if text_input is None:
+            updated.append(self.updated_text(text, temb, width, modulations))
+            text_input = self.attention_input(updated[-1])
+        attended = self.attention(self.attention_input(updated[0]), text_input, key_mask, rotations, width)
+        updated = self.add_attention(updated, attended, width)
+        image, *updated_text = self.add_feed_forward(updated, width)
+        return updated_text[0] if updated_text else text, image
+
+    def attention(
+        self,
+        image_input: torch.Tensor,
+        text_input: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
+        width: Width,
+    ) -> dict[Stream, torch.Tensor]:
+        """Attend over both streams together; gives ``[B, S, heads * E]`` of each stream by name."""
+        image_rope, text_rope = rotations or (None, None)
+        image_qkv, text_qkv = (ops.Projection(*self._found[stream].projection(self)) for stream in _STREAMS)
+        q, k, v = ops.qkv_projection(
+            [
+                ops.ProjectedStream(text_input, text_qkv, text_rope),
+                ops.ProjectedStream(image_input, image_qkv, image_rope),
+            ],
+            width["heads"],
+            self.spec.head_dim,
+        )
+        joint = ops.joint_attention(q, k, v, key_mask=key_mask, backend=self.attn.processor._attention_backend)
+        tokens = text_input.shape[1]
+        return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
+
+    def add_attention(
+        self, streams: list[UpdatedStream], attended: Mapping[Stream, torch.Tensor], width: Width
+    ) -> list[UpdatedStream]:
+        """``x + gate * out(attended)`` for each stream, in one launch."""
+        layers = [
+            ops.Layer(
+                self.output(f"attn_{s.name}", width["heads"]),
+                attended[s.name],
+                None,
+                s.attention.gate,
+                s.token_index,
+                s.x,
+            )
+            for s in streams
+        ]
+        return [s._replace(x=x) for s, x in zip(streams, ops.linears(layers), strict=True)]
+
+    def add_feed_forward(self, streams: list[UpdatedStream], width: Width) -> list[torch.Tensor]:
+        """``x + gate * mlp(norm(x))`` for each stream, or ``x + map(x)`` where a linear map stands in for the MLP.
+
+        Streams that keep their MLP share one up-projection launch and one down-projection launch.
+        """
+        after, ups, downs = {}, [], {}
+        for s in streams:
+            count, found = width[s.name], self._found[s.name]
+            down = ops.Layer(self.output(f"mlp_{s.name}", count), s.x, None, s.mlp.gate, s.token_index, residual=s.x)
+            if count == LINEAR_MAP:
+                # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
+                [after[s.name]] = ops.linears([down._replace(gate=None, token_index=None)])
+                continue
+            normed = ops.ada_layer_norm(s.x, found.norm2(self), s.mlp.scale, s.mlp.shift, s.token_index)
+            ups.append(ops.Layer(found.up(self), normed, count))
+            downs[s.name] = down
+        if ups:
+            hidden = ops.linears(ups, gelu=True)
+            layers = [down._replace(x=x) for down, x in zip(downs.values(), hidden, strict=True)]
+            after |= dict(zip(downs, ops.linears(layers), strict=True))
+        return [after[s.name] for s in streams]
+
+
+def in_range(x: torch.Tensor) -> torch.Tensor:
+    """A stream in float16 without infinities, as diffusers' blocks return it."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def joint_mask(text_mask: torch.Tensor | None, image_tokens: int) -> torch.Tensor | None:
+    """The mask of all keys ``[B, S_text + S_image]``, text first, of one of the text; None where there is none."""
+    if text_mask is None:
+        return None
+    return torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], image_tokens)], dim=1)
+
+
+def sides(tokens: int) -> tuple[int, int]:
+    """Rows and columns of an image, as nearly square as its number of tokens allows."""
+    rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
+    return rows, tokens // rows
+
+
+def residual_after(samples: Sequence[torch.Tensor], block: int, depth: int, repeat: bool = False) -> torch.Tensor:
+    """The ControlNet residual that follows a block.
+
+    Args:
+        samples: residuals, for a list of ``depth`` blocks.
+        block: its number in the list.
+        repeat: whether residuals go round; else each serves as many blocks in a row.
+    """
+    return samples[block % len(samples) if repeat else block // math.ceil(depth / len(samples))]
+
+
+# Gives the ControlNet residual that follows a block of the dense model, None where there is none.
+Control = Callable[[int], torch.Tensor | None]
+
+
+class MMDiT(Pluggable):
+    """Mixin for a model of two streams, between the family's class and diffusers' class.
+
+    Attributes:
+        stock_processor: diffusers' attention processor, the only one that can be set.
+    """
+
+    stock_processor: ClassVar[type]
+    # Of diffusers' classes.
+    _gradient_checkpointing_func: Any
+    gradient_checkpointing: bool
+
+    def adopt(self, block: Any) -> None:
+        """Take over the attention backend of the blocks that are there."""
+        for other in self.resident_blocks():
+            block.attn.processor._attention_backend = other.attn.processor._attention_backend
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Refuse a processor other than the stock one: attention over kept heads alone has no use for it.
+
+        Raises:
+            ValueError: any other processor. Backends are chosen with ``set_attention_backend``, which works.
+        """
+        given = processor.values() if isinstance(processor, dict) else [processor]
+        if any(type(each) is not self.stock_processor for each in given):
+            raise ValueError("attention processors are not called here: use set_attention_backend to choose a kernel")
+        stock: Any = super()
+        stock.set_attn_processor(processor)
+
+    def _graph_settings(self, program: Program) -> Hashable:
+        """Attention backends, as set on the blocks and by diffusers' context manager."""
+        blocks: list[Any] = [call.block for call in program.calls]
+        chosen = tuple(block.attn.processor._attention_backend for block in blocks)
+        return (super()._graph_settings(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
+
+    def _walk_blocks(
+        self,
+        program: Program,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        temb: torch.Tensor,
+        known: Sequence[Mapping[str, torch.Tensor] | None] | None = None,
+        control: Control | None = None,
+        **arguments: Any,
+    ) -> torch.Tensor:
+        """Run the blocks of a program; returns the image stream ``[B, S_image, D]``.
+
+        Args:
+            image, text: the streams as they enter the first block.
+            temb: what blocks are conditioned on.
+            known: for each block call, modulations that are known already.
+            control: residuals by the numbers of the dense model's blocks; what stands for an interval takes those of
+                all its blocks, a skipped block takes its own.
+            arguments: that all blocks are called with.
+        """
+        next_block, first_input = 0, text
+        for number, call in enumerate(program.calls):
+            # Only where there are any: hooks of others know the call as it is in diffusers.
+            more: dict[str, Any] = {}
+            if known is not None and known[number] is not None:
+                more["modulations"] = known[number]
+            image = _controlled(image, control, range(next_block, call.interval.first))
+            text_input = None
+            if call.text_run is not None and call.text_run.is_first:
+                first_input = call.block.text_input(text, temb, call.width, **more)
+            elif call.text_run is not None and call.text_run.input_map is not None:
+                text_input = first_input + call.text_run.input_map(first_input)
+            text, image = self._call_block(
+                call,
+                hidden_states=image,
+                encoder_hidden_states=text,
+                temb=temb,
+                **arguments,
+                **more,
+                **({} if text_input is None else {"text_input": text_input}),
+            )
+            if call.text_run is not None and call.text_run.exit_map is not None:
+                text = text + call.text_run.exit_map(text)
+            next_block = call.interval.last + 1
+            image = _controlled(image, control, call.interval)
+        return _controlled(image, control, range(next_block, program.plan.depth))
+
+    def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a block, with gradient checkpointing where that is on."""
+        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
+            return call.block(**arguments, width=call.width)
+        # Checkpointing passes arguments by place.
+        names = tuple(arguments)
+
+        def block(*values: Any) -> Any:
+            return call.block(**dict(zip(names, values, strict=True)), width=call.width)
+
+        return self._gradient_checkpointing_func(block, *arguments.values())
+
+
+def _controlled(image: torch.Tensor, control: Control | None, blocks: Iterable[int]) -> torch.Tensor:
+    """Add the ControlNet residuals that follow these blocks."""
+    if control is not None:
+        for residual in map(control, blocks):
+            image = image if residual is None else image + residual
+    return image
