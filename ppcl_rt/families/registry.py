@@ -34,7 +34,12 @@ _FAMILIES: dict[str, Registered] = {
         training="ppcl_train.families.qwen_image:QwenImage",
         stock="QwenImageTransformer2DModel",
     ),
-    # A task of our own: a small transformer of the family above, with its own captions and pictures.
+    "flux": Registered(
+        model="ppcl_rt.families.flux:PPCLFluxTransformer2DModel",
+        training="ppcl_train.families.flux:Flux",
+        stock="FluxTransformer2DModel",
+    ),
+    # A task of our own: a small transformer of the family qwen-image, with its own captions and pictures.
     "scenes": Registered(
         model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
         training="ppcl_train.families.scenes:Scenes",

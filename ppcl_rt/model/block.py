@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppcl_rt.planning.block_spec import BlockSpec, Part
+from ppcl_rt.planning.block_spec import BlockSpec, Output, Part
 from ppcl_rt.planning.width import Width
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,10 +83,24 @@ class PluggableBlock(nn.Module):
 
     def output(self, name: str, count: int) -> nn.Module:
         """The layer of an output at a count: its replacement where there is one, else the part itself."""
+        replacement = self.replaced(name, count)
+        return self.get_submodule(self._output_paths[name]) if replacement is None else replacement
+
+    def replaced(self, name: str, count: int) -> nn.Module | None:
+        """The layer that stands in for an output at a count, None where there is none."""
         replacement = self.spec.replacement(name, count)
-        if replacement in self.replacements:
-            return self.replacements[replacement]
-        return self.get_submodule(self._output_paths[name])
+        return self.replacements._modules.get(replacement)
+
+    def first_column(self, output: Output) -> int:
+        """Where the columns of an output begin in its part, as the part is held: other groups may lie before them."""
+        held, first, end = self.held[output.part.path], 0, 0
+        for segment in output.part.segments:
+            first += segment.offset - end
+            if segment == output.segment:
+                break
+            first += segment.unit * held.get(segment.group, 0)
+            end = segment.offset + segment.unit * self.spec.groups[segment.group].count
+        return first
 
     def factored(self, part: str, x: torch.Tensor, group: str, rank: int) -> torch.Tensor:
         """Apply a factored part at a rank of its group: the part itself at full rank, else its two factors.

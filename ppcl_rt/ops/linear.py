@@ -215,6 +215,69 @@ def linears(layers: Sequence[Layer], *, gelu: bool = False) -> list[torch.Tensor
     )
 
 
+class Columns(NamedTuple):
+    """One of several inputs that lie next to each other in what a linear module reads.
+
+    Attributes:
+        x: ``[B, S, k]``.
+        first: the first of the ``k`` columns of the module's weight that the product is over.
+        replacement: a linear module without a bias that multiplies ``x`` in place of these columns, or None.
+    """
+
+    x: torch.Tensor
+    first: int = 0
+    replacement: Any = None
+
+
+def joined(module: Any, inputs: Sequence[Columns], gate: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Apply a linear module to several inputs next to each other, then ``* gate`` and ``+ residual``.
+
+    Inputs are never written next to each other: each is multiplied by its own columns, and added to what is there.
+
+    Args:
+        module: a linear layer, or what wraps one.
+        inputs: in the order of their columns; columns that no input names are not multiplied.
+        gate: ``[B, N]``.
+        residual: ``[B, S, N]``.
+
+    Returns:
+        ``[B, S, N]``, N the rows of the module.
+    """
+    replacements = [each.replacement for each in inputs]
+    others = (*(each.x for each in inputs), gate)
+    if not readable(residual, module, *replacements, others=others):
+        return _joined_through_modules(module, inputs, gate, residual)
+    weight, bias = parameter(module, "weight"), parameter(module, "bias")
+    for each in inputs:
+        own = weight[:, each.first :] if each.replacement is None else parameter(each.replacement, "weight")
+        layer = kernels.Linear(each.x, own, bias, module.out_features, gate, None, residual)
+        [residual] = LINEARS(Linears((layer,)))
+        # With the first product alone.
+        bias = None
+    return residual
+
+
+def _joined_through_modules(
+    module: Any, inputs: Sequence[Columns], gate: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    """As `joined`, with one call of the module on all inputs; what is replaced is zero there."""
+    pieces, end = [], 0
+    for each in inputs:
+        if each.replacement is None:
+            pieces += [_zeros(each.x, each.first - end), each.x]
+            end = each.first + each.x.shape[-1]
+    pieces.append(_zeros(inputs[0].x, module.in_features - end))
+    y = module(torch.cat([piece for piece in pieces if piece.shape[-1]], dim=-1))
+    for each in inputs:
+        if each.replacement is not None:
+            y = y + each.replacement(each.x)
+    return residual + kernels.per_token(gate, None) * y
+
+
+def _zeros(like: torch.Tensor, columns: int) -> torch.Tensor:
+    return like.new_zeros(*like.shape[:-1], columns)
+
+
 def _through_module(layer: Layer, gelu: bool) -> torch.Tensor:
     y = linear(layer.module, layer.x, layer.out_features)
     if gelu:
