@@ -8,6 +8,7 @@ timestep, the pooled text, and the guidance where the model was distilled for it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from ppcl_rt.families.mmdit import (
     modulation_part,
     residual_after,
     sides,
+    two_stream_numbers,
     two_stream_spec,
 )
 from ppcl_rt.model.program import Program
@@ -328,6 +330,37 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
             "return_dict": False,
         }
 
+    @classmethod
+    def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
+        """See `Residency.activation_bytes`.
+
+        Of the forward: the inputs, the text as the first block got it, and the rotations. Of a block the larger of what
+        a double block holds (`two_stream_numbers`) and a single block does. With N tokens of both streams, counted over
+        the batch, streams of width D, heads of D channels together, MLPs of 4 D, and f numbers of the dtype in a
+        float32, that is: the streams as they came, next to each other, and normed (3 N D), and
+
+        - in attention, while k is rotated in plain torch: q, k and v as projected (3 N D), q done and k normed
+          (2 N D), and three float32 copies of k (3 f N D);
+        - in the MLP: what attention gave (N D), and the channels twice while GELU is computed (8 N D), or once with the
+          sum of the stream and the heads, the product, the gated product and the sum (4 N D + 4 N D).
+
+        Fused kernels hold less. Adapters, ControlNet and what an attention backend allocates are not counted.
+        """
+        image, text = tokens.batch * tokens.image, tokens.batch * tokens.text
+        dim, wide = config["num_attention_heads"] * config["attention_head_dim"], 4 / itemsize
+        outer = image * config["in_channels"] + text * (config["joint_attention_dim"] + dim)
+        outer += tokens.batch * (config["pooled_projection_dim"] + dim)
+        outer += (tokens.image + tokens.text) * (config["attention_head_dim"] + 6) * wide
+        # The embedding before and after SiLU, and three modulations.
+        single = (2 + 3) * dim * tokens.batch + (image + text) * dim * (3 + max(5 + 3 * wide, 9))
+        return math.ceil(itemsize * (outer + max(two_stream_numbers(tokens, dim, wide), single)))
+
+    @classmethod
+    def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:
+        """See `Residency.latents_of`; a token is 2 x 2 latents, the image as nearly square as can be."""
+        rows, columns = sides(tokens.image)
+        return (tokens.batch, vae["latent_channels"], 2 * rows, 2 * columns)
+
     def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
         """Refuse IP-adapters, which diffusers puts in here.
 
@@ -411,12 +444,13 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         controlnet_blocks_repeat: bool,
     ) -> torch.Tensor:
         """Run a program; args as in `forward`, but ``rope`` is the rotations of both streams ``[S, E / 2, 2]``."""
-        image = self.x_embedder(hidden_states)
-        conditions = [each.to(image.dtype) * 1000 for each in (timestep, guidance) if each is not None]
+        # In a list, from which the walk takes it: nobody else then holds on to the image as it was at first.
+        entered = [self.x_embedder(hidden_states)]
+        conditions = [each.to(entered[0].dtype) * 1000 for each in (timestep, guidance) if each is not None]
         temb = self.time_text_embed(*conditions, pooled_projections)
         image = self._walk_blocks(
             program,
-            image,
+            entered.pop(),
             self.context_embedder(encoder_hidden_states),
             temb,
             control=self._control(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat),

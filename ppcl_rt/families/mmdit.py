@@ -19,6 +19,7 @@ from ppcl_rt import ops
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import BlockCall, Program
+from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
@@ -323,6 +324,36 @@ def sides(tokens: int) -> tuple[int, int]:
     """Rows and columns of an image, as nearly square as its number of tokens allows."""
     rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
     return rows, tokens // rows
+
+
+def two_stream_numbers(tokens: Tokens, dim: int, wide: float, timesteps: int = 1) -> float:
+    """The most numbers of its dtype that a dense block holds at once, in plain torch.
+
+    With I image tokens, T text tokens and N = I + T, counted over the batch; streams of width D, heads of A = D
+    channels together, MLPs of C = 4 D; f numbers of the dtype in a float32:
+
+    - always: the streams as they came (N D), the embedding of the timestep before and after SiLU, and six modulations
+      for each stream;
+    - in attention: what q, k and v are projected from (N D); q, k and v as projected (3 N A); and while k of the image
+      is rotated, q of both streams and k of the text done (N A + T A), k normed (I A), and three float32 copies of it
+      (3 f I A);
+    - in the MLPs: the streams with their attention (N D), what attention gave (N A), what it read of the text (T D),
+      the norms (N D), and the channels of both streams, of one twice while GELU is computed, or those of the image
+      with the product, the gated product and the sum.
+
+    Args:
+        tokens: of the forward.
+        dim: D.
+        wide: f.
+        timesteps: of a sample, each with modulations of its own.
+    """
+    image, text = tokens.batch * tokens.image, tokens.batch * tokens.text
+    joint, channels = image + text, 4 * dim
+    modulations = (2 + 2 * 6) * dim * tokens.batch * timesteps
+    attention = (5 * joint + text + image + 3 * wide * image) * dim
+    hidden = max(2 * image + text, image + 2 * text) * channels
+    feed_forward = (3 * joint + text) * dim + max(hidden, joint * channels + 3 * image * dim)
+    return joint * dim + modulations + max(attention, feed_forward)
 
 
 def residual_after(samples: Sequence[torch.Tensor], block: int, depth: int, repeat: bool = False) -> torch.Tensor:

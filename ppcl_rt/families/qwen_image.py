@@ -34,6 +34,7 @@ from ppcl_rt.families.mmdit import (
     joint_mask,
     residual_after,
     sides,
+    two_stream_numbers,
     two_stream_spec,
 )
 from ppcl_rt.model.program import Program
@@ -247,35 +248,19 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
     def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
         """See `Residency.activation_bytes`.
 
-        With I image tokens, T text tokens and N = I + T, counted over the batch; streams of width D, heads of A = D
-        channels together, MLPs of C = 4 D; f numbers of the dtype in a float32:
-
-        - of the forward: the inputs, the text as the first block got it (T D), two copies of the rotations, the key
-          mask, and where tokens choose between two modulations, their index;
-        - of a block: the streams as they came (N D) and the modulations of both;
-        - in attention: what q, k and v are projected from (N D); q, k and v as projected (3 N A); and while k of the
-          image is rotated in plain torch, q of both streams and k of the text done (N A + T A), k normed (I A), and
-          three float32 copies of it (3 f I A);
-        - in the MLPs: the streams with their attention (N D), what attention gave (N A), what it read of the text
-          (T D), the norms (N D), and the channels of both streams, of one twice while GELU is computed, or those of
-          the image with the product, the gated product and the sum.
+        Of the forward: the inputs, the text as the first block got it, two copies of the rotations, the key mask, and
+        where tokens choose between two modulations, their index; and what a block holds (`two_stream_numbers`).
 
         Fused kernels hold less. Adapters, ControlNet and what an attention backend allocates are not counted.
         """
         image, text = tokens.batch * tokens.image, tokens.batch * tokens.text
-        joint, heads = image + text, config["num_attention_heads"] * config["attention_head_dim"]
-        dim, channels, wide = heads, 4 * heads, 4 / itemsize
+        dim, wide = config["num_attention_heads"] * config["attention_head_dim"], 4 / itemsize
         outer = image * config["in_channels"] + text * (config["joint_attention_dim"] + dim)
-        outer += 2 * (tokens.image + tokens.text) * config["attention_head_dim"] * wide + joint / itemsize
-        # The embedding of the timestep, before and after SiLU, and six parts for each stream.
-        block, modulations = joint * dim, (2 + 2 * 6) * dim * tokens.batch
+        outer += 2 * (tokens.image + tokens.text) * config["attention_head_dim"] * wide + (image + text) / itemsize
         if config["zero_cond_t"]:
-            outer, modulations = outer + image * 8 / itemsize, 2 * modulations
-        attention = joint * dim + (4 * joint + text + image + 3 * wide * image) * heads
-        hidden = max(2 * image + text, image + 2 * text) * channels
-        feed_forward = (2 * joint + text) * dim + joint * heads
-        feed_forward += max(hidden, joint * channels + 3 * image * dim)
-        return math.ceil(itemsize * (outer + block + modulations + max(attention, feed_forward)))
+            outer += image * 8 / itemsize
+        block = two_stream_numbers(tokens, dim, wide, timesteps=2 if config["zero_cond_t"] else 1)
+        return math.ceil(itemsize * (outer + block))
 
     @classmethod
     def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:
@@ -379,21 +364,21 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
         and ``modulate_index [B, S_image]`` says which of two timesteps an image token takes;
         ``rows`` are those of `Modulations`, None where modulations have to be computed.
         """
-        image = self.img_in(hidden_states)
-        timestep = self._conditions_of(timestep.to(image.dtype))
-        text = self.txt_in(self.txt_norm(encoder_hidden_states))
+        # In a list, from which the walk takes it: nobody else then holds on to the image as it was at first.
+        entered = [self.img_in(hidden_states)]
+        timestep = self._conditions_of(timestep.to(entered[0].dtype))
         known: Sequence[Mapping[str, torch.Tensor] | None] | None = None
         if rows is None:
-            temb = self.time_text_embed(timestep, image, additional_t_cond)
+            temb = self.time_text_embed(timestep, entered[0], additional_t_cond)
         else:
             temb, known = self._from_rows(program, rows.expand(len(timestep), -1))
         if mask is not None:
             # Made once a forward.
-            attention_kwargs = {**(attention_kwargs or {}), KEY_MASK: joint_mask(mask, image.shape[1])}
+            attention_kwargs = {**(attention_kwargs or {}), KEY_MASK: joint_mask(mask, hidden_states.shape[1])}
         image = self._walk_blocks(
             program,
-            image,
-            text,
+            entered.pop(),
+            self.txt_in(self.txt_norm(encoder_hidden_states)),
             temb,
             known,
             control=self._control(controlnet_block_samples),

@@ -39,6 +39,10 @@ _FAMILIES: dict[str, Registered] = {
         training="ppcl_train.families.flux:Flux",
         stock="FluxTransformer2DModel",
     ),
+    # The same class; training calls it without a guidance.
+    "flux-schnell": Registered(
+        model="ppcl_rt.families.flux:PPCLFluxTransformer2DModel", training="ppcl_train.families.flux:FluxSchnell"
+    ),
     # A task of our own: a small transformer of the family qwen-image, with its own captions and pictures.
     "scenes": Registered(
         model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",

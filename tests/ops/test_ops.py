@@ -357,6 +357,37 @@ def test_hooks_adapters_and_backends_are_honoured(monkeypatch):
         ops.joint_attention(q, k, v, None)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("replaced", [(), (0,), (1,), (0, 1)])
+def test_inputs_that_lie_next_to_each_other(monkeypatch, backend, replaced):
+    """A layer of two inputs, at some of its columns, with layers in place of them: as one product over all of them."""
+    monkeypatch.setenv("PPCL_BACKEND", backend)
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 32).to(DEVICE).requires_grad_(False)
+    gate, residual = make(B, 32, seed=1), make(B, IMAGE, 32, seed=2)
+    columns, inputs, weight = (slice(0, 11), slice(16, 36)), [], torch.zeros(32, 40, device=DEVICE)
+    for number, part in enumerate(columns):
+        other = None
+        if number in replaced:
+            other = nn.Linear(part.stop - part.start, 32, bias=False).to(DEVICE).requires_grad_(False)
+        inputs.append(ops.Columns(make(B, IMAGE, part.stop - part.start, seed=3 + number), part.start, other))
+        weight[:, part] = layer.weight[:, part] if other is None else other.weight
+    x = torch.zeros(B, IMAGE, 40, device=DEVICE)
+    for part, each in zip(columns, inputs, strict=True):
+        x[..., part] = each.x
+    wanted = residual + gate[:, None] * nn.functional.linear(x, weight, layer.bias)
+    close(ops.joined(layer, inputs, gate, residual), wanted)
+    # One of several inputs alone.
+    alone = residual + gate[:, None] * nn.functional.linear(x[..., columns[0]], weight[:, columns[0]], layer.bias)
+    close(ops.joined(layer, inputs[:1], gate, residual), alone)
+    # Through the modules, where they may not be read past.
+    seen = []
+    for module in (layer, *(each.replacement for each in inputs if each.replacement is not None)):
+        module.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-1]))
+    close(ops.joined(layer, inputs, gate, residual), wanted)
+    assert seen == [40, *(inputs[number].x.shape[-1] for number in replaced)]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_pack(bias):
     """Names, values and requires_grad stay; the weights are views of one tensor, and train as before."""

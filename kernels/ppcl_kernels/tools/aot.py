@@ -3,9 +3,9 @@
     python -m ppcl_kernels.tools.aot [--arch sm_90] [--kernel linear] [--json]
 
 The shapes are those of a 20B two-stream model at 1024 x 1024 (model dimension 3072, 24 heads of 128, MLP 12288, 4096
-image and 512 text tokens, batch 2), in bf16. The tiles are all that can be chosen there. Launches are built on meta
-tensors by the same functions that run them, so what is compiled is what a model would compile. Compiled kernels stay
-in triton's cache.
+image and 512 text tokens, batch 2), in bf16, and of blocks of the same sizes that run both streams as one. The tiles
+are all that can be chosen there. Launches are built on meta tensors by the same functions that run them, so what is
+compiled is what a model would compile. Compiled kernels stay in triton's cache.
 
 Exit status: 1 when a kernel does not compile, spills, needs more shared memory than its architecture has, or is a
 matrix kernel without tensor-core instructions (on sm_90: without wgmma); 2 on bad arguments.
@@ -98,6 +98,26 @@ def _linear(target: Target, tile: Tile, what: str) -> Launch:
     return launch_linear(groups, outputs, what == "up", tile, target)
 
 
+def _single(target: Target, tile: Tile, what: str) -> Launch:
+    """Make a launch of a block that runs both streams as one, whose output layer reads heads and channels."""
+    n, k = {"up": (HIDDEN, DIM), "heads": (DIM, DIM), "channels": (DIM, HIDDEN)}[what]
+    x, y, bias = _meta(BATCH, TEXT + IMAGE, k), _meta(BATCH, TEXT + IMAGE, n), _meta(n)
+    if what == "up":
+        return launch_linear([Linear(x, _meta(n, k), bias)], [y], True, tile, target)
+    first = 0 if what == "heads" else DIM
+    weight = _meta(DIM, DIM + HIDDEN)[:, first : first + k]
+    layer = Linear(x, weight, bias if what == "heads" else None, n, _modulation(), None, y)
+    return launch_linear([layer], [y], False, tile, target)
+
+
+def _single_qkv(target: Target, tile: Tile) -> Launch:
+    rope = _meta(TEXT + IMAGE, HEAD_DIM // 2, 2, dtype=torch.float32)
+    x = _meta(BATCH, TEXT + IMAGE, DIM)
+    stream = Stream(x, (_meta(DIM, DIM),) * 3, (_meta(DIM),) * 3, (_meta(HEAD_DIM),) * 2, rope)
+    outputs = joint_outputs(x, (TEXT + IMAGE,), (True,), HEADS, HEAD_DIM)
+    return launch_qkv_projection([stream], outputs, HEADS, None, HEAD_DIM, 1e-6, tile, target)
+
+
 def _qkv(target: Target, tile: Tile, queries: bool, norms: bool, rope: bool, chosen: bool) -> Launch:
     weights, biases = (_meta(DIM, DIM),) * 3, (_meta(DIM),) * 3
     streams = [
@@ -148,7 +168,7 @@ def _norm_rope(tile: NormRopeTile, queries: bool, biased: bool) -> Launch:
 
 def cases(target: Target) -> Iterator[Case]:
     """Yield all kernels at the production shapes, with every tile that can be chosen there on ``target``."""
-    tokens = f"B {BATCH}, S {TEXT}+{IMAGE}"
+    tokens, joint = f"B {BATCH}, S {TEXT}+{IMAGE}", f"B {BATCH}, S {TEXT + IMAGE}"
     tile: Any
     for tile in Tile.candidates(target, torch.bfloat16):
         for what, shape in (
@@ -158,6 +178,12 @@ def cases(target: Target) -> Iterator[Case]:
             ("map", f"{DIM} to {DIM}, residual"),
         ):
             yield Case("linear", f"{tokens}, {shape}", tile_name(tile), True, partial(_linear, target, tile, what))
+        for what, shape in (
+            ("up", f"{DIM} to {HIDDEN}, GELU"),
+            ("heads", f"{DIM} of {DIM + HIDDEN} to {DIM}, gate, residual"),
+            ("channels", f"{HIDDEN} of {DIM + HIDDEN} to {DIM}, no bias, gate, residual"),
+        ):
+            yield Case("linear", f"{joint}, {shape}", tile_name(tile), True, partial(_single, target, tile, what))
     for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
         for shape, *options in (
             ("norm, RoPE", True, True, True, False),
@@ -167,6 +193,8 @@ def cases(target: Target) -> Iterator[Case]:
         ):
             launch = partial(_qkv, target, tile, *options)
             yield Case("qkv_projection", f"{tokens}, H {HEADS}, {shape}", tile_name(tile), True, launch)
+        launch = partial(_single_qkv, target, tile)
+        yield Case("qkv_projection", f"{joint}, H {HEADS}, norm, RoPE", tile_name(tile), True, launch)
     for tile in AttentionTile.candidates(target, torch.bfloat16, HEAD_DIM):
         for mask in ("none", "lengths", "mask"):
             shape = f"B {BATCH}, S {TEXT + IMAGE}, H {HEADS}, {mask}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppcl_train.config.settings import RunConfig
+from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.config.stages import (
     MeasureConfig,
     ProbesConfig,
@@ -19,6 +19,54 @@ from ppcl_train.scenes.sampling import Sampler
 
 # The family that caches are made for unless the command names another.
 CACHE_FAMILY = "qwen-image"
+
+# The paper's settings where the paper states them: 6,000 steps of depth, 2,000 of width and 1,000 of fine-tuning, on
+# 100,000 captioned images, which are cached first. A step sees 8 samples of 1024 x 1024, 4,096 image tokens each.
+_QWEN_IMAGE = RunConfig(
+    task="qwen-image",
+    # The published scheduler shifts 1024 x 1024 by exp(0.69), which moves the mean of a logit-normal by 0.69:
+    # training then sees the noise levels that sampling does.
+    time_mean=0.69,
+    time_std=1.0,
+    storage="bfloat16",
+    batch=8,
+    # 41 GB of teacher in bfloat16. Captions are dropped because guidance also calls it with the empty prompt.
+    teacher=TeacherConfig(pretrained="Qwen/Qwen-Image", dtype="bfloat16", drop_caption=0.1),
+    # Gram matrices take 75 MB for each block and stream, whatever the number of samples.
+    probes=ProbesConfig(samples=1024, batch=8, precision="bf16"),
+    # The streams of a sample take 1.6 GB in bfloat16 (61 x 4,200 tokens x 3,072). 16 samples are held to train on,
+    # and 8 to measure on, twice each for the guidance.
+    table=TableConfig(batches=4, batch=4, samples=8, lr=4e-4, least_ratio=0.35),
+    # AdamW has betas (0.9, 0.95) as everywhere. The paper compares directions alone (magnitude 0), as
+    # select = "eq5" does.
+    students=StudentsConfig(steps=6000, batch=8, lr=1e-4, warmup=100, precision="bf16", magnitude=1.0),
+    # The paper's 2,000 steps of width and 1,000 of fine-tuning, both end to end here. The paper also tunes the kept
+    # blocks (`kept_steps`); here they are left as they are, so that ratio 1 stays the stock model.
+    recover=RecoverConfig(steps=3000, batch=8, lr=1e-5, weight_decay=0.02, warmup=50, precision="bf16"),
+    # A Gram matrix of 12,288 channels takes 1.2 GB in float64, and a block has two: few blocks at once, in several
+    # passes.
+    width=WidthConfig(heads=(20 / 24, 16 / 24, 12 / 24), ranks=(256, 64, 16), samples=512, blocks_at_once=8),
+    # Of 50 timesteps, all are measured at, some of them twice.
+    measure=MeasureConfig(samples=64, spacing=0.02, other_spacing=0.1),
+    # As the model is published: 50 steps, a guidance of 4, a space as the negative prompt. The shift is that of
+    # 4,096 tokens, exp(0.69).
+    sampler=Sampler(steps=50, shift=2.0, terminal=0.02, guidance=4.0, negative=" "),
+)
+
+# FLUX.1-dev, with the settings of Qwen-Image but for what follows from the model. It was distilled for guidance: its
+# sampler calls it once a denoising step, under the prompt alone, so no captions are dropped. The streams of a sample
+# take 1.6 GB here too (58 x 4,608 tokens x 3,072).
+_FLUX = with_changes(
+    _QWEN_IMAGE,
+    {
+        "task": "flux",
+        "teacher.pretrained": "black-forest-labs/FLUX.1-dev",
+        "teacher.drop_caption": 0.0,
+        # The published scheduler shifts 1024 x 1024 by exp(1.15).
+        "time_mean": 1.15,
+        "sampler": {"steps": 28, "shift": 3.158},
+    },
+)
 
 PRESETS = {
     "scenes": RunConfig(
@@ -56,37 +104,16 @@ PRESETS = {
         ),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
     ),
-    # The paper's settings where the paper states them: 6,000 steps of depth, 2,000 of width and 1,000 of fine-tuning,
-    # on 100,000 captioned images, which are cached first. A step sees 8 samples of 1024 x 1024, 4,096 image tokens
-    # each.
-    "qwen-image": RunConfig(
-        task="qwen-image",
-        # The published scheduler shifts 1024 x 1024 by exp(0.69), which moves the mean of a logit-normal by 0.69:
-        # training then sees the noise levels that sampling does.
-        time_mean=0.69,
-        time_std=1.0,
-        storage="bfloat16",
-        batch=8,
-        # 41 GB of teacher in bfloat16. Captions are dropped because guidance also calls it with the empty prompt.
-        teacher=TeacherConfig(pretrained="Qwen/Qwen-Image", dtype="bfloat16", drop_caption=0.1),
-        # Gram matrices take 75 MB for each block and stream, whatever the number of samples.
-        probes=ProbesConfig(samples=1024, batch=8, precision="bf16"),
-        # The streams of a sample take 1.6 GB in bfloat16 (61 x 4,200 tokens x 3,072). 16 samples are held to train on,
-        # and 8 to measure on, twice each for the guidance.
-        table=TableConfig(batches=4, batch=4, samples=8, lr=4e-4, least_ratio=0.35),
-        # AdamW has betas (0.9, 0.95) as everywhere. The paper compares directions alone (magnitude 0), as
-        # select = "eq5" does.
-        students=StudentsConfig(steps=6000, batch=8, lr=1e-4, warmup=100, precision="bf16", magnitude=1.0),
-        # The paper's 2,000 steps of width and 1,000 of fine-tuning, both end to end here. The paper also tunes the kept
-        # blocks (`kept_steps`); here they are left as they are, so that ratio 1 stays the stock model.
-        recover=RecoverConfig(steps=3000, batch=8, lr=1e-5, weight_decay=0.02, warmup=50, precision="bf16"),
-        # A Gram matrix of 12,288 channels takes 1.2 GB in float64, and a block has two: few blocks at once, in several
-        # passes.
-        width=WidthConfig(heads=(20 / 24, 16 / 24, 12 / 24), ranks=(256, 64, 16), samples=512, blocks_at_once=8),
-        # Of 50 timesteps, all are measured at, some of them twice.
-        measure=MeasureConfig(samples=64, spacing=0.02, other_spacing=0.1),
-        # As the model is published: 50 steps, a guidance of 4, a space as the negative prompt. The shift is that of
-        # 4,096 tokens, exp(0.69).
-        sampler=Sampler(steps=50, shift=2.0, terminal=0.02, guidance=4.0, negative=" "),
+    "qwen-image": _QWEN_IMAGE,
+    "flux": _FLUX,
+    # FLUX.1-schnell: four denoising steps, and a scheduler that shifts nothing.
+    "flux-schnell": with_changes(
+        _FLUX,
+        {
+            "task": "flux-schnell",
+            "teacher.pretrained": "black-forest-labs/FLUX.1-schnell",
+            "time_mean": 0.0,
+            "sampler": {"steps": 4, "shift": 1.0},
+        },
     ),
 }
