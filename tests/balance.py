@@ -23,6 +23,7 @@ FIRST = (
     "kernels/test_aot.py::test_every_kernel_compiles",
     "kernels/test_aot.py::test_finds_fault",
     "train/families/test_qwen_run.py",
+    "train/families/test_flux_run.py",
     "train/test_train.py",
     "kernels/test_fit.py",
     "bench/test_bench.py",

@@ -507,4 +507,5 @@ def test_the_pipeline_draws_at_any_ratio(tmp_path, run):
     assert type(again.transformer) is PPCLFluxTransformer2DModel
     torch.testing.assert_close(draw(again), wanted, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="IP-adapters are not run here"):
-        pipe(prompt="a", ip_adapter_image_embeds=[torch.zeros(1, 1, 4)], height=16, width=16, num_inference_steps=1)
+        more = {"height": 16, "width": 16, "num_inference_steps": 1}
+        pipe(prompt="a", joint_attention_kwargs={"ip_adapter_image_embeds": [torch.zeros(1, 1, 4)]}, **more)

@@ -96,21 +96,20 @@ def test_ratio_1_is_the_pretrained_teacher(finished, folder):
         assert torch.equal(packed.read(name), stock.read(name).to(torch.bfloat16)), name
 
 
-def test_compensation_lowers_what_a_narrow_single_block_changes(finished):
-    """Of a layer that reads heads and channels: with the fitted columns the block is nearer to the dense one."""
+def test_a_narrow_single_block_runs_its_fitted_columns(finished):
+    """The layer that reads heads and channels has fitted columns for each count of either, a map and two factors."""
     model = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32, resident="all")
-    block, errors = model.single_transformer_blocks[1], []
+    block = model.single_transformer_blocks[1]
     torch.manual_seed(0)
     call = {"hidden_states": torch.randn(4, 9, 32), "encoder_hidden_states": torch.randn(4, 8, 32)}
     call["temb"] = torch.randn(4, 32)
     assert {"out_heads_2", "out_mlp_64", "out_mlp_0", "modulation_down"} <= set(block.replacements._modules)
-    with torch.no_grad():
-        dense = torch.cat(block(**call), 1)
-        for name in ("out_heads_2", None):
-            if name is None:
-                del block.replacements["out_heads_2"]
-            errors.append((torch.cat(block(**call, width=block.spec.full.replace(heads=2)), 1) - dense).square().sum())
-    assert errors[0] != errors[1]
+    for name, width in (("out_heads_2", {"heads": 2}), ("out_mlp_64", {"mlp": 64})):
+        with torch.no_grad():
+            fitted = block(**call, width=block.spec.full.replace(**width))
+            del block.replacements[name]
+            cut = block(**call, width=block.spec.full.replace(**width))
+        assert all((one - other).abs().max() > 1e-4 for one, other in zip(fitted, cut, strict=True))
 
 
 def test_the_teacher_is_called_as_the_pipeline_calls_it(config, folder, encoder):
