@@ -1,8 +1,10 @@
-"""What a dense model is made of: lists of blocks, one kind of block each. Plain data, no torch."""
+"""What a dense model is made of: lists of blocks of one kind each. Plain data, no torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from pydantic import Field, model_validator
@@ -17,10 +19,11 @@ MOST_BLOCKS = 10_000
 
 
 class BlockList(Frozen):
-    """A list of blocks of one kind; a model has one or several, one after the other.
+    """Blocks of one kind, one after the other; a model has one such list or several.
 
     Attributes:
-        path: of the module list in the model.
+        path: of the module list in the model. A module list that holds several kinds is several lists in a row, whose
+            blocks are numbered on from one to the next.
         kind: of its blocks.
         depth: how many there are.
     """
@@ -69,6 +72,9 @@ class Architecture(Frozen):
     def _consistent(self) -> Architecture:
         if unknown := {each.kind for each in self.lists} - set(self.kinds):
             raise ValueError(f"a list holds blocks of kind {min(unknown)}; there are: {', '.join(self.kinds)}")
+        for before, after in pairwise(self.lists):
+            if (before.path, before.kind) == (after.path, after.kind):
+                raise ValueError(f"{after.path} holds two lists of kind {after.kind} in a row: join them")
         return self
 
     @cached_property
@@ -77,24 +83,35 @@ class Architecture(Frozen):
         return sum(each.depth for each in self.lists)
 
     @cached_property
-    def _places(self) -> tuple[tuple[Place, str], ...]:
-        return tuple((Place(each.path, n), each.kind) for each in self.lists for n in range(each.depth))
+    def _lists(self) -> tuple[int, ...]:
+        """For each block, which of ``lists`` it is in."""
+        return tuple(n for n, each in enumerate(self.lists) for _ in range(each.depth))
+
+    @cached_property
+    def _places(self) -> tuple[Place, ...]:
+        ends: Counter[str] = Counter()
+        places = []
+        for each in self.lists:
+            start = ends[each.path]
+            ends[each.path] += each.depth
+            places += [Place(each.path, n) for n in range(start, ends[each.path])]
+        return tuple(places)
 
     def place(self, block: int) -> Place:
         """Where a block lies."""
-        return self._places[block][0]
+        return self._places[block]
 
     def kind(self, block: int) -> str:
         """The kind of a block."""
-        return self._places[block][1]
+        return self.lists[self._lists[block]].kind
 
     def spec(self, block: int) -> BlockSpec:
         """What a block is made of."""
         return self.kinds[self.kind(block)]
 
     def one_kind(self, interval: Interval) -> bool:
-        """Whether all blocks of an interval exist and lie in one list."""
-        return interval.last < self.depth and self.place(interval.first).path == self.place(interval.last).path
+        """Whether all blocks of an interval exist and lie in one list: then they are of one kind."""
+        return interval.last < self.depth and self._lists[interval.first] == self._lists[interval.last]
 
     def run_maps(self, run: Interval) -> tuple[str, ...]:
         """Names of a text run's maps (`text_maps`)."""

@@ -117,7 +117,7 @@ class Catalog(Frozen):
             if interval.last >= depth:
                 raise ValueError(f"{name} {interval} reaches beyond block {depth - 1}")
             if not self.architecture.one_kind(interval):
-                raise ValueError(f"{name} {interval} reaches from one list of blocks into the next")
+                raise ValueError(f"{name} {interval} reaches over blocks of more than one list or kind")
             if name == "text run" and "text" not in self.architecture.spec(interval.first).may_leave:
                 raise ValueError(f"text run {interval}: these blocks cannot leave the text stream as it was")
 

@@ -78,7 +78,7 @@ class Student(Frozen):
     """A block distilled to stand in for an interval.
 
     Attributes:
-        interval: the blocks that it replaces, all of one list.
+        interval: the blocks that it replaces, all of one list and so of one kind.
         start: the teacher block of the interval that it was copied from.
         loss: velocity error of the dense model with this student alone plugged in, at full width.
         widths: its own legal widths.

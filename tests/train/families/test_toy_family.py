@@ -108,7 +108,7 @@ def test_students_stay_in_their_list(checkpoint):
     assert catalog is not None and catalog.students
     assert all(catalog.architecture.one_kind(student.interval) for student in catalog.students)
     broken = catalog.students[0].model_copy(update={"interval": Interval(2, 3)})
-    with pytest.raises(ValueError, match="from one list of blocks into the next"):
+    with pytest.raises(ValueError, match="more than one list or kind"):
         ppcl_rt.Catalog.model_validate({**catalog.model_dump(), "students": [broken.model_dump()]})
 
 
