@@ -13,10 +13,11 @@ from ppcl_rt.planning.legal import Sketch
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration
-from ppcl_train.data.calibration import stratified
+from ppcl_train.data.calibration import Inputs, stratified
 from ppcl_train.families import base as families
+from ppcl_train.families.base import Samples
 from ppcl_train.losses.sketching import Sketcher, sketch_for
-from ppcl_train.losses.velocity_error import VelocityError, band_edges
+from ppcl_train.losses.velocity_error import Target, VelocityError, band_edges
 from ppcl_train.scenes.encoding import encode
 from ppcl_train.scenes.sampling import Sampler
 from ppcl_train.stages import teacher
@@ -235,3 +236,32 @@ def test_signs_and_buckets_are_drawn_evenly():
 
 def test_many_choices_get_a_larger_sketch():
     assert (sketch_for(426, 0, 4).size, sketch_for(1000, 0, 4).size, sketch_for(1001, 0, 4).size) == (1024, 1024, 4096)
+
+
+def test_latents_of_four_axes_are_measured_as_packed_ones():
+    """The same numbers as [N, C, rows, columns] and as [N, S, C]: the same clean images, losses and sketches."""
+    sketch, edges = Sketch(seed=1, size=32, bands=3), band_edges(3)
+    generator = torch.Generator().manual_seed(0)
+    packed, output, other = torch.randn(3, 5, 6, 8, generator=generator)
+    t, shares = torch.tensor([0.1, 0.5, 0.7, 0.8, 1.0]), torch.full((5,), 0.2)
+    found = []
+    for shape in (packed.shape, (5, 2, 3, 8)):
+        batch = Inputs(packed.view(shape), t, {}, "velocity", None, shares)
+        target, sketcher = Target.of(batch, output.view(shape)), Sketcher(sketch, [batch], edges)
+        sums = sketcher.empty(torch.device("cpu"))
+        sketcher.add(sums, 0, batch.weighted(target.difference(other.view(shape))))
+        assert target.clean.shape == shape
+        found.append((target.clean.view(packed.shape), target.error_by_band(other.view(shape), edges), sums))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.any()
+    # By hand: (x - t v).
+    assert torch.allclose(found[0][0][1], packed[1] - 0.5 * output[1])
+
+
+def test_noise_of_four_axes_is_mixed_by_sample():
+    """Each sample of a training batch at its own timestep."""
+    made = Samples(torch.ones(4, 2, 3, 3), torch.zeros(4, 1, 2), torch.ones(4, 1, dtype=torch.bool), (1, 3, 3))
+    mixed = calibration._noisy(made, torch.tensor([0.0, 0.25, 0.5, 1.0]), torch.Generator().manual_seed(0))
+    noise = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mixed[0], made.latents[0]) and torch.allclose(mixed[3], noise[3])
+    assert torch.allclose(mixed[1], 0.75 + 0.25 * noise[1])

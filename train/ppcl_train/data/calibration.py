@@ -32,7 +32,7 @@ class Inputs:
     """A batch of a task.
 
     Attributes:
-        x: noisy latents ``[N, S, C]``.
+        x: noisy latents, as the transformer takes them: packed ``[N, S, C]``, or ``[N, C, rows, columns]``.
         t: their timesteps ``[N]`` in [0, 1]; 1 is noise.
         call: all arguments that the transformer is called with. With a guidance, these are 2 N samples: N under their
             prompts, and the same N under the negative prompt.
@@ -65,19 +65,19 @@ class Inputs:
         return torch.ones_like(self.t) if self.predicts == "clean" else self.t.square()
 
     def clean(self, output: torch.Tensor) -> torch.Tensor:
-        """Return the ``x_0`` that an output points at, guided where there is a guidance, ``[N, S, C]``.
+        """Return the ``x_0`` that an output points at, guided where there is a guidance, of the shape of ``x``.
 
         The difference of two of these is ``t`` times the difference of the velocities: high noise weighs most, as it
         does for the picture.
         """
         if self.guide is not None:
             output = self.guide(*output.float().chunk(2))
-        return output if self.predicts == "clean" else self.x - self.t[:, None, None] * output
+        return output if self.predicts == "clean" else self.x - per_sample(self.t, self.x) * output
 
     def weighted(self, difference: torch.Tensor) -> torch.Tensor:
-        """Weigh ``difference [N, S, C]`` in float64, so that its squares sum as samples are counted (``shares``)."""
+        """Weigh ``difference [N, ...]`` in float64, so that its squares sum as samples are counted (``shares``)."""
         weighted = difference.double()
-        return weighted if self.shares is None else weighted * self.shares.double().sqrt()[:, None, None]
+        return weighted if self.shares is None else weighted * per_sample(self.shares.double().sqrt(), weighted)
 
     def bands(self, edges: Sequence[float]) -> torch.Tensor:
         """The band of the timestep, between ``edges``, that each sample lies in, ``[N]`` on the CPU."""
@@ -85,7 +85,7 @@ class Inputs:
         return torch.bucketize(self.t.double().cpu(), torch.tensor(edges[1:-1], dtype=torch.float64), right=True)
 
     def banded(self, difference: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
-        """Sum of squares of ``difference [N, S, C]`` in each band of the timestep between ``edges``, ``[bands]``."""
+        """Sum of squares of ``difference [N, ...]`` in each band of the timestep between ``edges``, ``[bands]``."""
         squares = self.weighted(difference).square().flatten(1).sum(1).cpu()
         return torch.zeros(len(edges) - 1, dtype=torch.float64).index_add(0, self.bands(edges), squares)
 
@@ -106,6 +106,11 @@ class Inputs:
         return replace(self, x=self.x.to(device), t=self.t.to(device), call=call, shares=shares)
 
 
+def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Give ``values [N]`` axes of length 1, as many as ``like [N, ...]`` has: then they broadcast over its samples."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
     """Make a calibration batch on this process's device; (run.seed, seed) alone decides it.
 
@@ -123,7 +128,8 @@ def _generator(run: RunConfig, seed: int) -> torch.Generator:
 
 
 def _noisy(samples: Samples, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.lerp(samples.latents, torch.randn(samples.latents.shape, generator=generator), t[:, None, None])
+    noise = torch.randn(samples.latents.shape, generator=generator)
+    return torch.lerp(samples.latents, noise, per_sample(t, noise))
 
 
 def _call(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) -> dict[str, Any]:

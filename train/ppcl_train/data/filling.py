@@ -22,7 +22,7 @@ from ppcl_train.families.base import ImageShape, Unreadable
 
 
 class Sample(NamedTuple):
-    """One captioned picture as the transformer sees it: latents ``[S, C]``, embeddings ``[S_text, E]``."""
+    """One captioned picture as the transformer takes it: latents (`Samples`), embeddings ``[S_text, E]``."""
 
     name: str
     caption: str

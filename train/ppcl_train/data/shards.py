@@ -2,7 +2,7 @@
 
 manifest.json       what the cache was made from, versions, counts, and the shape of every sample
 empty.safetensors   the embeddings of the empty prompt, for captions that training drops, and of the negative prompt
-00000.safetensors   latents.N [S, C] and embeddings.N [S_text, E] of its samples
+00000.safetensors   latents.N ([S, C], or [C, rows, columns]) and embeddings.N [S_text, E] of its samples
 """
 
 from __future__ import annotations

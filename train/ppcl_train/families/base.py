@@ -30,7 +30,8 @@ class Samples(NamedTuple):
     """Samples of one shape, without noise.
 
     Attributes:
-        latents: ``[N, S, C]`` float32, normalised and packed.
+        latents: float32, normalised, as the transformer takes them: packed ``[N, S, C]``, or
+            ``[N, C, rows, columns]``.
         embeddings: ``[N, S_text, E]`` float32.
         mask: ``[N, S_text]``, true on words.
         shape: of every image.
@@ -63,7 +64,7 @@ class Encoder(Protocol):
         """
 
     def encode(self, picture: Picture) -> tuple[torch.Tensor, ImageShape]:
-        """Encode one picture as the transformer sees it: normalised, packed latents ``[S, C]``, and their shape."""
+        """Encode one picture as the transformer takes it: normalised latents of one of `Samples`, and their shape."""
 
     def draw(
         self, prompt: str, size: tuple[int, int], seed: int, steps: int, guidance: float, negative: str
@@ -105,7 +106,7 @@ class Family(Protocol):
         """Return what the transformer is called with.
 
         Args:
-            x: noisy latents ``[N, S, C]``.
+            x: noisy latents, of the shape of those of `Samples`.
             t: timesteps ``[N]`` in [0, 1].
             embeddings: ``[N, S_text, E]``.
             mask: ``[N, S_text]``, true on words.
@@ -116,7 +117,7 @@ class Family(Protocol):
         """Guide a prediction as the family's pipeline does: ``u + g (c - u)``, and what the pipeline adds to it.
 
         Args:
-            wanted: outputs ``c`` under the prompt, ``[N, S, C]``.
+            wanted: outputs ``c`` under the prompt, ``[N, ...]``.
             free: outputs ``u`` under the negative prompt, likewise.
             guidance: ``g``.
         """

@@ -26,7 +26,7 @@ def sketch_for(choices: int, seed: int, bands: int) -> Sketch:
 class Sketcher:
     """Sketches differences between outputs of the same batches, with two independent sets of buckets and signs.
 
-    The coordinates of a batch are the elements of ``[N, S, C]``. Their buckets and signs stay on the device, 5 bytes an
+    The coordinates of a batch are the elements of its latents. Their buckets and signs stay on the device, 5 bytes an
     element and sketch: 168 MB for 64 samples of 4,096 x 64.
 
     Args:
@@ -46,8 +46,9 @@ class Sketcher:
         """Draw the bucket (int32) and the sign (int8) of every element of a batch; the seed alone decides them."""
         slices = [self.sketch.slice(int(band)) for band in batch.bands(edges)]
         drawn = np.random.default_rng(seed).integers(0, 2 ** (_BITS + 1), batch.x.shape, dtype=np.int64)
-        first = np.array([each.start for each in slices])[:, None, None]
-        width = np.array([each.stop - each.start for each in slices])[:, None, None]
+        shape = (-1, *[1] * (batch.x.ndim - 1))
+        first = np.array([each.start for each in slices]).reshape(shape)
+        width = np.array([each.stop - each.start for each in slices]).reshape(shape)
         buckets = first + ((drawn >> 1) * width >> _BITS)
         signs = 1 - 2 * (drawn & 1)
         device = batch.x.device
@@ -66,7 +67,7 @@ class Sketcher:
         Args:
             sums: ``[2, size]``.
             number: of the batch.
-            weighted: the difference on it, ``[N, S, C]`` in float64 (`Inputs.weighted`).
+            weighted: the difference on it in float64 (`Inputs.weighted`).
         """
         flat = weighted.flatten()
         for row, (buckets, signs) in zip(sums, self._places[number], strict=True):

@@ -50,7 +50,7 @@ class Target:
 
     Attributes:
         inputs: the batch.
-        clean: ``x_0`` of the teacher, ``[N, S, C]``.
+        clean: ``x_0`` of the teacher, of the shape of the latents.
     """
 
     inputs: Inputs
@@ -62,11 +62,11 @@ class Target:
         return cls(inputs, inputs.clean(output))
 
     def difference(self, output: torch.Tensor) -> torch.Tensor:
-        """Compute ``x_0' - x_0`` of an output, ``[N, S, C]``; gradients pass."""
+        """Compute ``x_0' - x_0`` of an output; gradients pass."""
         return self.inputs.clean(output) - self.clean
 
     def squared_error(self, output: torch.Tensor) -> torch.Tensor:
-        """Compute ``|x_0' - x_0|^2`` of an output by element, ``[N, S, C]``; gradients pass."""
+        """Compute ``|x_0' - x_0|^2`` of an output by element; gradients pass."""
         return self.difference(output).square()
 
     def error_by_band(self, output: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
