@@ -26,7 +26,7 @@ from ppcl_train.stages.draft import open_draft, write_draft
 
 def _half_of_channels(spec: BlockSpec) -> Width:
     """The full width, with half of the channels of every MLP."""
-    channels = [group for group in spec.unit_groups if group != spec.heads]
+    channels = [group for group in spec.unit_groups if group not in spec.head_groups]
     return spec.full.replace(**{group: spec.full[group] // 2 for group in channels})
 
 

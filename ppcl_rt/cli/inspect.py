@@ -54,9 +54,9 @@ def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 
 def _made_of(spec: ppcl_rt.BlockSpec) -> str:
     """The sizes of a kind of block: ``96: 6 heads x 16, MLP 384``."""
-    sizes = [f"{spec.groups[spec.heads].count} heads x {spec.head_dim}"] if spec.heads else []
+    sizes = [f"{spec.groups[group].count} heads x {spec.head_dim}" for group in spec.head_groups]
     # The MLPs of both streams are mostly of one size, which is then said once.
-    channels = dict.fromkeys(spec.groups[group].count for group in spec.unit_groups if group != spec.heads)
+    channels = dict.fromkeys(spec.groups[group].count for group in spec.unit_groups if group not in spec.head_groups)
     return f"{spec.dim}: {', '.join([*sizes, *(f'MLP {count}' for count in channels)])}"
 
 

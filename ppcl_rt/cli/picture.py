@@ -56,7 +56,9 @@ def _left(block: int) -> int:
 
 def _label(catalog: Catalog, group: str) -> str:
     """How a group is called in a picture: the channels of an MLP by its stream."""
-    channels = any(group in spec.unit_groups and group != spec.heads for spec in catalog.architecture.kinds.values())
+    channels = any(
+        group in spec.unit_groups and group not in spec.head_groups for spec in catalog.architecture.kinds.values()
+    )
     return f"{group} MLP" if channels else group
 
 

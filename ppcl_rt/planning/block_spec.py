@@ -118,7 +118,8 @@ class BlockSpec(Frozen):
     Attributes:
         dim: size D of a token in the streams.
         head_dim: channels E of a head.
-        heads: the group of the attention heads; None for a block without attention.
+        heads: the group of the attention heads, which attend over the tokens of both streams; or, where a block has
+            several attentions, the group of each and the tokens over which it attends; None for a block without.
         groups: by name, in the order in which they are shown and planned.
         parts: all linear layers.
         other_params: parameters of all else (norms), which every width has.
@@ -127,7 +128,7 @@ class BlockSpec(Frozen):
 
     dim: int = Field(ge=1, lt=LARGEST)
     head_dim: int = Field(ge=1, lt=LARGEST)
-    heads: str | None = "heads"
+    heads: str | dict[str, Input] | None = "heads"
     groups: dict[str, Group] = Field(min_length=1)
     parts: tuple[Part, ...]
     other_params: int = Field(0, ge=0, lt=2**60)
@@ -136,7 +137,7 @@ class BlockSpec(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> BlockSpec:
         named = {segment.group for part in self.parts for segment in part.segments}
-        named |= {part.factored for part in self.parts if part.factored} | ({self.heads} if self.heads else set())
+        named |= {part.factored for part in self.parts if part.factored} | set(self.head_groups)
         if named - set(self.groups):
             raise ValueError(f"parts name the group {min(named - set(self.groups))}, which the block has not")
         read = {segment.group for part in self.parts if part.axis == 1 for segment in part.segments}
@@ -156,6 +157,13 @@ class BlockSpec(Frozen):
             if end > length:
                 raise ValueError(f"part {part.path}: its segments end at {end}, it has {length}")
         return self
+
+    @cached_property
+    def head_groups(self) -> dict[str, Input]:
+        """Groups of attention heads, each with the tokens over which it attends."""
+        if isinstance(self.heads, dict):
+            return self.heads
+        return {self.heads: "joint"} if self.heads else {}
 
     @cached_property
     def full(self) -> Width:
@@ -256,7 +264,8 @@ class BlockSpec(Frozen):
         """
         both = image_tokens + text_tokens
         tokens = {"image": image_tokens, "text": text_tokens, "joint": both, "sample": 1}
-        total = 4 * both**2 * width.get(self.heads, 0) * self.head_dim if self.heads else 0
+        heads = sum(tokens[over] ** 2 * width.get(group, 0) for group, over in self.head_groups.items())
+        total = 4 * heads * self.head_dim
         shared: set[str] = set()
         for part in self._parts(not_updated):
             products = self._products(part, width, first=part.factored not in shared)

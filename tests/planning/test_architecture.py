@@ -32,7 +32,15 @@ def test_blocks_of_several_kinds_are_numbered_on():
 
 @pytest.mark.parametrize(
     ("interval", "one"),
-    [((0, 1), True), ((1, 2), False), ((0, 3), False), ((3, 4), True), ((4, 5), False), ((5, 6), False), ((6, 7), False)],
+    [
+        ((0, 1), True),
+        ((1, 2), False),
+        ((0, 3), False),
+        ((3, 4), True),
+        ((4, 5), False),
+        ((5, 6), False),
+        ((6, 7), False),
+    ],
 )
 def test_intervals_stay_within_one_kind(interval, one):
     """Also where both ends are of one kind, and something else lies between them."""

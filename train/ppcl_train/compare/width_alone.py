@@ -24,13 +24,14 @@ def width_within(architecture: Architecture, ratio: float) -> Width:
     """
     kinds = list(architecture.kinds.values())
     spec, full = kinds[0], kinds[0].full
-    mlps = [group for group in spec.unit_groups if group != spec.heads]
-    if len(kinds) > 1 or spec.heads is None or len({full[group] for group in mlps}) != 1:
+    mlps = [group for group in spec.unit_groups if group not in spec.head_groups]
+    if len(kinds) > 1 or len(spec.head_groups) != 1 or len({full[group] for group in mlps}) != 1:
         raise ValueError("one width for all takes blocks of one kind, with heads and MLPs of one size")
-    all_heads, all_channels = full[spec.heads], full[mlps[0]]
+    [of_heads] = spec.head_groups
+    all_heads, all_channels = full[of_heads], full[mlps[0]]
 
     def width(heads: int, channels: int) -> Width:
-        return full.replace(**{str(spec.heads): heads}, **dict.fromkeys(mlps, channels))
+        return full.replace(**{of_heads: heads}, **dict.fromkeys(mlps, channels))
 
     budget = (ratio * architecture.dense_params - architecture.outer_params) / architecture.depth
     found = []

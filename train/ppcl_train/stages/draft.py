@@ -30,7 +30,7 @@ def legal_counts(run: RunConfig, spec: BlockSpec) -> dict[str, list[int]]:
         if group.is_rank:
             narrower = {rank for rank in config.ranks if rank < group.count}
         else:
-            shares = config.heads if name == spec.heads else config.channels
+            shares = config.heads if name in spec.head_groups else config.channels
             narrower = {max(1, round(share * group.count)) for share in shares}
             narrower |= {LINEAR_MAP} if group.mappable and config.maps else set()
         counts[name] = sorted({group.count, *narrower}, reverse=True)
