@@ -8,7 +8,7 @@ backends. A family says where its layers lie (`Layers`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -117,6 +117,7 @@ class UpdatedStream(NamedTuple):
         x: ``[B, S, D]``.
         attention, mlp: modulations of the block's two halves.
         token_index: ``[B, S]``, which of two modulations a token takes (Qwen-Image-Edit), or None.
+        more: modulations of what a block has besides its two halves.
     """
 
     name: Stream
@@ -124,6 +125,7 @@ class UpdatedStream(NamedTuple):
     attention: Modulation
     mlp: Modulation
     token_index: torch.Tensor | None = None
+    more: tuple[Modulation, ...] = ()
 
 
 class _Found(NamedTuple):
@@ -235,8 +237,8 @@ class TwoStreamBlock(ModulatedBlock):
             (text, image) streams, in diffusers' order.
         """
         width = width or self.width
-        attention, mlp = self.modulation("modulation_image", temb, width, modulations)
-        updated = [UpdatedStream("image", image, attention, mlp, token_index)]
+        attention, mlp, *more = self.modulation("modulation_image", temb, width, modulations)
+        updated = [UpdatedStream("image", image, attention, mlp, token_index, tuple(more))]
         if text_input is None:
             updated.append(self.updated_text(text, temb, width, modulations))
             text_input = self.attention_input(updated[-1])
@@ -414,6 +416,7 @@ class MMDiT(Pluggable):
         temb: torch.Tensor,
         known: Sequence[Mapping[str, torch.Tensor] | None] | None = None,
         control: Control | None = None,
+        skipped: Collection[int] = (),
         **arguments: Any,
     ) -> torch.Tensor:
         """Run the blocks of a program; returns the image stream ``[B, S_image, D]``.
@@ -424,6 +427,8 @@ class MMDiT(Pluggable):
             known: for each block call, modulations that are known already.
             control: residuals by the numbers of the dense model's blocks; what stands for an interval takes those of
                 all its blocks, a skipped block takes its own.
+            skipped: blocks of the dense model that this forward leaves out of the plan; what stands for an interval
+                runs as long as one of its blocks would.
             arguments: that all blocks are called with.
         """
         next_block, first_input = 0, text
@@ -438,15 +443,16 @@ class MMDiT(Pluggable):
                 first_input = call.block.text_input(text, temb, call.width, **more)
             elif call.text_run is not None and call.text_run.input_map is not None:
                 text_input = first_input + call.text_run.input_map(first_input)
-            text, image = self._call_block(
-                call,
-                hidden_states=image,
-                encoder_hidden_states=text,
-                temb=temb,
-                **arguments,
-                **more,
-                **({} if text_input is None else {"text_input": text_input}),
-            )
+            if not all(block in skipped for block in call.interval):
+                text, image = self._call_block(
+                    call,
+                    hidden_states=image,
+                    encoder_hidden_states=text,
+                    temb=temb,
+                    **arguments,
+                    **more,
+                    **({} if text_input is None else {"text_input": text_input}),
+                )
             if call.text_run is not None and call.text_run.exit_map is not None:
                 text = text + call.text_run.exit_map(text)
             next_block = call.interval.last + 1

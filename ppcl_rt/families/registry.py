@@ -43,6 +43,11 @@ _FAMILIES: dict[str, Registered] = {
     "flux-schnell": Registered(
         model="ppcl_rt.families.flux:PPCLFluxTransformer2DModel", training="ppcl_train.families.flux:FluxSchnell"
     ),
+    "sd3": Registered(
+        model="ppcl_rt.families.sd3:PPCLSD3Transformer2DModel",
+        training="ppcl_train.families.sd3:SD3",
+        stock="SD3Transformer2DModel",
+    ),
     # A task of our own: a small transformer of the family qwen-image, with its own captions and pictures.
     "scenes": Registered(
         model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
