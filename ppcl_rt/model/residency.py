@@ -55,6 +55,11 @@ class Home(NamedTuple):
         _hold(self.modules, dict(sorted(blocks.items(), key=lambda item: int(item[0].split("-")[0]))))
 
 
+def _stored(module: nn.Module) -> int:
+    """How many numbers a checkpoint of a module holds: parameters, and buffers that are saved."""
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
 def _hold(modules: nn.Module, held: Mapping[str, Any]) -> None:
     """Have a list or dict of modules hold these: a new dict, because other threads may be going through the old one."""
     modules.__dict__["_modules"] = dict(held)
@@ -134,8 +139,7 @@ class Residency(nn.Module):
     def catalog(self) -> Catalog:
         """What this model can do."""
         if self._catalog is None:
-            inside = {id(p) for block in self.resident_blocks() for p in block.parameters()}
-            outer = sum(p.numel() for p in self.parameters() if id(p) not in inside)
+            outer = _stored(self) - sum(map(_stored, self.resident_blocks()))
             self._catalog = Catalog.of_dense(self.family, self.architecture_of(self.config, outer), self.reference)
         return self._catalog
 

@@ -60,7 +60,7 @@ class Architecture(Frozen):
         lists: of blocks, in the order in which they run.
         kinds: what a block of each kind is made of.
         dim: size D of a token in the streams.
-        outer_params: parameters outside the blocks.
+        outer_params: parameters outside the blocks; buffers that are saved count, because they are held, too.
     """
 
     lists: tuple[BlockList, ...] = Field(min_length=1)
