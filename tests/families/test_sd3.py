@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from tiny_sd3 import CHANNELS, DEPTH, DIM, HEADS, VARIANTS, build_inputs, build_stock, make_checkpoint, residuals
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppcl_rt
 from ppcl_rt import Interval, Plan, PlannedBlock, Width
@@ -355,6 +357,54 @@ def test_attention_backends_are_those_of_diffusers(of, run, same):
         block.attn2.processor._attention_backend for block in model.blocks() if block.use_dual_attention
     } == backends
     same(run(model, inputs), run(made.stock, inputs))
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the ops of kernels that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ppcl":
+            self.counts[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+# The interpreter computes the sigmoid of GELU with numpy, which warns where exp(large) is infinite, as it should be.
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("variant", ["sd3", "medium"])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernels_give_what_plain_torch_gives(variant, narrow, of, run, same, monkeypatch):
+    """A block of each kind and a text run, on kernels (in triton's interpreter on a CPU): all of it runs on kernels."""
+    made, _ = of(variant)
+    catalog, inputs, rng = made.catalog, build_inputs(), np.random.default_rng(2)
+    kept = sorted({*one_kind_each(catalog), 4, 5})
+    widths = {n: catalog.spec(n).full for n in kept}
+    if narrow:
+        for n, width in widths.items():
+            counts = {group: int(rng.integers(1, width[group])) for group in catalog.spec(n).unit_groups}
+            widths[n] = width.replace(**counts)
+    plan = catalog.compose(widths.items(), text_runs=[Interval(4, 5)] if narrow else [])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ppcl_rt.load(made.folder, plan=plan, device=device)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    monkeypatch.setenv("PPCL_BACKEND", "torch")
+    wanted = run(model, inputs)
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    with Kernels() as fused:
+        got = run(model, inputs)
+    same(got, wanted, 2e-5)
+    dual, updating = int(variant == "medium"), len(kept) - 1 - narrow
+    # A last block reads the text by a norm of its own; a text run's first block is asked for its input once more.
+    norms = 2 * len(kept) + dual + 2 * updating + 1 + narrow
+    assert fused.counts == {
+        "ppcl::ada_layer_norm": norms,
+        "ppcl::qkv_projection": len(kept) + dual,
+        "ppcl::joint_attention": len(kept) + dual,
+        "ppcl::linear": 3 * len(kept) + dual,
+    }
 
 
 # What is refused.
