@@ -291,3 +291,55 @@ def make_checkpoint(folder: Path, variant: str, seed: int = 0, compensated: bool
     config = {**dict(stock.config), "_class_name": "SD3Transformer2DModel"}
     config.pop("_name_or_path", None)
     return Made(folder, stock, ppcl_rt.write_checkpoint(folder, config, catalog, tensors), tensors)
+
+
+def pipeline_parts(folder: Path) -> dict[str, Any]:
+    """Everything of a `StableDiffusion3Pipeline` but its transformer, made without a network; tokenizers in ``folder``.
+
+    Prompts have 5 tokens of CLIP. Pooled text has the 768 + 1280 channels of the published models.
+    """
+    import json
+
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    # One token a byte and no merges: all that a tokenizer needs in order to read any prompt.
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    clip = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=5)
+    of_bytes = Tokenizer(models.BPE({"<pad>": 0, "</s>": 1, **{c: n for n, c in enumerate(letters, 2)}}, []))
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    of_bytes.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    t5 = PreTrainedTokenizerFast(tokenizer_object=of_bytes, pad_token="<pad>", eos_token="</s>", model_max_length=512)
+    torch.manual_seed(0)
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"vocab_size": len(words), "eos_token_id": len(words) - 1, "bos_token_id": len(words) - 2}
+    texts = [CLIPTextModelWithProjection(CLIPTextConfig(**small, **ends, projection_dim=n)).eval() for n in (768, 1280)]
+    width = CONFIG["joint_attention_dim"]
+    t5_config = T5Config(vocab_size=300, d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    channels = {"block_out_channels": (4, 4), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(
+        **channels, **blocks, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.4
+    )
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": vae.eval(),
+        "text_encoder": texts[0],
+        "tokenizer": clip,
+        "text_encoder_2": texts[1],
+        "tokenizer_2": clip,
+        "text_encoder_3": T5EncoderModel(t5_config).eval(),
+        "tokenizer_3": t5,
+    }

@@ -111,14 +111,16 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def inputs(run: RunConfig, size: int, seed: int) -> Inputs:
+def inputs(run: RunConfig, size: int, seed: int, t: torch.Tensor | None = None) -> Inputs:
     """Make a calibration batch on this process's device; (run.seed, seed) alone decides it.
 
-    ``x_t = (1 - t) x_0 + t noise`` at logit-normal timesteps; the transformer is called in the teacher's dtype.
+    ``x_t = (1 - t) x_0 + t noise`` at the timesteps ``t [N]``, logit-normal ones unless they are given; the transformer
+    is called in the teacher's dtype.
     """
     samples = source(run).samples(size, seed)
     generator = _generator(run, seed)
-    t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
+    drawn = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
+    t = drawn if t is None else t
     x = _noisy(samples, t, generator)
     return Inputs(x, t, _call(run, x, t, samples), run.family.predicts).to(join().device)
 

@@ -96,10 +96,9 @@ def modulation_inputs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     # One block of each kind says how it reads the condition.
     readers = {architecture.kind(n): block for n, block in enumerate(model.blocks())}
     read: dict[str, list[torch.Tensor]] = {kind: [] for kind in readers}
-    for t in torch.linspace(0, 1, _TIMESTEPS).split(run.batch):
-        batch = calibration.inputs(run, len(t), calibration.WIDTH)
-        call = {**batch.call, "timestep": t[: len(batch.x)].to(batch.x)}
-        trace = streams.trace(model, calibration.Inputs(batch.x, t, call))
+    # Each batch has samples of its own: modulations may see the text too.
+    for number, t in enumerate(torch.linspace(0, 1, _TIMESTEPS).split(run.batch)):
+        trace = streams.trace(model, calibration.inputs(run, len(t), calibration.WIDTH + number, t))
         for kind, block in readers.items():
             read[kind].append(block.modulation_input(trace.context[model.condition]))
     return {kind: torch.cat(portions) for kind, portions in read.items()}
