@@ -3,9 +3,10 @@
     python -m ppcl_kernels.tools.aot [--arch sm_90] [--kernel linear] [--json]
 
 The shapes are those of a 20B two-stream model at 1024 x 1024 (model dimension 3072, 24 heads of 128, MLP 12288, 4096
-image and 512 text tokens, batch 2), in bf16, and of blocks of the same sizes that run both streams as one. The tiles
-are all that can be chosen there. Launches are built on meta tensors by the same functions that run them, so what is
-compiled is what a model would compile. Compiled kernels stay in triton's cache.
+image and 512 text tokens, batch 2), in bf16, of blocks of the same sizes that run both streams as one, and what is
+other with heads of 64 and no rotations. The tiles are all that can be chosen there. Launches are built on meta tensors
+by the same functions that run them, so what is compiled is what a model would compile. Compiled kernels stay in
+triton's cache.
 
 Exit status: 1 when a kernel does not compile, spills, needs more shared memory than its architecture has, or is a
 matrix kernel without tensor-core instructions (on sm_90: without wgmma); 2 on bad arguments.
@@ -46,6 +47,9 @@ from ppcl_kernels.norm_rope import launch_norm_rope
 from ppcl_kernels.qkv_projection import Stream, launch_qkv_projection, tile_candidates
 
 BATCH, IMAGE, TEXT = 2, 4096, 512
+# Heads of 64 in streams whose width is no multiple of 256, a text of odd length, no rotations: an 8B two-stream model.
+# Its 2.5B sibling has the same heads in streams of width 1536.
+SMALL_HEADS, SMALL_HEAD_DIM, ODD_TEXT, SMALLER_DIM = 38, 64, 333, 1536
 HEADS, HEAD_DIM, HIDDEN = 24, 128, 12288
 DIM = HEADS * HEAD_DIM
 
@@ -166,8 +170,78 @@ def _norm_rope(tile: NormRopeTile, queries: bool, biased: bool) -> Launch:
     return launch_norm_rope(parts, norms, rope, (raw, raw, raw), 0, 0, 1e-6, tile, biases)
 
 
+def _small_qkv(target: Target, tile: Tile, norms: bool, text: bool) -> Launch:
+    """Make a launch of both streams, or of the image alone."""
+    dim = SMALL_HEADS * SMALL_HEAD_DIM
+    weights, biases = (_meta(dim, dim),) * 3, (_meta(dim),) * 3
+    of_heads = (_meta(SMALL_HEAD_DIM),) * 2 if norms else (None, None)
+    tokens = (ODD_TEXT, IMAGE) if text else (IMAGE,)
+    streams = [Stream(_meta(BATCH, count, dim), weights, biases, of_heads, None, True) for count in tokens]
+    outputs = joint_outputs(streams[0].x, tokens, (True,) * len(tokens), SMALL_HEADS, SMALL_HEAD_DIM)
+    return launch_qkv_projection(streams, outputs, SMALL_HEADS, None, SMALL_HEAD_DIM, 1e-6, tile, target)
+
+
+def _small_attention(target: Target, tile: AttentionTile, tokens: int) -> Launch:
+    q = _meta(BATCH, tokens, SMALL_HEADS, SMALL_HEAD_DIM)
+    return launch_joint_attention(q, q, q, q, None, None, None, 1.0, tile, target)
+
+
+def _small_linear(target: Target, tile: Tile, what: str) -> Launch:
+    dim = SMALL_HEADS * SMALL_HEAD_DIM
+    n, k = (4 * dim, dim) if what == "up" else (dim, 4 * dim)
+    groups, outputs = [], []
+    for tokens in (IMAGE, ODD_TEXT):
+        y = _meta(BATCH, tokens, n)
+        gate, residual = (None, None) if what == "up" else (_meta(BATCH, 6 * dim)[:, :dim], y)
+        groups.append(Linear(_meta(BATCH, tokens, k), _meta(n, k), _meta(n), n, gate, None, residual))
+        outputs.append(y)
+    return launch_linear(groups, outputs, what == "up", tile, target)
+
+
+def _small_norm(tile: NormTile, tokens: int, dim: int) -> Launch:
+    # One of nine modulations of a layer.
+    x, scale = _meta(BATCH, tokens, dim), _meta(BATCH, 9 * dim)[:, :dim]
+    return launch_ada_layer_norm(x, scale, scale, None, x, 1e-6, tile)
+
+
+def _small_norm_rope(tile: NormRopeTile, norms: bool) -> Launch:
+    raw = _meta(BATCH, ODD_TEXT, SMALL_HEADS, SMALL_HEAD_DIM)
+    of_heads, biases = (_meta(SMALL_HEAD_DIM) if norms else None,) * 2, (_meta(SMALL_HEADS * SMALL_HEAD_DIM),) * 3
+    return launch_norm_rope((raw, raw, raw), of_heads, None, (raw, raw, raw), 0, 0, 1e-6, tile, biases)
+
+
+def _small_cases(target: Target) -> Iterator[Case]:
+    """Yield what compiles to something else at heads of 64."""
+    dim, tokens = SMALL_HEADS * SMALL_HEAD_DIM, f"B {BATCH}, S {ODD_TEXT}+{IMAGE}"
+    tile: Any
+    for tile in Tile.candidates(target, torch.bfloat16):
+        for what, shape in (("up", f"{dim} to {4 * dim}, GELU"), ("down", f"{4 * dim} to {dim}, gate, residual")):
+            launch = partial(_small_linear, target, tile, what)
+            yield Case("linear", f"{tokens}, {shape}", tile_name(tile), True, launch)
+    for tile in tile_candidates(target, torch.bfloat16, SMALL_HEAD_DIM):
+        for shape, norms, text in (("plain", False, True), ("norm", True, True), ("norm, image alone", True, False)):
+            launch = partial(_small_qkv, target, tile, norms, text)
+            yield Case("qkv_projection", f"{tokens}, H {SMALL_HEADS} x 64, {shape}", tile_name(tile), True, launch)
+    for tile in AttentionTile.candidates(target, torch.bfloat16, SMALL_HEAD_DIM):
+        for count in (ODD_TEXT + IMAGE, IMAGE):
+            launch = partial(_small_attention, target, tile, count)
+            yield Case("joint_attention", f"B {BATCH}, S {count}, H {SMALL_HEADS} x 64", tile_name(tile), True, launch)
+    for width in (dim, SMALLER_DIM):
+        for tile in NormTile.candidates(target, torch.bfloat16, width):
+            for count in (IMAGE, ODD_TEXT):
+                launch = partial(_small_norm, tile, count, width)
+                yield Case("ada_layer_norm", f"B {BATCH}, S {count}, D {width}", tile_name(tile), False, launch)
+    for tile in NormRopeTile.candidates(target, torch.bfloat16):
+        for shape, norms in (("bias", False), ("norm, bias", True)):
+            launch = partial(_small_norm_rope, tile, norms)
+            yield Case(
+                "norm_rope", f"B {BATCH}, S {ODD_TEXT}, H {SMALL_HEADS} x 64, {shape}", tile_name(tile), False, launch
+            )
+
+
 def cases(target: Target) -> Iterator[Case]:
     """Yield all kernels at the production shapes, with every tile that can be chosen there on ``target``."""
+    yield from _small_cases(target)
     tokens, joint = f"B {BATCH}, S {TEXT}+{IMAGE}", f"B {BATCH}, S {TEXT + IMAGE}"
     tile: Any
     for tile in Tile.candidates(target, torch.bfloat16):
