@@ -298,8 +298,8 @@ def test_runs_and_students_stay_in_their_list(made):
     dump = made.catalog.model_dump()
     for field, interval, wrong in (
         ("text_runs", Interval(3, 4), "cannot leave the text"),
-        ("text_runs", Interval(2, 3), "from one list of blocks into the next"),
-        ("students", Interval(2, 3), "from one list of blocks into the next"),
+        ("text_runs", Interval(2, 3), "more than one list or kind"),
+        ("students", Interval(2, 3), "more than one list or kind"),
     ):
         choice = getattr(made.catalog, field)[0].model_copy(update={"interval": interval}).model_dump()
         with pytest.raises(ValueError, match=wrong):
