@@ -21,7 +21,7 @@ from ppcl_kernels.linear import prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_rt.ops import eager
 from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key
-from ppcl_rt.ops.modules import linear, parameter, readable
+from ppcl_rt.ops.modules import is_plain, linear, parameter, readable
 from ppcl_rt.ops.operation import (
     Operation,
     define_op,
@@ -260,14 +260,19 @@ def joined(module: Any, inputs: Sequence[Columns], gate: torch.Tensor, residual:
 def _joined_through_modules(
     module: Any, inputs: Sequence[Columns], gate: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
-    """As `joined`, with one call of the module on all inputs; what is replaced is zero there."""
-    pieces, end = [], 0
-    for each in inputs:
-        if each.replacement is None:
+    """As `joined`, for gradients, and for modules that have to be called, on all inputs at once: what is replaced, or
+    left out, is zero there."""
+    own = [each for each in inputs if each.replacement is None]
+    if is_plain(module) and own:
+        products = [kernels.linear_reference(each.x, module.weight[:, each.first :]) for each in own]
+        y = sum(products[1:], products[0] if module.bias is None else products[0] + module.bias)
+    else:
+        pieces, end = [], 0
+        for each in own:
             pieces += [_zeros(each.x, each.first - end), each.x]
             end = each.first + each.x.shape[-1]
-    pieces.append(_zeros(inputs[0].x, module.in_features - end))
-    y = module(torch.cat([piece for piece in pieces if piece.shape[-1]], dim=-1))
+        pieces.append(_zeros(inputs[0].x, module.in_features - end))
+        y = module(torch.cat([piece for piece in pieces if piece.shape[-1]], dim=-1))
     for each in inputs:
         if each.replacement is not None:
             y = y + each.replacement(each.x)

@@ -380,6 +380,12 @@ def test_inputs_that_lie_next_to_each_other(monkeypatch, backend, replaced):
     # One of several inputs alone.
     alone = residual + gate[:, None] * nn.functional.linear(x[..., columns[0]], weight[:, columns[0]], layer.bias)
     close(ops.joined(layer, inputs[:1], gate, residual), alone)
+    # With gradients, of the columns that are multiplied.
+    leaf = inputs[0].x.requires_grad_()
+    with_gradient = ops.joined(layer, inputs, gate, residual)
+    close(with_gradient.detach(), wanted)
+    close(torch.autograd.grad(with_gradient.sum(), leaf)[0], (gate @ weight[:, columns[0]])[:, None].expand_as(leaf))
+    leaf.requires_grad_(False)
     # Through the modules, where they may not be read past.
     seen = []
     for module in (layer, *(each.replacement for each in inputs if each.replacement is not None)):
