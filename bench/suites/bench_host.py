@@ -78,13 +78,13 @@ def public_calls(b: Any) -> Calls:
     """Return calls of the public functions, as the models of older revisions made them."""
     import ppcl_kernels as pk
 
-    def linear(x: list, layers: list, gelu: bool = False, gate: list | None = None) -> Any:
+    def linear(x: list, layers: list, activation: str = "none", gate: list | None = None) -> Any:
         gates, residuals = gate or (None, None), b.x if gate else (None, None)
         groups = [
             pk.Linear(x, m.weight, m.bias, m.weight.shape[0], g, None, r)
             for x, m, g, r in zip(x, layers, gates, residuals, strict=True)
         ]
-        return pk.grouped_linear(groups, gelu=gelu)
+        return pk.grouped_linear(groups, activation=activation)
 
     def qkv() -> Any:
         streams = [
@@ -105,7 +105,7 @@ def public_calls(b: Any) -> Calls:
         "qkv_projection": qkv,
         "joint_attention": lambda: pk.joint_attention(*b.joint),
         "out": lambda: linear(b.attended, b.out, gate=gates[0]),
-        "up": lambda: linear(b.x, b.up, gelu=True),
+        "up": lambda: linear(b.x, b.up, activation="gelu"),
         "down": lambda: linear(b.hidden, b.down, gate=gates[1]),
     }
 
@@ -126,11 +126,11 @@ def model_calls(b: Any) -> Calls:
             norms[-1].weight = plain.weight
         projections.append(ops.Projection(*layers, *norms))
 
-    def linears(xs: list, layers: list, gelu: bool = False, gates: list | None = None) -> Any:
+    def linears(xs: list, layers: list, activation: str = "none", gates: list | None = None) -> Any:
         # The image first, as the block passes them.
         more = [(g, None, x) for g, x in zip(gates, b.x, strict=True)] if gates else [(None, None, None)] * 2
         given = [ops.Layer(m, x, m.out_features, *rest) for m, x, rest in zip(layers, xs, more, strict=True)]
-        return ops.linears(given[::-1], gelu=gelu)
+        return ops.linears(given[::-1], activation=activation)
 
     calls: Calls = {}
     for half, (scale, shift) in enumerate(((0, 1), (3, 4)), 1):
@@ -146,7 +146,7 @@ def model_calls(b: Any) -> Calls:
         ),
         "joint_attention": lambda: ops.joint_attention(*b.joint, None),
         "out": lambda: linears(b.attended, b.out, gates=gates[0]),
-        "up": lambda: linears(b.x, b.up, gelu=True),
+        "up": lambda: linears(b.x, b.up, activation="gelu"),
         "down": lambda: linears(b.hidden, b.down, gates=gates[1]),
     }
 

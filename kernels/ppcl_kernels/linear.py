@@ -1,17 +1,20 @@
 """Linear layers over a prefix of their channels, with activation, gate and residual in the same kernel.
 
-``y = x W[:n, :k]^T + b[:n]``, then in this order, if asked for: tanh-GELU, ``* gate``, ``+ residual``.
+``y = x W[:n, :k]^T + b[:n]``, then in this order, if asked for: an activation, ``* gate``, ``+ residual``.
+The activation is tanh-GELU, or SwiGLU with a second weight V:
+``y = silu(x V[:n, :k]^T + v[:n]) * (x W[:n, :k]^T + b[:n])``.
 
 B batch, S tokens, K inputs and N outputs of the weight, of which the first ``k`` and ``n`` are kept. Weights are stored
 in rank order, so a narrower layer is a prefix of a wider one. Eager writes and reads ``[B, S, n]`` again for each
 operation after the product. The layers of both streams of a block run in one launch: the few text tokens fill waves
-that the image tokens leave partly empty.
+that the image tokens leave partly empty. With SwiGLU, half of a tile's columns are products with W and half with V, of
+the same outputs, so that registers and shared memory are those of a layer with one weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +23,12 @@ from ppcl_kernels._check import check_index, check_like, check_modulation, check
 from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.matmul import Tile, by_parts, operand, takes_tma, work_off
+from ppcl_kernels.matmul import Tile, by_parts, operand, product_tile, product_tiles, takes_tma, work_off
 from ppcl_kernels.modulation import per_token
 from ppcl_kernels.prepared import Bound, described, suffixes
+
+# What follows the bias.
+Activation = Literal["none", "gelu", "swiglu"]
 
 
 class Linear(NamedTuple):
@@ -36,6 +42,8 @@ class Linear(NamedTuple):
         gate: ``[B, n]``, or ``[2 B, n]`` with ``index`` (`ppcl_kernels.modulation`), or None.
         index: ``[B, S]`` of zeros and ones, or None.
         residual: ``[B, S, n]`` or None.
+        silu_weight: with SwiGLU, ``[N, K]``: SiLU of its product multiplies that of ``weight``.
+        silu_bias: ``[N]``, added before SiLU, or None.
     """
 
     x: torch.Tensor
@@ -46,6 +54,13 @@ class Linear(NamedTuple):
     # The field hides tuple.index, which nobody calls.
     index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     residual: torch.Tensor | None = None
+    silu_weight: torch.Tensor | None = None
+    silu_bias: torch.Tensor | None = None
+
+    def reference(self, activation: Activation) -> torch.Tensor:
+        """Apply it as `linear_reference` does."""
+        after = dict(zip(self._fields[4:], self[4:], strict=True))
+        return linear_reference(*self[:4], activation=activation, **after)
 
 
 def linear_reference(
@@ -54,29 +69,49 @@ def linear_reference(
     bias: torch.Tensor | None = None,
     out_features: int | None = None,
     *,
-    gelu: bool = False,
+    activation: Activation = "none",
     gate: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    silu_weight: torch.Tensor | None = None,
+    silu_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply ``x [..., k]`` by the first ``k`` columns and the first ``out_features`` rows of ``weight [N, K]``.
 
-    The arguments are those of `Linear`; ``gelu`` is the tanh form.
+    The arguments are those of `Linear`; GELU is the tanh form.
 
     Returns:
         ``[..., out_features]`` (all N rows where ``out_features`` is None).
 
     Raises:
-        ValueError: ``x`` or ``out_features`` asks for more than the weight holds.
+        ValueError: ``x`` or ``out_features`` asks for more than the weight holds, or the activation is unknown or does
+            not fit the weights.
     """
     n, k = _widths(x, weight, out_features)
+    check_activation(activation, weight, silu_weight)
     # Slices are views: the other rows and columns are neither read nor multiplied.
     y = F.linear(x, weight[:n, :k], None if bias is None else bias[:n])
-    if gelu:
+    if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
+    if silu_weight is not None:
+        y = F.silu(F.linear(x, silu_weight[:n, :k], None if silu_bias is None else silu_bias[:n])) * y
     if gate is not None:
         y = per_token(gate, index) * y
     return y if residual is None else residual + y
+
+
+def check_activation(activation: str, weight: torch.Tensor, silu_weight: torch.Tensor | None) -> None:
+    """Refuse an activation that is unknown, or whose weights are not there.
+
+    Raises:
+        ValueError: either; or the two weights of SwiGLU have different shapes.
+    """
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(get_args(Activation))}")
+    if (activation == "swiglu") != (silu_weight is not None):
+        raise ValueError(f"silu_weight goes with the activation swiglu and with no other, here {activation}")
+    if silu_weight is not None and silu_weight.shape != weight.shape:
+        raise ValueError(f"silu_weight is {list(silu_weight.shape)}, wanted {list(weight.shape)}, as weight is")
 
 
 def _widths(x: torch.Tensor, weight: torch.Tensor, out_features: int | None) -> tuple[int, int]:
@@ -91,7 +126,10 @@ def _widths(x: torch.Tensor, weight: torch.Tensor, out_features: int | None) -> 
 
 @jit()
 def _finish_columns(acc, arguments, place, first_col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Turn some columns of a tile of products into columns of the result, and write them."""
+    """Turn some columns of a tile of products into columns of the result, and write them.
+
+    The bias is None where it was added before.
+    """
     bias, gate, index, residual, y, S, N, B, stride_gate_sample, GELU = arguments
     b, row, _, _ = place
     rows = row + tl.arange(0, ROWS)
@@ -125,61 +163,107 @@ def _finish(acc, arguments, place, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS
     by_parts(acc, _finish_columns, arguments, place, place[3], ROWS, COLS, PARTS)
 
 
+@jit()
+def _finish_swiglu(acc, arguments, place, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """The epilogue with two products: SwiGLU makes one tile of them, of which the rest is as in `_finish`."""
+    (bias, silu_bias), gate, index, residual, y, S, N, B, stride_gate_sample, GELU = arguments
+    up, silu = acc
+    cols = place[3] + tl.arange(0, COLS)
+    if bias is not None:
+        up += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if silu_bias is not None:
+        silu += tl.load(silu_bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    up *= silu * tl.sigmoid(silu)
+    after = (None, gate, index, residual, y, S, N, B, stride_gate_sample, GELU)
+    by_parts(up, _finish_columns, after, place, place[3], ROWS, COLS, PARTS)
+
+
+@jit()
+def _work_off_layer(
+    start, x, w, bias, gate, index, residual, silu_w, silu_bias, y,
+    S, N, K, stride_x_batch, stride_x_row, stride_w_row, stride_silu_w_row, stride_gate_sample, B,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
+    TMA: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """Work off one layer; COLS are columns of the result."""
+    sizes, x_strides = (S, N, K), (stride_x_batch, stride_x_row)
+    if silu_w is None:
+        arguments = (bias, gate, index, residual, y, S, N, B, stride_gate_sample, GELU)
+        end = work_off(
+            start, x, w, sizes, (x_strides, stride_w_row), B, tl.cdiv(N, COLS), None, product_tile, _finish, arguments,
+            COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+        )  # fmt: skip
+    else:
+        pair = ((bias, silu_bias), gate, index, residual, y, S, N, B, stride_gate_sample, GELU)
+        end = work_off(
+            start, x, (w, silu_w), sizes, (x_strides, (stride_w_row, stride_silu_w_row)), B, tl.cdiv(N, COLS), None,
+            product_tiles, _finish_swiglu, pair, COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+        )  # fmt: skip
+    return end
+
+
 # The token counts change with the prompt, and B = 1 would compile a second kernel: do not specialise on either.
 # fmt: off
 @jit(do_not_specialize=["B", "S0", "S1"])
 def _linear_kernel(
-    x0, w0, bias0, gate0, index0, residual0, y0,
-    S0, N0, K0, stride_x_batch0, stride_x_row0, stride_w_row0, stride_gate_sample0,
-    x1, w1, bias1, gate1, index1, residual1, y1,
-    S1, N1, K1, stride_x_batch1, stride_x_row1, stride_w_row1, stride_gate_sample1,
+    x0, w0, bias0, gate0, index0, residual0, silu_w0, silu_bias0, y0,
+    S0, N0, K0, stride_x_batch0, stride_x_row0, stride_w_row0, stride_silu_w_row0, stride_gate_sample0,
+    x1, w1, bias1, gate1, index1, residual1, silu_w1, silu_bias1, y1,
+    S1, N1, K1, stride_x_batch1, stride_x_row1, stride_w_row1, stride_silu_w_row1, stride_gate_sample1,
     B,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
     TMA: tl.constexpr, GELU: tl.constexpr,
 ):
     # fmt: on
-    sizes, strides = (S0, N0, K0), ((stride_x_batch0, stride_x_row0), stride_w_row0)
-    arguments = (bias0, gate0, index0, residual0, y0, S0, N0, B, stride_gate_sample0, GELU)
-    start = work_off(
-        tl.program_id(0), x0, w0, sizes, strides, B, tl.cdiv(N0, COLS), None, _finish, arguments,
-        COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+    start = _work_off_layer(
+        tl.program_id(0), x0, w0, bias0, gate0, index0, residual0, silu_w0, silu_bias0, y0,
+        S0, N0, K0, stride_x_batch0, stride_x_row0, stride_w_row0, stride_silu_w_row0, stride_gate_sample0, B,
+        ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU,
     )  # fmt: skip
     if y1 is not None:
-        sizes1, strides1 = (S1, N1, K1), ((stride_x_batch1, stride_x_row1), stride_w_row1)
-        arguments1 = (bias1, gate1, index1, residual1, y1, S1, N1, B, stride_gate_sample1, GELU)
-        work_off(
-            start, x1, w1, sizes1, strides1, B, tl.cdiv(N1, COLS), None, _finish, arguments1,
-            COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+        _work_off_layer(
+            start, x1, w1, bias1, gate1, index1, residual1, silu_w1, silu_bias1, y1,
+            S1, N1, K1, stride_x_batch1, stride_x_row1, stride_w_row1, stride_silu_w_row1, stride_gate_sample1, B,
+            ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU,
         )  # fmt: skip
 
 
 # fmt: off
 _LAYER_ARGUMENTS = (
-    "x", "w", "bias", "gate", "index", "residual", "y",
-    "S", "N", "K", "stride_x_batch", "stride_x_row", "stride_w_row", "stride_gate_sample",
+    "x", "w", "bias", "gate", "index", "residual", "silu_w", "silu_bias", "y",
+    "S", "N", "K", "stride_x_batch", "stride_x_row", "stride_w_row", "stride_silu_w_row", "stride_gate_sample",
 )
 # fmt: on
 
 
+def outputs_of(tile: Tile, activation: Activation) -> int:
+    """Return how many outputs a tile computes for each token: with SwiGLU, two of its columns make one."""
+    return tile.cols // 2 if activation == "swiglu" else tile.cols
+
+
 def launch_linear(
-    layers: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile, target: Target
+    layers: Sequence[Linear], outputs: Sequence[torch.Tensor], activation: Activation, tile: Tile, target: Target
 ) -> Launch:
     """Return the launch that writes ``outputs`` (contiguous ``[B, S, n]``) of one or two layers."""
-    tma = takes_tma(target, *(layer.x for layer in layers), *(layer.weight for layer in layers))
+    weights = [w for layer in layers for w in (layer.weight, layer.silu_weight) if w is not None]
+    tma = takes_tma(target, *(layer.x for layer in layers), *weights)
+    cols = outputs_of(tile, activation)
     batch, tiles, arguments = layers[0].x.shape[0], 0, dict[str, Any]()
     for number in range(2):
-        values: Sequence[Any] = (None,) * 7 + (0,) * 7
+        values: Sequence[Any] = (None,) * 9 + (0,) * 8
         if number < len(layers):
-            layer, y = layers[number], outputs[number]
+            layer, y, silu = layers[number], outputs[number], layers[number].silu_weight
             tokens, n, k = y.shape[1], y.shape[2], layer.x.shape[2]
-            tiles += batch * -(-tokens // tile.rows) * -(-n // tile.cols)
+            tiles += batch * -(-tokens // tile.rows) * -(-n // cols)
             values = (
                 operand(layer.x, (1, tile.rows, tile.depth), tma),
-                operand(layer.weight[:n, :k], (tile.cols, tile.depth), tma),
+                operand(layer.weight[:n, :k], (cols, tile.depth), tma),
                 layer.bias,
                 layer.gate,
                 layer.index,
                 layer.residual,
+                None if silu is None else operand(silu[:n, :k], (cols, tile.depth), tma),
+                layer.silu_bias,
                 y,
                 tokens,
                 n,
@@ -187,25 +271,26 @@ def launch_linear(
                 layer.x.stride(0),
                 layer.x.stride(1),
                 layer.weight.stride(0),
+                0 if silu is None else silu.stride(0),
                 0 if layer.gate is None else layer.gate.stride(0),
             )
         arguments.update({f"{name}{number}": value for name, value in zip(_LAYER_ARGUMENTS, values, strict=True)})
     arguments |= {
         "B": batch,
         "ROWS": tile.rows,
-        "COLS": tile.cols,
+        "COLS": cols,
         "DEPTH": tile.depth,
         "PARTS": tile.parts,
         "FLAT": bool(tile.flat),
         "TMA": tma,
-        "GELU": gelu,
+        "GELU": activation == "gelu",
     }
     grid = (min(tiles, target.multiprocessors * tile.resident),)
     return Launch(_linear_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
 
 
 def describe_linear(
-    layers: Sequence[Linear], outputs: Sequence[torch.Tensor], gelu: bool, tile: Tile | None = None
+    layers: Sequence[Linear], outputs: Sequence[torch.Tensor], activation: Activation, tile: Tile | None = None
 ) -> Launch | None:
     """Return the launch of layers that were checked, by default at the cheapest tile; None if no layer has tokens."""
     work = [(layer, y) for layer, y in zip(layers, outputs, strict=True) if y.numel()]
@@ -214,35 +299,41 @@ def describe_linear(
     target = Target.of(work[0][1].device)
     if tile is None:
         tokens, cols = [y.shape[1] for _, y in work], max(y.shape[2] for _, y in work)
-        tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols)
-    return launch_linear([layer for layer, _ in work], [y for _, y in work], gelu, tile, target)
+        tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols, activation == "swiglu")
+    return launch_linear([layer for layer, _ in work], [y for _, y in work], activation, tile, target)
 
 
-def run_linear(layers: Sequence[Linear], gelu: bool, tile: Tile | None = None) -> list[torch.Tensor]:
+def run_linear(layers: Sequence[Linear], activation: Activation, tile: Tile | None = None) -> list[torch.Tensor]:
     """Launch one or two layers that were checked; a stream without tokens launches nothing."""
     outputs = [
         layer.x.new_empty(*layer.x.shape[:2], _widths(layer.x, layer.weight, layer.out_features)[0]) for layer in layers
     ]
-    launch = describe_linear(layers, outputs, gelu, tile)
+    launch = describe_linear(layers, outputs, activation, tile)
     if launch is not None:
         launch.run()
     return outputs
 
 
-def check_linear(layers: Sequence[Linear]) -> None:
+def check_linear(layers: Sequence[Linear], activation: Activation) -> None:
     """Refuse layers that the kernel cannot compute.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, or more inputs or outputs than the weight holds.
+        ValueError: wrong device, dtype, shape or stride, more inputs or outputs than the weight holds, or an activation
+            that does not fit the weights.
     """
     first = layers[0].x
     for layer in layers:
         if layer.x.dim() != 3 or layer.x.shape[0] != first.shape[0]:
             raise ValueError(f"x is {list(layer.x.shape)}, wanted [B, S, k] with the same B in every layer")
         n, _ = _widths(layer.x, layer.weight, layer.out_features)
-        check_like(first, x=layer.x, weight=layer.weight, bias=layer.bias, gate=layer.gate, residual=layer.residual)
-        if layer.bias is not None:
-            check_shape("bias", layer.bias, layer.weight.shape[:1])
+        check_activation(activation, layer.weight, layer.silu_weight)
+        if layer.silu_weight is not None:
+            check_weight("silu_weight", layer.silu_weight)
+        fields = layer._asdict()
+        check_like(first, **{name: fields[name] for name in fields if name not in ("out_features", "index")})
+        for name in ("bias", "silu_bias"):
+            if fields[name] is not None:
+                check_shape(name, fields[name], layer.weight.shape[:1])
         check_modulation("gate", layer.gate, layer.x, n, layer.index)
         check_index(layer.index, layer.x)
         if layer.residual is not None:
@@ -259,28 +350,33 @@ def _check_count(layers: Sequence[Linear]) -> None:
 @define_op(
     "linear",
     "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
-    "Tensor?[] residual, bool gelu, int[]? tile) -> Tensor[]",
+    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, str activation, int[]? tile) -> Tensor[]",
 )
-def _linear_op(x, weight, bias, out_features, gate, index, residual, gelu, tile):
-    layers = [Linear(*parts) for parts in zip(x, weight, bias, out_features, gate, index, residual, strict=True)]
-    check_linear(layers)
-    return run_linear(layers, gelu, None if tile is None else Tile(*tile))
+def _linear_op(*arguments):
+    *fields, activation, tile = arguments
+    layers = [Linear(*parts) for parts in zip(*fields, strict=True)]
+    check_linear(layers, activation)
+    return run_linear(layers, activation, None if tile is None else Tile(*tile))
 
 
 @_linear_op.register_fake
-def _(x, weight, bias, out_features, gate, index, residual, gelu, tile):
-    check_linear([Linear(*parts) for parts in zip(x, weight, bias, out_features, gate, index, residual, strict=True)])
-    return [part.new_empty(*part.shape[:2], n) for part, n in zip(x, out_features, strict=True)]
+def _(*arguments):
+    *fields, activation, _ = arguments
+    layers = [Linear(*parts) for parts in zip(*fields, strict=True)]
+    check_linear(layers, activation)
+    return [layer.x.new_empty(*layer.x.shape[:2], layer.out_features) for layer in layers]
 
 
-def grouped_linear(layers: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> list[torch.Tensor]:
+def grouped_linear(
+    layers: Sequence[Linear], *, activation: Activation = "none", tile: Tile | None = None
+) -> list[torch.Tensor]:
     """Apply one or two linear layers, with the operations that follow each, in one launch.
 
     Where a gradient is needed, the reference computes the result.
 
     Args:
         layers: what to apply to which input; `Linear` gives the shapes.
-        gelu: apply tanh-GELU after the bias, in all layers.
+        activation: what follows the bias in all layers: nothing, tanh-GELU or SwiGLU.
         tile: None to choose by shape and device.
 
     Returns:
@@ -291,14 +387,10 @@ def grouped_linear(layers: Sequence[Linear], *, gelu: bool = False, tile: Tile |
             two layers.
     """
     _check_count(layers)
-    if any(wants_gradient(layer.x, layer.weight, layer.bias, layer.gate, layer.residual) for layer in layers):
-        return [
-            linear_reference(*layer[:4], gelu=gelu, gate=layer.gate, index=layer.index, residual=layer.residual)
-            for layer in layers
-        ]
-    x, weight, bias, out_features, gate, index, residual = map(list, zip(*layers, strict=True))
-    out_features = [_widths(layer.x, layer.weight, layer.out_features)[0] for layer in layers]
-    return _linear_op(x, weight, bias, out_features, gate, index, residual, gelu, tile)
+    if any(wants_gradient(*layer[:3], layer.gate, *layer[6:]) for layer in layers):
+        return [layer.reference(activation) for layer in layers]
+    whole = [layer._replace(out_features=_widths(*layer[:2], layer.out_features)[0]) for layer in layers]
+    return _linear_op(*map(list, zip(*whole, strict=True)), activation, tile)
 
 
 def linear(
@@ -307,22 +399,25 @@ def linear(
     bias: torch.Tensor | None = None,
     out_features: int | None = None,
     *,
-    gelu: bool = False,
+    activation: Activation = "none",
     gate: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    silu_weight: torch.Tensor | None = None,
+    silu_bias: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Apply one linear layer to ``x [B, S, k]``; arguments and errors are those of `Linear` and `grouped_linear`."""
-    return grouped_linear([Linear(x, weight, bias, out_features, gate, index, residual)], gelu=gelu, tile=tile)[0]
+    layer = Linear(x, weight, bias, out_features, gate, index, residual, silu_weight, silu_bias)
+    return grouped_linear([layer], activation=activation, tile=tile)[0]
 
 
 class PreparedLinear:
     """One or two linear layers whose weights, shapes and tile are fixed (`prepare_linear`)."""
 
-    def __init__(self, layers: Sequence[Linear], gelu: bool, tile: Tile | None) -> None:
+    def __init__(self, layers: Sequence[Linear], activation: Activation, tile: Tile | None) -> None:
         self._sizes = [(*layer.x.shape[:2], _widths(layer.x, layer.weight, layer.out_features)[0]) for layer in layers]
-        self._gelu, self._tile = gelu, tile
+        self._activation, self._tile = activation, tile
         numbers = suffixes([layer.x for layer in layers])
         moving = [(f"{name}{n}",) if n else () for n in numbers for name in ("x", "gate", "index", "residual", "y")]
         self.launch = Bound(moving) if any(numbers) else None
@@ -335,15 +430,19 @@ class PreparedLinear:
             outputs.append(y)
             tensors += [layer.x, layer.gate, layer.index, layer.residual, y]
         if self.launch is not None:
-            self.launch(tuple(tensors), lambda: described(describe_linear(layers, outputs, self._gelu, self._tile)))
+            self.launch(
+                tuple(tensors), lambda: described(describe_linear(layers, outputs, self._activation, self._tile))
+            )
         return outputs
 
 
-def prepare_linear(layers: Sequence[Linear], *, gelu: bool = False, tile: Tile | None = None) -> PreparedLinear:
+def prepare_linear(
+    layers: Sequence[Linear], *, activation: Activation = "none", tile: Tile | None = None
+) -> PreparedLinear:
     """Check what `grouped_linear` checks, once for all later calls with the same weights and tensors like these.
 
     `ppcl_kernels.prepared.Bound` lists what the caller must then guarantee. There is no gradient.
     """
     _check_count(layers)
-    check_linear(layers)
-    return PreparedLinear(layers, gelu, tile)
+    check_linear(layers, activation)
+    return PreparedLinear(layers, activation, tile)

@@ -55,8 +55,12 @@ class Tile(NamedTuple):
         return self.rows * self.cols / _SPEED_GUESSES.get(self.rows * self.cols, 0.4)
 
     @classmethod
-    def candidates(cls, target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
-        """Return the tiles of `linear` worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
+    def candidates(cls, target: Target, dtype: torch.dtype, two_weights: bool = False) -> tuple[Tile, ...]:
+        """Return the tiles of `linear` worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`).
+
+        Args:
+            two_weights: half of the columns of a tile are products with a second weight (`product_tiles`).
+        """
         tiles: Sequence[Tile]
         if dtype == torch.float32:
             # Exact float32 products use no tensor cores and many registers.
@@ -65,16 +69,31 @@ class Tile(NamedTuple):
             tiles = (cls(128, 128, 64, 8, 2), cls(64, 64, 64, 4, 2, resident=2))
         else:
             tiles = _TILES_WGMMA if target.wgmma or target.tcgen05 else _TILES_MMA
+            if two_weights and tiles is _TILES_MMA:
+                # The largest spills 112 bytes on sm_80 where its two products become one.
+                tiles = tiles[1:]
         return offered("linear", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize))
 
     @classmethod
-    def choose(cls, target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, cols: int) -> Tile:
-        """Pick the tile of `linear` that is cheapest in waves, given the tokens of each stream and the outputs."""
+    def choose(
+        cls,
+        target: Target,
+        dtype: torch.dtype,
+        tokens: Sequence[int],
+        batch: int,
+        cols: int,
+        two_weights: bool = False,
+    ) -> Tile:
+        """Pick the tile of `linear` that is cheapest in waves, given the tokens of each stream and the outputs.
+
+        With ``two_weights``, each output takes two of its columns.
+        """
+        columns = 2 * cols if two_weights else cols
 
         def blocks(tile: Tile) -> int:
-            return batch * sum(-(-s // tile.rows) for s in tokens) * -(-cols // tile.cols)
+            return batch * sum(-(-s // tile.rows) for s in tokens) * -(-columns // tile.cols)
 
-        return cheapest("linear", cls.candidates(target, dtype), target, blocks)
+        return cheapest("linear", cls.candidates(target, dtype, two_weights), target, blocks)
 
 
 # Guesses until they are measured: speed of a tile of rows x columns, relative to the fastest tile, when all
@@ -171,6 +190,29 @@ def product_tile(
 
 
 @jit()
+def product_tiles(
+    x, w, at, sizes, strides, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr
+):
+    """Compute the same tile of the products with two weights of one shape, reading x once.
+
+    As `product_tile`, but ``w`` and its stride are pairs; returns a pair.
+    """
+    b, row, col = at
+    S, N, K = sizes
+    x_strides, (stride_first, stride_second) = strides
+    first, second = w
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    other = tl.zeros((ROWS, COLS), tl.float32)
+    for k in range(0, K, DEPTH):
+        x_tile = load_rows(x, b, row, k, S, K, x_strides, ROWS, DEPTH, TMA)
+        w_tile = load_weight(first, col, k, N, K, stride_first, COLS, DEPTH, TMA)
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+        w_tile = load_weight(second, col, k, N, K, stride_second, COLS, DEPTH, TMA)
+        other = tl.dot(x_tile, w_tile.T, other, input_precision="ieee")
+    return acc, other
+
+
+@jit()
 def by_parts(acc, finish, arguments, place, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
     """Split a tile of the result into PARTS pieces of columns, and finish them one after the other.
 
@@ -198,6 +240,7 @@ def work_off(
     B,
     col_tiles,
     chosen,
+    product,
     epilogue,
     arguments,
     WIDTH: tl.constexpr,
@@ -217,8 +260,10 @@ def work_off(
         B: samples.
         col_tiles: number of tiles of columns.
         chosen: which tile of the weight is at each tile of columns, int32; None for the first ones in order.
-        epilogue: jit function of (acc, arguments, place, ROWS, COLS, PARTS), where place is (sample, first token, tile
-            of columns, first row of the weight). To triton it is a constant.
+        product: `product_tile` or `product_tiles`; the latter takes pairs for ``w`` and for its stride.
+        epilogue: jit function of (acc, arguments, place, ROWS, COLS, PARTS), where acc is what the product returns, and
+            place is (sample, first token, tile of columns, first row of the weight). To triton both functions are
+            constants.
         arguments: a tuple of arguments for the epilogue.
         WIDTH: rows of the weight from one tile of columns to the next.
 
@@ -234,7 +279,7 @@ def work_off(
         col = col_tile * WIDTH
         if chosen is not None:
             col = tl.load(chosen + col_tile) * WIDTH
-        acc = product_tile(x, w, (b, row, col), sizes, strides, ROWS, COLS, DEPTH, TMA)
+        acc = product(x, w, (b, row, col), sizes, strides, ROWS, COLS, DEPTH, TMA)
         epilogue(acc, arguments, (b, row, col_tile, col), ROWS, COLS, PARTS)
     # The tiles start, start + programs, ... below the total are done.
     programs = tl.num_programs(0)

@@ -21,7 +21,7 @@ from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.head_norm import Norms, check_norms
 from ppcl_kernels.heads import MAX_HEAD_DIM, finish_head, head_cols, joint_outputs, norm_rope_reference
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.matmul import Tile, operand, takes_tma, work_off
+from ppcl_kernels.matmul import Tile, operand, product_tile, takes_tma, work_off
 from ppcl_kernels.prepared import Bound, described, suffixes
 from ppcl_kernels.rope import Rope, check_rope, rope_arguments, rope_tables, rope_tensors
 from ppcl_kernels.tiles import cheapest, offered
@@ -106,17 +106,17 @@ def _qkv_projection_kernel(
     sizes, strides = (S0, N0, D), ((stride_x_batch0, stride_x_row0), stride_w_row0)
     if QUERIES0:
         start = work_off(
-            start, x0, w_q0, sizes, strides, B, heads, chosen, finish_head,
+            start, x0, w_q0, sizes, strides, B, heads, chosen, product_tile, finish_head,
             (bias_q0, norm_q0, rope, q, S0, q_tokens, q_first0, heads, eps, E),
             E, ROWS, COLS, DEPTH, PARTS, False, TMA,
         )
     start = work_off(
-        start, x0, w_k0, sizes, strides, B, heads, chosen, finish_head,
+        start, x0, w_k0, sizes, strides, B, heads, chosen, product_tile, finish_head,
         (bias_k0, norm_k0, rope, k, S0, kv_tokens, kv_first0, heads, eps, E),
         E, ROWS, COLS, DEPTH, PARTS, False, TMA,
     )
     start = work_off(
-        start, x0, w_v0, sizes, strides, B, heads, chosen, finish_head,
+        start, x0, w_v0, sizes, strides, B, heads, chosen, product_tile, finish_head,
         (bias_v0, None, unrotated, v, S0, kv_tokens, kv_first0, heads, eps, E),
         E, ROWS, COLS, DEPTH, PARTS, False, TMA,
     )
@@ -125,17 +125,17 @@ def _qkv_projection_kernel(
         sizes1, strides1 = (S1, N1, D), ((stride_x_batch1, stride_x_row1), stride_w_row1)
         if QUERIES1:
             start = work_off(
-                start, x1, w_q1, sizes1, strides1, B, heads, chosen, finish_head,
+                start, x1, w_q1, sizes1, strides1, B, heads, chosen, product_tile, finish_head,
                 (bias_q1, norm_q1, rope1, q, S1, q_tokens, q_first1, heads, eps, E),
                 E, ROWS, COLS, DEPTH, PARTS, False, TMA,
             )
         start = work_off(
-            start, x1, w_k1, sizes1, strides1, B, heads, chosen, finish_head,
+            start, x1, w_k1, sizes1, strides1, B, heads, chosen, product_tile, finish_head,
             (bias_k1, norm_k1, rope1, k, S1, kv_tokens, kv_first1, heads, eps, E),
             E, ROWS, COLS, DEPTH, PARTS, False, TMA,
         )
         work_off(
-            start, x1, w_v1, sizes1, strides1, B, heads, chosen, finish_head,
+            start, x1, w_v1, sizes1, strides1, B, heads, chosen, product_tile, finish_head,
             (bias_v1, None, unrotated, v, S1, kv_tokens, kv_first1, heads, eps, E),
             E, ROWS, COLS, DEPTH, PARTS, False, TMA,
         )

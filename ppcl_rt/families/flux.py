@@ -190,7 +190,7 @@ class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock)
         normed = ops.ada_layer_norm(x, self.norm.norm, modulation.scale, modulation.shift)
         inputs = [self.columns("heads", self.attention(normed, rotations(image_rotary_emb), width), width)]
         if width["mlp"] != LINEAR_MAP:
-            [hidden] = ops.linears([ops.Layer(self.proj_mlp, normed, width["mlp"])], gelu=True)
+            [hidden] = ops.linears([ops.Layer(self.proj_mlp, normed, width["mlp"])], activation="gelu")
             inputs.append(self.columns("mlp", hidden, width))
         x = ops.joined(self.proj_out, inputs, modulation.gate, x)
         if width["mlp"] == LINEAR_MAP:

@@ -304,7 +304,7 @@ class TwoStreamBlock(ModulatedBlock):
             ups.append(ops.Layer(found.up(self), normed, count))
             downs[s.name] = down
         if ups:
-            hidden = ops.linears(ups, gelu=True)
+            hidden = ops.linears(ups, activation="gelu")
             layers = [down._replace(x=x) for down, x in zip(downs.values(), hidden, strict=True)]
             after |= dict(zip(downs, ops.linears(layers), strict=True))
         return [after[s.name] for s in streams]

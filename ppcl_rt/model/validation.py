@@ -109,7 +109,7 @@ def _beside(spec: BlockSpec, widths: LegalWidths, compensated: bool) -> Iterator
             if compensated or count == LINEAR_MAP:
                 path = f"replacements.{spec.replacement(output.name, count)}"
                 yield f"{path}.weight", (rows, spec.dim if count == LINEAR_MAP else count * output.segment.unit)
-                if not output.shared:
+                if output.biased:
                     yield f"{path}.bias", (rows,)
     for group in spec.rank_groups:
         rank = widths.highest_rank(group)

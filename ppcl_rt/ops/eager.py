@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import ppcl_kernels as kernels
+from ppcl_kernels.linear import Activation
 
 
 def suits(x: torch.Tensor) -> bool:
@@ -35,18 +36,23 @@ def ada_layer_norm(
     return torch.addcmul(kernels.per_token(shift, index), y, kernels.per_token(scale, index) + 1, out=y)
 
 
-def linear(g: kernels.Linear, gelu: bool) -> torch.Tensor:
+def linear(g: kernels.Linear, activation: Activation) -> torch.Tensor:
     """As `ppcl_kernels.linear_reference`; the gate and the residual come in one pass."""
     n, k = g.out_features or len(g.weight), g.x.shape[-1]
     weight, bias = g.weight, g.bias
+    silu_weight, silu_bias = g.silu_weight, g.silu_bias
     if (n, k) != tuple(weight.shape):
         if n > weight.shape[0] or k > weight.shape[1]:
             # It says what is wrong.
-            return kernels.linear_reference(*g[:4])
+            return g.reference(activation)
         weight, bias = weight[:n, :k], None if bias is None else bias[:n]
+        if silu_weight is not None:
+            silu_weight, silu_bias = silu_weight[:n, :k], None if silu_bias is None else silu_bias[:n]
     y = F.linear(g.x, weight, bias)
-    if gelu:
+    if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
+    if silu_weight is not None:
+        y = y.mul_(F.silu(F.linear(g.x, silu_weight, silu_bias), inplace=True))
     if g.gate is None:
         return y if g.residual is None else y.add_(g.residual)
     gate = kernels.per_token(g.gate, g.index)

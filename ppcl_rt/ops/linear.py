@@ -1,4 +1,4 @@
-"""Linear layers of both streams, and what follows the matrix product: GELU, gate, residual.
+"""Linear layers of both streams, and what follows the matrix product: GELU or SwiGLU, gate, residual.
 
 Implementations: one launch of `ppcl_kernels.grouped_linear` for both streams; cuBLAS, followed by one small kernel that
 adds the gated residual; cuBLASLt, whose matrix product has the GELU in its epilogue (``torch._addmm_activation``);
@@ -17,7 +17,7 @@ import ppcl_kernels as kernels
 from ppcl_kernels.gated_residual import Tile as ResidualTile
 from ppcl_kernels.gated_residual import prepare_gated_residual
 from ppcl_kernels.launch import Target
-from ppcl_kernels.linear import prepare_linear
+from ppcl_kernels.linear import Activation, prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_rt.ops import eager
 from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key
@@ -34,10 +34,10 @@ from ppcl_rt.ops.operation import (
 
 
 class Linears(NamedTuple):
-    """One linear layer or two (one of each stream), and whether tanh-GELU follows them."""
+    """One linear layer or two (one of each stream), and the activation that follows them."""
 
     groups: tuple[kernels.Linear, ...]
-    gelu: bool = False
+    activation: Activation = "none"
 
 
 class _Linears(Operation[Linears, list[torch.Tensor]]):
@@ -47,13 +47,15 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
         return call.groups[0].x
 
     def tensors(self, call: Linears) -> Sequence[torch.Tensor | None]:
-        return [t for g in call.groups for t in (g.x, g.weight, g.bias, g.gate, g.residual)]
+        return [t for g in call.groups for t in (g.x, g.weight, g.bias, g.gate, *g[6:])]
 
     def signature(self, call: Linears) -> Hashable:
-        parts: list[Hashable] = [call.gelu]
+        parts: list[Hashable] = [call.activation]
         for g in call.groups:
             parts += [g.out_features, layout_signature(g.x), weight_signature(g.weight), vector_signature(g.bias)]
             parts += [layout_signature(g.gate), layout_signature(g.index), layout_signature(g.residual)]
+            if g.silu_weight is not None:
+                parts += [weight_signature(g.silu_weight), vector_signature(g.silu_bias)]
         return tuple(parts)
 
     def fits(self, call: Linears) -> bool:
@@ -61,7 +63,9 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
 
     def key(self, call: Linears) -> Key:
         x = call.groups[0].x
-        words, sizes = [self.name, dtype_name(x.dtype), flag(call.gelu, "gelu")], [x.shape[0]]
+        gelu = flag(call.activation == "gelu", "gelu")
+        activation = call.activation if call.activation == "swiglu" else gelu
+        words, sizes = [self.name, dtype_name(x.dtype), activation], [x.shape[0]]
         target = Target.of(x.device)
         for g in call.groups:
             flags = {
@@ -69,7 +73,7 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
                 "gate": g.gate is not None,
                 "index": g.index is not None,
                 "residual": g.residual is not None,
-                "tma": takes_tma(target, g.x, g.weight),
+                "tma": takes_tma(target, g.x, g.weight, *(() if g.silu_weight is None else (g.silu_weight,))),
                 "contiguous": g.x.is_contiguous(),
             }
             words.append("+".join(flag(on, name) for name, on in flags.items()))
@@ -79,29 +83,27 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
     def implementations(self, call: Linears) -> list[Implementation]:
         x = call.groups[0].x
         target = Target.of(x.device)
-        triton = [Implementation("triton", tuple(tile)) for tile in Tile.candidates(target, x.dtype)]
+        tiles = Tile.candidates(target, x.dtype, call.activation == "swiglu")
+        triton = [Implementation("triton", tuple(tile)) for tile in tiles]
         if any(g.gate is not None and g.residual is not None for g in call.groups):
             return [*triton, *([CUBLAS] if ResidualTile.candidates(target, x.dtype) else []), TORCH]
         # Without a gated residual no small kernel follows, and cuBLAS is the same as plain torch: it is not offered.
         # cuBLASLt needs a bias. On a CPU torch's epilogue is another form of GELU.
-        if call.gelu and x.is_cuda and all(g.bias is not None for g in call.groups):
+        if call.activation == "gelu" and x.is_cuda and all(g.bias is not None for g in call.groups):
             return [CUBLASLT, *triton, TORCH]
-        return [*triton, TORCH] if call.gelu else [TORCH, *triton]
+        return [TORCH, *triton] if call.activation == "none" else [*triton, TORCH]
 
     def run(self, call: Linears, implementation: Implementation) -> list[torch.Tensor]:
         if implementation == TORCH and eager.suits(call.groups[0].x):
-            return [eager.linear(g, call.gelu) for g in call.groups]
+            return [eager.linear(g, call.activation) for g in call.groups]
         if implementation == TORCH:
-            return [
-                kernels.linear_reference(*g[:4], gelu=call.gelu, gate=g.gate, index=g.index, residual=g.residual)
-                for g in call.groups
-            ]
+            return [g.reference(call.activation) for g in call.groups]
         if implementation == CUBLAS:
             return [_cublas(g, kernels.gated_residual) for g in call.groups]
         if implementation == CUBLASLT:
             return [_cublaslt(g) for g in call.groups]
         groups = [g if g.residual is None else g._replace(residual=g.residual.contiguous()) for g in call.groups]
-        return kernels.grouped_linear(groups, gelu=call.gelu, tile=implementation.tile_as(Tile))
+        return kernels.grouped_linear(groups, activation=call.activation, tile=implementation.tile_as(Tile))
 
     def checked(self, call: Linears) -> Linears:
         """Return the call with residuals of zeros: a residual is so large that a wrong product would pass under it."""
@@ -119,12 +121,12 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
         contiguous = all(g.residual is None or g.residual.is_contiguous() for g in call.groups)
         if implementation.kind != "triton" or not contiguous:
             return super().prepare(call, implementation)
-        prepared = prepare_linear(call.groups, gelu=call.gelu, tile=implementation.tile_as(Tile))
+        prepared = prepare_linear(call.groups, activation=call.activation, tile=implementation.tile_as(Tile))
         return lambda call: prepared(call.groups)
 
     def run_custom_op(self, call: Linears) -> list[torch.Tensor]:
         # One list for each field of the groups.
-        return _OP(*map(list, zip(*call.groups, strict=True)), call.gelu)
+        return _OP(*map(list, zip(*call.groups, strict=True)), call.activation)
 
 
 LINEARS = _Linears()
@@ -151,8 +153,8 @@ def _cublaslt(g: kernels.Linear) -> torch.Tensor:
 
 
 def _run(*arguments: Any) -> list[torch.Tensor]:
-    *fields, gelu = arguments
-    return LINEARS(Linears(tuple(kernels.Linear(*group) for group in zip(*fields, strict=True)), gelu))
+    *fields, activation = arguments
+    return LINEARS(Linears(tuple(kernels.Linear(*group) for group in zip(*fields, strict=True)), activation))
 
 
 def _fake(x: Any, weight: Any, bias: Any, out_features: Any, *_: Any) -> list[torch.Tensor]:
@@ -163,7 +165,7 @@ def _fake(x: Any, weight: Any, bias: Any, out_features: Any, *_: Any) -> list[to
 _OP = define_op(
     "linear",
     "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
-    "Tensor?[] residual, bool gelu) -> Tensor[]",
+    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, str activation) -> Tensor[]",
     _run,
     _fake,
 )
@@ -179,6 +181,7 @@ class Layer(NamedTuple):
         gate: ``[B, out_features]``, or ``[2 B, out_features]`` with a ``token_index``; multiplies the product.
         token_index: ``[B, S]``, which of two gates a token takes (`ppcl_kernels.modulation`).
         residual: ``[B, S, out_features]``, added last.
+        silu_module: with SwiGLU, the linear layer whose product goes through SiLU and multiplies that of ``module``.
     """
 
     module: Any
@@ -187,17 +190,22 @@ class Layer(NamedTuple):
     gate: torch.Tensor | None = None
     token_index: torch.Tensor | None = None
     residual: torch.Tensor | None = None
+    silu_module: Any = None
 
 
-def linears(layers: Sequence[Layer], *, gelu: bool = False) -> list[torch.Tensor]:
-    """Apply linear layers, one of each stream, each followed by tanh-GELU, ``* gate`` and ``+ residual`` if given.
+def linears(layers: Sequence[Layer], *, activation: Activation = "none") -> list[torch.Tensor]:
+    """Apply linear layers, one of each stream, each followed by the activation, ``* gate`` and ``+ residual`` if given.
 
     Returns:
         ``[B, S, out_features]`` of each layer.
+
+    Raises:
+        ValueError: an unknown activation; SwiGLU without a ``silu_module``, or a ``silu_module`` without SwiGLU.
     """
     others = [t for layer in layers for t in (layer.x, layer.gate, layer.residual)]
-    if not readable(layers[0].x, *(layer.module for layer in layers), others=tuple(others)):
-        return [_through_module(layer, gelu) for layer in layers]
+    modules = [module for layer in layers for module in (layer.module, layer.silu_module)]
+    if not readable(layers[0].x, *modules, others=tuple(others)):
+        return [_through_module(layer, activation) for layer in layers]
     return LINEARS(
         Linears(
             tuple(
@@ -206,11 +214,13 @@ def linears(layers: Sequence[Layer], *, gelu: bool = False) -> list[torch.Tensor
                     parameter(layer.module, "weight"),
                     parameter(layer.module, "bias"),
                     layer.out_features or layer.module.out_features,
-                    *layer[3:],
+                    *layer[3:6],
+                    parameter(layer.silu_module, "weight"),
+                    parameter(layer.silu_module, "bias"),
                 )
                 for layer in layers
             ),
-            gelu,
+            activation,
         )
     )
 
@@ -283,10 +293,12 @@ def _zeros(like: torch.Tensor, columns: int) -> torch.Tensor:
     return like.new_zeros(*like.shape[:-1], columns)
 
 
-def _through_module(layer: Layer, gelu: bool) -> torch.Tensor:
+def _through_module(layer: Layer, activation: Activation) -> torch.Tensor:
     y = linear(layer.module, layer.x, layer.out_features)
-    if gelu:
+    if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
+    if activation == "swiglu":
+        y = F.silu(linear(layer.silu_module, layer.x, layer.out_features)) * y
     if layer.gate is not None:
         y = kernels.per_token(layer.gate, layer.token_index) * y
     return y if layer.residual is None else layer.residual + y

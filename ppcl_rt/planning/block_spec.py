@@ -111,6 +111,11 @@ class Output(NamedTuple):
     segment: Segment
     shared: bool
 
+    @property
+    def biased(self) -> bool:
+        """Whether what stands in for these columns has a bias: the part has one, and no other group shares it."""
+        return self.part.bias and not self.shared
+
 
 class BlockSpec(Frozen):
     """One kind of block.

@@ -174,7 +174,7 @@ def operations() -> Iterator[tuple[str, Any, Callable[[], tuple]]]:
         def call(gate: bool = gate, index: bool = index, tokens: tuple[int, ...] = tokens) -> tuple:
             return (linear_groups(w, bias, gate, index, tokens),)
 
-        yield f"linear {gate} {index} {tokens}", prepare_linear(*call(), gelu=True), call
+        yield f"linear {gate} {index} {tokens}", prepare_linear(*call(), activation="gelu"), call
     weights, biases, norms = (
         (make(64, 32), make(64, 32), make(64, 32)),
         (make(64), None, make(64)),

@@ -94,7 +94,7 @@ for heads, channels, text, batch in ((24, 12288, 512, 2), (18, 9216, 37, 1), (12
     joint = joint_outputs(streams[0].x, (text, 4096), (True, True), heads, 128)
     attention = AttentionTile(128, 128, 8, 2)
     for name, launch in (
-        ("linear", launch_linear(groups, outputs, True, tile, target)),
+        ("linear", launch_linear(groups, outputs, "gelu", tile, target)),
         ("qkv_projection", launch_qkv_projection(streams, joint, heads, None, 128, 1e-6, tile, target)),
         ("joint_attention", launch_joint_attention(*joint, joint[0], None, None, None, 1.0, attention, target)),
     ):

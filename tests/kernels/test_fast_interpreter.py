@@ -17,7 +17,7 @@ def results() -> list[torch.Tensor]:
     q = torch.randn(2, 33, 1, 16, generator=generator).half()
     mask = torch.rand(2, 33, generator=generator) < 0.7
     return [
-        kernels.linear(x, weight, gelu=True),
+        kernels.linear(x, weight, activation="gelu"),
         kernels.linear(x.half(), weight.half(), None, 35),
         kernels.ada_layer_norm(x, vector, -vector),
         kernels.joint_attention(q, q, q, mask),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import ppcl_kernels as pk
 from ppcl_kernels.heads import head_cols
 from ppcl_kernels.launch import Launch, Target
+from ppcl_kernels.linear import Activation
 from ppcl_kernels.matmul import Tile
 from ppcl_kernels.qkv_projection import tile_candidates
 
@@ -235,26 +236,25 @@ def test_no_tokens():
 # Linear layers.
 
 
-def expected_linear(groups: Sequence[pk.Linear], gelu: bool = False) -> list[torch.Tensor]:
-    return [
-        pk.linear_reference(*double(g[:4]), gelu=gelu, gate=double(g.gate), index=g.index, residual=double(g.residual))
-        for g in groups
-    ]
+def check_groups(groups: Sequence[pk.Linear], activation: Activation = "none", tile: Tile | None = None) -> None:
+    outputs = pk.grouped_linear(groups, activation=activation, tile=tile)
+    for y, g in zip(outputs, groups, strict=True):
+        # SwiGLU multiplies two products, each of size 1 with its own error.
+        terms = g.x.shape[-1] * (4 if activation == "swiglu" else 1)
+        close(y, pk.Linear(*double(tuple(g))).reference(activation), terms=terms)
 
 
-def check_groups(groups: Sequence[pk.Linear], gelu: bool = False, tile: Tile | None = None) -> None:
-    outputs = pk.grouped_linear(groups, gelu=gelu, tile=tile)
-    for y, wanted, group in zip(outputs, expected_linear(groups, gelu), groups, strict=True):
-        close(y, wanted, terms=group.x.shape[-1])
-
-
-def group(batch, tokens, k, n, dtype, seed=0, kept=None, gate="none", bias=True, residual=False, more=0) -> pk.Linear:
+def group(
+    batch, tokens, k, n, dtype, seed=0, kept=None, gate="none", bias=True, residual=False, more=0, activation="none"
+) -> pk.Linear:
     """A layer whose x is a slice of a joint tensor; x and weight have ``more`` columns than are kept."""
     kept = n if kept is None else kept
     x, w = make(batch, tokens + 5, k + more, seed=seed, dtype=dtype), weight(n, k + more, seed + 1, dtype)
     b = make(n, seed=seed + 2, dtype=dtype)
-    for whole, *part in ((w, slice(kept), slice(k)), (b, slice(kept))):
-        amid_nan(whole, *part)
+    silu_w, silu_b = weight(n, k + more, seed + 5, dtype), make(n, seed=seed + 6, dtype=dtype)
+    for matrix, vector in ((w, b), (silu_w, silu_b)):
+        amid_nan(matrix, slice(kept), slice(k))
+        amid_nan(vector, slice(kept))
     return pk.Linear(
         amid_nan(x, slice(None), slice(5, None), slice(k)),
         w,
@@ -263,6 +263,8 @@ def group(batch, tokens, k, n, dtype, seed=0, kept=None, gate="none", bias=True,
         None if gate == "none" else modulation(batch * (2 if gate == "token" else 1), kept, seed + 3, dtype),
         token_index(batch, tokens) if gate == "token" else None,
         make(batch, tokens, kept, seed=seed + 4, dtype=dtype) if residual else None,
+        silu_w if activation == "swiglu" else None,
+        silu_b if activation == "swiglu" and bias else None,
     )
 
 
@@ -277,13 +279,24 @@ def test_linear_sizes(dtype, tma, tokens, k, n):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])
 @pytest.mark.parametrize("gate", ["none", "sample", "token"])
 @pytest.mark.parametrize("residual", [False, True])
 @dtypes
-def test_linear_epilogue(bias, gelu, gate, residual, dtype):
+def test_linear_epilogue(bias, activation, gate, residual, dtype):
     """Every combination of operations after the product."""
-    check_groups([group(2, 19, 32, 40, dtype, gate=gate, bias=bias, residual=residual)], gelu, SMALL_TILES[1])
+    layer = group(2, 19, 32, 40, dtype, gate=gate, bias=bias, residual=residual, activation=activation)
+    check_groups([layer], activation, SMALL_TILES[1])
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("k", "n", "kept"), [(33, 50, 41), (96, 17, 17), (16, 136, 1)])
+def test_swiglu_sizes(dtype, tma, tokens, k, n, kept):
+    """Counts of tokens and kept channels around the edges of tiles, of which half the columns belong to each weight."""
+    with operands(tma):
+        check_groups([group(2, tokens, k, n, dtype, kept=kept, more=8, activation="swiglu")], "swiglu")
 
 
 def interpreted_tiles(dtype: torch.dtype) -> list[Tile]:
@@ -292,19 +305,20 @@ def interpreted_tiles(dtype: torch.dtype) -> list[Tile]:
 
 @paths
 @pytest.mark.parametrize("text", [0, 7])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize(
     ("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in (None, *interpreted_tiles(dtype))], ids=str
 )
-def test_linear_groups(tma, text, dtype, tile):
+def test_linear_groups(tma, text, dtype, tile, activation):
     """Two streams that differ in everything, on every tile; a thread block continues from one layer to the other."""
     groups = [
-        group(2, text, 24, 42, dtype, seed=10, kept=35, gate="sample", more=8),
-        group(2, 35, 32, 51, dtype, seed=20, gate="token", residual=True),
+        group(2, text, 24, 42, dtype, seed=10, kept=35, gate="sample", more=8, activation=activation),
+        group(2, 35, 32, 51, dtype, seed=20, gate="token", residual=True, activation=activation),
     ]
     with operands(tma):
-        check_groups(groups, gelu=True, tile=tile)
+        check_groups(groups, activation=activation, tile=tile)
         if text and tile is None:
-            check_groups(groups[::-1])
+            check_groups(groups[::-1], activation)
 
 
 def test_linear_many_tokens():
@@ -331,38 +345,39 @@ def test_linear_sampled(data):
 
     dtype = data.draw(st.sampled_from(DTYPES))
     gate, residual = data.draw(st.sampled_from(["none", "sample", "token"])), data.draw(st.booleans())
-    groups = []
+    groups, activation = [], data.draw(st.sampled_from(["none", "gelu", "swiglu"]))
+    more = {"gate": gate, "residual": residual, "activation": activation}
     for seed in range(draw(1, 2)):
         n = draw(1, 70)
-        groups.append(
-            group(2, draw(0, 40), draw(1, 50), n, dtype, seed, draw(1, n), gate, residual=residual, more=draw(0, 9))
-        )
+        groups.append(group(2, draw(0, 40), draw(1, 50), n, dtype, seed, draw(1, n), more=draw(0, 9), **more))
     with operands(data.draw(st.booleans())):
-        check_groups(groups, data.draw(st.booleans()), data.draw(st.sampled_from([None, *SMALL_TILES[1:]])))
+        check_groups(groups, activation, data.draw(st.sampled_from([None, *SMALL_TILES[1:]])))
 
 
 # The MLP.
 
 
-def mlp_group(batch, tokens, width, full, kept, dtype, seed=0, gate="none", residual=False) -> pk.Mlp:
+def mlp_group(batch, tokens, width, full, kept, dtype, seed=0, gate="none", residual=False, swiglu=False) -> pk.Mlp:
     tail = group(batch, tokens, full, width, dtype, seed + 2, gate=gate, residual=residual)
     up = weight(full, width, seed, dtype), make(full, seed=seed + 1, dtype=dtype)
     x = make(batch, tokens + 4, width, seed=seed + 9, dtype=dtype)[:, :tokens]
-    return pk.Mlp(x, *up, tail.weight, tail.bias, kept, tail.gate, tail.index, tail.residual)
+    silu = (weight(full, width, seed + 7, dtype), make(full, seed=seed + 8, dtype=dtype)) if swiglu else ()
+    return pk.Mlp(x, *up, tail.weight, tail.bias, kept, tail.gate, tail.index, tail.residual, *silu)
 
 
 def check_mlps(groups: Sequence[pk.Mlp], **tiles: Tile) -> None:
     for y, g in zip(pk.grouped_mlp(groups, **tiles), groups, strict=True):
-        wanted = pk.mlp_reference(*double(g[:6]), gate=double(g.gate), index=g.index, residual=double(g.residual))
+        wanted = pk.mlp_reference(*double(g[:6]), **{name: double(getattr(g, name)) for name in g._fields[6:]})
         # Each hidden channel is rounded to the dtype once; over the channels this averages to less than 1 rounding.
         close(y, wanted, terms=g.x.shape[-1] + g.down.shape[1], roundings=2)
 
 
 @pytest.mark.parametrize("channels", (*CHANNELS, 50, 1))
+@pytest.mark.parametrize("swiglu", [False, True])
 @dtypes
-def test_mlp(channels, dtype):
+def test_mlp(channels, swiglu, dtype):
     """Every count of channels of the tiny preset, and some that no tile divides."""
-    check_mlps([mlp_group(2, 7, DIM, CHANNELS[0], channels, dtype, gate="sample", residual=True)])
+    check_mlps([mlp_group(2, 7, DIM, CHANNELS[0], channels, dtype, gate="sample", residual=True, swiglu=swiglu)])
 
 
 @pytest.mark.parametrize("text", [0, 5])
@@ -669,16 +684,18 @@ def samples() -> dict[str, tuple]:
     raw = [raw_heads(t, 2, 8, torch.float32, t) for t in (3, 5)]
     two = ([w, w.clone()], [make(16, seed=4), None])
     tail = ([None, make(4, 16, seed=5)], [None, token], [None, h])
+    silu = ([weight(16, 16, 6), weight(16, 16, 7)], [None, make(16, seed=8)])
     return {
         "ada_layer_norm": (x, make(4, 16), make(4, 16, seed=6), token, 1e-6, [4, 4]),
         "gated_residual": (x, m, h, None, None),
-        "linear": ([x, h], *two, [16, 16], *tail, True, None),
+        "linear": ([x, h], *two, [16, 16], *tail, *silu, "swiglu", None),
         "mlp": (
             [x, h],
             *two,
             *([t.clone() if t is not None else t for t in p] for p in two),
             [9, 16],
             *tail,
+            *silu,
             None,
             None,
         ),
@@ -741,9 +758,19 @@ def public_calls() -> dict[str, tuple]:
         "ada_layer_norm": (pk.ada_layer_norm, pk.ada_layer_norm_reference, (x, m, m.flip(0))),
         "gated_residual": (pk.gated_residual, pk.gated_residual_reference, (x, m, h)),
         "linear": (
-            lambda *a: pk.linear(*a[:3], 9, gelu=True, gate=a[3], residual=a[4]),
-            lambda *a: pk.linear_reference(*a[:3], 9, gelu=True, gate=a[3], residual=a[4]),
+            lambda *a: pk.linear(*a[:3], 9, activation="gelu", gate=a[3], residual=a[4]),
+            lambda *a: pk.linear_reference(*a[:3], 9, activation="gelu", gate=a[3], residual=a[4]),
             (x, w, bias, make(2, 9), make(2, 5, 9)),
+        ),
+        "swiglu": (
+            lambda *a: pk.linear(*a[:3], 9, activation="swiglu", silu_weight=a[3], silu_bias=a[4]),
+            lambda *a: pk.linear_reference(*a[:3], 9, activation="swiglu", silu_weight=a[3], silu_bias=a[4]),
+            (x, w, bias, weight(16, 16, 7), make(16, seed=8)),
+        ),
+        "swiglu mlp": (
+            lambda *a: pk.mlp(*a[:5], 7, silu=a[5], silu_bias=a[6]),
+            lambda *a: pk.mlp_reference(*a[:5], 7, silu=a[5], silu_bias=a[6]),
+            (x, *up, weight(9, 16, 9), make(9, seed=10)),
         ),
         "mlp": (
             lambda *a: pk.mlp(*a[:5], 7, gate=a[5], residual=a[6]),
@@ -798,7 +825,7 @@ def test_compile():
     """A compiled graph holds the operations whole, for any count of tokens."""
 
     def function(x, w, lengths):
-        q = pk.linear(x, w, gelu=True).unflatten(-1, (2, 8))
+        q = pk.linear(x, w, activation="gelu").unflatten(-1, (2, 8))
         return pk.joint_attention(q, q, q, key_lengths=lengths)
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -895,6 +922,17 @@ ERRORS = {
     "linear index": (lambda: pk.linear(t(*X), t(*W), gate=t(4, 9), index=token_index(5, 2)), "index is"),
     "linear residual": (lambda: pk.linear(t(*X), t(*W), residual=t(2, 5, 8)), "residual is"),
     "linear residual strides": (lambda: pk.linear(t(*X), t(*W), residual=t(2, 6, 9)[:, 1:]), "residual has strides"),
+    "linear activation": (lambda: pk.linear(t(*X), t(*W), activation="relu"), "wanted one of none, gelu, swiglu"),
+    "swiglu alone": (lambda: pk.linear(t(*X), t(*W), activation="swiglu"), "silu_weight goes with"),
+    "swiglu unasked": (lambda: pk.linear(t(*X), t(*W), silu_weight=t(*W)), "silu_weight goes with"),
+    "swiglu shapes": (
+        lambda: pk.linear(t(*X), t(*W), activation="swiglu", silu_weight=t(8, 16)),
+        r"silu_weight is \[8, 16\], wanted \[9, 16\]",
+    ),
+    "swiglu bias": (
+        lambda: pk.linear(t(*X), t(*W), activation="swiglu", silu_weight=t(*W), silu_bias=t(8)),
+        "silu_bias is",
+    ),
     "linear three layers": (lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W))] * 3), "one or two layers"),
     "mlp channels": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9), None, 10), "wanted 10 outputs"),
     "mlp down": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 8), None), "the weight holds 16 of 8"),

@@ -96,8 +96,8 @@ def linear_case(index: bool, tokens: tuple[int, ...]) -> tuple[Callable, Callabl
         )
 
     return (
-        lambda groups: prepare_linear(groups, gelu=True),
-        lambda groups: pk.grouped_linear(groups, gelu=True),
+        lambda groups: prepare_linear(groups, activation="gelu"),
+        lambda groups: pk.grouped_linear(groups, activation="gelu"),
         arguments,
     )
 

@@ -85,7 +85,7 @@ def test_no_width_compiles_anew(monkeypatch):
         x = torch.randn(1, tokens, DIM, **bf16)
         q, k, v = kernels.qkv_projection([kernels.Stream(x, (weight,) * 3)], heads, HEAD_DIM, tile=tile)
         kernels.joint_attention(q, k, v, tile=AttentionTile(64, 64, 4, 2))
-        hidden = kernels.linear(x, up, None, channels, gelu=True, tile=tile)
+        hidden = kernels.linear(x, up, None, channels, activation="gelu", tile=tile)
         kernels.linear(hidden, down, tile=tile)
         seen.append(len(compiled))
     assert seen[0] > 0 and seen[-1] == seen[0], seen
@@ -150,7 +150,7 @@ def test_implementations_agree_in_bfloat16(masked):
     seen = set()
     for call in (
         Attention(q, k, v, mask),
-        Linears((kernels.Linear(x, up, bias, CHANNELS // 2),), gelu=True),
+        Linears((kernels.Linear(x, up, bias, CHANNELS // 2),), activation="gelu"),
         QKV((stream,), HEADS - 1, HEAD_DIM),
     ):
         operation = ops.OPERATIONS[{Attention: "joint_attention", Linears: "linear", QKV: "qkv_projection"}[type(call)]]

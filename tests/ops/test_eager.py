@@ -66,10 +66,18 @@ def test_ada_layer_norm(batch, expanded, index):
 
 
 @pytest.mark.parametrize(
-    "gelu, gate, residual", [(True, False, False), (False, True, True), (False, True, False), (False, False, True)]
+    "activation, gate, residual",
+    [
+        ("gelu", False, False),
+        ("swiglu", False, False),
+        ("swiglu", True, True),
+        ("none", True, True),
+        ("none", True, False),
+        ("none", False, True),
+    ],
 )
 @pytest.mark.parametrize("rows, columns", [(None, DIM), (7, DIM), (None, 9)])
-def test_linear(gelu, gate, residual, rows, columns):
+def test_linear(activation, gate, residual, rows, columns):
     batch, n = 2, rows or 16
     added = torch.randn(batch, 5, n) if residual else None
     before = None if added is None else added.clone()
@@ -81,15 +89,15 @@ def test_linear(gelu, gate, residual, rows, columns):
         torch.randn(batch, n) if gate else None,
         None,
         added,
+        *((torch.randn(16, DIM), torch.randn(16)) if activation == "swiglu" else ()),
     )
-    wanted = kernels.linear_reference(*g[:4], gelu=gelu, gate=g.gate, index=g.index, residual=g.residual)
-    close(eager.linear(g, gelu), wanted)
+    close(eager.linear(g, activation), g.reference(activation))
     assert added is None or torch.equal(added, before)
 
 
 def test_linear_asks_for_no_more_than_there_is():
     with pytest.raises(ValueError, match="the weight holds"):
-        eager.linear(kernels.Linear(torch.randn(1, 2, DIM), torch.randn(16, DIM), None, 17), False)
+        eager.linear(kernels.Linear(torch.randn(1, 2, DIM), torch.randn(16, DIM), None, 17), "none")
 
 
 def test_joined_is_a_view_where_it_can_be():

@@ -44,7 +44,7 @@ def stream(tokens, seed, packed=True, bias=True, norm=True, rope=True):
     return kernels.Stream(x, tuple(weights), tuple(biases), norms, angles(tokens) if rope else None)
 
 
-def linear_call(gelu=False, gate=False, residual=False, index=False, n=29, k=D):
+def linear_call(activation="none", gate=False, residual=False, index=False, n=29, k=D):
     groups = []
     for tokens in (IMAGE, TEXT):
         rows = 2 * B if index else B
@@ -57,16 +57,18 @@ def linear_call(gelu=False, gate=False, residual=False, index=False, n=29, k=D):
                 make(rows, n, seed=4) if gate else None,
                 torch.arange(B * tokens, device=DEVICE).view(B, tokens) % 2 if index else None,
                 make(B, tokens, n, seed=5) if residual else None,
+                *((make(64, D, seed=6) / D**0.5, make(64, seed=7)) if activation == "swiglu" else ()),
             )
         )
-    return Linears(tuple(groups), gelu)
+    return Linears(tuple(groups), activation)
 
 
 CALLS = {
     "ada_layer_norm": lambda: AdaLayerNorm(make(B, IMAGE, D), make(B, D, seed=1), make(B, D, seed=2)),
     "joint_attention": lambda: Attention(*(make(B, TEXT + IMAGE, HEADS, E, seed=n) for n in range(3))),
     "masked attention": lambda: CALLS["joint_attention"]()._replace(key_mask=make(B, TEXT + IMAGE, seed=9) < 0.5),
-    "up": lambda: linear_call(gelu=True),
+    "up": lambda: linear_call(activation="gelu"),
+    "swiglu": lambda: linear_call(activation="swiglu"),
     "down": lambda: linear_call(gate=True, residual=True, k=23),
     "edit": lambda: linear_call(gate=True, residual=True, index=True),
     "residual": lambda: linear_call(residual=True),
@@ -117,7 +119,9 @@ FAULTS = {
 def test_wrong_products_are_found_under_a_residual(monkeypatch, tmp_path, name, fault):
     """A residual of a hundred times the product hides faults from a comparison of sums; the clock runs it as it is."""
     call = (
-        linear_call(gelu=True) if name == "up" else linear_call(gate=True, residual=True, k=D if name == "out" else 22)
+        linear_call(activation="gelu")
+        if name == "up"
+        else linear_call(gate=True, residual=True, k=D if name == "out" else 22)
     )
     call = call._replace(
         groups=tuple(g if g.residual is None else g._replace(residual=100 * g.residual) for g in call.groups)
@@ -212,7 +216,8 @@ def test_keys_say_what_changes_the_time():
         changed(x=make(B, 2 * IMAGE, D)[:, ::2, :24]),
         # TMA needs strides that are multiples of 16 bytes.
         changed(weight=make(64, D + 1)),
-        base._replace(gelu=True),
+        base._replace(activation="gelu"),
+        CALLS["swiglu"](),
     ):
         forms.append(key(call).form)
     assert len(set(forms)) == len(forms), forms
@@ -227,7 +232,7 @@ def test_keys_say_what_changes_the_time():
     assert key(CALLS["joint_attention"]()).form != key(CALLS["masked attention"]()).form
 
 
-@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
+@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "swiglu", "q/k/v"])
 def test_prepared_calls_follow_their_arguments(monkeypatch, name):
     """The second call at a shape runs what the first has prepared, on its own tensors."""
     monkeypatch.setenv("PPCL_BACKEND", "triton")
@@ -261,17 +266,24 @@ def test_prepared_calls_see_new_weights(monkeypatch):
     check()
 
 
-FIXED = {Linears: ("weight", "bias"), QKV: ("weights", "biases", "norms"), AdaLayerNorm: (), Attention: ()}
+FIXED = {
+    Linears: ("weight", "bias", "silu_weight", "silu_bias"),
+    QKV: ("weights", "biases", "norms"),
+    AdaLayerNorm: (),
+    Attention: (),
+}
 
 
-@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "q/k/v"])
+@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "swiglu", "q/k/v"])
 def test_signatures_tell_stale_from_moved(name):
     """A signature depends on the addresses of weights, and only on the layout of activations."""
     call = CALLS[name]()
     operation = OPERATION_OF[type(call)]
     signature = operation.signature(call)
     groups = getattr(call, "groups", None) or getattr(call, "streams", None) or [call]
-    weights = {id(t) for g in groups for part in FIXED[type(call)] for t in tree_leaves(getattr(g, part))}
+    weights = {
+        id(t) for g in groups for part in FIXED[type(call)] for t in tree_leaves(getattr(g, part)) if t is not None
+    }
     leaves, spec = tree_flatten(call)
     seen = 0
     for place, leaf in enumerate(leaves):

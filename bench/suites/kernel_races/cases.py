@@ -69,7 +69,7 @@ class Block:
         before_up = True
         for operation, call in made:
             yield Case(_place(operation, call, before_up, setting), operation, call)
-            before_up = before_up and not getattr(call, "gelu", False)
+            before_up = before_up and getattr(call, "activation", "none") == "none"
 
 
 def _place(operation: Operation[Any, Any], call: Any, before_up: bool, setting: Setting) -> str:
@@ -78,7 +78,7 @@ def _place(operation: Operation[Any, Any], call: Any, before_up: bool, setting: 
         return operation.name if call.x.shape[1] == setting.image else f"{operation.name} of text"
     if operation.name != "linear":
         return operation.name
-    if call.gelu:
+    if call.activation == "gelu":
         return "up_gelu"
     if call.groups[0].gate is None:
         return "map_residual"

@@ -44,7 +44,7 @@ def part(name: str, args: Sequence[Any], kwargs: dict[str, Any], seen: Sequence[
         return "modulation"
     if name != "linears":
         return name
-    if kwargs.get("gelu"):
+    if kwargs.get("activation", "none") != "none":
         return "up"
     if args[0][0].gate is None:
         return "map"

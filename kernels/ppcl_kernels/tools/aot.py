@@ -3,10 +3,10 @@
     python -m ppcl_kernels.tools.aot [--arch sm_90] [--kernel linear] [--json]
 
 The shapes are those of a 20B two-stream model at 1024 x 1024 (model dimension 3072, 24 heads of 128, MLP 12288, 4096
-image and 512 text tokens, batch 2), in bf16, of blocks of the same sizes that run both streams as one, and what is
-other with heads of 64 and no rotations. The tiles are all that can be chosen there. Launches are built on meta tensors
-by the same functions that run them, so what is compiled is what a model would compile. Compiled kernels stay in
-triton's cache.
+image and 512 text tokens, batch 2), in bf16, of blocks of the same sizes that run both streams as one, what is other
+with heads of 64 and no rotations, and SwiGLU of a 6B single-stream model (model dimension 3840, MLP 10240). The tiles
+are all that can be chosen there. Launches are built on meta tensors by the same functions that run them, so what is
+compiled is what a model would compile. Compiled kernels stay in triton's cache.
 
 Exit status: 1 when a kernel does not compile, spills, needs more shared memory than its architecture has, or is a
 matrix kernel without tensor-core instructions (on sm_90: without wgmma); 2 on bad arguments.
@@ -52,6 +52,9 @@ BATCH, IMAGE, TEXT = 2, 4096, 512
 SMALL_HEADS, SMALL_HEAD_DIM, ODD_TEXT, SMALLER_DIM = 38, 64, 333, 1536
 HEADS, HEAD_DIM, HIDDEN = 24, 128, 12288
 DIM = HEADS * HEAD_DIM
+# Of the single-stream model.
+SINGLE_HEADS, SINGLE_HIDDEN = 30, 10240
+SINGLE_DIM = SINGLE_HEADS * HEAD_DIM
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -99,7 +102,17 @@ def _linear(target: Target, tile: Tile, what: str) -> Launch:
         residual = None if what == "up" else y
         groups.append(Linear(_meta(BATCH, tokens, k), _meta(n, k), _meta(n), n, gate, index, residual))
         outputs.append(y)
-    return launch_linear(groups, outputs, what == "up", tile, target)
+    return launch_linear(groups, outputs, "gelu" if what == "up" else "none", tile, target)
+
+
+def _gated(target: Target, tile: Tile, what: str) -> Launch:
+    """Make a launch of the single-stream model, whose layers have no biases."""
+    n, k = {"up": (SINGLE_HIDDEN, SINGLE_DIM), "down": (SINGLE_DIM, SINGLE_HIDDEN), "out": (SINGLE_DIM, SINGLE_DIM)}[
+        what
+    ]
+    x, weight, y = _meta(BATCH, TEXT + IMAGE, k), _meta(n, k), _meta(BATCH, TEXT + IMAGE, n)
+    layer = Linear(x, weight, None, n, silu_weight=weight if what == "up" else None)
+    return launch_linear([layer], [y], "swiglu" if what == "up" else "none", tile, target)
 
 
 def _single(target: Target, tile: Tile, what: str) -> Launch:
@@ -107,11 +120,11 @@ def _single(target: Target, tile: Tile, what: str) -> Launch:
     n, k = {"up": (HIDDEN, DIM), "heads": (DIM, DIM), "channels": (DIM, HIDDEN)}[what]
     x, y, bias = _meta(BATCH, TEXT + IMAGE, k), _meta(BATCH, TEXT + IMAGE, n), _meta(n)
     if what == "up":
-        return launch_linear([Linear(x, _meta(n, k), bias)], [y], True, tile, target)
+        return launch_linear([Linear(x, _meta(n, k), bias)], [y], "gelu", tile, target)
     first = 0 if what == "heads" else DIM
     weight = _meta(DIM, DIM + HIDDEN)[:, first : first + k]
     layer = Linear(x, weight, bias if what == "heads" else None, n, _modulation(), None, y)
-    return launch_linear([layer], [y], False, tile, target)
+    return launch_linear([layer], [y], "none", tile, target)
 
 
 def _single_qkv(target: Target, tile: Tile) -> Launch:
@@ -258,6 +271,14 @@ def cases(target: Target) -> Iterator[Case]:
             ("channels", f"{HIDDEN} of {DIM + HIDDEN} to {DIM}, no bias, gate, residual"),
         ):
             yield Case("linear", f"{joint}, {shape}", tile_name(tile), True, partial(_single, target, tile, what))
+        for what, shape in (
+            ("up", f"{SINGLE_DIM} to {SINGLE_HIDDEN}, SwiGLU"),
+            ("down", f"{SINGLE_HIDDEN} to {SINGLE_DIM}"),
+            ("out", f"{SINGLE_DIM} to {SINGLE_DIM}"),
+        ):
+            if what == "up" and tile not in Tile.candidates(target, torch.bfloat16, two_weights=True):
+                continue
+            yield Case("linear", f"{joint}, {shape}", tile_name(tile), True, partial(_gated, target, tile, what))
     for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
         for shape, *options in (
             ("norm, RoPE", True, True, True, False),

@@ -22,7 +22,7 @@ from ppcl_kernels.heads import NO_BIASES, joint_outputs, norm_rope_reference
 from ppcl_kernels.joint_attention import Tile as AttentionTile
 from ppcl_kernels.joint_attention import joint_attention, launch_key_ranges, prepare_joint_attention
 from ppcl_kernels.launch import Target
-from ppcl_kernels.linear import Linear, grouped_linear, linear_reference, prepare_linear
+from ppcl_kernels.linear import Activation, Linear, grouped_linear, prepare_linear
 from ppcl_kernels.matmul import Tile
 from ppcl_kernels.norm_rope import Tile as NormRopeTile
 from ppcl_kernels.norm_rope import launch_norm_rope, prepare_norm_rope
@@ -193,21 +193,28 @@ def _linear_cases(setting: Setting) -> Iterator[Case]:
         ("down gate residual", 1, whole, shape.hidden),
         ("out residual", 2, odd, 0),
         ("up gelu, half the channels", 2, odd, shape.hidden // 2),
+        ("up swiglu", 1, whole, shape.hidden),
+        ("up swiglu, half the channels", 2, odd, shape.hidden // 2),
         ("down gate index residual, half the channels", 2, odd, shape.hidden // 2),
     )
-    for tile in Tile.candidates(Target.of(setting.device), setting.dtype):
+    target = Target.of(setting.device)
+    with_two = Tile.candidates(target, setting.dtype, two_weights=True)
+    for tile in Tile.candidates(target, setting.dtype):
         for what, batch, tokens, channels in forms:
-            make = partial(_linear, setting, tile, what, batch, tokens, channels)
-            yield Case("linear", tuple(tile), _form(what, batch, *tokens), make)
+            if "swiglu" not in what or tile in with_two:
+                make = partial(_linear, setting, tile, what, batch, tokens, channels)
+                yield Case("linear", tuple(tile), _form(what, batch, *tokens), make)
 
 
 def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequence[int], channels: int) -> Work:
-    make, shape, gelu = _Maker(setting), setting.shape, "gelu" in what
+    make, shape = _Maker(setting), setting.shape
+    activation: Activation = "gelu" if "gelu" in what else "swiglu" if "swiglu" in what else "none"
     groups = []
     for count in tokens:
-        if gelu:
+        if activation != "none":
             x, weight = make.normal(batch, count, shape.dim), make.weight(shape.hidden, shape.dim)
-            groups.append(Linear(x, weight, make.normal(shape.hidden), channels))
+            silu = make.weight(shape.hidden, shape.dim) if activation == "swiglu" else None
+            groups.append(Linear(x, weight, make.normal(shape.hidden), channels, silu_weight=silu))
             continue
         inputs = channels or shape.dim
         x, residual = make.normal(batch, count, inputs), make.normal(batch, count, shape.dim)
@@ -219,15 +226,16 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
 
     def exact() -> Iterator[torch.Tensor]:
         for g in groups:
-            wide = Linear(*_double(tuple(g)))
-            yield linear_reference(*wide[:4], gelu=gelu, gate=wide.gate, index=wide.index, residual=wide.residual)
+            yield Linear(*_double(tuple(g))).reference(activation)
 
     def prepare() -> Prepared:
         # Weights do not move.
-        moved = [Linear(_elsewhere(g.x), *g[1:4], *_elsewhere(tuple(g[4:]))) for g in groups]
-        return _prepared(prepare_linear(groups, gelu=gelu, tile=tile), groups, moved=(moved,))
+        moved = [Linear(_elsewhere(g.x), *g[1:4], *_elsewhere(tuple(g[4:7])), *g[7:]) for g in groups]
+        return _prepared(prepare_linear(groups, activation=activation, tile=tile), groups, moved=(moved,))
 
-    return Work(lambda: grouped_linear(groups, gelu=gelu, tile=tile), exact, 1, groups[0].x.shape[2], prepare)
+    # SwiGLU multiplies two products, each of size 1 with its own error.
+    terms = groups[0].x.shape[2] * (4 if activation == "swiglu" else 1)
+    return Work(lambda: grouped_linear(groups, activation=activation, tile=tile), exact, 1, terms, prepare)
 
 
 def _three(make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

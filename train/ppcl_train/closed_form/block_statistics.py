@@ -108,23 +108,26 @@ class BlockStatistics:
         return slice(offset, offset + unit * self.block.spec.groups[output.segment.group].count)
 
     def columns(self, output: Output) -> Columns:
-        """Return the weights that an output is made of; where others share its part, the bias is not its own."""
+        """Return the weights that an output is made of; the bias is zero where it has none of its own."""
         layer, columns = self.block.get_submodule(output.part.path), self._slice(output)
-        bias = layer.bias if layer.bias is not None and not output.shared else layer.weight.new_zeros(len(layer.weight))
+        bias = layer.bias if output.biased else layer.weight.new_zeros(len(layer.weight))
         return Columns(layer.weight[:, columns], bias)
 
     def gram(self, output: Output) -> torch.Tensor:
-        """Return the Gram matrix of an output's inputs and a constant (`LeastSquares.gram`)."""
+        """Return the Gram matrix of an output's inputs and a constant (`LeastSquares.gram`).
+
+        Where what stands in for the output has no bias, the inputs are taken as if they had no mean.
+        """
         whole, columns = self.inputs[output.part.path].gram, self._slice(output)
-        if not output.shared:
+        if output.biased:
             return whole
         index = torch.tensor([*range(columns.start, columns.stop), len(whole) - 1], device=whole.device)
         return without_constant(whole[index][:, index])
 
     def linear_map(self, output: Output, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Solve for the map that replaces an output; its bias is zero where others share the part."""
+        """Solve for the map that replaces an output; its bias is zero where the output has none of its own."""
         fit = self.maps[output.name]
-        if output.shared:
+        if not output.biased:
             fit.gram = without_constant(fit.gram)
             fit.cross[:, -1] = 0
         return fit.solve(ridge)

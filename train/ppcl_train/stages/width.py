@@ -129,10 +129,10 @@ def compress_block(
         tensors[f"order.{group}"] = order.to(torch.int32)
         for output, by_count in zip(outputs, compensated, strict=True):
             for count, (weight, bias) in by_count.items():
-                replace(spec.replacement(output.name, count), weight, None if output.shared else bias)
+                replace(spec.replacement(output.name, count), weight, bias if output.biased else None)
             if counts[group][-1] == LINEAR_MAP:
                 weight, bias = statistics.linear_map(output, ridge)
-                replace(spec.replacement(output.name, LINEAR_MAP), weight, None if output.shared else bias)
+                replace(spec.replacement(output.name, LINEAR_MAP), weight, bias if output.biased else None)
     for group in spec.rank_groups:
         parts = spec.factored_by(group)
         if len(counts[group]) == 1 or not parts:
