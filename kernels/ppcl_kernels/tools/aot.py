@@ -107,9 +107,8 @@ def _linear(target: Target, tile: Tile, what: str) -> Launch:
 
 def _gated(target: Target, tile: Tile, what: str) -> Launch:
     """Make a launch of the single-stream model, whose layers have no biases."""
-    n, k = {"up": (SINGLE_HIDDEN, SINGLE_DIM), "down": (SINGLE_DIM, SINGLE_HIDDEN), "out": (SINGLE_DIM, SINGLE_DIM)}[
-        what
-    ]
+    n = SINGLE_HIDDEN if what == "up" else SINGLE_DIM
+    k = SINGLE_HIDDEN if what == "down" else SINGLE_DIM
     x, weight, y = _meta(BATCH, TEXT + IMAGE, k), _meta(n, k), _meta(BATCH, TEXT + IMAGE, n)
     layer = Linear(x, weight, None, n, silu_weight=weight if what == "up" else None)
     return launch_linear([layer], [y], "swiglu" if what == "up" else "none", tile, target)
