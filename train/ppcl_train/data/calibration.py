@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.source import source
 from ppcl_train.engine.distributed import join
-from ppcl_train.families.base import Samples
+from ppcl_train.families.base import PadsText, Predicts, Samples
 
 # The seeds of each stage's batches start here, so that no stage sees a batch of another stage or of the teacher's
 # training. `CHECK` is for samples that no stage sees.
@@ -36,23 +36,27 @@ class Inputs:
         t: their timesteps ``[N]`` in [0, 1]; 1 is noise.
         call: all arguments that the transformer is called with. With a guidance, these are 2 N samples: N under their
             prompts, and the same N under the negative prompt.
-        predicts: what its output is: ``x_0``, or the velocity ``noise - x_0 = (x - x_0) / t``.
+        predicts: what its output is: ``x_0``, the velocity ``noise - x_0 = (x - x_0) / t``, or the opposite of it.
         guide: makes the guided prediction of those under the prompt and under the negative prompt; None without
             guidance.
         shares: the share of a sampler's denoising steps that each sample stands for, ``[N]``; None where timesteps are
             random, which counts every sample as 1.
+        text_tokens: ``[N, S_text]``, true on the tokens of the text stream that count; None where the call says it.
     """
 
     x: torch.Tensor
     t: torch.Tensor
     call: dict[str, Any] = field(repr=False)
-    predicts: Literal["clean", "velocity"] = "velocity"
+    predicts: Predicts = "velocity"
     guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
     shares: torch.Tensor | None = None
+    text_tokens: torch.Tensor | None = None
 
     @property
     def mask(self) -> torch.Tensor:
         """``[N, S_text]``, true on the text tokens that count: on all of them if the transformer takes no mask."""
+        if self.text_tokens is not None:
+            return self.text_tokens
         mask: torch.Tensor | None = self.call.get("encoder_hidden_states_mask")
         if mask is None:
             text = self.call["encoder_hidden_states"]
@@ -64,15 +68,20 @@ class Inputs:
         """The weight of each sample's squared error in the output, ``[N]``: that of the error in `clean`."""
         return torch.ones_like(self.t) if self.predicts == "clean" else self.t.square()
 
-    def clean(self, output: torch.Tensor) -> torch.Tensor:
+    def clean(self, output: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the ``x_0`` that an output points at, guided where there is a guidance, of the shape of ``x``.
 
         The difference of two of these is ``t`` times the difference of the velocities: high noise weighs most, as it
-        does for the picture.
+        does for the picture. Some transformers put out a list of samples, here all of one shape.
         """
+        if not isinstance(output, torch.Tensor):
+            output = torch.stack(tuple(output))
         if self.guide is not None:
             output = self.guide(*output.float().chunk(2))
-        return output if self.predicts == "clean" else self.x - per_sample(self.t, self.x) * output
+        if self.predicts == "clean":
+            return output
+        step = per_sample(self.t, self.x) * output
+        return self.x + step if self.predicts == "opposite" else self.x - step
 
     def weighted(self, difference: torch.Tensor) -> torch.Tensor:
         """Weigh ``difference [N, ...]`` in float64, so that its squares sum as samples are counted (``shares``)."""
@@ -97,13 +106,14 @@ class Inputs:
             name: value[samples] if isinstance(value, (torch.Tensor, list)) and len(value) == size else value
             for name, value in self.call.items()
         }
-        return replace(self, x=self.x[samples], t=self.t[samples], call=call)
+        tokens = None if self.text_tokens is None else self.text_tokens[samples]
+        return replace(self, x=self.x[samples], t=self.t[samples], call=call, text_tokens=tokens)
 
     def to(self, device: torch.device) -> Inputs:
         """Return the same batch on a device."""
         call = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.call)
-        shares = None if self.shares is None else self.shares.to(device)
-        return replace(self, x=self.x.to(device), t=self.t.to(device), call=call, shares=shares)
+        shares, tokens = (None if each is None else each.to(device) for each in (self.shares, self.text_tokens))
+        return replace(self, x=self.x.to(device), t=self.t.to(device), call=call, shares=shares, text_tokens=tokens)
 
 
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -122,7 +132,8 @@ def inputs(run: RunConfig, size: int, seed: int, t: torch.Tensor | None = None) 
     drawn = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
     t = drawn if t is None else t
     x = _noisy(samples, t, generator)
-    return Inputs(x, t, _call(run, x, t, samples), run.family.predicts).to(join().device)
+    call, tokens = _call(run, x, t, samples), _text_tokens(run, samples)
+    return Inputs(x, t, call, run.family.predicts, text_tokens=tokens).to(join().device)
 
 
 def _generator(run: RunConfig, seed: int) -> torch.Generator:
@@ -137,6 +148,10 @@ def _noisy(samples: Samples, t: torch.Tensor, generator: torch.Generator) -> tor
 def _call(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) -> dict[str, Any]:
     dtype = getattr(torch, run.teacher.dtype)
     return run.family.arguments(x.to(dtype), t, samples.embeddings.to(dtype), samples.mask, samples.shape)
+
+
+def _text_tokens(run: RunConfig, samples: Samples) -> torch.Tensor | None:
+    return run.family.text_tokens(samples.mask) if isinstance(run.family, PadsText) else None
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
@@ -185,9 +200,7 @@ def measured(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
         made = source(run).samples(len(t), seed + number, held_out=True)
         x = _noisy(made, t, _generator(run, seed + number))
         guide = partial(run.family.guided, guidance=run.sampler.guidance) if guided else None
-        if guided:
-            doubled = source(run).with_negative(made)
-            call = _call(run, torch.cat([x, x]), torch.cat([t, t]), doubled)
-        else:
-            call = _call(run, x, t, made)
-        yield Inputs(x, t, call, run.family.predicts, guide, share).to(join().device)
+        called = source(run).with_negative(made) if guided else made
+        call = _call(run, torch.cat([x, x]), torch.cat([t, t]), called) if guided else _call(run, x, t, made)
+        tokens = _text_tokens(run, called)
+        yield Inputs(x, t, call, run.family.predicts, guide, share, tokens).to(join().device)

@@ -8,7 +8,7 @@ in `ppcl_rt.families.registry`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from PIL import Image
 
 from ppcl_rt.families import registry
 
+# What a transformer puts out: the clean image x_0, the velocity noise - x_0, or x_0 - noise, which points the other way.
+Predicts = Literal["clean", "velocity", "opposite"]
 # (frames, rows, columns) of an image, in tokens.
 ImageShape = tuple[int, int, int]
 # Arrays already have the size and the range of values that the family's encoder takes.
@@ -84,7 +86,7 @@ class Family(Protocol):
         judged: whether the project can sample and judge checkpoints of this family (`ppcl_rt.cli.task`).
     """
 
-    predicts: Literal["clean", "velocity"]
+    predicts: Predicts
     judged: bool
 
     def build(self, architecture: Mapping[str, Any]) -> Any:
@@ -147,6 +149,14 @@ class Family(Protocol):
         Raises:
             ValueError: the pipeline cannot be opened.
         """
+
+
+@runtime_checkable
+class PadsText(Protocol):
+    """A family whose text stream holds more than the words of a prompt."""
+
+    def text_tokens(self, mask: torch.Tensor) -> torch.Tensor:
+        """Say which tokens of the text stream count: ``[N, S']``, S' tokens of the stream, for ``mask [N, S_text]``."""
 
 
 def of(name: str) -> Family:

@@ -74,7 +74,7 @@ class _Compressor:
             statistics = observe(self.run, model, portion, samples)
             for prefix, _, first in portion:
                 if prefix.startswith("students."):
-                    self._student(prefix, statistics[prefix], read[architecture.kind(first)])
+                    self._student(prefix, statistics[prefix], read.get(architecture.kind(first)))
                 self._replacements(prefix, statistics[prefix])
         if model.catalog.text_runs:
             for path, fit, rows in observe_text_runs(self.run, model, samples).maps(architecture.depth):
@@ -99,9 +99,9 @@ class _Compressor:
         self.tensors[f"{path}.up"], self.tensors[f"{path}.down"] = (factor.float() for factor in factors)
         return True
 
-    def _student(self, prefix: str, statistics: BlockStatistics, read: torch.Tensor) -> None:
+    def _student(self, prefix: str, statistics: BlockStatistics, read: torch.Tensor | None) -> None:
         block = statistics.block
-        of_modulations = read.double().T @ read.double() / len(read)
+        of_modulations = None if read is None else read.double().T @ read.double() / len(read)
         for part in block.spec.parts:
             path = f"{prefix}.{part.path}"
             base = self.bases.base(path, self._read)

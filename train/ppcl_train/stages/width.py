@@ -51,7 +51,7 @@ def prune(run: RunConfig, folder: Path) -> None:
     for portion in portions(runnable, config.blocks_at_once):
         statistics = observe(run, model, portion, config.samples)
         for prefix, _, first in portion:
-            compressed = compress_block(run, statistics[prefix], read_by_modulations[architecture.kind(first)])
+            compressed = compress_block(run, statistics[prefix], read_by_modulations.get(architecture.kind(first)))
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in compressed.items()}
         done += len(portion)
         log(narrowed=done, of=len(runnable))
@@ -90,11 +90,13 @@ def modulation_inputs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     """Compute what the modulations of each kind of block read, at timesteps spread evenly over [0, 1].
 
     Returns:
-        ``[n, D]`` by kind.
+        ``[n, D]`` by kind; nothing for kinds whose modulations are not factored.
     """
     architecture = model.catalog.architecture
     # One block of each kind says how it reads the condition.
-    readers = {architecture.kind(n): block for n, block in enumerate(model.blocks())}
+    readers = {architecture.kind(n): block for n, block in enumerate(model.blocks()) if block.spec.rank_groups}
+    if not readers:
+        return {}
     read: dict[str, list[torch.Tensor]] = {kind: [] for kind in readers}
     # Each batch has samples of its own: modulations may see the text too.
     for number, t in enumerate(torch.linspace(0, 1, _TIMESTEPS).split(run.batch)):
@@ -105,12 +107,12 @@ def modulation_inputs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
 
 
 def compress_block(
-    run: RunConfig, statistics: BlockStatistics, read_by_modulations: torch.Tensor
+    run: RunConfig, statistics: BlockStatistics, read_by_modulations: torch.Tensor | None
 ) -> Mapping[str, torch.Tensor]:
     """Compute the rank orders (``order.*``) and the replacements at narrower widths (``replacements.*``) of one block.
 
     Args:
-        read_by_modulations: ``[n, D]`` (`modulation_inputs`).
+        read_by_modulations: ``[n, D]`` (`modulation_inputs`); None for a block whose modulations are not factored.
     """
     tensors: dict[str, torch.Tensor] = {}
 
@@ -137,6 +139,7 @@ def compress_block(
         parts = spec.factored_by(group)
         if len(counts[group]) == 1 or not parts:
             continue
+        assert read_by_modulations is not None, "a rank is that of modulations"
         modulations = [block.get_submodule(part.path) for part in parts]
         down, (weight, bias) = factor(modulations, read_by_modulations, counts[group][1])
         replace(spec.shared_factor(group), *down)
