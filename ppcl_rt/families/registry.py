@@ -48,6 +48,11 @@ _FAMILIES: dict[str, Registered] = {
         training="ppcl_train.families.sd3:SD3",
         stock="SD3Transformer2DModel",
     ),
+    "z-image": Registered(
+        model="ppcl_rt.families.z_image:PPCLZImageTransformer2DModel",
+        training="ppcl_train.families.z_image:ZImage",
+        stock="ZImageTransformer2DModel",
+    ),
     # A task of our own: a small transformer of the family qwen-image, with its own captions and pictures.
     "scenes": Registered(
         model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
