@@ -46,7 +46,9 @@ def block_spec(dim: int, heads: int, kind: Kind, qk_norm: bool = True) -> BlockS
     head_dim, channels = dim // heads, int(dim / 3 * 8)
     of_heads, of_mlp = (Segment("heads", 0, head_dim),), (Segment("mlp", 0, 1),)
 
-    def part(path: str, rows: int, columns: int, axis: Literal[0, 1], units: tuple[Segment, ...], name: str = "") -> Part:
+    def part(
+        path: str, rows: int, columns: int, axis: Literal[0, 1], units: tuple[Segment, ...], name: str = ""
+    ) -> Part:
         return Part(
             path=path, name=name, rows=rows, columns=columns, bias=False, axis=axis, segments=units, stream=kind
         )
@@ -87,7 +89,7 @@ class PPCLZImageTransformerBlock(PluggableBlock, ZImageTransformerBlock):
     attention_norm2: Any
     ffn_norm1: Any
     ffn_norm2: Any
-    adaLN_modulation: Any  # noqa: N815  # diffusers' name
+    adaLN_modulation: Any  # diffusers' name
     dim: int
     head_dim: int
     modulation: bool
@@ -154,17 +156,14 @@ class PPCLZImageTransformerBlock(PluggableBlock, ZImageTransformerBlock):
             return ops.linears([ops.Layer(self.output("mlp", LINEAR_MAP), x, residual=x)])[0]
         return x + _gated(self.ffn_norm2(self.feed(_scaled(self.ffn_norm1(x), mlp[0]), width)), mlp[1])
 
-    def attend(
-        self, x: torch.Tensor, rope: torch.Tensor, key_mask: torch.Tensor | None, width: Width
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, rope: torch.Tensor, key_mask: torch.Tensor | None, width: Width) -> torch.Tensor:
         """Attention over ``x [B, S, D]``, its output projected."""
         attn, heads, batch = self.attention, width["heads"], len(x)
         projection = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         # Rotations differ from sample to sample, as lengths do: the operation gets all tokens as those of one sample.
         stream = ops.ProjectedStream(x.flatten(0, 1)[None], projection, rope.flatten(0, 1))
         q, k, v = (
-            each.view(batch, -1, heads, self.head_dim)
-            for each in ops.qkv_projection([stream], heads, self.head_dim)
+            each.view(batch, -1, heads, self.head_dim) for each in ops.qkv_projection([stream], heads, self.head_dim)
         )
         attended = ops.joint_attention(q, k, v, key_mask=key_mask, backend=attn.processor._attention_backend)
         return ops.linears([ops.Layer(self.output("attn", heads), attended)])[0]

@@ -88,7 +88,7 @@ def test_dense_is_stock(samples, made, run, all_same):
 
 def test_every_input_and_both_padding_tokens_matter(made, run):
     """Otherwise the law above would hold for a model that ignores one of them."""
-    checkpoint, model = made
+    _, model = made
     inputs, other = build_inputs(), build_inputs(seed=9)
     wanted = run(model, inputs)
     for name in inputs:
@@ -161,9 +161,7 @@ def test_narrow_is_stock_with_columns_zeroed(made, run, all_same):
         model.set_plan(plan)
         all_same(run(model, inputs), run(checkpoint.reference(plan), inputs))
     half = checkpoint.catalog.compose((n, Width(heads=2, mlp=40)) for n in range(DEPTH))
-    blind = {
-        name: torch.arange(len(t)) if ".order." in name else t for name, t in checkpoint.tensors.items()
-    }
+    blind = {name: torch.arange(len(t)) if ".order." in name else t for name, t in checkpoint.tensors.items()}
     unordered = type(checkpoint)(checkpoint.folder, checkpoint.stock, checkpoint.catalog, blind)
     assert moved(run(checkpoint.reference(half), inputs), run(unordered.reference(half), inputs)) > 1e-2
 

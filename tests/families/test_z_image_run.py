@@ -50,7 +50,9 @@ def finished(captioned_folder, tmp_path_factory):
     """A complete run from a pretrained pipeline and a cache of captioned images."""
     folder = tmp_path_factory.mktemp("z_image")
     parts = pipeline_parts(folder)
-    ZImagePipeline(**parts, transformer=build_stock(dim=64, n_heads=8, n_kv_heads=8)).save_pretrained(folder / "pipeline")
+    ZImagePipeline(**parts, transformer=build_stock(dim=64, n_heads=8, n_kv_heads=8)).save_pretrained(
+        folder / "pipeline"
+    )
     encoder = families.of("z-image").open(str(folder / "pipeline"), device="cpu", dtype=torch.float32, draws=False)
     more = {"settings": {}, "dtype": torch.float32, "area": 32 * 32, "per_shard": 3}
     caching.cache("z-image", encoder, captioned.Folder(captioned_folder), folder / "cache", **more)
@@ -102,7 +104,7 @@ def test_what_training_calls_the_transformer_with():
     tokens = family.text_tokens(mask)
     assert tokens.sum(1).tolist() == [32, 32, 64] and tokens.shape == (3, 64)
     given = Inputs(x, t, call, family.predicts, text_tokens=tokens)
-    output = list((clean - noise))
+    output = list(clean - noise)
     torch.testing.assert_close(given.clean(output), clean)
     part = given.part(slice(1, 3))
     assert torch.equal(part.mask, tokens[1:]) and len(part.call["cap_feats"]) == 2

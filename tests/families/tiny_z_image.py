@@ -71,12 +71,11 @@ def build_inputs(samples: Sequence[tuple[int, tuple[int, int]]] = RAGGED, seed: 
 
 def residuals(inputs: dict[str, Any], numbers: Sequence[int]) -> dict[int, torch.Tensor]:
     """ControlNet residuals of some layers, over the tokens of diffusers' joint stream."""
+
     def padded(count: int) -> int:
         return -(-count // 32) * 32
 
-    lengths = [
-        padded(x.shape[2] * x.shape[3] // 4) + padded(len(c)) for x, c in zip(inputs["x"], inputs["cap_feats"])
-    ]
+    lengths = [padded(x.shape[2] * x.shape[3] // 4) + padded(len(c)) for x, c in zip(inputs["x"], inputs["cap_feats"])]
     generator = torch.Generator().manual_seed(len(numbers))
     return {n: torch.randn(len(lengths), max(lengths), DIM, generator=generator) for n in numbers}
 
@@ -218,7 +217,7 @@ def make_checkpoint(folder: Path, seed: int = 0, compensated: bool = True) -> Ma
 
 
 def pipeline_parts(folder: Path) -> dict[str, Any]:
-    """Everything of a `ZImagePipeline` but its transformer, made without a network; the tokenizer lies in ``folder``."""
+    """Everything of a `ZImagePipeline` but its transformer, made without a network; its tokenizer in ``folder``."""
     import json
 
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler

@@ -148,7 +148,9 @@ PRESETS = {
         recover=RecoverConfig(steps=3000, batch=8, lr=1e-5, weight_decay=0.02, warmup=50, precision="bf16"),
         # A Gram matrix of 10,240 channels takes 0.8 GB in float64, one a block. Text and image are one stream: there
         # are no text runs. Modulations are whole: there are no ranks.
-        width=WidthConfig(heads=(25 / 30, 20 / 30, 15 / 30), ranks=(), samples=512, blocks_at_once=8, longest_text_run=1),
+        width=WidthConfig(
+            heads=(25 / 30, 20 / 30, 15 / 30), ranks=(), samples=512, blocks_at_once=8, longest_text_run=1
+        ),
         measure=MeasureConfig(samples=64, spacing=0.02, other_spacing=0.1),
         # As the model is published: 9 calls, the last with a step of length 0.
         sampler=Sampler(steps=9, shift=3.0),

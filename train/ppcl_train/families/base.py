@@ -16,7 +16,7 @@ from PIL import Image
 
 from ppcl_rt.families import registry
 
-# What a transformer puts out: the clean image x_0, the velocity noise - x_0, or x_0 - noise, which points the other way.
+# What a transformer puts out: the clean image x_0, the velocity noise - x_0, or the opposite of it, x_0 - noise.
 Predicts = Literal["clean", "velocity", "opposite"]
 # (frames, rows, columns) of an image, in tokens.
 ImageShape = tuple[int, int, int]

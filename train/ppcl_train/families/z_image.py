@@ -100,9 +100,7 @@ class ZImageEncoder:
     @torch.no_grad()
     def embed(self, prompt: str) -> torch.Tensor:
         """See `Encoder.embed`; longer prompts are cut at 512 tokens, as the pipeline does."""
-        [embeddings], _ = self.pipe.encode_prompt(
-            [prompt], device=self.pipe.device, do_classifier_free_guidance=False
-        )
+        [embeddings], _ = self.pipe.encode_prompt([prompt], device=self.pipe.device, do_classifier_free_guidance=False)
         return embeddings
 
     @torch.no_grad()
