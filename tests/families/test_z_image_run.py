@@ -104,7 +104,7 @@ def test_what_training_calls_the_transformer_with():
     tokens = family.text_tokens(mask)
     assert tokens.sum(1).tolist() == [32, 32, 64] and tokens.shape == (3, 64)
     given = Inputs(x, t, call, family.predicts, text_tokens=tokens)
-    output = list(clean - noise)
+    output = list((clean - noise).unsqueeze(2))
     torch.testing.assert_close(given.clean(output), clean)
     part = given.part(slice(1, 3))
     assert torch.equal(part.mask, tokens[1:]) and len(part.call["cap_feats"]) == 2

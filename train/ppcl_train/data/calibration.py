@@ -75,7 +75,8 @@ class Inputs:
         does for the picture. Some transformers put out a list of samples, here all of one shape.
         """
         if not isinstance(output, torch.Tensor):
-            output = torch.stack(tuple(output))
+            # Samples may have an axis of length 1 more than the latents, that of frames.
+            output = torch.stack(tuple(output)).reshape(-1, *self.x.shape[1:])
         if self.guide is not None:
             output = self.guide(*output.float().chunk(2))
         if self.predicts == "clean":
