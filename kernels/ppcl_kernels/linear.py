@@ -59,7 +59,7 @@ class Linear(NamedTuple):
 
     def reference(self, activation: Activation) -> torch.Tensor:
         """Apply it as `linear_reference` does."""
-        after = dict(zip(self._fields[4:], self[4:], strict=True))
+        after: dict[str, Any] = dict(zip(self._fields[4:], self[4:], strict=True))
         return linear_reference(*self[:4], activation=activation, **after)
 
 

@@ -10,7 +10,7 @@ are 3 MB.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -130,7 +130,8 @@ def grouped_mlp(
     if len(mlps) not in (1, 2):
         raise ValueError(f"one launch takes one or two MLPs (one for each stream of a block), got {len(mlps)}")
     if any(wants_gradient(*each[:5], each.gate, *each[8:]) for each in mlps):
-        return [mlp_reference(*each[:6], **dict(zip(Mlp._fields[6:], each[6:], strict=True))) for each in mlps]
+        after: list[dict[str, Any]] = [dict(zip(Mlp._fields[6:], each[6:], strict=True)) for each in mlps]
+        return [mlp_reference(*each[:6], **more) for each, more in zip(mlps, after, strict=True)]
     whole = [each._replace(channels=each.up.shape[0] if each.channels is None else each.channels) for each in mlps]
     return _mlp_op(*map(list, zip(*whole, strict=True)), up_tile, down_tile)
 

@@ -230,7 +230,8 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
 
     def prepare() -> Prepared:
         # Weights do not move.
-        moved = [Linear(_elsewhere(g.x), *g[1:4], *_elsewhere(tuple(g[4:7])), *g[7:]) for g in groups]
+        moving = ("x", "gate", "index", "residual")
+        moved = [g._replace(**{name: _elsewhere(getattr(g, name)) for name in moving}) for g in groups]
         return _prepared(prepare_linear(groups, activation=activation, tile=tile), groups, moved=(moved,))
 
     # SwiGLU multiplies two products, each of size 1 with its own error.
