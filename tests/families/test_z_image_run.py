@@ -101,7 +101,7 @@ def test_what_training_calls_the_transformer_with():
     call = family.arguments(x, t, torch.zeros(3, 40, 16), mask, (1, 2, 2))
     assert [len(text) for text in call["cap_feats"]] == [7, 32, 40] and call["x"][0].shape == (4, 1, 4, 4)
     assert torch.equal(call["t"], 1 - t)
-    tokens = family.text_tokens(mask)
+    tokens = family.counted_tokens(mask)
     assert tokens.sum(1).tolist() == [32, 32, 64] and tokens.shape == (3, 64)
     given = Inputs(x, t, call, family.predicts, text_tokens=tokens)
     output = list((clean - noise).unsqueeze(2))

@@ -60,7 +60,7 @@ def test_finds_fault(tile, arch, problem):
 import sys
 from ppcl_kernels.tools import aot
 from ppcl_kernels.matmul import Tile
-Tile.candidates = classmethod(lambda cls, target, dtype: (Tile({tile}),))
+Tile.candidates = classmethod(lambda cls, target, dtype, two_weights=False: (Tile({tile}),))
 from concurrent.futures import ThreadPoolExecutor
 aot.ProcessPoolExecutor = ThreadPoolExecutor
 # One of the four forms of the layer: they differ in what follows the product.

@@ -207,7 +207,7 @@ def _small_linear(target: Target, tile: Tile, what: str) -> Launch:
         gate, residual = (None, None) if what == "up" else (_meta(BATCH, 6 * dim)[:, :dim], y)
         groups.append(Linear(_meta(BATCH, tokens, k), _meta(n, k), _meta(n), n, gate, None, residual))
         outputs.append(y)
-    return launch_linear(groups, outputs, what == "up", tile, target)
+    return launch_linear(groups, outputs, "gelu" if what == "up" else "none", tile, target)
 
 
 def _small_norm(tile: NormTile, tokens: int, dim: int) -> Launch:

@@ -15,6 +15,7 @@ from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import caching, captioned
 from ppcl_train.data.calibration import inputs
+from ppcl_train.engine.files import read_tensors
 from ppcl_train.families import base, pooled
 from ppcl_train.families.flux import Flux
 
@@ -76,7 +77,9 @@ def finished(config, tmp_path_factory):
 def test_the_preset_makes_a_checkpoint_that_draws_in_the_pipeline(finished, parts):
     model = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32)
     catalog = model.catalog
-    assert catalog.family == "flux" and catalog.compensated and catalog.students and catalog.text_runs
+    assert catalog.family == "flux" and catalog.compensated and catalog.students
+    # Of random weights no plan may take one: they are made and measured all the same.
+    assert any(name.startswith("text_runs.") for name in read_tensors(finished / "width.safetensors"))
     pipe = FluxPipeline(**parts, transformer=model)
     pipe.set_progress_bar_config(disable=True)
     more = {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": TOKENS, "output_type": "pt"}

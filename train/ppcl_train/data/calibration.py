@@ -152,7 +152,7 @@ def _call(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) ->
 
 
 def _text_tokens(run: RunConfig, samples: Samples) -> torch.Tensor | None:
-    return run.family.text_tokens(samples.mask) if isinstance(run.family, PadsText) else None
+    return run.family.counted_tokens(samples.mask) if isinstance(run.family, PadsText) else None
 
 
 def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:

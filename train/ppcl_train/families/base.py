@@ -155,7 +155,7 @@ class Family(Protocol):
 class PadsText(Protocol):
     """A family whose text stream holds more than the words of a prompt."""
 
-    def text_tokens(self, mask: torch.Tensor) -> torch.Tensor:
+    def counted_tokens(self, mask: torch.Tensor) -> torch.Tensor:
         """Say which tokens of the text stream count: ``[N, S']``, S' tokens of the stream, for ``mask [N, S_text]``."""
 
 

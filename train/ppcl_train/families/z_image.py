@@ -54,8 +54,8 @@ class ZImage:
             "return_dict": False,
         }
 
-    def text_tokens(self, mask: torch.Tensor) -> torch.Tensor:
-        """See `PadsText.text_tokens`: words, and after them the padding tokens up to a multiple of 32."""
+    def counted_tokens(self, mask: torch.Tensor) -> torch.Tensor:
+        """See `PadsText.counted_tokens`: words, and after them the padding tokens up to a multiple of 32."""
         lengths = [padded_length(int(count)) for count in mask.sum(1)]
         return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
