@@ -161,7 +161,8 @@ def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int) -> tuple[
     elif target.wgmma:
         tiles = (Tile(128, cols, 64, 8, 4, parts), Tile(64, cols, 64, 4, 4, parts, 2))
     elif target.tcgen05:
-        tiles = (Tile(128, cols, 64, 8, 4, parts), Tile(128, cols, 64, 4, 3, parts, 2))
+        # 64 columns in four parts at 8 warps, and 128 rows at 4 warps, spill 8 bytes in some of the forms.
+        tiles = (Tile(128, cols, 64, 8, 4, min(parts, cols // 32)), Tile(64, cols, 64, 4, 3, parts, 2))
     else:
         tiles = (Tile(128, cols, 64, 8, 3, parts), Tile(64, cols, 64, 4, 3, parts))
     return offered("qkv_projection", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize))
