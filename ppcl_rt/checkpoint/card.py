@@ -50,8 +50,12 @@ def read_origin(folder: Path) -> Origin:
     return Origin()
 
 
-def write_card(folder: Path, catalog: Catalog) -> None:
-    """Write ``README.md`` with the origin in its front matter, as hubs read it."""
+def write_card(folder: Path, catalog: Catalog, says: str = "") -> None:
+    """Write ``README.md`` with the origin in its front matter, as hubs read it.
+
+    Args:
+        says: what this is, where it is not in our layout.
+    """
     license_, name = catalog.license, None
     if license_ is not None and license_.startswith(f"{_OTHER}/"):
         license_, name = _OTHER, license_.removeprefix(f"{_OTHER}/")
@@ -62,21 +66,31 @@ def write_card(folder: Path, catalog: Catalog) -> None:
         library_name="diffusers",
         tags=["ppcl", catalog.family],
     )
-    architecture = catalog.architecture
+    one = bool(says) or catalog.only is not None
     lines = [
         "---",
         data.to_yaml(),
         "---",
         "",
-        f"# A pluggable {catalog.family} transformer",
+        f"# A {'pruned' if one else 'pluggable'} {catalog.family} transformer",
         "",
-        f"{architecture.depth} blocks, {architecture.dense_params / 1e9:.3g} billion parameters at ratio 1"
+        f"{says or _size(catalog)}"
         + (f", made from {catalog.base_model}" if catalog.base_model else "")
         + f". Licence: {catalog.license or 'not known'}.",
-        "",
-        "One checkpoint for any ratio: `ppcl_rt.load(folder, ratio=0.5)`. diffusers reads the dense model out of it.",
     ]
+    if not says:
+        any_ratio = "One checkpoint for any ratio: `ppcl_rt.load(folder, ratio=0.5)`. "
+        any_ratio += "diffusers reads the dense model out of it."
+        lines += ["", "One plan: `ppcl_rt.load(folder)`." if one else any_ratio]
     (folder / CARD).write_text("\n".join(lines) + "\n")
+
+
+def _size(catalog: Catalog) -> str:
+    architecture = catalog.architecture
+    if catalog.only is not None:
+        runs = architecture.params(catalog.largest)
+        return f"{len(catalog.only.blocks)} blocks, {runs / 1e9:.3g} billion parameters"
+    return f"{architecture.depth} blocks, {architecture.dense_params / 1e9:.3g} billion parameters at ratio 1"
 
 
 def metadata(catalog: Catalog) -> dict[str, str]:

@@ -61,26 +61,9 @@ def write_shards(
             checksums are made anew.
     """
     folder = Path(folder)
-    checksums: dict[str, str] = {}
-    files: list[tuple[str, ...]] = []
-    total = 0
     headers = card.metadata(catalog())
     with replacing_folder(folder, _is_of_a_checkpoint) as partial:
-        for shard in shards:
-            held = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
-            if twice := set(held) & set(checksums):
-                raise ValueError(f"two files would hold {min(twice)}")
-            checksums |= {name: digest(tensor) for name, tensor in held.items()}
-            total += sum(tensor.nbytes for tensor in held.values())
-            # How many there will be, which is part of their names, is known at the end.
-            save_file(held, partial / str(len(files)), metadata=headers)
-            _sort_metadata(partial / str(len(files)))
-            files.append(tuple(held))
-            del held, shard
-        if len(files) == 1:
-            (partial / "0").rename(partial / WEIGHTS)
-        else:
-            _write_index(partial, files, total)
+        checksums = _write_files(partial, shards, headers)
         made = catalog().model_copy(update={"checksums": checksums, "checksums_of": "tensors"})
         # A copy would keep what it had cached of the old checksums.
         made = Catalog.model_validate(made.model_dump())
@@ -88,6 +71,52 @@ def write_shards(
         if not (folder / card.CARD).is_file():
             card.write_card(partial, made)
     return made
+
+
+def write_plain(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    shards: Iterable[Mapping[str, torch.Tensor]],
+    origin: Catalog,
+    says: str,
+) -> None:
+    """Write a folder in a layout of others, without a catalog, as `write_shards` writes one of ours.
+
+    Args:
+        origin: whose licence and base model the files and the model card name.
+        says: what this is, for the card.
+    """
+    folder = Path(folder)
+    with replacing_folder(folder, _is_of_a_checkpoint) as partial:
+        _write_files(partial, shards, card.metadata(origin))
+        (partial / CONFIG).write_text(json.dumps(dict(config), indent=1) + "\n")
+        if not (folder / card.CARD).is_file():
+            card.write_card(partial, origin, says)
+
+
+def _write_files(
+    partial: Path, shards: Iterable[Mapping[str, torch.Tensor]], headers: Mapping[str, str]
+) -> dict[str, str]:
+    """Write safetensors files, and an index where there are several; returns the checksum of each tensor."""
+    checksums: dict[str, str] = {}
+    files: list[tuple[str, ...]] = []
+    total = 0
+    for shard in shards:
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
+        if twice := set(held) & set(checksums):
+            raise ValueError(f"two files would hold {min(twice)}")
+        checksums |= {name: digest(tensor) for name, tensor in held.items()}
+        total += sum(tensor.nbytes for tensor in held.values())
+        # How many there will be, which is part of their names, is known at the end.
+        save_file(held, partial / str(len(files)), metadata=dict(headers))
+        _sort_metadata(partial / str(len(files)))
+        files.append(tuple(held))
+        del held, shard
+    if len(files) == 1:
+        (partial / "0").rename(partial / WEIGHTS)
+    else:
+        _write_index(partial, files, total)
+    return checksums
 
 
 def _write_index(partial: Path, files: Sequence[Collection[str]], total: int) -> None:

@@ -95,7 +95,11 @@ def opened(checkpoint: str) -> tuple[ppcl_rt.Checkpoint, ppcl_rt.Catalog, ppcl_r
     Raises:
         ValueError: there is no such checkpoint, or it has no catalog.
     """
-    source = ppcl_rt.Checkpoint(ppcl_rt.locate(checkpoint))
+    folder = ppcl_rt.locate(checkpoint)
+    source = ppcl_rt.Checkpoint(folder)
+    if source.catalog is None and (model := registry.of_stock(source.config.get("_class_name"))) is not None:
+        # In a layout that the family alone knows, perhaps.
+        source = model.opened(folder)
     if source.catalog is None:
         raise ValueError(f"{checkpoint} is a stock checkpoint with no catalog: `ppcl train` makes one")
     sketches = source.sketches if source.catalog.sketch is not None else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from diffusers.utils import apply_lora_scale
 
+from ppcl_rt.checkpoint.composed import ComposedCheckpoint
+from ppcl_rt.families import qwen_image_authors
 from ppcl_rt.families.mmdit import (
     KEY_MASK,
     Control,
@@ -197,6 +200,12 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
         self.register_to_config(num_layers=num_layers)
         self.transformer_blocks.extend(self.make_block(self.config, _KIND) for _ in range(num_layers))
         self.become_pluggable()
+
+    @classmethod
+    def opened(cls, folder: Path) -> ComposedCheckpoint:
+        """See `Opening.opened`; the authors' layout names the stock class, which would leave weights out."""
+        source = super().opened(folder)
+        return qwen_image_authors.presented(cls, source) if qwen_image_authors.is_packaged(source) else source
 
     @classmethod
     def make_block(cls, config: Mapping[str, Any], kind: str) -> PPCLQwenImageTransformerBlock:

@@ -20,12 +20,15 @@ class Registered(NamedTuple):
         stock: name of the diffusers class, as ``config.json`` has it; empty for a task that trains the model of another
             family, which alone is found by that name.
         reference: (image, text) tokens of the sample at which a ratio counts FLOPs; None for the model's own.
+        authors: module that knows the layout in which the authors of the method publish models of this family; empty
+            where there is none.
     """
 
     model: str
     training: str = ""
     stock: str = ""
     reference: tuple[int, int] | None = None
+    authors: str = ""
 
 
 _FAMILIES: dict[str, Registered] = {
@@ -33,6 +36,7 @@ _FAMILIES: dict[str, Registered] = {
         model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
         training="ppcl_train.families.qwen_image:QwenImage",
         stock="QwenImageTransformer2DModel",
+        authors="ppcl_rt.families.qwen_image_authors",
     ),
     "flux": Registered(
         model="ppcl_rt.families.flux:PPCLFluxTransformer2DModel",
@@ -63,10 +67,15 @@ _FAMILIES: dict[str, Registered] = {
 
 
 def register(
-    name: str, model: str, training: str = "", stock: str = "", reference: tuple[int, int] | None = None
+    name: str,
+    model: str,
+    training: str = "",
+    stock: str = "",
+    reference: tuple[int, int] | None = None,
+    authors: str = "",
 ) -> None:
     """Add a family, or replace one; see `Registered`."""
-    _FAMILIES[name] = Registered(model, training, stock, reference)
+    _FAMILIES[name] = Registered(model, training, stock, reference, authors)
 
 
 def names() -> tuple[str, ...]:
@@ -112,6 +121,19 @@ def of_stock(class_name: object) -> Any:
         if family.stock and family.stock == class_name:
             return _load(family.model)
     return None
+
+
+def authors(model: type) -> Any:
+    """The module that knows the authors' layout of the family of a pluggable class.
+
+    Raises:
+        ValueError: there is no such layout.
+    """
+    for family in _FAMILIES.values():
+        if family.authors and family.model.rpartition(":")[2] == model.__name__:
+            return importlib.import_module(family.authors)
+    known = ", ".join(family.stock for family in _FAMILIES.values() if family.authors)
+    raise ValueError(f"no layout of the authors' is known for {model.__name__}, but for: {known}")
 
 
 def class_names() -> tuple[str, ...]:

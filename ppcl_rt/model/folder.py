@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
-from ppcl_rt.checkpoint.card import read_origin
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
-from ppcl_rt.checkpoint.reader import Checkpoint, locate
+from ppcl_rt.checkpoint.reader import locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
-from ppcl_rt.files import one_line, refusing_briefly
+from ppcl_rt.files import refusing_briefly
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
-from ppcl_rt.model.modulations import Modulations
+from ppcl_rt.model.opening import Opening
 from ppcl_rt.model.program import Program
 from ppcl_rt.model.residency import READING
 from ppcl_rt.model.tensors import held_at, restore
-from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning import sketch
 from ppcl_rt.planning.budget import Budget, check_ratio
 from ppcl_rt.planning.catalog import Catalog
-from ppcl_rt.planning.frozen import first_error
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import OnePlan, Plan, PlannedBlock
 from ppcl_rt.planning.width import Width
@@ -53,19 +47,8 @@ _LOAD_ARGUMENTS = (
 Self = TypeVar("Self", bound="CheckpointFolder")
 
 
-class CheckpointFolder(Modulations):
-    """Loading and saving.
-
-    Attributes:
-        stock_name: of the family's diffusers class: stock tools read the teacher out of a checkpoint under this name.
-        depth_settings: entries of the config that count the blocks of each of ``block_lists``.
-    """
-
-    # Of diffusers' ConfigMixin, which the family's class inherits.
-    extract_init_dict: ClassVar[Any]
-    register_to_config: Any
-    stock_name: ClassVar[str]
-    depth_settings: ClassVar[tuple[str, ...]] = ("num_layers",)
+class CheckpointFolder(Opening):
+    """Loading and saving."""
 
     @classmethod
     def load(
@@ -99,7 +82,7 @@ class CheckpointFolder(Modulations):
         if unknown := sorted(set(hub) - HUB_ARGUMENTS):
             raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
         with refusing_briefly():
-            model = cls._without_blocks(ComposedCheckpoint(locate(path, subfolder, **hub)), dtype, device)
+            model = cls.without_blocks(cls.opened(locate(path, subfolder, **hub)), dtype, device)
         model.set_graphs(graphs)
         model.set_plan(plan if plan is not None else model.plan_of(budget))
         if resident == "all":
@@ -119,70 +102,6 @@ class CheckpointFolder(Modulations):
         check_mode(mode)
         self._graphs.drop_all()
         self._graphs = Graphs(mode)
-
-    @classmethod
-    def _without_blocks(cls: type[Self], source: ComposedCheckpoint, dtype: torch.dtype | None, device: Any) -> Self:
-        """Build the model with everything outside the blocks, and no block."""
-        # Without memory first: sizes that the file's headers contradict would take any amount of it.
-        with torch.device("meta"):
-            outer = cls._built(source).state_dict()
-        for name, tensor in outer.items():
-            if source.shape(name) != tuple(tensor.shape):
-                raise ValueError(
-                    f"{source.folder}: {name} is {list(source.shape(name))}, config.json asks for {list(tensor.shape)}"
-                )
-        model = cls._built(source)
-        try:
-            architecture = cls.architecture_of(model.config, sum(tensor.numel() for tensor in outer.values()))
-        except ValidationError as error:
-            raise ValueError(
-                first_error(error, f"{source.folder}: config.json describes no model that can be")
-            ) from None
-        catalog = source.catalog or Catalog.of_dense(
-            cls.family, architecture, cls.reference, **read_origin(source.folder)._asdict()
-        )
-        if catalog.family != cls.family:
-            raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
-        if catalog.architecture != architecture:
-            raise ValueError(f"{source.folder}: the catalog describes another architecture than config.json")
-        model._catalog, model._source = catalog, source
-        check_tensors(source, catalog, {kind: model._block_shapes(kind) for kind in architecture.kinds})
-        held = {name: source.read(name) for name in outer}
-        dtype = dtype or next(iter(held.values())).dtype
-        model.load_state_dict(
-            {name: tensor.to(device=device, dtype=dtype) for name, tensor in held.items()}, assign=True
-        )
-        return model
-
-    @classmethod
-    def _built(cls: type[Self], source: Checkpoint) -> Self:
-        """The class as ``config.json`` describes it, its lists of blocks empty."""
-        # diffusers' notes are no settings, and no checksum covers them: one that names settings would drop these.
-        settings = {key: value for key, value in source.config.items() if not key.startswith("_")}
-        init, _, _ = cls.extract_init_dict(settings)
-        for setting, kind in _types_of(cls).items():
-            if setting in init:
-                try:
-                    kind.validate_json(json.dumps(init[setting]), strict=True)
-                except ValidationError as error:
-                    raise ValueError(first_error(error, f"{source.folder}: config.json: {setting}")) from None
-        depths = {}
-        for setting in cls.depth_settings:
-            depths[setting] = init.get(setting)
-            if not isinstance(depths[setting], int) or depths[setting] < 1:
-                raise ValueError(f'{source.folder}: config.json has no "{setting}" of 1 or more')
-        try:
-            model = cls(**{**init, **dict.fromkeys(cls.depth_settings, 0)})
-        except Exception as error:
-            # Whatever a constructor that checks nothing trips over, it is the config that makes no sense.
-            raise ValueError(f"{source.folder}: config.json describes no {cls.stock_name}: {one_line(error)}") from None
-        model.register_to_config(**depths, _name_or_path=str(source.folder))
-        return model
-
-    def _block_shapes(self, kind: str) -> Shapes:
-        with torch.device("meta"):
-            block = self.make_block(self.config, kind)
-        return {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
 
     def _everything(self) -> Iterator[Plan]:
         """Plans that between them need every tensor: each block and student at each of its counts."""
@@ -321,9 +240,3 @@ class CheckpointFolder(Modulations):
         """The resident blocks and students by what their tensors' names begin with."""
         homes = {path: self.get_submodule(path) for path in (*self.block_lists, "students")}
         return {f"{path}.{key}.": block for path, home in homes.items() for key, block in home._modules.items()}
-
-
-def _types_of(cls: type) -> dict[str, TypeAdapter[Any]]:
-    """Types of a class's settings, as its constructor has them; diffusers checks none, and fails in a forward."""
-    hints = get_type_hints(inspect.unwrap(cls.__init__))  # type: ignore[misc] # of a class, not of an instance
-    return {name: TypeAdapter(hint) for name, hint in hints.items() if name != "return"}
