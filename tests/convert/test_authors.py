@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenIm
 
 import ppcl_rt
 from ppcl_rt.convert.authors import import_packaged, write_authors
+from ppcl_train.data.teacher_file import find_pretrained
 
 sys.path.insert(0, str(Path(__file__).parent))
 import authors_format as authors
@@ -219,3 +220,5 @@ def test_a_packaged_folder_is_no_stock_model_to_anybody(ppcl, tmp_path):
     authors.make(tmp_path / "in", KINDS)
     status, out, error = ppcl("plan", tmp_path / "in", "--ratio", 1)
     assert status == 0 and "text not updated" in out, error
+    with pytest.raises(ValueError, match="a teacher is a stock transformer"):
+        find_pretrained(str(tmp_path / "in"))

@@ -15,6 +15,7 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Checkpoint, locate
+from ppcl_rt.families import registry
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.files import read_note, read_tensors, write_tensors
 from ppcl_train.engine.log import Log
@@ -89,8 +90,11 @@ def find_pretrained(source: str) -> Path:
         folder = locate(source, "transformer")
     except ValueError:
         folder = locate(source)
-    if Checkpoint(folder).catalog is not None:
-        raise ValueError(f"{folder} is a pluggable checkpoint: a teacher is a stock transformer")
+    found = Checkpoint(folder)
+    model = registry.of_stock(found.config.get("_class_name"))
+    # A layout that the family alone knows is no stock transformer either.
+    if found.catalog is not None or (model is not None and model.opened(folder).catalog is not None):
+        raise ValueError(f"{folder} is a pluggable or pruned checkpoint: a teacher is a stock transformer")
     return folder
 
 
