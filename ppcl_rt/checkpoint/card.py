@@ -52,36 +52,43 @@ def read_origin(folder: Path) -> Origin:
 
 def write_card(folder: Path, catalog: Catalog) -> None:
     """Write ``README.md`` with the origin in its front matter, as hubs read it."""
-    license_, name = catalog.license, None
+    architecture = catalog.architecture
+    title = f"A pluggable {catalog.family} transformer"
+    size = f"{architecture.depth} blocks, {architecture.dense_params / 1e9:.3g} billion parameters at ratio 1"
+    use = "One checkpoint for any ratio: `ppcl_rt.load(folder, ratio=0.5)`. diffusers reads the dense model out of it."
+    _write(folder, catalog, ("ppcl", catalog.family), title, size, use)
+
+
+def write_plain_card(folder: Path, origin: Origin | Catalog, class_name: str, says: str) -> None:
+    """The same for a folder without a catalog.
+
+    Args:
+        class_name: as ``config.json`` has it.
+        says: what the folder is: a phrase without a full stop.
+    """
+    _write(folder, origin, (), class_name, says)
+
+
+def _write(folder: Path, origin: Origin | Catalog, tags: tuple[str, ...], title: str, says: str, use: str = "") -> None:
+    license_, name = origin.license, None
     if license_ is not None and license_.startswith(f"{_OTHER}/"):
         license_, name = _OTHER, license_.removeprefix(f"{_OTHER}/")
     data = ModelCardData(
         license=license_,
         license_name=name,
-        base_model=catalog.base_model,
+        base_model=origin.base_model,
         library_name="diffusers",
-        tags=["ppcl", catalog.family],
+        tags=list(tags) or None,
     )
-    architecture = catalog.architecture
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"# A pluggable {catalog.family} transformer",
-        "",
-        f"{architecture.depth} blocks, {architecture.dense_params / 1e9:.3g} billion parameters at ratio 1"
-        + (f", made from {catalog.base_model}" if catalog.base_model else "")
-        + f". Licence: {catalog.license or 'not known'}.",
-        "",
-        "One checkpoint for any ratio: `ppcl_rt.load(folder, ratio=0.5)`. diffusers reads the dense model out of it.",
-    ]
+    made_from = f", made from {origin.base_model}" if origin.base_model else ""
+    known = f"{says}{made_from}. Licence: {origin.license or 'not known'}."
+    lines = ["---", data.to_yaml(), "---", "", f"# {title}", "", known, *(["", use] if use else [])]
     (folder / CARD).write_text("\n".join(lines) + "\n")
 
 
-def metadata(catalog: Catalog) -> dict[str, str]:
+def metadata(origin: Origin | Catalog) -> dict[str, str]:
     """What the header of every safetensors file says."""
-    known = {"base_model": catalog.base_model, "license": catalog.license}
+    known = {"base_model": origin.base_model, "license": origin.license}
     return {"format": "pt"} | {name: value for name, value in known.items() if value is not None}
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints from other layouts, and into them."""

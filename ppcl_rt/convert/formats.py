@@ -1,0 +1,11 @@
+"""The formats that a plan can be exported to."""
+
+from typing import Literal
+
+# ppcl: a checkpoint of one plan, any plan. diffusers: a folder that the stock class loads. single-file: safetensors
+# under the names that the model was first published with, as ComfyUI and stable-diffusion.cpp read it.
+Format = Literal["ppcl", "diffusers", "single-file"]
+
+# Where the config of diffusers' class lies in the header of a single file of ours, as JSON: other programs count
+# blocks and pass over it.
+CONFIG_IN_FILE = "diffusers_config"
