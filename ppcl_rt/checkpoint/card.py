@@ -6,6 +6,7 @@ does not, and a card is written beside every checkpoint that has none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,12 @@ def read_origin(folder: Path) -> Origin:
         base = content.get("base_model")
         return Origin(_text(base[0] if isinstance(base, list) and base else base, LONGEST_MODEL), license_)
     return Origin()
+
+
+def origin_of(metadata: Mapping[str, str]) -> Origin:
+    """Read the header of a safetensors file (`metadata`)."""
+    base, license_ = metadata.get("base_model"), metadata.get("license")
+    return Origin(_text(base, LONGEST_MODEL), _text(license_, LONGEST_LICENSE))
 
 
 def write_card(folder: Path, catalog: Catalog) -> None:

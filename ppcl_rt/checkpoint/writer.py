@@ -95,7 +95,9 @@ def in_shards(
     tensors: Mapping[str, torch.Tensor], max_shard_size: int | str = "10GB"
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Divide tensors among files of at most so many bytes, as diffusers takes it."""
-    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    # Without memory: tensors that are mapped from one file would pass for one and the same.
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     return ({name: tensors[name] for name in members} for members in split.filename_to_tensors.values())
 
 
