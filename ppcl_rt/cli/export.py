@@ -23,7 +23,7 @@ from ppcl_rt.cli.options import (
 )
 from ppcl_rt.cli.planned import planned
 from ppcl_rt.convert import export as exporting
-from ppcl_rt.convert.formats import Format
+from ppcl_rt.convert.formats import Format, Types
 from ppcl_rt.planning.plan import Plan
 
 
@@ -37,6 +37,7 @@ def export(
     plan: PlanFile = None,
     whole: Annotated[bool, typer.Option("--whole", help="plan with whole blocks and students at full width")] = False,
     dtype: DType = None,
+    types: Annotated[Types, typer.Option(help="of gguf: of the matrices in the blocks")] = "BF16",
     as_json: AsJson = False,
 ) -> None:
     """Write one plan as a smaller checkpoint that needs nothing else (at ratio 1, unless another is asked for)."""
@@ -46,7 +47,7 @@ def export(
     if out.resolve() == found.folder.resolve():
         raise ValueError(f"{out} is the checkpoint itself: write somewhere else, it can do more than one plan")
     model = _model(checkpoint, found, format, ratio, amounts, plan, whole, dtype)
-    exporting.export(model, out, format)
+    exporting.export(model, out, format, types)
     catalog, made = model.catalog, model.plan
     said: dict[str, Any] = {
         "format": format,

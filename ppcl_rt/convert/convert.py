@@ -27,7 +27,8 @@ def convert(
     """Write a folder that diffusers' class of a family loads, a file at a time.
 
     Args:
-        source: a folder of diffusers in any float, or a single file under diffusers' or the original names.
+        source: a folder of diffusers in any float, or a single file under diffusers' or the original names,
+            GGUF too.
         out: folder to write; one that is there already is replaced once the new one is complete.
         config: folder of a model with the same settings, or of its pipeline; None for what the source says, or else
             for the defaults of the family that has such tensors.
@@ -37,7 +38,7 @@ def convert(
     Raises:
         ValueError: the source is of another model or not whole, or an adapter is; nothing is written.
     """
-    opened = open_source(source)
+    opened = open_source(source, dtype or torch.bfloat16)
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is the source itself: write somewhere else")
     settings = (

@@ -11,7 +11,8 @@ import torch
 
 from ppcl_rt.checkpoint import card
 from ppcl_rt.checkpoint.writer import in_shards, write_file, write_plain
-from ppcl_rt.convert.formats import CONFIG_IN_FILE, Format
+from ppcl_rt.convert.formats import CONFIG_IN_FILE, Format, Types
+from ppcl_rt.convert.ggufs import write_gguf
 from ppcl_rt.convert.whole import check_whole
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.residency import READING
@@ -20,7 +21,7 @@ from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.planner import Planner
 
 
-def export(model: Pluggable, out: Path, format: Format, types: str = "BF16") -> None:
+def export(model: Pluggable, out: Path, format: Format, types: Types = "BF16") -> None:
     """Write what a model runs now in a format, and nothing else.
 
     Args:
@@ -38,6 +39,11 @@ def export(model: Pluggable, out: Path, format: Format, types: str = "BF16") -> 
     elif format == "diffusers":
         tensors = {**stock_outer(model), **stock_blocks(model)}
         write_plain(out, stock_config(model), in_shards(tensors), _origin(model), _said(model))
+    elif format == "gguf":
+        if not model.gguf_architecture:
+            raise ValueError(f"the family {model.family} does not say what readers of GGUF know it as")
+        outer, blocks = (model.to_original(tensors) for tensors in (stock_outer(model), stock_blocks(model)))
+        write_gguf(out, model.gguf_architecture, outer, blocks, stock_config(model), _origin(model), types)
     else:
         metadata = {**card.metadata(_origin(model)), CONFIG_IN_FILE: json.dumps(stock_config(model))}
         write_file(out, model.to_original({**stock_outer(model), **stock_blocks(model)}), metadata)

@@ -3,8 +3,12 @@
 from typing import Literal
 
 # ppcl: a checkpoint of one plan, any plan. diffusers: a folder that the stock class loads. single-file: safetensors
-# under the names that the model was first published with, as ComfyUI and stable-diffusion.cpp read it.
-Format = Literal["ppcl", "diffusers", "single-file"]
+# under the names that the model was first published with, as ComfyUI and stable-diffusion.cpp read it. gguf: the same
+# names in a GGUF file.
+Format = Literal["ppcl", "diffusers", "single-file", "gguf"]
+
+# Of the matrices in the blocks of a GGUF file.
+Types = Literal["F32", "F16", "BF16", "Q8_0"]
 
 # Where the config of diffusers' class lies in the header of a single file of ours, as JSON: other programs count
 # blocks and pass over it.

@@ -14,6 +14,7 @@ from ppcl_rt.checkpoint.headers import json_object
 from ppcl_rt.checkpoint.names import CONFIG
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.convert.formats import CONFIG_IN_FILE
+from ppcl_rt.convert.ggufs import read_gguf
 from ppcl_rt.files import one_line
 
 # What files call the factors that quantised weights are to be multiplied with.
@@ -36,8 +37,11 @@ class Source(NamedTuple):
     origin: Origin
 
 
-def open_source(path: Path) -> Source:
-    """Open a folder of diffusers or a single file (``.safetensors``).
+def open_source(path: Path, dtype: torch.dtype = torch.bfloat16) -> Source:
+    """Open a folder of diffusers or a single file (``.safetensors`` or ``.gguf``).
+
+    Args:
+        dtype: of what a GGUF file holds quantised.
 
     Raises:
         ValueError: there is none, it is not whole, it is pluggable already, or its weights are to be multiplied with
@@ -47,8 +51,10 @@ def open_source(path: Path) -> Source:
         source = _folder(path)
     elif path.suffix == ".safetensors":
         source = _single_file(path)
+    elif path.suffix == ".gguf" and path.is_file():
+        source = Source(str(path), *read_gguf(path, dtype))
     else:
-        raise ValueError(f"{path} is no folder of diffusers and no file whose name ends in .safetensors")
+        raise ValueError(f"{path} is no folder of diffusers and no file whose name ends in .safetensors or .gguf")
     factor = next((name for name in source.tensors if name.rpartition(".")[2] in _FACTORS), None)
     if factor is not None:
         raise ValueError(f"{path} holds {factor}: its weights are quantised with factors, wanted weights as they are")
