@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import diffusers
@@ -19,6 +19,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 # In front of every name of the transformer, in files that hold a whole pipeline.
 _PREFIX = "model.diffusion_model."
+# No tensor is called so: a converter is then asked whatever there is.
+_NOWHERE = ""
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Any:
@@ -61,7 +63,7 @@ def under_stock_names(tensors: Tensors, family: Any, config: Mapping[str, Any], 
         ValueError: they are of another model; one line says what is missing or does not fit.
     """
     wanted = stock_shapes(family, config)
-    named = converted(tensors, family, config, where)
+    named = _converted(_of_transformer(tensors), family, set(wanted), config, where)
     if lost := sorted(set(wanted) - set(named)):
         raise ValueError(f"{where} is no {family.stock_name} of this config: it holds no {lost[0]} ({len(lost)} such)")
     if more := sorted(set(named) - set(wanted)):
@@ -74,23 +76,30 @@ def under_stock_names(tensors: Tensors, family: Any, config: Mapping[str, Any], 
     return {name: named[name] for name in wanted}
 
 
-def converted(tensors: Tensors, family: Any, config: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """Tensors as diffusers' converter names them; nothing is checked.
+def _of_transformer(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors of the transformer, without what a whole pipeline's file puts in front of their names."""
+    ours = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+    return ours or dict(tensors)
+
+
+def _converted(
+    ours: Tensors, family: Any, wanted: Collection[str], config: Mapping[str, Any], where: str
+) -> dict[str, torch.Tensor]:
+    """Tensors as diffusers' converter names them; as they are where all that is wanted is there.
 
     Raises:
         ValueError: the converter misses something.
     """
-    ours = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
-    ours = ours or dict(tensors)
-    if any(name.startswith(f"{path}.0.") for path in family.block_lists for name in ours):
-        # As diffusers has it; what is missing is for the caller to say.
-        return ours
+    if all(name in ours for name in wanted):
+        return dict(ours)
     convert = SINGLE_FILE_LOADABLE_CLASSES[family.stock_name]["checkpoint_mapping_fn"]
-    more = {"config": dict(config)} if "config" in inspect.signature(convert).parameters else {}
     try:
-        return dict(convert(checkpoint=dict(ours), **more))
+        return dict(convert(checkpoint=dict(ours), config=dict(config)))
     except Exception as error:
         # Converters take a model of theirs for granted.
+        if any(name in ours for name in wanted):
+            # Some are there under diffusers' names: what is missing is for the caller to say.
+            return dict(ours)
         raise ValueError(
             f"{where} is no {family.stock_name}, nor the original of one: diffusers' converter trips over "
             f"{type(error).__name__} {one_line(error)}"
@@ -111,8 +120,10 @@ def guessed_config(tensors: Tensors, where: str) -> dict[str, Any]:
             for name, parameter in inspect.signature(getattr(diffusers, stock).__init__).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
+        ours = _of_transformer(empty)
+        stocks = any(name.startswith(f"{path}.0.") for name in ours for path in family.block_lists)
         try:
-            named = converted(empty, family, defaults, where)
+            named = ours if stocks else _converted(ours, family, [_NOWHERE], defaults, where)
             config = {"_class_name": stock, **defaults, **_depths(named, family)}
             under_stock_names(empty, family, config, where)
         except ValueError:
