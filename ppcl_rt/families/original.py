@@ -140,3 +140,21 @@ SD3 = (
         )
     ),
 )
+
+Z_IMAGE = (
+    *(
+        Rule((f"all_{layer}.2-1.{path}",), f"{layer}.{path}")
+        for layer, path in (("final_layer", "linear"), ("final_layer", "adaLN_modulation.1"))
+    ),
+    Rule(("all_x_embedder.2-1",), "x_embedder"),
+    *(
+        rule
+        for path in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+        for rule in (
+            Rule(_qkv(f"{path}.attention", _IMAGE), f"{path}.attention.qkv"),
+            Rule((f"{path}.attention.to_out.0",), f"{path}.attention.out"),
+            Rule((f"{path}.attention.norm_q",), f"{path}.attention.q_norm"),
+            Rule((f"{path}.attention.norm_k",), f"{path}.attention.k_norm"),
+        )
+    ),
+)

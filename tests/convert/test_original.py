@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import save_file
 
@@ -66,6 +66,25 @@ def test_flux(guidance):
     named = original.to_original(state, original.FLUX)
     assert "double_blocks.0.img_attn.qkv.weight" in named and not any("transformer" in name for name in named)
     equal(theirs.convert_flux_transformer_checkpoint_to_diffusers(named), state)
+
+
+def test_z_image():
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=4,
+            n_kv_heads=4,
+            cap_feat_dim=16,
+            axes_dims=[2, 2, 4],
+        )
+    state = random_state(model)
+    named = original.to_original(state, original.Z_IMAGE)
+    assert {"layers.1.attention.qkv.weight", "final_layer.linear.weight", "x_embedder.weight"} <= set(named)
+    assert not any("to_q" in name or name.startswith("all_") for name in named)
+    equal(theirs.convert_z_image_transformer_checkpoint_to_diffusers(named), state)
 
 
 def test_a_part_that_is_missing_is_an_error():
