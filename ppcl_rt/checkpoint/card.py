@@ -6,6 +6,7 @@ does not, and a card is written beside every checkpoint that has none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,52 +51,58 @@ def read_origin(folder: Path) -> Origin:
     return Origin()
 
 
-def write_card(folder: Path, catalog: Catalog, says: str = "") -> None:
-    """Write ``README.md`` with the origin in its front matter, as hubs read it.
+def origin_of(metadata: Mapping[str, str]) -> Origin:
+    """Read the header of a safetensors file (`metadata`)."""
+    base, license_ = metadata.get("base_model"), metadata.get("license")
+    return Origin(_text(base, LONGEST_MODEL), _text(license_, LONGEST_LICENSE))
+
+
+def write_card(folder: Path, catalog: Catalog) -> None:
+    """Write ``README.md`` with the origin in its front matter, as hubs read it."""
+    architecture, tags = catalog.architecture, ("ppcl", catalog.family)
+    if catalog.only is not None:
+        runs = architecture.params(catalog.largest)
+        size = f"{len(catalog.only.blocks)} blocks, {runs / 1e9:.3g} billion parameters"
+        _write(
+            folder, catalog, tags, f"A pruned {catalog.family} transformer", size, "One plan: `ppcl_rt.load(folder)`."
+        )
+        return
+    title = f"A pluggable {catalog.family} transformer"
+    size = f"{architecture.depth} blocks, {architecture.dense_params / 1e9:.3g} billion parameters at ratio 1"
+    use = "One checkpoint for any ratio: `ppcl_rt.load(folder, ratio=0.5)`. diffusers reads the dense model out of it."
+    _write(folder, catalog, tags, title, size, use)
+
+
+def write_plain_card(folder: Path, origin: Origin | Catalog, class_name: str, says: str) -> None:
+    """The same for a folder without a catalog.
 
     Args:
-        says: what this is, where it is not in our layout.
+        class_name: as ``config.json`` has it.
+        says: what the folder is: a phrase without a full stop.
     """
-    license_, name = catalog.license, None
+    _write(folder, origin, (), class_name, says)
+
+
+def _write(folder: Path, origin: Origin | Catalog, tags: tuple[str, ...], title: str, says: str, use: str = "") -> None:
+    license_, name = origin.license, None
     if license_ is not None and license_.startswith(f"{_OTHER}/"):
         license_, name = _OTHER, license_.removeprefix(f"{_OTHER}/")
     data = ModelCardData(
         license=license_,
         license_name=name,
-        base_model=catalog.base_model,
+        base_model=origin.base_model,
         library_name="diffusers",
-        tags=["ppcl", catalog.family],
+        tags=list(tags) or None,
     )
-    one = bool(says) or catalog.only is not None
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"# A {'pruned' if one else 'pluggable'} {catalog.family} transformer",
-        "",
-        f"{says or _size(catalog)}"
-        + (f", made from {catalog.base_model}" if catalog.base_model else "")
-        + f". Licence: {catalog.license or 'not known'}.",
-    ]
-    if not says:
-        any_ratio = "One checkpoint for any ratio: `ppcl_rt.load(folder, ratio=0.5)`. "
-        any_ratio += "diffusers reads the dense model out of it."
-        lines += ["", "One plan: `ppcl_rt.load(folder)`." if one else any_ratio]
+    made_from = f", made from {origin.base_model}" if origin.base_model else ""
+    known = f"{says}{made_from}. Licence: {origin.license or 'not known'}."
+    lines = ["---", data.to_yaml(), "---", "", f"# {title}", "", known, *(["", use] if use else [])]
     (folder / CARD).write_text("\n".join(lines) + "\n")
 
 
-def _size(catalog: Catalog) -> str:
-    architecture = catalog.architecture
-    if catalog.only is not None:
-        runs = architecture.params(catalog.largest)
-        return f"{len(catalog.only.blocks)} blocks, {runs / 1e9:.3g} billion parameters"
-    return f"{architecture.depth} blocks, {architecture.dense_params / 1e9:.3g} billion parameters at ratio 1"
-
-
-def metadata(catalog: Catalog) -> dict[str, str]:
+def metadata(origin: Origin | Catalog) -> dict[str, str]:
     """What the header of every safetensors file says."""
-    known = {"base_model": catalog.base_model, "license": catalog.license}
+    known = {"base_model": origin.base_model, "license": origin.license}
     return {"format": "pt"} | {name: value for name, value in known.items() if value is not None}
 
 

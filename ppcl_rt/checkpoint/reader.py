@@ -42,6 +42,8 @@ def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
     """
     if Path(path).is_dir():
         folder = Path(path)
+    elif Path(path).is_file():
+        raise ValueError(f"{path} is a file, wanted a folder: `ppcl convert {path} FOLDER` makes one of it")
     else:
         from huggingface_hub import snapshot_download
 
@@ -158,7 +160,7 @@ class Checkpoint:
         return [self.read(name).numpy() for name in TENSORS]
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor, in the dtype that it is stored in.
+        """Read one tensor, in the dtype that it is stored in; floats of eight bits become bfloat16, which holds them.
 
         Raises:
             ValueError: missing, or altered since the catalog was made.
@@ -173,7 +175,8 @@ class Checkpoint:
             raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
         if self.catalog is not None and digest(tensor, self.catalog.checksums_of) != self.catalog.checksums[stored]:
             raise ValueError(f"{path}: {stored} was altered since the catalog was made: fetch it again")
-        return tensor
+        # Nothing computes in them.
+        return tensor.bfloat16() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ppcl_rt.checkpoint import card
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, MOST_JSON, WEIGHTS, config_digest, digest
-from ppcl_rt.files import replacing_folder
+from ppcl_rt.files import replacing, replacing_folder
 from ppcl_rt.planning.catalog import Catalog
 
 
@@ -41,9 +41,7 @@ def write_checkpoint(
         ValueError: the catalog is larger than a reader takes; what was there before is kept.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(held, max_shard_size=max_shard_size)
-    shards = ({name: held[name] for name in members} for members in split.filename_to_tensors.values())
-    return write_shards(folder, config, shards, lambda: catalog)
+    return write_shards(folder, config, in_shards(held, max_shard_size), lambda: catalog)
 
 
 def write_shards(
@@ -61,9 +59,8 @@ def write_shards(
             checksums are made anew.
     """
     folder = Path(folder)
-    headers = card.metadata(catalog())
     with replacing_folder(folder, _is_of_a_checkpoint) as partial:
-        checksums = _write_files(partial, shards, headers)
+        checksums = _write_files(partial, shards, card.metadata(catalog()))
         made = catalog().model_copy(update={"checksums": checksums, "checksums_of": "tensors"})
         # A copy would keep what it had cached of the old checksums.
         made = Catalog.model_validate(made.model_dump())
@@ -77,7 +74,7 @@ def write_plain(
     folder: str | Path,
     config: Mapping[str, Any],
     shards: Iterable[Mapping[str, torch.Tensor]],
-    origin: Catalog,
+    origin: card.Origin | Catalog,
     says: str,
 ) -> None:
     """Write a folder in a layout of others, without a catalog, as `write_shards` writes one of ours.
@@ -91,13 +88,34 @@ def write_plain(
         _write_files(partial, shards, card.metadata(origin))
         (partial / CONFIG).write_text(json.dumps(dict(config), indent=1) + "\n")
         if not (folder / card.CARD).is_file():
-            card.write_card(partial, origin, says)
+            card.write_plain_card(partial, origin, str(config["_class_name"]), says)
+
+
+def in_shards(
+    tensors: Mapping[str, torch.Tensor], max_shard_size: int | str = "10GB"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Divide tensors among files of at most so many bytes, as diffusers takes it."""
+    # Without memory: tensors that are mapped from one file would pass for one and the same.
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+    return ({name: tensors[name] for name in members} for members in split.filename_to_tensors.values())
+
+
+def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, the same bytes each time; a file that is there is replaced once this one is whole.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, dict(metadata))
+        _sort_metadata(temporary)
 
 
 def _write_files(
-    partial: Path, shards: Iterable[Mapping[str, torch.Tensor]], headers: Mapping[str, str]
+    partial: Path, shards: Iterable[Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
 ) -> dict[str, str]:
-    """Write safetensors files, and an index where there are several; returns the checksum of each tensor."""
+    """Write files one at a time, and an index where there are several; returns the checksum of each tensor."""
     checksums: dict[str, str] = {}
     files: list[tuple[str, ...]] = []
     total = 0
@@ -108,7 +126,7 @@ def _write_files(
         checksums |= {name: digest(tensor) for name, tensor in held.items()}
         total += sum(tensor.nbytes for tensor in held.values())
         # How many there will be, which is part of their names, is known at the end.
-        save_file(held, partial / str(len(files)), metadata=dict(headers))
+        save_file(held, partial / str(len(files)), metadata=dict(metadata))
         _sort_metadata(partial / str(len(files)))
         files.append(tuple(held))
         del held, shard

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
@@ -22,17 +21,13 @@ from ppcl_rt.cli.options import (
     DType,
     Ratio,
     budget_of,
-    check_device,
     float_of,
-    no_times,
     opened,
     with_amounts,
-    without_fit,
 )
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.picture import draw_plan, groups_of
-from ppcl_rt.planning.budget import Budget, costs
-from ppcl_rt.planning.plan import Plan
+from ppcl_rt.cli.planned import planned
 
 
 def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
@@ -94,7 +89,9 @@ def plan(
     with contextlib.ExitStack() as files:
         # Both are opened before anything is written: a bad path leaves no other file.
         plan_file, picture_file = (files.enter_context(writing(path)) if path else None for path in (out, picture))
-        catalog, made, granted, loss, room = _planned(checkpoint, asked, float_of(dtype), device)
+        found = planned(checkpoint, asked, float_of(dtype), device)
+        catalog, made, room = found.planner.catalog, found.plan, found.room
+        loss = found.planner.loss(made)
         if plan_file is not None:
             plan_file.write_text(made.to_json() + "\n")
         if picture_file is not None:
@@ -102,7 +99,7 @@ def plan(
     if as_json:
         content = {
             "asked": asked.model_dump(mode="json", exclude_none=True),
-            "granted": granted,
+            "granted": found.granted,
             **({} if room is None else {"room": {**room._asdict(), "left": room.left}}),
             "predicted_loss": None if math.isnan(loss) else loss,
             "plan": made.model_dump(mode="json"),
@@ -112,33 +109,13 @@ def plan(
     print(f"asked: {asked}")
     if room is not None:
         print(f"room: {room}")
-    print(f"granted: {', '.join(f'{name} {amount:,.6g}' for name, amount in granted.items())}")
+    print(f"granted: {', '.join(f'{name} {amount:,.6g}' for name, amount in found.granted.items())}")
     print(f"predicted loss {loss:.5f}")
-    for planned in made.blocks:
-        what = f"student of {planned.interval}" if planned.student else f"block {planned.interval.first}"
-        full = catalog.spec(planned.interval.first).full
+    for each in made.blocks:
+        what = f"student of {each.interval}" if each.student else f"block {each.interval.first}"
+        full = catalog.spec(each.interval.first).full
         # A group that does not run at all, as the text MLP of a block that does not update the text, counts 0.
-        width = ", ".join(f"{group} {planned.width.get(group, 0)}/{count}" for group, count in full.items())
+        width = ", ".join(f"{group} {each.width.get(group, 0)}/{count}" for group, count in full.items())
         print(f"{what:>20}  {width}")
     for run in made.text_runs:
         print(f"{'text not updated':>20}  over blocks {run}")
-
-
-def _planned(
-    checkpoint: str, asked: Budget, dtype: torch.dtype | None, device: str
-) -> tuple[ppcl_rt.Catalog, Plan, dict[str, float], float, ppcl_rt.Room | None]:
-    """The catalog, the plan that keeps a budget, its costs, its predicted loss, and the room of a budget with ``fit``.
-
-    Weights are read only where milliseconds are asked for.
-    """
-    source, catalog, planner = opened(checkpoint)
-    limited, room = without_fit(asked, source, planner, dtype or source.dtype)
-    if limited.latency is not None:
-        check_device(device)
-        smallest = planner.plan(planner.smallest_in_digits)
-        model = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device)
-        made = model.plan_of(limited)
-        return catalog, made, model.costs(made, asked.shape, latency=True), planner.loss(made), room
-    each = (dtype or source.dtype).itemsize
-    made = planner.plan_within(limited, lambda: each, no_times)
-    return catalog, made, costs(catalog, made, each, asked.shape), planner.loss(made), room

@@ -27,6 +27,7 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
+from ppcl_rt.families import original
 from ppcl_rt.families.mmdit import (
     Control,
     Layers,
@@ -249,6 +250,8 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
     # 1024 x 1024 pixels in patches of 16 x 16.
     reference = Tokens(image=4096, text=512)
     stock_name = "FluxTransformer2DModel"
+    gguf_architecture = "flux"
+    lora_loader = "FluxLoraLoaderMixin"
     stock_processor = FluxAttnProcessor
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     depth_settings = ("num_layers", "num_single_layers")
@@ -299,6 +302,11 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         block = PPCLFluxTransformerBlock if kind == _DOUBLE else PPCLFluxSingleTransformerBlock
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         return block(dim=heads * head_dim, num_attention_heads=heads, attention_head_dim=head_dim)
+
+    @classmethod
+    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Exchange.to_original`."""
+        return original.to_original(tensors, original.FLUX)
 
     @classmethod
     def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:

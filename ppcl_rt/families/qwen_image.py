@@ -161,6 +161,8 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
     reference = Tokens(image=4096, text=512)
     stock_name = "QwenImageTransformer2DModel"
     stock_processor = QwenDoubleStreamAttnProcessor2_0
+    gguf_architecture = "qwen_image"
+    lora_loader = "QwenImageLoraLoaderMixin"
     _no_split_modules = ["PPCLQwenImageTransformerBlock"]
     _repeated_blocks = ["PPCLQwenImageTransformerBlock"]
 
@@ -236,6 +238,11 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
         if dim != heads * head_dim or list(shape["width"]) != wanted:
             raise ValueError(f"a model of width {dim} has blocks of {wanted}, not {list(shape['width'])}")
         return architecture
+
+    @classmethod
+    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Exchange.to_original`: it was first published under diffusers' names."""
+        return dict(tensors)
 
     def example(self, tokens: Tokens) -> dict[str, Any]:
         """See `Residency.example`; the image is as nearly square as its number of tokens allows."""

@@ -26,6 +26,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
+from ppcl_rt.families import original
 from ppcl_rt.families.mmdit import (
     Control,
     Layers,
@@ -216,6 +217,8 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
     # 1024 x 1024 pixels in patches of 16 x 16; 77 tokens of CLIP and 256 of T5.
     reference = Tokens(image=4096, text=333)
     stock_name = "SD3Transformer2DModel"
+    gguf_architecture = "sd3"
+    lora_loader = "SD3LoraLoaderMixin"
     stock_processor = JointAttnProcessor2_0
     _no_split_modules = ["PPCLJointTransformerBlock", "PPCLDualAttentionBlock"]
 
@@ -273,6 +276,17 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             qk_norm=config["qk_norm"],
             use_dual_attention=_DUAL in kind,
         )
+
+    @classmethod
+    def settings_of(cls, architecture: Architecture, blocks: Sequence[int]) -> dict[str, Any]:
+        """See `Exchange.settings_of`: the blocks of dual attention have new numbers, too."""
+        dual = tuple(place for place, block in enumerate(blocks) if _DUAL in architecture.kind(block))
+        return {**super().settings_of(architecture, blocks), "dual_attention_layers": dual}
+
+    @classmethod
+    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Exchange.to_original`."""
+        return original.to_original(tensors, original.SD3)
 
     @classmethod
     def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:

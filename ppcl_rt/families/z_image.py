@@ -28,6 +28,7 @@ from diffusers.utils import apply_lora_scale
 from torch.nn import functional as F
 
 from ppcl_rt import ops
+from ppcl_rt.families import original
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import BlockCall, Program
@@ -252,6 +253,7 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
     # 1024 x 1024 pixels in patches of 16 x 16, and the longest caption of its pipeline.
     reference = Tokens(image=4096, text=512)
     stock_name = "ZImageTransformer2DModel"
+    lora_loader = "ZImageLoraLoaderMixin"
     block_lists = tuple(_LISTS)
     depth_settings = ("n_refiner_layers", "n_refiner_layers", "n_layers")
     condition = "adaln_input"
@@ -317,6 +319,11 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
             layer_id=0,
             **{name: config[name] for name in ("dim", "n_heads", "n_kv_heads", "norm_eps", "qk_norm")},
         )
+
+    @classmethod
+    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Exchange.to_original`."""
+        return original.to_original(tensors, original.Z_IMAGE)
 
     @classmethod
     def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ppcl_rt.model.exchange import Exchange
 from ppcl_rt.model.folder import CheckpointFolder
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.program import Program
 from ppcl_rt.ops.implementation import backend
 
 
-class Pluggable(CheckpointFolder):
+class Pluggable(CheckpointFolder, Exchange):
     """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
 
     The family's class comes first, then this mixin, then diffusers' class. It sets the class attributes below and

@@ -113,6 +113,11 @@ class Planner:
             self._near.setdefault(band, Planner(self.catalog, self._sketches, band))
         return self._near[band]
 
+    def among(self, catalog: Catalog) -> Planner:
+        """The planner of a smaller catalog, all of whose choices this one has."""
+        given = self._sketches
+        return Planner(catalog, given and (lambda: [sketch.select(rows, self._whole, catalog) for rows in given()]))
+
     def loss(self, plan: Plan) -> float:
         """Predicted loss of a plan: |sum of changes|^2 where there are sketches, else the sum of losses.
 

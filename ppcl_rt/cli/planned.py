@@ -1,0 +1,63 @@
+"""The plan that a command asks for, found before its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import ppcl_rt
+from ppcl_rt.cli.options import check_device, no_times, opened, without_fit
+from ppcl_rt.convert.whole import whole_blocks
+from ppcl_rt.planning.budget import Budget, costs
+from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.planner import Planner
+
+
+class Planned(NamedTuple):
+    """A plan for a budget.
+
+    Attributes:
+        planner: of the checkpoint.
+        plan: the plan.
+        granted: what it costs, by currency.
+        room: what the rest of a pipeline takes, of a budget with ``fit``.
+        within: has another planner make a plan for the same budget.
+    """
+
+    planner: Planner
+    plan: Plan
+    granted: dict[str, float]
+    room: ppcl_rt.Room | None
+    within: Callable[[Planner], Plan]
+
+
+def planned(
+    checkpoint: str, asked: Budget, dtype: torch.dtype | None = None, device: str = "cpu", whole: bool = False
+) -> Planned:
+    """Plan for a budget. Weights are read only where milliseconds are asked for.
+
+    Args:
+        whole: take whole blocks and students at full width alone.
+
+    Raises:
+        ValueError: no plan is within the budget, or the checkpoint has no catalog.
+    """
+    source, catalog, planner = opened(checkpoint)
+    limited, room = without_fit(asked, source, planner, dtype or source.dtype)
+    each = (dtype or source.dtype).itemsize
+    times: Callable[[ppcl_rt.Tokens], BlockTimes] = no_times
+    if limited.latency is not None:
+        check_device(device)
+        smallest = planner.plan(planner.smallest_in_digits)
+        times = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device).times
+
+    def within(other: Planner) -> Plan:
+        return other.plan_within(limited, lambda: each, times)
+
+    made = within(planner.among(whole_blocks(catalog)) if whole else planner)
+    measured = times(asked.shape or catalog.reference) if limited.latency is not None else None
+    granted = costs(catalog, made, each, asked.shape, measured)
+    return Planned(planner, made, granted, room, within)

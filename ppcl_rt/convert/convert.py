@@ -1,0 +1,74 @@
+"""What others publish, made a folder of diffusers, which everything here takes as its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ppcl_rt.checkpoint.card import Origin, read_origin
+from ppcl_rt.checkpoint.writer import in_shards, write_plain
+from ppcl_rt.convert.adapters import Adapter, read_adapters
+from ppcl_rt.convert.naming import family_of, guessed_config, under_stock_names
+from ppcl_rt.convert.sources import open_source, read_config
+
+# Of a file: as much is in memory at once, besides what is converted as a whole.
+_SHARD = "5GB"
+
+
+def convert(
+    source: Path,
+    out: Path,
+    config: Path | None = None,
+    fuse: Sequence[tuple[Path, float]] = (),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a folder that diffusers' class of a family loads, a file at a time.
+
+    Args:
+        source: a folder of diffusers in any float, or a single file under diffusers' or the original names,
+            GGUF too.
+        out: folder to write; one that is there already is replaced once the new one is complete.
+        config: folder of a model with the same settings, or of its pipeline; None for what the source says, or else
+            for the defaults of the family that has such tensors.
+        fuse: LoRA files and how much of each to add.
+        dtype: of the weights; None as they are stored, floats of eight bits as bfloat16.
+
+    Raises:
+        ValueError: the source is of another model or not whole, or an adapter is; nothing is written.
+    """
+    opened = open_source(source, dtype or torch.bfloat16)
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the source itself: write somewhere else")
+    settings = (
+        read_config(config) if config is not None else opened.config or guessed_config(opened.tensors, opened.name)
+    )
+    family = family_of(settings, opened.name if config is None else str(config))
+    tensors = under_stock_names(opened.tensors, family, settings, opened.name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    added = [read_adapters(path, family, shapes, scale) for path, scale in fuse]
+    origin = opened.origin
+    if config is not None and origin == Origin():
+        origin = read_origin(config)
+    says = f"{source.name}" + "".join(f" with {path.name} at {scale:g}" for path, scale in fuse)
+    public = {name: value for name, value in settings.items() if not name.startswith("_")}
+    stock = {"_class_name": family.stock_name, **public}
+    write_plain(out, stock, _finished(tensors, added, dtype), origin, says)
+
+
+def _finished(
+    tensors: Mapping[str, torch.Tensor], added: Sequence[Mapping[str, Adapter]], dtype: torch.dtype | None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The files' tensors in their last dtype, adapters added."""
+    for shard in in_shards(tensors, _SHARD):
+        finished = {}
+        for name, tensor in shard.items():
+            floats = tensor.is_floating_point()
+            whole = tensor.bfloat16() if floats and tensor.itemsize == 1 else tensor
+            # Added before it is rounded.
+            wide = whole.float() if any(name in each for each in added) else whole
+            for each in added:
+                wide = each[name].added_to(wide) if name in each else wide
+            finished[name] = wide.to((dtype or whole.dtype) if floats else whole.dtype).clone()
+        yield finished

@@ -1,0 +1,102 @@
+"""Weights as others publish them: folders of diffusers, single files, floats of eight bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ppcl_rt.checkpoint.card import Origin, origin_of, read_origin
+from ppcl_rt.checkpoint.headers import json_object
+from ppcl_rt.checkpoint.names import CONFIG
+from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_rt.convert.formats import CONFIG_IN_FILE
+from ppcl_rt.convert.ggufs import read_gguf
+from ppcl_rt.files import one_line
+
+# What files call the factors that quantised weights are to be multiplied with.
+_FACTORS = ("scale_weight", "weight_scale", "weight_scale_2", "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+
+
+class Source(NamedTuple):
+    """Weights of a transformer.
+
+    Attributes:
+        name: of the folder or file, for messages.
+        tensors: by the names in the files. They are mapped from disk: what is not touched takes no memory.
+        config: what diffusers' class takes; None where nothing says.
+        origin: licence and base model.
+    """
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any] | None
+    origin: Origin
+
+
+def open_source(path: Path, dtype: torch.dtype = torch.bfloat16) -> Source:
+    """Open a folder of diffusers or a single file (``.safetensors`` or ``.gguf``).
+
+    Args:
+        dtype: of what a GGUF file holds quantised.
+
+    Raises:
+        ValueError: there is none, it is not whole, it is pluggable already, or its weights are to be multiplied with
+            factors first.
+    """
+    if path.is_dir():
+        source = _folder(path)
+    elif path.suffix == ".safetensors":
+        source = _single_file(path)
+    elif path.suffix == ".gguf" and path.is_file():
+        source = Source(str(path), *read_gguf(path, dtype))
+    else:
+        raise ValueError(f"{path} is no folder of diffusers and no file whose name ends in .safetensors or .gguf")
+    factor = next((name for name in source.tensors if name.rpartition(".")[2] in _FACTORS), None)
+    if factor is not None:
+        raise ValueError(f"{path} holds {factor}: its weights are quantised with factors, wanted weights as they are")
+    return source
+
+
+def _folder(path: Path) -> Source:
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{path} is no folder of a model: it has no {CONFIG}")
+    checkpoint = Checkpoint(path)
+    if checkpoint.catalog is not None:
+        raise ValueError(f"{path} is a checkpoint of ours already: `ppcl export` writes it in other formats")
+    tensors = {name: checkpoint.read(name) for name in checkpoint.names}
+    return Source(str(path), tensors, checkpoint.config, read_origin(path))
+
+
+def _single_file(path: Path) -> Source:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
+    config = None
+    if CONFIG_IN_FILE in metadata:
+        try:
+            config = json.loads(metadata[CONFIG_IN_FILE])
+        except ValueError as error:
+            raise ValueError(f"{path}: its {CONFIG_IN_FILE} is no JSON ({one_line(error)}): give --config") from None
+    return Source(str(path), tensors, config, origin_of(metadata))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config of a transformer from its folder, or from that of a pipeline above it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    places = (folder / CONFIG, folder / "transformer" / CONFIG)
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} has no {CONFIG}, and no transformer/{CONFIG}")
+    return {name: value for name, value in json_object(found).items() if name == "_class_name" or name[0] != "_"}
