@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -34,6 +34,7 @@ def import_(
     _one_of("--dialect", dialect, _DIALECTS)
     _one_of("--ehs", ehs, _EXITS)
     given: dict[str, Any] = {"--base": base, "--intervals": intervals, "--text-runs": text_runs, "--ehs": ehs}
+    # Of the names that were just checked: the types of what is called know no other.
     if Path(source).is_file():
         if base is None or intervals is None:
             raise ValueError(f"{source} is a training file: say --base STOCK and --intervals FIRST-LAST,...")
@@ -43,13 +44,13 @@ def import_(
             base,
             _intervals("--intervals", intervals),
             _intervals("--text-runs", text_runs),
-            ehs,  # type: ignore[arg-type]  # one of them, as was checked
-            dialect,  # type: ignore[arg-type]  # likewise
+            cast(Any, ehs),
+            cast(Any, dialect),
         )
     elif needless := next((option for option, value in given.items() if value is not None), None):
         raise ValueError(f"{needless} goes with a .bin of a training run, and {source} is no file")
     else:
-        made = import_packaged(source, out, dialect)  # type: ignore[arg-type]  # likewise
+        made = import_packaged(source, out, cast(Any, dialect))
     catalog = made.catalog
     assert catalog is not None and catalog.only is not None, "a converted checkpoint has one plan"
     params = catalog.architecture.params(catalog.largest)
