@@ -36,6 +36,7 @@ from ppcl_rt.families.mmdit import (
     TwoStreamBlock,
     in_range,
     modulation_part,
+    pooled_conditions,
     residual_after,
     sides,
     two_stream_numbers,
@@ -466,6 +467,18 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         )
         output: torch.Tensor = self.proj_out(self.norm_out(image, temb))
         return output
+
+    def every_condition(
+        self, timesteps: torch.Tensor, pooled: torch.Tensor | None = None, guidance: Sequence[float] = ()
+    ) -> torch.Tensor:
+        """See `Modulations.every_condition`."""
+
+        def embed(times: torch.Tensor, texts: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
+            found: torch.Tensor = self.time_text_embed(*(v * 1000 for v in (times, values) if v is not None), texts)
+            return found
+
+        wanted = (self.config.pooled_projection_dim, self.config.guidance_embeds)
+        return pooled_conditions(embed, timesteps, pooled, guidance, wanted)
 
     def _control(
         self, double: Sequence[torch.Tensor] | None, single: Sequence[torch.Tensor] | None, repeat: bool

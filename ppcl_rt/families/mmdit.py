@@ -472,6 +472,40 @@ class MMDiT(Pluggable):
         return self._gradient_checkpointing_func(block, *arguments.values())
 
 
+def pooled_conditions(
+    embed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    timesteps: torch.Tensor,
+    pooled: torch.Tensor | None,
+    guidance: Sequence[float],
+    wanted: tuple[int, bool],
+) -> torch.Tensor:
+    """What blocks are conditioned on at every timestep with every pooled text and guidance, ``[n, E]``.
+
+    Args:
+        embed: of timesteps ``[n]``, pooled texts ``[n, E']`` and guidances ``[n]``.
+        timesteps: ``[n]`` in [0, 1].
+        pooled: ``[N, E']``.
+        guidance: values.
+        wanted: E', and whether the model embeds a guidance.
+
+    Raises:
+        ValueError: prompts are missing or have another size, or a guidance is missing or out of place.
+    """
+    size, guided = wanted
+    if pooled is None:
+        raise ValueError("modulations of this family see the pooled text: say --prompts FILE")
+    if pooled.ndim != 2 or pooled.shape[1] != size or not len(pooled):
+        raise ValueError(f"pooled text embeddings are [N, {size}], not {list(pooled.shape)}")
+    if guided != bool(guidance):
+        raise ValueError("this model embeds a guidance: say --guidance" if guided else "this model embeds no guidance")
+    found = []
+    for value in guidance or (None,):
+        times = timesteps.repeat_interleave(len(pooled))
+        values = None if value is None else torch.full_like(times, value)
+        found.append(embed(times, pooled.repeat(len(timesteps), 1), values))
+    return torch.cat(found)
+
+
 def _controlled(image: torch.Tensor, control: Control | None, blocks: Iterable[int]) -> torch.Tensor:
     """Add the ControlNet residuals that follow these blocks."""
     if control is not None:

@@ -351,6 +351,18 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
             return super().embed_timesteps(timesteps)
         return self.time_text_embed(timesteps, next(self.parameters()))
 
+    def every_condition(
+        self, timesteps: torch.Tensor, pooled: torch.Tensor | None = None, guidance: Sequence[float] = ()
+    ) -> torch.Tensor:
+        """See `Modulations.every_condition`: with each value of the additional condition, where there is one."""
+        if not self.config.use_additional_t_cond:
+            return super().every_condition(timesteps, pooled, guidance)
+        additional: Any = self.time_text_embed.addition_t_embedding
+        values = range(additional.num_embeddings)
+        each = [timesteps.new_full(timesteps.shape, value, dtype=torch.long) for value in values]
+        like = next(self.parameters())
+        return torch.cat([self.time_text_embed(timesteps, like, value) for value in each])
+
     def _conditions_of(self, timestep: torch.Tensor) -> torch.Tensor:
         """The timesteps ``[B]`` of a batch; with those of its reference images ``[2 B]``."""
         return torch.cat([timestep, torch.zeros_like(timestep)]) if self.zero_cond_t else timestep

@@ -34,6 +34,7 @@ from ppcl_rt.families.mmdit import (
     TwoStreamBlock,
     UpdatedStream,
     modulation_part,
+    pooled_conditions,
     sides,
     two_stream_spec,
 )
@@ -406,6 +407,17 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
         tokens: torch.Tensor = self.proj_out(self.norm_out(image, temb))
         patches = tokens.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, channels))
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * patch, columns * patch)
+
+    def every_condition(
+        self, timesteps: torch.Tensor, pooled: torch.Tensor | None = None, guidance: Sequence[float] = ()
+    ) -> torch.Tensor:
+        """See `Modulations.every_condition`; here too, timesteps lie in [0, 1]."""
+
+        def embed(times: torch.Tensor, texts: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+            found: torch.Tensor = self.time_text_embed(1000 * times, texts)
+            return found
+
+        return pooled_conditions(embed, timesteps, pooled, guidance, (self.config.pooled_projection_dim, False))
 
     def _control(self, samples: Sequence[torch.Tensor] | None) -> Control | None:
         """ControlNet residuals by block; the last block takes none, and shares need not be whole."""

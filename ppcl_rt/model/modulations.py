@@ -71,6 +71,23 @@ class Modulations(Switching):
         """
         raise ValueError(f"modulations of the family {self.family} do not come from the timestep alone")
 
+    def every_condition(
+        self, timesteps: torch.Tensor, pooled: torch.Tensor | None = None, guidance: Sequence[float] = ()
+    ) -> torch.Tensor:
+        """All that blocks can be conditioned on at some timesteps, ``[n, E]``.
+
+        Args:
+            timesteps: ``[n]`` in [0, 1].
+            pooled: ``[N, E']``, pooled text embeddings, for families whose blocks see them.
+            guidance: values of the guidance, for models that embed one.
+
+        Raises:
+            ValueError: what blocks see is missing, or something else was given.
+        """
+        if pooled is not None or guidance:
+            raise ValueError(f"modulations of the family {self.family} see no prompts and no guidance: leave them out")
+        return self.embed_timesteps(timesteps)
+
     @torch.no_grad()
     def precompute(self, timesteps: torch.Tensor | Sequence[float], *, keep_weights: bool = True) -> None:
         """Compute the modulations of some timesteps now, for what runs now and for whatever is set later.
