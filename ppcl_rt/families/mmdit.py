@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -129,12 +128,24 @@ class UpdatedStream(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """How to get at the modules of one stream; each takes the block."""
+    """How to get at the modules of one stream; each function takes the block."""
 
     norm1: Callable[[Any], Any]
     norm2: Callable[[Any], Any]
     up: Callable[[Any], Any]
-    projection: Callable[[Any], tuple[Any, ...]]
+    projection: tuple[Callable[[Any], Any], ...]
+
+
+def _at(path: str) -> Callable[[Any], Any]:
+    """Find what lies at a path in a block; unlike `operator.attrgetter`, Dynamo can trace this."""
+    names = path.split(".")
+
+    def find(block: Any) -> Any:
+        for name in names:
+            block = getattr(block, name)
+        return block
+
+    return find
 
 
 class ModulatedBlock(PluggableBlock):
@@ -176,10 +187,10 @@ class TwoStreamBlock(ModulatedBlock):
         if "layers" in cls.__dict__:
             cls._found = {
                 stream: _Found(
-                    attrgetter(paths.norm1),
-                    attrgetter(paths.norm2),
-                    attrgetter(f"{paths.mlp}.net.0.proj"),
-                    attrgetter(*_PROJECTIONS[stream], *_NORMS[stream]),
+                    _at(paths.norm1),
+                    _at(paths.norm2),
+                    _at(f"{paths.mlp}.net.0.proj"),
+                    tuple(map(_at, (*_PROJECTIONS[stream], *_NORMS[stream]))),
                 )
                 for stream, paths in cls.layers.items()
             }
@@ -257,7 +268,9 @@ class TwoStreamBlock(ModulatedBlock):
     ) -> dict[Stream, torch.Tensor]:
         """Attend over both streams together; gives ``[B, S, heads * E]`` of each stream by name."""
         image_rope, text_rope = rotations or (None, None)
-        image_qkv, text_qkv = (ops.Projection(*self._found[stream].projection(self)) for stream in _STREAMS)
+        image_qkv, text_qkv = (
+            ops.Projection(*(at(self) for at in self._found[stream].projection)) for stream in _STREAMS
+        )
         q, k, v = ops.qkv_projection(
             [
                 ops.ProjectedStream(text_input, text_qkv, text_rope),

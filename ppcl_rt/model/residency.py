@@ -57,7 +57,15 @@ class Home(NamedTuple):
 
 def _stored(module: nn.Module) -> int:
     """How many numbers a checkpoint of a module holds: parameters, and buffers that are saved."""
-    return sum(tensor.numel() for tensor in module.state_dict().values())
+    # Not by `state_dict`, on which FSDP shards again what a forward is about to read.
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    saved = (
+        buffer.numel()
+        for child in module.modules()
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    )
+    return parameters + sum(saved)
 
 
 def _hold(modules: nn.Module, held: Mapping[str, Any]) -> None:

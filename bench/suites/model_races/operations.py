@@ -19,7 +19,7 @@ def stamped_operations(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
     homes: list[tuple[Any, str]] = [
         (ops, name) for name in ("ada_layer_norm", "qkv_projection", "joint_attention", "linears")
     ]
-    homes.append((PPCLQwenImageTransformerBlock, "modulations"))
+    homes.append((PPCLQwenImageTransformerBlock, "modulation"))
 
     def stamped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def stamped_operations(clock: Clock) -> Iterator[list[tuple[str, Any, Any]]]:
 
 def part(name: str, args: Sequence[Any], kwargs: dict[str, Any], seen: Sequence[tuple[str, Any, Any]]) -> str:
     """Name the part of a block that a call belongs to; of linear layers ``out``, ``up``, ``down`` or ``map``."""
-    if name == "modulations":
+    if name == "modulation":
         return "modulation"
     if name != "linears":
         return name

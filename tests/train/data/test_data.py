@@ -600,7 +600,7 @@ def test_another_teacher_than_the_run_began_with_is_refused(cache, qwen_folder, 
     weights.write_bytes(content)
     with pytest.raises(ValueError, match="is not the teacher that"):
         load_teacher(run, tmp_path / "run")
-    with pytest.raises(ValueError, match="pluggable checkpoint"):
+    with pytest.raises(ValueError, match="pluggable or pruned checkpoint"):
         teacher.train(config(cache, made.folder), tmp_path / "other")
     with pytest.raises(ValueError, match="neither a checkpoint folder nor"):
         teacher.train(config(cache, tmp_path / "nowhere"), tmp_path / "other")
