@@ -114,10 +114,13 @@ def guessed_config(tensors: Tensors, where: str) -> dict[str, Any]:
     """
     empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     for stock in registry.stock_names():
+        # A family of another package may stand in for a class of its own.
+        if (built := getattr(diffusers, stock, None)) is None:
+            continue
         family = registry.of_stock(stock)
         defaults = {
             name: parameter.default
-            for name, parameter in inspect.signature(getattr(diffusers, stock).__init__).parameters.items()
+            for name, parameter in inspect.signature(built.__init__).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
         ours = _of_transformer(empty)
