@@ -13,6 +13,7 @@ import ppcl_rt
 from ppcl_rt.checkpoint.card import CARD, Origin, read_origin
 from ppcl_rt.convert import naming
 from ppcl_rt.convert.convert import convert
+from ppcl_rt.families import registry
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -60,6 +61,14 @@ def test_a_file_of_ours_says_its_config(stock, ppcl, tmp_path):
     convert(tmp_path / "x.safetensors", tmp_path / "out")
     equal(weights(tmp_path / "out"), model.state_dict())
     assert read_origin(tmp_path / "out") == Origin("a/b", "apache-2.0")
+
+
+def test_families_of_other_packages_are_passed_over(monkeypatch):
+    """Their classes are not diffusers'."""
+    mine = registry.Registered(model="mine:Mine", stock="MineTransformer")
+    monkeypatch.setattr(registry, "_FAMILIES", {"mine": mine, **registry._FAMILIES})
+    with pytest.raises(ValueError, match="--config FOLDER"):
+        naming.guessed_config({"x": torch.zeros(1)}, "a file")
 
 
 def test_default_settings_are_found_by_the_tensors(stock, monkeypatch):
