@@ -114,6 +114,9 @@ def slim(
     folder = locate(source)
     if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
         raise ValueError(f"{out} lies in {source}: write to another folder")
+    if out.resolve() in folder.resolve().parents or out.is_file():
+        # What is there would be moved out of the way.
+        raise ValueError(f"{out} is a file or holds {source}: write to another folder")
     name = Checkpoint(folder).config.get("_class_name")
     family = registry.of_stock(name) or registry.by_class_name(str(name))
     if family is None:

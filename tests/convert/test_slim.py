@@ -144,6 +144,8 @@ def test_the_program_says_what_it_did(tmp_path, ppcl):
         (("{tmp}/nothing", "{tmp}/out"), "nothing"),
         (("examples/scenes", "examples/scenes/out"), "lies in"),
         (("examples/scenes", "examples/scenes"), "lies in"),
+        (("examples/scenes", "examples"), "a file or holds"),
+        (("examples/scenes", "README.md"), "a file or holds"),
         (("examples/scenes", "{tmp}/out", "--error", "1"), "an error is 1e-07 to 0.01"),
         (("examples/scenes", "{tmp}/out", "--factors", "float16"), "float32 or bfloat16"),
         (("examples/scenes", "{tmp}/out", "--guidance", "3"), "no prompts and no guidance"),
