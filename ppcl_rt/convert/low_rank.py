@@ -88,11 +88,12 @@ class LowRank:
 
     def factors(self, rank: int) -> tuple[Affine, list[Affine]]:
         """Weight and bias of the first layer (``[rank, D]``), and of the second for each layer (``[rows, rank]``)."""
-        down = torch.zeros(rank, len(self._inputs.mean), dtype=torch.float64)
+        mean = self._inputs.mean
+        down = mean.new_zeros(rank, len(mean))
         ups = []
-        for (weight, _), left, mean, scale in zip(self._layers, self._left, self._means, self._scales, strict=True):
+        for (weight, _), left, bias, scale in zip(self._layers, self._left, self._means, self._scales, strict=True):
             kept = left[:, :rank]
             for units, rows in zip(kept.split(_ROWS), weight.split(_ROWS), strict=True):
                 down += scale * (units.T @ rows.double())
-            ups.append((kept / scale, mean))
-        return (down, -(down @ self._inputs.mean)), ups
+            ups.append((kept / scale, bias))
+        return (down, -(down @ mean)), ups

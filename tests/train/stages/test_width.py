@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ppcl_rt import Architecture, BlockList, Catalog, Interval, LegalWidths, Planner, Student, Tokens
+from ppcl_rt.convert.low_rank import Inputs, LowRank
 from ppcl_rt.families.qwen_image import block_spec
 from ppcl_train.closed_form.block_statistics import BlockStatistics
 from ppcl_train.closed_form.least_squares import LeastSquares
-from ppcl_train.closed_form.low_rank import factor
 from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.closed_form.text_runs import fit_text_runs
 from ppcl_train.config.presets import PRESETS
@@ -111,7 +111,9 @@ def test_factors_are_the_best_map_of_their_rank_and_nested():
     """Eckart-Young: no map of rank r loses less on these inputs; rank 2 is a prefix of rank 4."""
     torch.manual_seed(5)
     layers, x = [nn.Linear(6, 5), nn.Linear(6, 7)], torch.randn(300, 6) @ torch.randn(6, 6) * 0.3 + 2
-    (down, down_bias), (up, up_bias) = factor(layers, x, 4)
+    affine = [(layer.weight.detach(), layer.bias.detach()) for layer in layers]
+    (down, down_bias), ups = LowRank(affine, Inputs.of(x)).factors(4)
+    up, up_bias = (torch.cat(each) for each in zip(*ups, strict=True))
     wanted = torch.cat([layer(x) for layer in layers], 1).double().detach()
     spectrum = torch.linalg.svdvals(wanted - wanted.mean(0))
     for rank in (1, 2, 4):

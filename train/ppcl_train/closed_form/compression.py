@@ -25,7 +25,7 @@ def truncated(
     """Find the two factors of least rank whose product is near enough to a matrix on some inputs.
 
     The best map of rank r is ``U U^T M`` with the first r left singular vectors ``U`` of ``M C^(1/2)``, as in
-    `ppcl_train.closed_form.low_rank`; what it loses is the sum of the other squared singular values.
+    `ppcl_rt.convert.low_rank`; what it loses is the sum of the other squared singular values.
 
     Args:
         matrix: M ``[rows, columns]``.

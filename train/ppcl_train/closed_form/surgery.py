@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ppcl_train.closed_form.low_rank import Affine
+from ppcl_rt.convert.low_rank import Affine
 
 
 def eliminate(

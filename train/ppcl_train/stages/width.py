@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from ppcl_rt import LINEAR_MAP, Interval
+from ppcl_rt.convert.low_rank import Inputs, LowRank
 from ppcl_train.closed_form.block_statistics import BlockStatistics
-from ppcl_train.closed_form.low_rank import factor
 from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.closed_form.text_runs import fit_text_runs
 from ppcl_train.config.settings import RunConfig
@@ -140,10 +140,10 @@ def compress_block(
         if len(counts[group]) == 1 or not parts:
             continue
         assert read_by_modulations is not None, "a rank is that of modulations"
-        modulations = [block.get_submodule(part.path) for part in parts]
-        down, (weight, bias) = factor(modulations, read_by_modulations, counts[group][1])
+        modulations: list[Any] = [block.get_submodule(part.path) for part in parts]
+        affine = [(layer.weight.detach(), layer.bias.detach()) for layer in modulations]
+        down, ups = LowRank(affine, Inputs.of(read_by_modulations)).factors(counts[group][1])
         replace(spec.shared_factor(group), *down)
-        rows = [part.rows for part in parts]
-        for part, up, up_bias in zip(parts, weight.split(rows), bias.split(rows), strict=True):
-            replace(part.name, up.contiguous(), up_bias.contiguous())
+        for part, (up, bias) in zip(parts, ups, strict=True):
+            replace(part.name, up.contiguous(), bias)
     return tensors
