@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,6 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ppcl_rt.checkpoint.reader import locate
 from ppcl_rt.cli.options import AsJson, Checkpoint, float_of
 from ppcl_rt.convert import slim as slimming
 from ppcl_rt.files import one_line
@@ -35,6 +33,7 @@ def slim(
         Path | None, typer.Option(help="safetensors file: pooled [N, E], where modulations see it")
     ] = None,
     guidance: Annotated[str | None, typer.Option(help="values with commas between, for models that embed one")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="of a pipeline: transformer")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a model a third smaller without data or training: its modulations become two thin layers each."""
@@ -50,33 +49,35 @@ def slim(
     def shown(blocks: Sequence[int]) -> Iterable[int]:
         return track(blocks, "blocks", console=Console(stderr=True), transient=True)
 
-    catalog, done = slimming.slim(source, out, how, shown)
-    architecture = catalog.architecture
+    made = slimming.slim(source, out, how, shown, subfolder)
+    catalog, done, architecture = made.catalog, made.blocks, made.catalog.architecture
     dense, left = architecture.dense_params, architecture.params(catalog.largest)
-    bytes_before, bytes_after = (_bytes(folder) for folder in (locate(source), out))
     said: dict[str, Any] = {
         "family": catalog.family,
         "params_before": dense,
         "params": left,
-        "bytes_before": bytes_before,
-        "bytes": bytes_after,
+        "bytes_before": made.bytes_before,
+        "bytes": made.bytes_after,
         "error_asked": how.error,
         "error": max(block.error for block in done),
+        "error_at_worst": max(block.worst for block in done),
         "ranks": [block.rank for block in done],
         "prompts": 0 if how.pooled is None else len(how.pooled),
         "guidance": list(how.guidance),
         "seconds": time.perf_counter() - begun,
-        # Of the process: on Linux in kilobytes, on macOS in bytes.
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": _peak_bytes(),
     }
     if as_json:
         print(json.dumps({"out": str(out), **said}, indent=1))
         return
     print(f"{out}: {dense:,} parameters before, {left:,} now: {1 - left / dense:.1%} less")
-    print(f"{bytes_before / 1e9:.4g} GB before, {bytes_after / 1e9:.4g} GB now")
-    print(f"ranks {min(said['ranks'])} to {max(said['ranks'])}; error {said['error']:.2g}, asked {how.error:g}")
+    print(f"{made.bytes_before / 1e9:.4g} GB before, {made.bytes_after / 1e9:.4g} GB now")
+    print(f"ranks by block: {', '.join(map(str, said['ranks']))}")
+    worst = f"{said['error_at_worst']:.2g} where it is largest"
+    print(f"error {said['error']:.2g}, asked {how.error:g}, mean over timesteps between those fitted; {worst}")
     print(_covered(said))
-    print(f"{said['seconds'] / 60:.1f} minutes, {said['peak_bytes'] / 1e9:.2f} GB of memory at most")
+    peak = f", {said['peak_bytes'] / 1e9:.2f} GB of memory at most" if said["peak_bytes"] is not None else ""
+    print(f"{said['seconds'] / 60:.1f} minutes{peak}")
 
 
 def _covered(said: dict[str, Any]) -> str:
@@ -89,8 +90,14 @@ def _covered(said: dict[str, Any]) -> str:
     )
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def _peak_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    # On Linux in kilobytes, on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _pooled(path: Path) -> torch.Tensor:

@@ -28,8 +28,6 @@ from ppcl_rt.planning.plan import OnePlan, PlannedBlock
 # Timesteps that factors are fitted on, half a unit of 0..1000 apart: the fastest wave of a timestep's embedding has a
 # period of 6.3 units. They are checked at those half way between.
 _GRID = 2001
-# Where prompts and guidances multiply them.
-_GRID_OF_EACH = 101
 # Directions of the inputs that hold less than this share of the variance are left out: a hundredth of the finest error.
 _LEFT_OUT = 1e-9
 _LEAST_ERROR, _MOST_ERROR = 1e-7, 1e-2
@@ -46,11 +44,28 @@ class Factored(NamedTuple):
         block: its number.
         rank: of its modulations; the full count where two layers would not be smaller.
         error: the largest relative squared error of one of its layers' outputs, at timesteps between the grid's.
+        worst: the same at the worst single one of them.
     """
 
     block: int
     rank: int
     error: float
+    worst: float
+
+
+class Slimmed(NamedTuple):
+    """What `slim` made.
+
+    Attributes:
+        catalog: as it was written.
+        blocks: what became of each.
+        bytes_before, bytes_after: of the tensors of the dense model as the source stores them, and of what was written.
+    """
+
+    catalog: Catalog
+    blocks: tuple[Factored, ...]
+    bytes_before: int
+    bytes_after: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +110,8 @@ def slim(
     out: Path,
     how: Slimming,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> tuple[Catalog, list[Factored]]:
+    subfolder: str | None = None,
+) -> Slimmed:
     """Write a checkpoint of one plan: the dense model, its modulations at a low rank; the rest as it is stored.
 
     Args:
@@ -103,20 +119,14 @@ def slim(
         out: folder; one that is there already is replaced once the new one is complete.
         how: how exact.
         progress: goes through the numbers of the blocks, and shows it.
-
-    Returns:
-        The catalog as written, and what became of each block.
+        subfolder: of the source, where the transformer lies in a pipeline.
 
     Raises:
         ValueError: ``source`` cannot be read, holds one plan already, is of a family whose modulations have no
-            factors, or needs prompts; or ``out`` lies in it. Nothing was written then.
+            factors, or needs prompts; or ``out`` is a file, or lies in it or around it. Nothing was written then.
     """
-    folder = locate(source)
-    if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
-        raise ValueError(f"{out} lies in {source}: write to another folder")
-    if out.resolve() in folder.resolve().parents or out.is_file():
-        # What is there would be moved out of the way.
-        raise ValueError(f"{out} is a file or holds {source}: write to another folder")
+    folder = locate(source, subfolder)
+    _check_out(out.resolve(), folder.resolve())
     name = Checkpoint(folder).config.get("_class_name")
     family = registry.of_stock(name) or registry.by_class_name(str(name))
     if family is None:
@@ -128,13 +138,21 @@ def slim(
     architecture = model.catalog.architecture
     if not any(spec.rank_groups for spec in architecture.kinds.values()):
         raise ValueError(f"the family {model.family} has no modulations of each block that would be worth factors")
-    grid = torch.linspace(0, 1, _GRID if how.pooled is None else _GRID_OF_EACH)
+    grid = torch.linspace(0, 1, _GRID)
     fitted, held_out = how.prompts
     on_grid = model.every_condition(grid, fitted, how.guidance)
     between = model.every_condition((grid[1:] + grid[:-1]) / 2, held_out, how.guidance)
     work = _Work(model, opened, how, on_grid, between)
     catalog = write_shards(out, model.one_plan_config, work.shards(progress), work.catalog)
-    return catalog, work.done
+    return Slimmed(catalog, tuple(work.done), work.bytes_before, work.bytes_after)
+
+
+def _check_out(out: Path, source: Path) -> None:
+    """Refuse a place where writing would harm the source or somebody's file; both paths are resolved."""
+    if out == source or source in out.parents or out in source.parents:
+        raise ValueError(f"{out} lies in {source} or around it: write to another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder to write")
 
 
 class _Work:
@@ -146,13 +164,14 @@ class _Work:
         self._model, self._source, self._how, self._between = model, source, how, between
         self._inputs = Inputs.of(F.silu(on_grid), _LEFT_OUT)
         self.done: list[Factored] = []
+        self.bytes_before = self.bytes_after = 0
 
     def catalog(self) -> Catalog:
         """The catalog, with what is done so far."""
         whole = self._model.catalog
         architecture = whole.architecture
         blocks = []
-        for block, rank, _ in self.done:
+        for block, rank, _, _ in self.done:
             full = architecture.spec(block).full
             width = full.replace(**dict.fromkeys(architecture.spec(block).rank_groups, rank))
             blocks.append(PlannedBlock(interval=Interval(block, block), width=width))
@@ -162,26 +181,33 @@ class _Work:
 
     def shards(self, progress: Callable[[Sequence[int]], Iterable[int]]) -> Iterator[dict[str, torch.Tensor]]:
         """What lies outside the blocks, then each block."""
-        yield {name: self._source.read(name) for name in self._model.state_dict()}
+        yield self._unchanged(self._model.state_dict())
         for block in progress(range(self._model.catalog.architecture.depth)):
             yield self._block(block)
+
+    def _unchanged(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        tensors = {name: self._source.read(name) for name in names}
+        size = _size(tensors.values())
+        self.bytes_before += size
+        self.bytes_after += size
+        return tensors
 
     def _block(self, block: int) -> dict[str, torch.Tensor]:
         architecture = self._model.catalog.architecture
         spec, prefix = architecture.spec(block), "{}.{}.".format(*architecture.place(block))
         made: dict[str, torch.Tensor] = {}
         kept = set(self._model._block_shapes(architecture.kind(block)))
-        rank, error = 0, 0.0
+        rank, error, worst = 0, 0.0, 0.0
         for group in spec.rank_groups:
-            found, rank, error = self._factors(spec, group, prefix)
+            found, rank, error, worst = self._factors(spec, group, prefix)
             made |= found
             if found:
                 kept -= {f"{p.path}.{which}" for p in spec.factored_by(group) for which in ("weight", "bias")}
-        self.done.append(Factored(block, rank, error))
-        return {prefix + name: self._source.read(prefix + name) for name in sorted(kept)} | made
+        self.done.append(Factored(block, rank, error, worst))
+        return self._unchanged(prefix + name for name in sorted(kept)) | made
 
-    def _factors(self, spec: BlockSpec, group: str, prefix: str) -> tuple[dict[str, torch.Tensor], int, float]:
-        """The factors of a block's modulations, their rank, and their error; none where they would be no smaller."""
+    def _factors(self, spec: BlockSpec, group: str, prefix: str) -> tuple[dict[str, torch.Tensor], int, float, float]:
+        """The factors of a block's modulations, their rank and errors (`Factored`); none where they are no smaller."""
         parts, full = spec.factored_by(group), spec.groups[group].count
         layers: list[Affine] = [
             (self._source.read(f"{prefix}{part.path}.weight"), self._source.read(f"{prefix}{part.path}.bias"))
@@ -192,26 +218,38 @@ class _Work:
         while rank <= most and spec.group_params(group, rank) < spec.group_params(group, full):
             down, ups = low.factors(rank)
             down, *ups = (_stored(each, self._how.factors) for each in (down, *ups))
-            if (error := self._error(layers, down, ups)) <= self._how.error:
+            error, worst = self._errors(layers, down, ups)
+            if error <= self._how.error:
                 names = [f"{prefix}replacements.{spec.shared_factor(group)}"]
                 names += [f"{prefix}replacements.{part.name}" for part in parts]
                 found: dict[str, torch.Tensor] = {}
                 for name, (weight, bias) in zip(names, (down, *ups), strict=True):
                     found |= {f"{name}.weight": weight, f"{name}.bias": bias}
-                return found, rank, error
+                self.bytes_before += _size(each for layer in layers for each in layer)
+                self.bytes_after += _size(found.values())
+                return found, rank, error, worst
             rank = max(rank + 1, round(rank * _GROWTH))
-        return {}, full, 0.0
+        return {}, full, 0.0, 0.0
 
-    def _error(self, layers: Sequence[Affine], down: Affine, ups: Sequence[Affine]) -> float:
-        """The largest relative squared error of a layer, between the timesteps of the grid, in float32 arithmetic."""
+    def _errors(self, layers: Sequence[Affine], down: Affine, ups: Sequence[Affine]) -> tuple[float, float]:
+        """The largest relative squared error of a layer, over all conditions between the grid's and at the worst one.
+
+        In float32 arithmetic.
+        """
         x = F.silu(self._between)
         shared = F.linear(x, *(each.float() for each in down))
-        errors = []
+        error = worst = 0.0
         for layer, up in zip(layers, ups, strict=True):
             wanted = F.linear(x, *(each.float() for each in layer))
             got = F.linear(shared, *(each.float() for each in up))
-            errors.append(((got - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)).item())
-        return max(errors)
+            lost, size = ((x.square().sum(1).double()) for x in (got - wanted, wanted))
+            error = max(error, float(lost.sum() / size.sum().clamp_min(1e-30)))
+            worst = max(worst, float((lost / size.clamp_min(1e-30)).max()))
+        return error, worst
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _stored(layer: Affine, dtype: torch.dtype) -> Affine:
