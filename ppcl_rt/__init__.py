@@ -11,7 +11,6 @@ import torch
 from ppcl_rt.checkpoint.reader import Checkpoint, locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.families import registry
-from ppcl_rt.messages import brief
 from ppcl_rt.model.fitting import Room
 from ppcl_rt.model.graphs import Mode
 from ppcl_rt.model.pluggable import Pluggable
@@ -105,12 +104,7 @@ def load(
         name: value for name, value in given.items() if value is not None and (value is not False or name == "token")
     }
     source = Checkpoint(locate(path, subfolder, **hub))
-    name = source.config.get("_class_name")
-    # A checkpoint of one plan names our class: diffusers' own could not run it.
-    family = registry.of_stock(name) or registry.by_class_name(str(name))
-    if family is None:
-        known = ", ".join(registry.stock_names())
-        raise ValueError(brief(f"{source.folder} is a {name}; the families here are: {known}"))
+    family = registry.of_class(source.config.get("_class_name"), source.folder)
     model: Pluggable = family.load(
         path,
         ratio,

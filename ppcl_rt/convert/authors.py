@@ -107,11 +107,7 @@ def write_authors(model: Pluggable, folder: str | Path) -> None:
 
 
 def _class_of(checkpoint: Checkpoint) -> Any:
-    name = checkpoint.config.get("_class_name")
-    model = registry.of_stock(name) or registry.by_class_name(str(name))
-    if model is None:
-        raise ValueError(f"{checkpoint.folder} is a {name}; the families here are: {', '.join(registry.stock_names())}")
-    return model
+    return registry.of_class(checkpoint.config.get("_class_name"), checkpoint.folder)
 
 
 def _write(model: Any, converted: ConvertedCheckpoint, source: str | Path, folder: str | Path) -> ConvertedCheckpoint:

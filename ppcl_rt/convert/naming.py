@@ -29,11 +29,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Any:
     Raises:
         ValueError: there is none.
     """
-    name = config.get("_class_name")
-    family = registry.of_stock(name)
-    if family is None:
-        raise ValueError(f"{where} is a {name}; the families here are: {', '.join(registry.stock_names())}")
-    return family
+    return registry.of_class(config.get("_class_name"), where, stock_alone=True)
 
 
 def stock_shapes(family: Any, config: Mapping[str, Any]) -> Shapes:

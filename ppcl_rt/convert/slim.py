@@ -127,10 +127,7 @@ def slim(
     """
     folder = locate(source, subfolder)
     _check_out(out.resolve(), folder.resolve())
-    name = Checkpoint(folder).config.get("_class_name")
-    family = registry.of_stock(name) or registry.by_class_name(str(name))
-    if family is None:
-        raise ValueError(f"{folder} is a {name}; the families here are: {', '.join(registry.stock_names())}")
+    family = registry.of_class(Checkpoint(folder).config.get("_class_name"), folder)
     opened = family.opened(folder)
     if opened.catalog is not None and opened.catalog.only is not None:
         raise ValueError(f"{source} holds one plan already: make the model slim that it came from")

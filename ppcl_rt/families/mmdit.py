@@ -1,7 +1,7 @@
 """What families of two streams share (MMDiT): image and text tokens with weights of their own, which attend together.
 
 `two_stream_spec` says what such a block is made of, `TwoStreamBlock` runs one at any width, and `MMDiT` is the part of
-a model that does not depend on the family: walking a program, ControlNet residuals, gradient checkpointing, attention
+a model that does not depend on the family: walking a program, ControlNet residuals, attention
 backends. A family says where its layers lie (`Layers`).
 """
 
@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from ppcl_rt import ops
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
-from ppcl_rt.model.program import BlockCall, Program
+from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
 from ppcl_rt.planning.width import LINEAR_MAP, Width
@@ -396,9 +396,6 @@ class MMDiT(Pluggable):
     """
 
     stock_processor: ClassVar[type]
-    # Of diffusers' classes.
-    _gradient_checkpointing_func: Any
-    gradient_checkpointing: bool
 
     def adopt(self, block: Any) -> None:
         """Take over the attention backend of the blocks that are there."""
@@ -473,18 +470,6 @@ class MMDiT(Pluggable):
             next_block = call.interval.last + 1
             image = _controlled(image, control, call.interval)
         return _controlled(image, control, range(next_block, program.plan.depth))
-
-    def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a block, with gradient checkpointing where that is on."""
-        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
-            return call.block(**arguments, width=call.width)
-        # Checkpointing passes arguments by place.
-        names = tuple(arguments)
-
-        def block(*values: Any) -> Any:
-            return call.block(**dict(zip(names, values, strict=True)), width=call.width)
-
-        return self._gradient_checkpointing_func(block, *arguments.values())
 
 
 def pooled_conditions(

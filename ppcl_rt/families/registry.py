@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+from ppcl_rt.messages import brief
+
 
 class Registered(NamedTuple):
     """A family.
@@ -147,6 +149,23 @@ def by_class_name(name: str) -> Any:
         if family.model.rpartition(":")[2] == name:
             return _load(family.model)
     return None
+
+
+def of_class(class_name: object, where: object, *, stock_alone: bool = False) -> Any:
+    """The pluggable transformer for the class that a ``config.json`` names: diffusers', or ours for one plan.
+
+    Args:
+        class_name: as the config has it.
+        where: what is being read, for the message.
+        stock_alone: take diffusers' class alone.
+
+    Raises:
+        ValueError: no family has this class.
+    """
+    found = of_stock(class_name) or (None if stock_alone else by_class_name(str(class_name)))
+    if found is None:
+        raise ValueError(brief(f"{where} is a {class_name}; the families here are: {', '.join(stock_names())}"))
+    return found
 
 
 def stock_names() -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from ppcl_rt import ops
 from ppcl_rt.families import original
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
-from ppcl_rt.model.program import BlockCall, Program
+from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
 from ppcl_rt.planning.width import LINEAR_MAP, Width
@@ -246,8 +246,6 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
     create_coordinate_grid: Any
     unpatchify: Any
     _patchify_image: Any
-    _gradient_checkpointing_func: Any
-    gradient_checkpointing: bool
 
     family = "z-image"
     # 1024 x 1024 pixels in patches of 16 x 16, and the longest caption of its pipeline.
@@ -509,18 +507,6 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
     def _refiners(self) -> range:
         """Numbers of the blocks before ``layers``."""
         return range(2 * self.config.n_refiner_layers)
-
-    def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a block, with gradient checkpointing where that is on."""
-        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
-            return call.block(**arguments, width=call.width)
-        # Checkpointing passes arguments by place.
-        names = tuple(arguments)
-
-        def block(*values: Any) -> Any:
-            return call.block(**dict(zip(names, values, strict=True)), width=call.width)
-
-        return self._gradient_checkpointing_func(block, *arguments.values())
 
 
 def _stacked(samples: Sequence[torch.Tensor], length: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from ppcl_rt.model.exchange import Exchange
 from ppcl_rt.model.folder import CheckpointFolder
 from ppcl_rt.model.graphs import Graphs
-from ppcl_rt.model.program import Program
+from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.ops.implementation import backend
 
 
@@ -33,6 +33,9 @@ class Pluggable(CheckpointFolder, Exchange):
         after_blocks: path of the module that follows the last block.
     """
 
+    # Of diffusers' classes.
+    _gradient_checkpointing_func: Any
+    gradient_checkpointing: bool
     condition: ClassVar[str] = "temb"
     after_blocks: ClassVar[str] = "norm_out"
 
@@ -71,6 +74,18 @@ class Pluggable(CheckpointFolder, Exchange):
             obstacle=functools.partial(self._obstacle, program),
         )
         return output
+
+    def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a block, with gradient checkpointing where that is on."""
+        if not (torch.is_grad_enabled() and self.gradient_checkpointing):
+            return call.block(**arguments, width=call.width)
+        # Checkpointing passes arguments by place.
+        names = tuple(arguments)
+
+        def block(*values: Any) -> Any:
+            return call.block(**dict(zip(names, values, strict=True)), width=call.width)
+
+        return self._gradient_checkpointing_func(block, *arguments.values())
 
     def _reads(self, program: Program) -> Iterator[nn.Module]:
         """The modules that a program reads: its own, and those outside the blocks."""
