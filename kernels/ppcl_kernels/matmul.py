@@ -68,7 +68,7 @@ class Tile(NamedTuple):
         elif target.amd:
             tiles = (cls(128, 128, 64, 8, 2), cls(64, 64, 64, 4, 2, resident=2))
         else:
-            tiles = _TILES_WGMMA if target.wgmma or target.tcgen05 else _TILES_MMA
+            tiles = _TILES_WGMMA if target.wgmma else _TILES_TCGEN05 if target.tcgen05 else _TILES_MMA
             if two_weights and tiles is _TILES_MMA:
                 # The largest spills 112 bytes on sm_80 where its two products become one.
                 tiles = tiles[1:]
@@ -109,6 +109,8 @@ _TILES_WGMMA = (
     Tile(128, 128, 64, 8, 3, parts=4, resident=2),
     Tile(64, 64, 64, 4, 4, resident=2),
 )
+# Without merged loops the smallest spills 24 bytes there where nothing follows the product.
+_TILES_TCGEN05 = (*_TILES_WGMMA[:-1], _TILES_WGMMA[-1]._replace(flat=1))
 _TILES_MMA = (
     Tile(128, 256, 64, 8, 3, parts=4),
     Tile(128, 128, 64, 8, 3, parts=2),

@@ -162,9 +162,10 @@ def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int) -> tuple[
         tiles = (Tile(128, cols, 64, 8, 4, parts), Tile(64, cols, 64, 4, 4, parts, 2))
     elif target.tcgen05:
         # 64 columns in four parts at 8 warps, and 128 rows at 4 warps, spill 8 bytes in some of the forms.
-        tiles = (Tile(128, cols, 64, 8, 4, min(parts, cols // 32)), Tile(64, cols, 64, 4, 3, parts, 2))
+        tiles = (Tile(128, cols, 64, 8, 4, max(1, min(parts, cols // 32))), Tile(64, cols, 64, 4, 3, parts, 2))
     else:
-        tiles = (Tile(128, cols, 64, 8, 3, parts), Tile(64, cols, 64, 4, 3, parts))
+        # 64 columns at 8 warps spill 16 bytes on sm_120.
+        tiles = (Tile(128, cols, 64, 8 if cols > 64 else 4, 3, parts), Tile(64, cols, 64, 4, 3, parts))
     return offered("qkv_projection", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize))
 
 
