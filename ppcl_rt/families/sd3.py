@@ -401,7 +401,7 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             timestep=timestep,
             block_controlnet_hidden_states=block_controlnet_hidden_states,
             joint_attention_kwargs=joint_attention_kwargs,
-            skip_layers=tuple(skip_layers or ()),
+            skip_layers=() if skip_layers is None else tuple(map(int, skip_layers)),
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

@@ -416,8 +416,8 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
             siglip_feats, image_noise_mask: of the omni variant, refused.
 
         Raises:
-            ValueError: inputs of the omni variant, patches of a size that the model has not, or images and captions of
-                different numbers.
+            ValueError: inputs of the omni variant, patches of a size that the model has not, images that they do not
+                divide or that have no positions, or images and captions of different numbers.
         """
         self._refuse(x, cap_feats, siglip_feats, image_noise_mask, patch_size, f_patch_size)
         # Schedules go by noise that falls.
@@ -448,13 +448,25 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         """Refuse what is not served, by name."""
         omni = {"siglip_feats": siglip_feats, "image_noise_mask": image_noise_mask}
         given = next((name for name, value in omni.items() if value is not None), None)
-        if given or isinstance(x[0], list):
+        if given or any(isinstance(each, list) for each in x):
             raise ValueError(f"{given or 'a list of images a sample'} is of the omni variant of Z-Image: leave it out")
         if f"{patch_size}-{f_patch_size}" not in self.all_x_embedder:
             had = ", ".join(self.all_x_embedder)
             raise ValueError(f"patch_size and f_patch_size are {patch_size}-{f_patch_size}, the model has {had}")
-        if len(x) != len(cap_feats):
+        if len(x) != len(cap_feats) or not len(x):
             raise ValueError(f"there are {len(x)} images and {len(cap_feats)} captions: give one for each")
+        for image, caption in zip(x, cap_feats, strict=True):
+            frames, rows, columns = image.shape[1:]
+            if frames % f_patch_size or rows % patch_size or columns % patch_size:
+                said = f"an image is {frames} frames of {rows} x {columns} latents"
+                raise ValueError(f"{said}: wanted multiples of {f_patch_size} and of {patch_size}")
+            # A caption begins at 1, and its image after its padding. On a GPU a position too far ends the process.
+            before = 1 + padded_length(len(caption))
+            wanted = [before + frames // f_patch_size, rows // patch_size, columns // patch_size]
+            if any(count > there for count, there in zip(wanted, self.config.axes_lens, strict=True)):
+                said = f"a caption of {len(caption)} tokens and its image need {wanted} positions"
+                most = list(self.config.axes_lens)
+                raise ValueError(f"{said}, the model has {most}: take a shorter caption or a smaller image")
 
     def _rotations(self, lengths: _Lengths, grids: Iterable[Any], device: torch.device) -> torch.Tensor:
         """Rotations of each sample's tokens, text first, ``[B, S_text + S_image, E / 2, 2]``.
