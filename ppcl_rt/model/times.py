@@ -33,8 +33,9 @@ from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.costs import Milliseconds
 from ppcl_rt.planning.interval import Interval
+from ppcl_rt.planning.legal import LegalWidths
 from ppcl_rt.planning.milliseconds import LEAST_MS, Kind, PartName, TimeRow, Times
-from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
 from ppcl_rt.planning.time_table import TimeTable
 from ppcl_rt.planning.width import Width
@@ -56,8 +57,8 @@ def block_times(model: Any, tokens: Tokens) -> Times:
     """The milliseconds of a model's blocks at a shape.
 
     Raises:
-        ValueError: the model has no checkpoint to read blocks from, or ``PPCL_TIMES`` names a file that is no such
-            table.
+        ValueError: the model has no checkpoint to read blocks from or one of one plan, or ``PPCL_TIMES`` names a file
+            that is no such table.
     """
     given = os.environ.get("PPCL_TIMES")
     if given:
@@ -116,24 +117,32 @@ def _probes(catalog: Catalog, most: int) -> Iterator[_Probe]:
     """
     architecture = catalog.architecture
     for kind in dict.fromkeys(each.kind for each in architecture.lists):
-        spec, full = architecture.kinds[kind], architecture.kinds[kind].full
-        of_kind = [n for n in range(architecture.depth) if architecture.kind(n) == kind]
-
-        def probe(width: Width, blocks: list[int], kind: str = kind) -> _Probe:
-            few = blocks[:most]
-            return _Probe(kind, width, catalog.compose(dict.fromkeys(few, width).items()), len(few))
-
-        yield probe(full, of_kind)
-        for group in full:
-            counts = {count.units for n in of_kind for count in catalog.blocks[n].of(group)[1:]}
+        spec = architecture.kinds[kind]
+        legal = [widths for _, number, widths in catalog.prefixed if architecture.kind(number) == kind]
+        yield _alone(catalog, kind, spec.full, most)
+        for group in spec.full:
+            counts = {count.units for widths in legal for count in widths.of(group)[1:]}
             for count in sorted(counts, reverse=True):
-                blocks = [n for n in of_kind if catalog.blocks[n].has(group, count)]
-                yield probe(full.replace(**{group: count}), blocks)
+                yield _alone(catalog, kind, spec.full.replace(**{group: count}), most)
         runs = [run.interval for run in catalog.text_runs if architecture.kind(run.interval.first) == kind]
         for run in sorted(runs, key=len)[:1]:
-            width = full.without(set(full) - set(spec.groups_without(TEXT_NOT_UPDATED)))
-            plan = catalog.compose(dict.fromkeys(run, full).items(), text_runs=(run,))
+            width = spec.full.without(set(spec.full) - set(spec.groups_without(TEXT_NOT_UPDATED)))
+            plan = catalog.compose(dict.fromkeys(run, spec.full).items(), text_runs=(run,))
             yield _Probe(kind, width, plan, len(run) - 1, run)
+
+
+def _alone(catalog: Catalog, kind: str, width: Width, most: int) -> _Probe:
+    """Blocks of a kind that may run at a width, or a student where no block may."""
+
+    def may(number: int, widths: LegalWidths) -> bool:
+        return catalog.architecture.kind(number) == kind and all(widths.has(*each) for each in width.items())
+
+    blocks = [number for number, widths in enumerate(catalog.blocks) if may(number, widths)][:most]
+    if blocks:
+        return _Probe(kind, width, catalog.compose(dict.fromkeys(blocks, width).items()), len(blocks))
+    student = next(each for each in catalog.students if may(each.interval.first, each.widths))
+    planned = PlannedBlock(interval=student.interval, width=width, student=True)
+    return _Probe(kind, width, catalog.compose((), (planned,)), 1)
 
 
 class _Clock:
@@ -175,11 +184,13 @@ def measure(model: Any, tokens: Tokens) -> TimeTable:
     """Time forwards over a few blocks of a model's checkpoint at every count of its catalog.
 
     Raises:
-        ValueError: the model was not loaded from a checkpoint.
+        ValueError: the model was not loaded from a checkpoint, or from one of one plan.
     """
     if model._source is None:
         raise ValueError("there is no checkpoint to time blocks of: load the model from a folder")
     catalog = model.catalog
+    if catalog.only is not None:
+        raise ValueError("this checkpoint holds one plan, so latency has nothing to choose: leave it out")
     architecture = catalog.architecture
     everything = model.dtype.itemsize * architecture.dense_params <= _ALL_BLOCKS_BYTES
     probes = list(_probes(catalog, architecture.depth if everything else _BLOCKS))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ppcl_rt
-from ppcl_rt import Budget, Tokens
+from ppcl_rt import Budget, LegalWidths, Tokens
 from ppcl_rt.model import times
 from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.costs import Milliseconds
@@ -117,6 +117,29 @@ def test_a_stock_model_has_no_blocks_to_time(compensated, cache):
     model = ppcl_rt.PPCLQwenImageTransformer2DModel(**compensated.stock.config)
     with pytest.raises(ValueError, match="no checkpoint to time blocks of"):
         model.times(SHAPE)
+
+
+def test_a_checkpoint_of_one_plan_has_nothing_to_choose(compensated, cache, tmp_path):
+    ppcl_rt.load(compensated.folder, 0.7).save_plan(tmp_path / "one")
+    with pytest.raises(ValueError, match="holds one plan, so latency has nothing to choose"):
+        ppcl_rt.load(tmp_path / "one", latency="1ms", shape=SHAPE)
+
+
+def test_a_count_that_students_alone_have_is_timed_on_one(compensated, cache):
+    """A catalog whose blocks lost a count in measuring; without a time for it, nothing could be planned."""
+    model = ppcl_rt.load(compensated.folder)
+    catalog = model.catalog
+    dropped = catalog.blocks[0].of("heads")[-1].units
+
+    def without(widths):
+        return LegalWidths({**widths.root, "heads": tuple(c for c in widths.of("heads") if c.units != dropped)})
+
+    model._catalog = catalog.model_copy(update={"blocks": tuple(map(without, catalog.blocks))})
+    probes = list(times._probes(model.catalog, 4))
+    [probe] = [each for each in probes if each.width["heads"] == dropped]
+    [planned] = probe.plan.blocks
+    assert planned.student and planned.width == catalog.spec(0).full.replace(heads=dropped)
+    assert dropped in times.measure(model, SHAPE).at(*SHAPE).of("two-stream").counts("heads")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
