@@ -156,7 +156,7 @@ class BlockTimes:
 
     def scaled(self, factors: Mapping[str, float]) -> BlockTimes:
         """Multiply each of the `parts` by a factor; those of the blocks' groups by that of the group."""
-        full = self._full_ms * factors["full"]
+        full = max(self._full_ms * factors["full"], LEAST_MS)
 
         def ms(row: TimeRow) -> float:
             assert row.width is not None, "these rows are of blocks"

@@ -156,6 +156,9 @@ def test_parts_add_up_and_each_is_scaled_by_its_factor(times):
     factors = {name: 1 + n / 10 for n, name in enumerate(parts)}
     scaled = times.scaled(factors)
     assert scaled.parts(BLOCKS, plan) == pytest.approx({name: factors[name] * ms for name, ms in parts.items()})
+    # Where timings are off, a part may explain nothing.
+    nothing = times.scaled(dict.fromkeys(parts, 0.0))
+    assert plan_ms(nothing, plan) == pytest.approx(0, abs=1e-4)
     same = times.scaled(dict.fromkeys(parts, 1.0))
     assert plan_ms(same, plan) == pytest.approx(plan_ms(times, plan))
 
