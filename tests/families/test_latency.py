@@ -95,6 +95,9 @@ def test_each_kind_is_timed_and_remembered(timed, model):
         of_kind = found.of(catalog.architecture.kind(n))
         for group in widths.groups:
             assert {count.units for count in widths.of(group)} <= set(of_kind.counts(group))
+    # A full block takes what it takes: no part of the dense plan is narrower, or leaves its text.
+    parts = found.parts(catalog.architecture, catalog.dense)
+    assert all(ms == pytest.approx(0, abs=1e-9) for (kind, name), ms in parts.items() if kind and name != "full")
     not_updating = {row.block_kind for row in found.rows if row.kind == "text_not_updated"}
     assert not_updating == {catalog.architecture.kind(run.interval.first) for run in catalog.text_runs}
     [file] = timed.cache.glob("times-*.json")
