@@ -20,8 +20,8 @@ from ppcl_rt.model.exchange import Original, Shapes
 
 # Where diffusers keeps the settings of an adapter, as JSON in the header of its file.
 _SETTINGS = "lora_adapter_metadata"
-# Where peft keeps them, next to the file.
-_PEFT_SETTINGS = "adapter_config.json"
+# peft keeps them next to its file.
+_PEFT_FILE, _PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # What stands in front of a layer's name: nothing, the transformer as a part of a pipeline, by diffusers, peft, the
 # original's code and trainers that write dots as underscores.
 _TRANSFORMER = "transformer."
@@ -81,7 +81,8 @@ def read_adapters(path: Path, family: Any, shapes: Shapes, scale: float) -> dict
     state, settings = _read(path)
     layers = _paired(path, state, settings)
     known = _known(family, shapes)
-    if any(_home(layer, known) is None for layer in layers):
+    # All or nothing: some of diffusers' converters pass over what they do not know.
+    if all(_home(layer, known) is None for layer in layers):
         layers = _paired(path, _by_diffusers(path, family, state), settings)
     found: dict[str, Adapter] = {}
     for layer, factors in layers.items():
@@ -147,7 +148,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is no safetensors file of a LoRA ({one_line(error)})") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: {_SETTINGS} is no object of JSON")
-    if (beside := path.with_name(_PEFT_SETTINGS)).is_file() and not settings:
+    if path.name == _PEFT_FILE and (beside := path.with_name(_PEFT_SETTINGS)).is_file():
         settings = {f"{_TRANSFORMER}{name}": value for name, value in json_object(beside).items()}
     return state, settings
 
