@@ -52,7 +52,8 @@ def open_source(path: Path, dtype: torch.dtype = torch.bfloat16) -> Source:
     elif path.suffix == ".safetensors":
         source = _single_file(path)
     elif path.suffix == ".gguf" and path.is_file():
-        source = Source(str(path), *read_gguf(path, dtype))
+        tensors, config, origin = read_gguf(path, dtype)
+        source = Source(str(path), tensors, config, _origin(path, origin))
     else:
         raise ValueError(f"{path} is no folder of diffusers and no file whose name ends in .safetensors or .gguf")
     factor = next((name for name in source.tensors if name.rpartition(".")[2] in _FACTORS), None)
@@ -86,7 +87,12 @@ def _single_file(path: Path) -> Source:
             config = json.loads(metadata[CONFIG_IN_FILE])
         except ValueError as error:
             raise ValueError(f"{path}: its {CONFIG_IN_FILE} is no JSON ({one_line(error)}): give --config") from None
-    return Source(str(path), tensors, config, origin_of(metadata))
+    return Source(str(path), tensors, config, _origin(path, origin_of(metadata)))
+
+
+def _origin(path: Path, said: Origin) -> Origin:
+    """The origin that a file says, or else the card next to it, as it lies in the hub's repositories."""
+    return said if said != Origin() else read_origin(path.parent)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

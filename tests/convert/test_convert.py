@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -153,6 +154,10 @@ def test_two_loras_and_the_settings_of_peft(stock, tmp_path):
         torch.testing.assert_close(written[name], wanted, atol=1e-5, rtol=1e-5)
 
 
+# Any file with another name: it is never unpickled.
+PICKLE = pickle.__file__
+
+
 def spoil(model, folder, what):
     """Write a bad source or adapter; returns the arguments of convert and what the message has to say."""
     held = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -182,9 +187,12 @@ def spoil(model, folder, what):
         "a dora": ({f"transformer.{LAYERS[0]}.dora_scale": tensor}, fuse, "a plain LoRA"),
         "no lora": (held, fuse, "a plain LoRA"),
         "no scale": (held, (*fuse[:-1], f"{bad}:much"), "a number as the scale"),
-        "the source itself": (held, ("{stock}", "{stock}"), "the source itself"),
+        "the source itself": (held, ("{stock}", "{stock}"), "or around it"),
+        "a folder around the source": (held, (bad, folder, *config), "or around it"),
+        "a file in place of the folder": (held, ("{stock}", bad), "is a file"),
         "no file": (held, (folder / "none.safetensors", "{out}"), "no file"),
-        "pickle": (held, (folder / "x.ckpt", "{out}"), ".safetensors"),
+        "pickle": (held, (PICKLE, "{out}"), ".safetensors or .gguf"),
+        "pickle as a lora": (held, (*source, "--fuse", PICKLE), "no safetensors file of a LoRA"),
         "a file as a checkpoint": (held, None, "ppcl convert"),
     }[what]
     save_file({each: t.clone() for each, t in content.items()}, bad)
@@ -196,7 +204,8 @@ def spoil(model, folder, what):
     [
         *("another model", "no config", "a tensor less", "a tensor more", "another width", "factors"),
         *("a lora of another family", "a lora of another width", "half a lora", "a dora", "no lora", "no scale"),
-        *("the source itself", "no file", "pickle", "a file as a checkpoint"),
+        *("the source itself", "a folder around the source", "a file in place of the folder", "no file"),
+        *("pickle", "pickle as a lora", "a file as a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(stock, ppcl, tmp_path, what):
