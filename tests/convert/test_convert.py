@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 
 import pytest
 import torch
@@ -154,10 +153,6 @@ def test_two_loras_and_the_settings_of_peft(stock, tmp_path):
         torch.testing.assert_close(written[name], wanted, atol=1e-5, rtol=1e-5)
 
 
-# Any file with another name: it is never unpickled.
-PICKLE = pickle.__file__
-
-
 def spoil(model, folder, what):
     """Write a bad source or adapter; returns the arguments of convert and what the message has to say."""
     held = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -191,8 +186,6 @@ def spoil(model, folder, what):
         "a folder around the source": (held, (bad, folder, *config), "or around it"),
         "a file in place of the folder": (held, ("{stock}", bad), "is a file"),
         "no file": (held, (folder / "none.safetensors", "{out}"), "no file"),
-        "pickle": (held, (PICKLE, "{out}"), ".safetensors or .gguf"),
-        "pickle as a lora": (held, (*source, "--fuse", PICKLE), "no safetensors file of a LoRA"),
         "a file as a checkpoint": (held, None, "ppcl convert"),
     }[what]
     save_file({each: t.clone() for each, t in content.items()}, bad)
@@ -205,7 +198,7 @@ def spoil(model, folder, what):
         *("another model", "no config", "a tensor less", "a tensor more", "another width", "factors"),
         *("a lora of another family", "a lora of another width", "half a lora", "a dora", "no lora", "no scale"),
         *("the source itself", "a folder around the source", "a file in place of the folder", "no file"),
-        *("pickle", "pickle as a lora", "a file as a checkpoint"),
+        "a file as a checkpoint",
     ],
 )
 def test_bad_input_is_one_line_and_status_2(stock, ppcl, tmp_path, what):
