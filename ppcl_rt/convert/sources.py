@@ -15,6 +15,7 @@ from ppcl_rt.checkpoint.names import CONFIG
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.convert.formats import CONFIG_IN_FILE
 from ppcl_rt.convert.ggufs import read_gguf
+from ppcl_rt.families import registry
 from ppcl_rt.files import one_line
 
 # What files call the factors that quantised weights are to be multiplied with.
@@ -44,8 +45,8 @@ def open_source(path: Path, dtype: torch.dtype = torch.bfloat16) -> Source:
         dtype: of what a GGUF file holds quantised.
 
     Raises:
-        ValueError: there is none, it is not whole, it is pluggable already, or its weights are to be multiplied with
-            factors first.
+        ValueError: there is none, it is not whole, it is of no family here, it is pluggable or pruned already, or its
+            weights are to be multiplied with factors first.
     """
     if path.is_dir():
         source = _folder(path)
@@ -68,6 +69,9 @@ def _folder(path: Path) -> Source:
     checkpoint = Checkpoint(path)
     if checkpoint.catalog is not None:
         raise ValueError(f"{path} is a checkpoint of ours already: `ppcl export` writes it in other formats")
+    model = registry.of_class(checkpoint.config.get("_class_name"), path)
+    if model.opened(path).catalog is not None:
+        raise ValueError(f"{path} is in a layout that the family alone knows: `ppcl import` reads it")
     tensors = {name: checkpoint.read(name) for name in checkpoint.names}
     return Source(str(path), tensors, checkpoint.config, read_origin(path))
 

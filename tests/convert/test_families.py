@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import tiny_z_image
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_stock import CASES, build
 
 import ppcl_rt
@@ -114,6 +114,34 @@ def test_readers_of_gguf_know_the_architecture(exported, run, tmp_path, known):
         read = stock_of(model).from_single_file(files[0], config=files[1], quantization_config=how, **more)
         for got, expected in zip(run(read, inputs), wanted, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def single_files(tmp_path_factory):
+    """Of each family the folder of a model, and the tensors of its single file."""
+    made = {}
+    for name in ("qwen-image", "flux", "medium", "z-image"):
+        folder = tmp_path_factory.mktemp("single") / name
+        build(name)[0].save_pretrained(folder)
+        made[name] = folder, ppcl_rt.load(folder).to_original(build(name)[0].state_dict())
+    return made
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "flux", "medium", "z-image"])
+def test_a_file_of_another_model_is_refused(single_files, ppcl, tmp_path, name):
+    """Of every other family, and of the same one with a block less, or a tensor of another shape."""
+    _, tensors = single_files[name]
+    last = max(tensors, key=len)
+    block = ".".join(last.split(".")[:2]) + "."
+    cases = {other: (folder, tensors) for other, (folder, _) in single_files.items() if other != name}
+    own = single_files[name][0]
+    cases["a block less"] = own, {each: tensor for each, tensor in tensors.items() if not each.startswith(block)}
+    cases["another shape"] = own, tensors | {last: torch.zeros(1, 1)}
+    for config, content in cases.values():
+        save_file({each: tensor.contiguous() for each, tensor in content.items()}, tmp_path / "x.safetensors")
+        status, _, err = ppcl("convert", tmp_path / "x.safetensors", tmp_path / "out", "--config", config)
+        assert status == 2 and err.count("\n") == 1 and str(tmp_path / "x.safetensors") in err, err
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors"}
 
 
 def test_lists_that_one_setting_counts_stay_of_one_length(tmp_path):
