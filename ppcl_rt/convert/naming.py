@@ -87,14 +87,17 @@ def _by_table(ours: Tensors, family: Any, wanted: Shapes, where: str) -> dict[st
     """What the family first called its tensors, translated by its table; nothing where other tensors are there.
 
     Raises:
-        ValueError: one of them has other rows than the config asks for.
+        ValueError: nothing else is there, but not all of them are; or one has other rows than the config asks for.
     """
     try:
         there = set(family.originals(wanted))
     except ValueError:
         # A family without a table.
         return {}
-    if there != set(ours):
+    lost, more = sorted(there - set(ours)), set(ours) - there
+    if lost and not more:
+        raise ValueError(f"{where} is no {family.stock_name} of this config: it holds no {lost[0]} ({len(lost)} such)")
+    if lost or more:
         return {}
     try:
         found: dict[str, torch.Tensor] = family.from_original(ours, wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.checkpoint.card import Origin, origin_of, read_origin
-from ppcl_rt.checkpoint.headers import json_object
+from ppcl_rt.checkpoint.headers import json_object, json_object_of
 from ppcl_rt.checkpoint.names import CONFIG
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.convert.formats import CONFIG_IN_FILE
@@ -85,12 +84,8 @@ def _single_file(path: Path) -> Source:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
-    config = None
-    if CONFIG_IN_FILE in metadata:
-        try:
-            config = json.loads(metadata[CONFIG_IN_FILE])
-        except ValueError as error:
-            raise ValueError(f"{path}: its {CONFIG_IN_FILE} is no JSON ({one_line(error)}): give --config") from None
+    said = metadata.get(CONFIG_IN_FILE)
+    config = None if said is None else json_object_of(said, f"{path}: its {CONFIG_IN_FILE}")
     return Source(str(path), tensors, config, _origin(path, origin_of(metadata)))
 
 
