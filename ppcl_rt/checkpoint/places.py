@@ -34,6 +34,8 @@ def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
             raise ValueError(f"{path} is neither a checkpoint folder nor a hub id that can be reached")
         folder = fetched
     folder = folder / subfolder if subfolder else folder
+    if not (folder / CONFIG).is_file() and (folder / _PIPELINE).is_file():
+        raise ValueError(f"{path} is a whole pipeline, wanted its transformer: name its subfolder {TRANSFORMER}")
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {CONFIG}")
     return folder

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import ppcl_rt
 from ppcl_rt.checkpoint import places
 from ppcl_rt.checkpoint.card import CARD, Origin, read_origin
+from ppcl_train import pipeline
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data.teacher_file import find_pretrained
@@ -106,6 +107,14 @@ def test_other_commands_take_the_hubs(hub, ppcl, tmp_path, build_inputs, run, re
     same(run(ppcl_rt.load("org/pipeline", subfolder="transformer"), given), wanted)
 
 
+def test_a_pipeline_where_a_transformer_is_wanted(repositories, hub, ppcl, tmp_path):
+    for source in ("org/pipeline", repositories[0] / "org" / "pipeline"):
+        for command in ("slim", "export"):
+            status, _, err = ppcl(command, source, tmp_path / "out")
+            assert status == 2 and err.count("\n") == 1 and "name its subfolder transformer" in err, err
+    assert not list(tmp_path.iterdir())
+
+
 # Of a model that no family here has, by every door.
 UNKNOWN = {
     "convert": ("convert", "org/unet", "{out}"),
@@ -141,6 +150,14 @@ def test_a_teacher_of_another_family(hub, tmp_path, pretrained, said):
     with pytest.raises(ValueError, match=said) as refused:
         teacher.train(with_changes(PRESETS["qwen-image"], {"teacher.pretrained": pretrained}), tmp_path)
     assert "\n" not in str(refused.value) and not (tmp_path / teacher.OUTPUT).exists()
+
+
+def test_a_folder_is_no_teacher_file_of_a_pretrained_one(repositories, tmp_path):
+    """A preset with a pretrained teacher takes the folder by its setting."""
+    config = with_changes(PRESETS["qwen-image"], {"teacher.pretrained": "org/model"})
+    with pytest.raises(ValueError, match=r"leave out --teacher; teacher\.pretrained takes a folder"):
+        pipeline.begin(config, tmp_path / "run", repositories[0] / "org" / "model")
+    assert not list(tmp_path.iterdir())
 
 
 MISSING = ["org/none", "org/files/none.safetensors", "none.safetensors", "org/none/x.gguf", "none", "../org/model"]
