@@ -174,7 +174,9 @@ class _Work:
         """What lies outside the blocks, then each block."""
         yield self._unchanged(self._model.state_dict())
         for block in progress(range(self._model.catalog.architecture.depth)):
-            yield self._block(block)
+            with self._source.kept_open():
+                made = self._block(block)
+            yield made
 
     def _unchanged(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = {name: self._source.read(name) for name in names}

@@ -86,7 +86,8 @@ class Opening(Modulations):
         model = cls._built(source)
         model._catalog, model._source = catalog, source
         check_tensors(source, catalog, {kind: _shapes(model.meta_block(kind)) for kind in architecture.kinds})
-        held = {name: source.read(name) for name in model.state_dict()}
+        with source.kept_open():
+            held = {name: source.read(name) for name in model.state_dict()}
         dtype = dtype or next(iter(held.values())).dtype
         model.load_state_dict(
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in held.items()}, assign=True
