@@ -22,7 +22,7 @@ from ppcl_train.families.flux import Flux
 if find_spec("webdataset") is None or find_spec("datasets") is None:
     pytest.skip("needs the train extra", allow_module_level=True)
 
-TOKENS, SETTINGS = 8, {**SMALL, "batch": 3, "table.lengths": [2, 3], "measure.samples": 6}
+TOKENS, SETTINGS = 8, {**SMALL, "batch": 3, "table.lengths": [2, 3], "measure.samples": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)

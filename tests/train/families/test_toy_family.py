@@ -29,6 +29,7 @@ SETTINGS = {
     "width.ranks": [3, 1],
     "width.samples": 64,
     "recover.steps": 4,
+    "recover.spacing": 0.2,
     "recover.batch": 4,
     "measure.samples": 16,
     "measure.spacing": 0.25,
