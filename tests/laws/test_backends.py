@@ -121,15 +121,19 @@ def test_edit_model(tmp_path, make_checkpoint, build_inputs, both, same):
     """Two modulations for each sample, chosen by token (``zero_cond_t``)."""
     made = make_checkpoint(tmp_path / "checkpoint", zero_cond_t=True)
     model = load(made.folder)
-    same(*both(model, build_inputs(images=((1, 3, 5), (1, 2, 3)))), 2e-5)
+    # Two blocks, two samples.
+    model.set_plan(made.catalog.compose([(n, made.catalog.spec(n).full) for n in (0, 3)]))
+    same(*both(model, build_inputs(batch=2, images=((1, 3, 5), (1, 2, 3)))), 2e-5)
 
 
 def test_half_precision(made, build_inputs, both):
     """float16 on both backends: each rounds a few times in a block, the kernels less often."""
     model = load(made.folder, dtype=torch.float16)
+    plan = made.catalog.compose([(n, made.catalog.spec(n).full) for n in (0, 3)])
+    model.set_plan(plan)
     inputs = {k: v.half() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in build_inputs().items()}
     got, wanted = both(model, inputs)
-    exact = load(made.folder, dtype=torch.float32)
+    exact = load(made.folder, plan=plan, dtype=torch.float32)
     with torch.no_grad():
         exact = exact(
             **{k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
