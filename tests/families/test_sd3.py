@@ -376,8 +376,15 @@ class Kernels(TorchDispatchMode):
 
 # The interpreter computes the sigmoid of GELU with numpy, which warns where exp(large) is infinite, as it should be.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("variant", ["sd3", "medium"])
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "narrow"),
+    [
+        ("sd3", False),
+        ("medium", True),
+        pytest.param("sd3", True, marks=pytest.mark.slow),
+        pytest.param("medium", False, marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_give_what_plain_torch_gives(variant, narrow, of, run, same, monkeypatch):
     """A block of each kind and a text run, on kernels (in triton's interpreter on a CPU): all of it runs on kernels."""
     made, _ = of(variant)
