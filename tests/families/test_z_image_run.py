@@ -37,7 +37,6 @@ SMALL = {
     "width.heads": [0.5],
     "width.channels": [0.5],
     "recover.steps": 4,
-    "recover.spacing": 0.2,
     "recover.batch": 2,
     "measure.samples": 4,
     "measure.spacing": 0.25,

@@ -22,5 +22,5 @@ def test_a_family_that_reads_a_cache_says_its_name_and_what_to_do(tmp_path):
 
 def test_pooled_text_of_another_pipeline_is_refused():
     tokens = torch.randn(5, 20)
-    with pytest.raises(ValueError, match="has 512 channels, wanted 768"):
-        pooled.with_pooled(tokens, torch.randn(512), 768)
+    with pytest.raises(ValueError, match=r"has 512 channels, FLUX\.1 has 768"):
+        pooled.with_pooled(tokens, torch.randn(512), 768, "FLUX.1")

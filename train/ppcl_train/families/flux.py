@@ -28,7 +28,7 @@ class FluxEncoder(PipelineEncoder):
         tokens, pooled_text, _ = self.pipe.encode_prompt(
             [prompt], device=self.pipe.vae.device, max_sequence_length=self.family.text_tokens
         )
-        return pooled.with_pooled(tokens[0], pooled_text[0], self.family.pooled_channels)
+        return pooled.with_pooled(tokens[0], pooled_text[0], self.family.pooled_channels, "FLUX.1")
 
     def guiding(self, guidance: float, negative: str) -> dict[str, Any]:
         """See `PipelineEncoder.guiding`."""

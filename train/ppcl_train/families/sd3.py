@@ -36,7 +36,7 @@ class SD3Encoder(PipelineEncoder):
             do_classifier_free_guidance=False,
             max_sequence_length=self.family.t5_tokens,
         )
-        return pooled.with_pooled(tokens[0], pooled_text[0], self.family.pooled_channels)
+        return pooled.with_pooled(tokens[0], pooled_text[0], self.family.pooled_channels, "SD3")
 
     def guiding(self, guidance: float, negative: str) -> dict[str, Any]:
         """See `PipelineEncoder.guiding`."""
