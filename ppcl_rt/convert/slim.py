@@ -177,6 +177,8 @@ class _Work:
             with self._source.kept_open():
                 made = self._block(block)
             yield made
+            # Before the next block is read.
+            del made
 
     def _unchanged(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = {name: self._source.read(name) for name in names}
