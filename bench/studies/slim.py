@@ -1,6 +1,6 @@
 """What `ppcl slim` takes at real widths: minutes, memory and the error at 10,000 timesteps, of a few blocks.
 
-    python bench/studies/slim.py --blocks 4 --folder /tmp/slim
+    python bench/studies/slim.py FOLDER --blocks 4
 
 Writes a Qwen-Image transformer of real widths (3,072, 24 heads) with random weights in bfloat16, makes it slim in a
 process of its own, and prints what that took, extrapolated to 60 blocks, next to the error by hand. Weights are drawn
