@@ -297,6 +297,7 @@ class TwoStreamBlock(ModulatedBlock):
                 s.attention.gate,
                 s.token_index,
                 s.x,
+                adapter=self.beside(f"attn_{s.name}", width["heads"]),
             )
             for s in streams
         ]
@@ -310,7 +311,8 @@ class TwoStreamBlock(ModulatedBlock):
         after, ups, downs = {}, [], {}
         for s in streams:
             count, found = width[s.name], self._found[s.name]
-            down = ops.Layer(self.output(f"mlp_{s.name}", count), s.x, None, s.mlp.gate, s.token_index, residual=s.x)
+            name, adds = f"mlp_{s.name}", {"gate": s.mlp.gate, "token_index": s.token_index, "residual": s.x}
+            down = ops.Layer(self.output(name, count), s.x, **adds, adapter=self.beside(name, count))
             if count == LINEAR_MAP:
                 # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
                 [after[s.name]] = ops.linears([down._replace(gate=None, token_index=None)])

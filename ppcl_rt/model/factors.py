@@ -1,0 +1,87 @@
+"""The two factors that an adapter (LoRA) has for each layer of the dense model, in stock order."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+# What the two factors are called by peft.
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+# Adapters that are more than a product of two factors.
+_MORE = ("lora_magnitude_vector", "dora_scale", ".lokr_", ".hada_", ".lora_B.bias")
+
+
+class Factors(NamedTuple):
+    """What an adapter adds to one layer of the dense model: ``alpha / r * up @ down``.
+
+    Attributes:
+        down: ``[r, columns]``.
+        up: ``[rows, r]``.
+        alpha: r times the scale.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied with."""
+        return self.alpha / len(self.down)
+
+    def delta(self) -> torch.Tensor:
+        """The product ``[rows, columns]`` in float32."""
+        return self.scale * self.up.float() @ self.down.float()
+
+
+def mean_of(factors: Sequence[Factors], count: int) -> Factors:
+    """The mean over ``count`` layers, of which these get something, as one product; its rank is the sum of theirs."""
+    if count == 1:
+        return factors[0]
+    down = torch.cat([each.down for each in factors])
+    up = torch.cat([each.up * (each.scale / count) for each in factors], dim=1)
+    return Factors(down, up, len(down))
+
+
+def alpha_of(layer: str, settings: Mapping[str, Any], rank: int) -> float:
+    """The alpha of a layer: as peft's settings say, else its rank.
+
+    Args:
+        layer: path in the transformer.
+        settings: of peft's ``LoraConfig``: ``lora_alpha``, ``alpha_pattern``, ``use_rslora``.
+    """
+    patterns = settings.get("alpha_pattern") or {}
+    found = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)), None)
+    alpha = float(settings.get("lora_alpha", rank) if found is None else found)
+    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def paired(
+    state: Mapping[str, torch.Tensor], alphas: Mapping[str, float], settings: Mapping[str, Any]
+) -> dict[str, Factors]:
+    """Pair the two factors of each layer.
+
+    Args:
+        state: by peft's names.
+        alphas: of layers, by path.
+        settings: of peft's ``LoraConfig``, for layers without an alpha.
+
+    Raises:
+        ValueError: the adapter is more than products of two factors, or one of a pair is missing.
+    """
+    if more := next((name for name in state if any(word in name for word in _MORE)), None):
+        raise ValueError(f"the adapter holds {more}: wanted a plain LoRA, products of two factors")
+    found = {}
+    for path in dict.fromkeys(name.removesuffix(DOWN).removesuffix(UP) for name in state):
+        down, up = state.get(path + DOWN), state.get(path + UP)
+        if down is None or up is None:
+            raise ValueError(f"the adapter holds one of {path}{DOWN} and {path}{UP}: wanted both")
+        if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
+            raise ValueError(f"the factors of {path} are {list(up.shape)} and {list(down.shape)}: no product")
+        alpha = alphas[path] if path in alphas else alpha_of(path, settings, len(down))
+        found[path] = Factors(down.detach().cpu(), up.detach().cpu(), float(alpha))
+    return found

@@ -1,0 +1,164 @@
+"""Adapters of the base model on a pluggable one: as on the dense model, cut as the weights are."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from fixtures import DIM, SPEC, Made
+
+import ppcl_rt
+
+pytest.importorskip("peft")
+
+# Of each block: what is in both streams, what goes in and out of attention and MLPs, modulations.
+LAYERS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1"),
+)
+OUTSIDE = ("img_in", "time_text_embed.timestep_embedder.linear_1", "norm_out.linear", "proj_out")
+
+
+def make_lora(stock, layers=LAYERS, outside=OUTSIDE, rank=3, seed=0, size=0.15):
+    """The factors of an adapter, by the names that a file has."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    paths = [f"transformer_blocks.{n}.{layer}" for n in range(len(stock.transformer_blocks)) for layer in layers]
+    for path in (*paths, *outside):
+        rows, columns = stock.get_submodule(path).weight.shape
+        state[f"transformer.{path}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * size
+        state[f"transformer.{path}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * size
+    return state
+
+
+def merged(model, state, scale=1.0):
+    """A stock model with an adapter added to its weights."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, down in state.items():
+            if name.endswith("lora_A.weight"):
+                path = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+                model.get_submodule(path).weight += scale * state[name.replace("lora_A", "lora_B")] @ down
+    return model
+
+
+def test_at_ratio_one_it_is_that_of_the_teacher(made, build_inputs, run, same):
+    state, given = make_lora(made.stock), build_inputs()
+    model = ppcl_rt.load(made.folder)
+    before = run(model, given)
+    model.load_lora_adapter(state, adapter_name="one")
+    wanted = run(merged(made.stock, state), given)
+    assert (wanted - before).abs().max() > 0.1
+    same(run(model, given), wanted)
+    model.set_adapters(["one"], [0.5])
+    same(run(model, given), run(merged(made.stock, state, 0.5), given))
+    same(run(model, given, attention_kwargs={"scale": 0.5}), run(merged(made.stock, state, 0.25), given))
+    model.disable_lora()
+    same(run(model, given), before)
+    model.enable_lora()
+    model.unload_lora()
+    same(run(model, given), before)
+
+
+@pytest.mark.parametrize("fixture", ["made", "compensated", "mapped"])
+def test_ratios_visited_later_have_it(fixture, request, build_inputs, run, same):
+    """A block that grows or comes later gets its part: the order of visits makes no difference."""
+    made = request.getfixturevalue(fixture)
+    state, given = make_lora(made.stock), build_inputs()
+    model = ppcl_rt.load(made.folder, 0.45)
+    model.load_lora_adapter(state, adapter_name="one")
+    model.set_adapters(["one"], [0.7])
+    for ratio in (0.45, 0.7, 1.0, 0.6):
+        fresh = ppcl_rt.load(made.folder, ratio)
+        without = run(fresh, given)
+        fresh.load_lora_adapter(state, adapter_name="one")
+        fresh.set_adapters(["one"], [0.7])
+        model.set_ratio(ratio)
+        got = run(model, given)
+        same(got, run(fresh, given))
+        assert (got - without).abs().max() > 1e-2
+    same(run(ppcl_rt.load(made.folder, 1.0), given), run(made.stock, given))
+    model.set_ratio(1.0)
+    same(run(model, given), run(merged(made.stock, state, 0.7), given))
+
+
+class Adapted(Made):
+    """What a plan runs, by the law of it, with an adapter added to the layers of the dense model that are left."""
+
+    def added(self, planned, path):
+        origin = f"transformer.transformer_blocks.{planned.interval.first}.{path}"
+        return self.state[f"{origin}.lora_B.weight"] @ self.state[f"{origin}.lora_A.weight"]
+
+    def reference_block(self, planned):
+        block = super().reference_block(planned)
+        inputs = {output.part.path: output.segment.group for output in SPEC.outputs}
+        with torch.no_grad():
+            for layer in LAYERS:
+                weight, delta = block.get_submodule(layer).weight, self.added(planned, layer)
+                if layer in inputs:
+                    group = inputs[layer]
+                    if planned.width.get(group, 0) == 0:
+                        continue
+                    kept = torch.zeros(delta.shape[1])
+                    kept[self.kept(planned, group)] = 1
+                    delta = delta * kept
+                stream = {"img_mod.1": "image", "txt_mod.1": "text"}.get(layer)
+                if stream is not None and planned.width.get(stream) == 0:
+                    # The gate of the MLP half: `Made` set it, because a linear map has none.
+                    delta[5 * DIM :] = 0
+                weight += delta
+        return block
+
+    def reference(self, plan):
+        outside = {n: t for n, t in self.state.items() if "transformer_blocks" not in n}
+        return merged(super().reference(plan), outside)
+
+
+@pytest.mark.parametrize("fixture", ["made", "compensated", "mapped"])
+def test_narrow_is_stock_with_columns_zeroed(fixture, request, build_inputs, run, same):
+    """Twenty random plans: blocks left out, students, replaced and factored layers, maps, text runs."""
+    made = request.getfixturevalue(fixture)
+    adapted = Adapted(**vars(made))
+    adapted.state, given = make_lora(made.stock), build_inputs()
+    model = ppcl_rt.load(made.folder, 0.45)
+    model.load_lora_adapter(adapted.state, adapter_name="one")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        plan = made.random_plan(rng, skip=0.2, legal=True)
+        model.set_plan(plan)
+        same(run(model, given), run(adapted.reference(plan), given), 2e-5)
+
+
+@pytest.mark.parametrize("fixture", ["made", "compensated", "mapped"])
+def test_fused(fixture, request, build_inputs, run, same):
+    """In the weights it gives what it gives beside them, at ratios that are visited before, then and after."""
+    made = request.getfixturevalue(fixture)
+    state, second, given = make_lora(made.stock), make_lora(made.stock, seed=1, rank=2, size=0.1), build_inputs()
+    beside, model = ppcl_rt.load(made.folder, 0.6), ppcl_rt.load(made.folder, 0.6)
+    plain = {ratio: run(ppcl_rt.load(made.folder, ratio), given) for ratio in (0.6, 0.8, 0.45, 1.0)}
+    for each in (beside, model):
+        each.load_lora_adapter(state, adapter_name="one")
+        each.load_lora_adapter(second, adapter_name="two")
+        each.set_adapters(["one", "two"], [0.6, 0.8])
+    model.fuse_lora()
+    same(run(model, given), run(beside, given))
+    for unload in (False, True):
+        if unload:
+            model.unload_lora()
+            assert not any("lora" in name for name, _ in model.named_modules())
+        for ratio in (0.8, 0.45, 1.0, 0.6):
+            model.set_ratio(ratio)
+            beside.set_ratio(ratio)
+            same(run(model, given), run(beside, given), 2e-5)
+        model.trim()
+    model = ppcl_rt.load(made.folder, 0.6)
+    model.load_lora_adapter(state, adapter_name="one")
+    model.load_lora_adapter(second, adapter_name="two")
+    model.fuse_lora(adapter_names=["two"])
+    model.set_ratio(0.8)
+    model.unfuse_lora()
+    model.unload_lora()
+    for ratio, wanted in plain.items():
+        model.set_ratio(ratio)
+        same(run(model, given), wanted, 2e-5)
