@@ -15,19 +15,27 @@ Where another layer runs in place of the one that an adapter is for:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from ppcl_rt.checkpoint.composed import started_from
+from ppcl_rt.files import replacing
 from ppcl_rt.model.block import AdaptedNotLoaded, NotLoaded, PluggableBlock, base_of
 from ppcl_rt.model.factors import DOWN, UP, Factors, mean_of, paired
 from ppcl_rt.model.modulations import Modulations
 from ppcl_rt.model.residency import READING, Home
 from ppcl_rt.model.tensors import held_index
+from ppcl_rt.planning.adapted import Taken, taken
 from ppcl_rt.planning.block_spec import Part
+
+# What diffusers calls the file of an adapter.
+_FILE = "pytorch_lora_weights.safetensors"
+_log = logging.getLogger(__name__)
 
 
 class Adapters(Modulations):
@@ -126,7 +134,7 @@ class Adapters(Modulations):
         if not prefix.startswith("students."):
             return (prefix,)
         student = next(s for s in self.catalog.students if f"students.{s.interval.key}." == prefix)
-        return tuple("{}.{}.".format(*self.catalog.architecture.place(n)) for n in started_from(student))
+        return tuple("{}.{}.".format(*self.catalog.architecture.place(n)) for n in student.copied_from)
 
     def _on(self, block: PluggableBlock, prefix: str, factors: Mapping[str, Factors]) -> Iterator[tuple[Part, Factors]]:
         """The parts of a block that an adapter is for."""
@@ -174,14 +182,11 @@ class Adapters(Modulations):
         """Keep what was trained, or put in by others, of layers that are to be cut anew."""
         for part in block.spec.parts:
             layer: Any = before.get_submodule(part.path)
-            if "lora_A" not in layer._modules or before.held.get(part.path) == block.held.get(part.path):
-                continue
-            for name in layer.lora_A:
-                factors, rank = self._adapters.setdefault(name, {}), layer.r[name]
-                nothing = Factors(torch.zeros(rank, part.columns), torch.zeros(part.rows, rank), layer.lora_alpha[name])
-                whole = dict(self._on(block, prefix, factors)).get(part, nothing)
-                held = (layer.lora_A[name].weight, layer.lora_B[name].weight)
-                factors[prefix + part.path] = put_back(before, part, whole, *held)
+            if "lora_A" in layer._modules and before.held.get(part.path) != block.held.get(part.path):
+                for name in layer.lora_A:
+                    factors = self._adapters.setdefault(name, {})
+                    whole = dict(self._on(block, prefix, factors)).get(part)
+                    factors[prefix + part.path] = put_back(before, part, whole, layer, name)
 
     def _adapt(self, block: PluggableBlock, prefix: str, name: str, factors: Mapping[str, Factors]) -> list[Any]:
         """Put an adapter into a block that is not in the model yet; returns the layers that did not have it."""
@@ -213,7 +218,57 @@ class Adapters(Modulations):
         """A layer in the model that has an adapter."""
         return next((m for m in self.modules() if name in getattr(m, "lora_A", ())), None)
 
-    # Letting go.
+    # Looking, saving, letting go.
+
+    def adapter_report(self, adapter_name: str) -> Taken:
+        """What the plan that runs now takes of an adapter, and why not all.
+
+        Raises:
+            ValueError: no adapter of this name was loaded into this model.
+        """
+        if adapter_name not in self._adapters:
+            raise ValueError(f"no adapter {adapter_name} was loaded; there are {', '.join(self._adapters) or 'none'}")
+        students = [path for path in self._adapters[adapter_name] if path.startswith("students.")]
+        return taken(self.catalog, self.plan, self._adapters[adapter_name].keys() - students)
+
+    def save_lora_adapter(self, save_directory: Any, adapter_name: str = "default", **kwargs: Any) -> None:
+        """Write an adapter as one of the dense model, in stock order; arguments as diffusers' class takes them.
+
+        What was trained on what is resident is in it; of layers that were never resident, what was loaded.
+        """
+        if self._source is None:
+            theirs: Any = super()
+            theirs.save_lora_adapter(save_directory, adapter_name, **kwargs)
+            return
+        whole = self._whole(adapter_name)
+        if any(path.startswith("students.") for path in whole):
+            _log.warning("adapter %s was trained on students: the file holds what is of the dense model", adapter_name)
+        tensors = {}
+        for path, each in whole.items():
+            if not path.startswith("students."):
+                tensors |= {path + DOWN: each.down.contiguous(), path + UP: (each.scale * each.up).contiguous()}
+        with replacing(Path(save_directory) / (kwargs.get("weight_name") or _FILE)) as temporary:
+            save_file(tensors, temporary, {"format": "pt"})
+
+    def _whole(self, name: str) -> dict[str, Factors]:
+        """An adapter as it was loaded, with what is resident of it as it is now."""
+        whole = dict(self._adapters.get(name, {}))
+        for path, module in self.named_modules():
+            layer: Any = module
+            if name in getattr(module, "lora_A", ()) and not self._in_blocks(path):
+                down, up = (factor[name].weight.detach().cpu() for factor in (layer.lora_A, layer.lora_B))
+                whole[path] = Factors(down, up, layer.lora_alpha[name])
+        for block, prefix in self._homes():
+            for part in block.spec.parts:
+                layer = block.get_submodule(part.path)
+                if name not in layer._modules.get("lora_A", ()):
+                    continue
+                before = dict(self._on(block, prefix, self._adapters.get(name, {}))).get(part)
+                now = put_back(block, part, before, layer, name)
+                is_new = before is None or not (torch.equal(now.down, before.down) and torch.equal(now.up, before.up))
+                if is_new or not prefix.startswith("students."):
+                    whole[prefix + part.path] = now
+        return whole
 
     def unload_lora(self) -> None:
         """Let go of all adapters; what is fused stays in the weights."""
@@ -260,9 +315,12 @@ def cut_to(block: PluggableBlock, part: Part, factors: Factors) -> tuple[torch.T
     return factors.down.index_select(1, index), factors.up
 
 
-def put_back(block: PluggableBlock, part: Part, factors: Factors, down: torch.Tensor, up: torch.Tensor) -> Factors:
-    """The factors with what a block holds of them in its place."""
-    down, up = (held.detach().to(factors.down) for held in (down, up))
+def put_back(block: PluggableBlock, part: Part, factors: Factors | None, layer: Any, name: str) -> Factors:
+    """The factors, or zeros, with what a block's layer holds of them in its place."""
+    if factors is None:
+        nothing = (torch.zeros(layer.r[name], part.columns), torch.zeros(part.rows, layer.r[name]))
+        factors = Factors(*nothing, layer.lora_alpha[name])
+    down, up = (held[name].weight.detach().to(factors.down) for held in (layer.lora_A, layer.lora_B))
     if part.axis is None:
         return factors._replace(down=down, up=up)
     index = held_index(part, block.held.get(part.path, block.counts_of(part, block.spec.full)), block.orders)

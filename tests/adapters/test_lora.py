@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from fixtures import DIM, SPEC, Made
+from safetensors.torch import load_file
 
 import ppcl_rt
+from ppcl_rt import Width
 
 pytest.importorskip("peft")
 
@@ -162,3 +164,130 @@ def test_fused(fixture, request, build_inputs, run, same):
     for ratio, wanted in plain.items():
         model.set_ratio(ratio)
         same(run(model, given), wanted, 2e-5)
+
+
+def test_what_a_plan_takes(mapped):
+    """One block skipped, one student, one text run, one linear map; all else exactly or over what is kept."""
+    state = make_lora(mapped.stock)
+    model = ppcl_rt.load(mapped.folder)
+    model.load_lora_adapter(state, adapter_name="one")
+    assert model.adapter_report("one") == (len(state) // 2, {}, {})
+    full, narrow = dict(mapped.catalog.spec(0).full), mapped.catalog.blocks[0]
+    heads = narrow.of("heads")[-1].units
+    assert heads < full["heads"]
+    plan = mapped.catalog.compose([(0, Width({**full, "heads": heads, "image": 0})), (3, Width(full))])
+    model.set_plan(plan)
+    report = model.adapter_report("one")
+    over = "over the heads and channels that are kept; the layer makes up for the others"
+    assert report.approximately == {over: 2}
+    assert report.left_out == {"block not run": 26, "a linear map runs in place of the MLP": 2}
+    assert report.exactly == 2 * 13 - 4 + len(OUTSIDE)
+    assert "26 layers left out: block not run" in str(report)
+    with pytest.raises(ValueError, match="no adapter two was loaded; there are one"):
+        model.adapter_report("two")
+
+
+def test_trained_and_saved(mapped, tmp_path, build_inputs, run, same):
+    """What is trained on narrow blocks is saved in stock order, and goes with them when they grow."""
+    state, given = make_lora(mapped.stock), build_inputs()
+    model = ppcl_rt.load(mapped.folder, 0.6)
+    model.load_lora_adapter(state, adapter_name="one")
+    narrow = model.plan
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.mul_(1.3)
+    wanted = run(model, given)
+    model.save_lora_adapter(tmp_path, "one", weight_name="x.safetensors")
+    model.set_ratio(1.0)
+    model.set_plan(narrow)
+    same(run(model, given), wanted)
+    model.save_lora_adapter(tmp_path, "one", weight_name="y.safetensors")
+    for name in ("x", "y"):
+        saved = load_file(tmp_path / f"{name}.safetensors")
+        assert {f"transformer.{path}" for path in saved} == set(state)
+        again = ppcl_rt.load(mapped.folder, 0.6)
+        again.load_lora_adapter(tmp_path, weight_name=f"{name}.safetensors", prefix=None)
+        # Students have what their block had, and not what they were trained to.
+        if not any(block.student for block in narrow.blocks):
+            same(run(again, given), wanted)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_new_adapter_on_narrow_blocks(mapped, build_inputs, run, same):
+    """peft makes it on what is resident; blocks that grow add nothing to it."""
+    from peft import LoraConfig
+
+    model, given = ppcl_rt.load(mapped.folder, 0.6), build_inputs()
+    before = run(model, given)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "net.2", "img_mod.1"], lora_alpha=4))
+    same(run(model, given), before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    narrow, wanted = model.plan, run(model, given)
+    assert (wanted - before).abs().max() > 1e-2
+    model.set_ratio(1.0)
+    model.set_plan(narrow)
+    same(run(model, given), wanted)
+
+
+def test_hot_swap(mapped, build_inputs, run, same):
+    one, two, given = make_lora(mapped.stock), make_lora(mapped.stock, seed=1), build_inputs()
+    model, fresh = ppcl_rt.load(mapped.folder, 0.6), ppcl_rt.load(mapped.folder, 0.6)
+    model.load_lora_adapter(one, adapter_name="one")
+    model.load_lora_adapter(two, adapter_name="one", hotswap=True)
+    fresh.load_lora_adapter(two, adapter_name="one")
+    for ratio in (0.6, 0.8):
+        model.set_ratio(ratio)
+        fresh.set_ratio(ratio)
+        same(run(model, given), run(fresh, given))
+
+
+def test_alphas(made, build_inputs, run, same):
+    """Of a file of kohya's, of peft's settings, and of blocks that come later."""
+    state, given = make_lora(made.stock), build_inputs()
+    settings = {"transformer.r": 3, "transformer.lora_alpha": 6, "transformer.alpha_pattern": {"to_q": 1.5}}
+    alphas = {name.replace(".lora_A.weight", ".alpha"): 6.0 for name in state if "lora_A" in name}
+    alphas |= {name: 1.5 for name in alphas if "to_q" in name}
+    scaled = {n: t * ((0.5 if "to_q" in n else 2) if "lora_B" in n else 1) for n, t in state.items()}
+    wanted = ppcl_rt.load(made.folder, 0.5)
+    wanted.load_lora_adapter(scaled)
+    for more in ({"metadata": settings}, {"network_alphas": alphas}):
+        model = ppcl_rt.load(made.folder, 0.5)
+        model.load_lora_adapter(state, **more)
+        for ratio in (0.5, 1.0):
+            model.set_ratio(ratio)
+            wanted.set_ratio(ratio)
+            same(run(model, given), run(wanted, given))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.transformer_blocks.0.attn.nothing": (32, 32)}, "has no layer transformer_blocks.0.attn.nothing"),
+        ({"transformer.transformer_blocks.9.attn.to_q": (32, 32)}, "has no layer transformer_blocks.9.attn.to_q"),
+        (
+            {"transformer.transformer_blocks.0.attn.to_q": (32, 48)},
+            r"adds \[32, 48\] to transformer_blocks.0.attn.to_q",
+        ),
+        ({"transformer.proj_out": (7, 32)}, r"adds \[7, 32\] to proj_out"),
+        ({"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": None}, "wanted a plain LoRA"),
+        ({"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": None}, "wanted both"),
+    ],
+)
+def test_other_adapters_are_refused(made, build_inputs, run, change, message):
+    """In one line, with nothing changed."""
+    model, given, state = ppcl_rt.load(made.folder), build_inputs(), {}
+    before = run(model, given)
+    for path, shape in change.items():
+        if shape is None:
+            state[path] = torch.zeros(2, 32)
+        else:
+            state |= {f"{path}.lora_A.weight": torch.zeros(2, shape[1])}
+            state |= {f"{path}.lora_B.weight": torch.zeros(shape[0], 2)}
+    with pytest.raises(ValueError, match=message):
+        model.load_lora_adapter(state, adapter_name="one")
+    assert torch.equal(run(model, given), before)
+    assert not any("lora" in name for name, _ in model.named_modules())
