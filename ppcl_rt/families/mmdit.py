@@ -311,8 +311,8 @@ class TwoStreamBlock(ModulatedBlock):
         after, ups, downs = {}, [], {}
         for s in streams:
             count, found = width[s.name], self._found[s.name]
-            name, adds = f"mlp_{s.name}", {"gate": s.mlp.gate, "token_index": s.token_index, "residual": s.x}
-            down = ops.Layer(self.output(name, count), s.x, **adds, adapter=self.beside(name, count))
+            output, adapter = self.output(f"mlp_{s.name}", count), self.beside(f"mlp_{s.name}", count)
+            down = ops.Layer(output, s.x, None, s.mlp.gate, s.token_index, residual=s.x, adapter=adapter)
             if count == LINEAR_MAP:
                 # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
                 [after[s.name]] = ops.linears([down._replace(gate=None, token_index=None)])

@@ -243,7 +243,7 @@ class Adapters(Modulations):
         whole = self._whole(adapter_name)
         if any(path.startswith("students.") for path in whole):
             _log.warning("adapter %s was trained on students: the file holds what is of the dense model", adapter_name)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for path, each in whole.items():
             if not path.startswith("students."):
                 tensors |= {path + DOWN: each.down.contiguous(), path + UP: (each.scale * each.up).contiguous()}

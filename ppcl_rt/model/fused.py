@@ -87,7 +87,7 @@ class Fusing(Adapters):
         """Add adapters to the weights, also to those that are read later; arguments as diffusers' class takes them."""
         theirs: Any = super()
         with READING:
-            layer = next((m for m in self.modules() if hasattr(m, "lora_A")), None)
+            layer: Any = next((m for m in self.modules() if hasattr(m, "lora_A")), None)
             fused = [] if layer is None else list(adapter_names or layer.active_adapters)
             theirs.fuse_lora(lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
             for name in fused:
@@ -157,8 +157,8 @@ class Fusing(Adapters):
                 if output.part.path not in of or not count.isdigit() or int(count) == LINEAR_MAP:
                     continue
                 kept = offset + block.orders[group][: int(count), None] * unit + torch.arange(unit)
-                weight = layer.get_parameter("weight")
-                weight += scale * of[output.part.path].delta()[:, kept.reshape(-1)].to(weight)
+                weight: torch.Tensor = layer.get_parameter("weight")
+                weight.add_(of[output.part.path].delta()[:, kept.reshape(-1)].to(weight), alpha=scale)
 
     def _put_beside_factors(self, block: PluggableBlock, prefix: str) -> None:
         """Hold what is fused into modulations as a product beside their two factors."""

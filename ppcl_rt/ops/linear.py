@@ -289,12 +289,13 @@ def _joined_through_modules(
     left out, is zero there."""
     own = [each for each in inputs if each.replacement is None]
     base, branches = adapted(module)
-    if is_plain(base) and own:
-        products = [kernels.linear_reference(each.x, base.weight[:, each.first :]) for each in own]
-        y = sum(products[1:], products[0] if base.bias is None else products[0] + base.bias)
+    if is_plain(base):
+        y = inputs[0].x.new_zeros(()) if base.bias is None else base.bias
+        for each in own:
+            y = y + kernels.linear_reference(each.x, base.weight[:, each.first :])
         for branch in branches:
-            # Of all inputs: what stands in for columns stands in without the adapter.
-            y = sum((branch(each.x, y.shape[-1], each.first) for each in inputs), y)
+            # Of all inputs: what stands in for columns does so without the adapter.
+            y = sum((branch(each.x, len(base.weight), each.first) for each in inputs), y)
     else:
         pieces, end = [], 0
         for each in own:
