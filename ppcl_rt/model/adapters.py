@@ -51,6 +51,11 @@ class Adapters(Modulations):
     # Of diffusers' classes.
     peft_config: dict[str, Any]
 
+    @property
+    def cuts_adapters(self) -> bool:
+        """Whether adapters are cut here: the model was loaded from a checkpoint, and layers may be narrow."""
+        return self._source is not None
+
     # Loading.
 
     def load_lora_adapter(
@@ -62,7 +67,7 @@ class Adapters(Modulations):
             ValueError: it is more than products of two factors, or adds to layers that the dense model has not.
         """
         theirs: Any = super()
-        if self._source is None:
+        if not self.cuts_adapters:
             theirs.load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
             return
         state, settings = _fetched(pretrained_model_name_or_path_or_dict, kwargs)
@@ -108,7 +113,7 @@ class Adapters(Modulations):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Add a new adapter, to train it; as diffusers' class does, on the layers of the plan that is set."""
-        if self._source is not None:
+        if self.cuts_adapters:
             for block, _ in self._homes():
                 for part in block.spec.parts:
                     if type(block.get_submodule(part.path)) is NotLoaded:
@@ -236,7 +241,7 @@ class Adapters(Modulations):
 
         What was trained on what is resident is in it; of layers that were never resident, what was loaded.
         """
-        if self._source is None:
+        if not self.cuts_adapters:
             theirs: Any = super()
             theirs.save_lora_adapter(save_directory, adapter_name, **kwargs)
             return

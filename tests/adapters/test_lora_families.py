@@ -6,8 +6,10 @@ import copy
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import ppcl_rt
@@ -107,3 +109,36 @@ def test_visited_later_and_fused(made, run, same):
         for model in (later, fused):
             model.set_ratio(ratio)
             equal(run(model, given), wanted, same)
+
+
+PIPELINES = {
+    "flux": (tiny_flux.pipeline_parts, "FluxPipeline"),
+    "sd3": (tiny_sd3.pipeline_parts, "StableDiffusion3Pipeline"),
+    "z-image": (tiny_z_image.pipeline_parts, "ZImagePipeline"),
+}
+
+
+def test_through_the_pipeline(made, tmp_path, run, same):
+    """`load_lora_weights`, `set_adapters`, `fuse_lora` and `unload_lora_weights` of diffusers, on narrow blocks."""
+    folder, stock, given = made
+    state = make_lora(stock)
+    model = ppcl_rt.load(folder)
+    smallest = model.planner.smallest
+    model = ppcl_rt.load(folder, smallest + 0.3 * (1 - smallest))
+    before = run(model, given)
+    parts, name = PIPELINES[model.family]
+    pipe = getattr(diffusers, name)(**parts(tmp_path), transformer=model)
+    save_file(state, tmp_path / "style.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
+    wanted = ppcl_rt.load(folder, smallest + 0.3 * (1 - smallest))
+    wanted.load_lora_adapter(state, adapter_name="style")
+    equal(run(model, given), run(wanted, given), same)
+    assert pipe.get_active_adapters() == ["style"] and pipe.get_list_adapters() == {"transformer": ["style"]}
+    pipe.set_adapters(["style"], [0.4])
+    wanted.set_adapters(["style"], [0.4])
+    half = run(wanted, given)
+    equal(run(model, given), half, same)
+    pipe.fuse_lora(adapter_names=["style"])
+    pipe.unload_lora_weights()
+    equal(run(model, given), half, same)
+    assert max((one - other).abs().max() for one, other in zip(before, half, strict=True)) > 1e-2
