@@ -25,11 +25,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ppcl_rt.files import replacing
+from ppcl_rt.model.adapted_layers import adapts_modulations, cut_to, put_back, set_alpha, set_as
 from ppcl_rt.model.block import AdaptedNotLoaded, NotLoaded, PluggableBlock, base_of
-from ppcl_rt.model.factors import DOWN, UP, Factors, mean_of, paired
+from ppcl_rt.model.factors import DOWN, UP, Factors, fetched, mean_of, named_by_peft, paired
 from ppcl_rt.model.modulations import Modulations
+from ppcl_rt.model.program import Program
 from ppcl_rt.model.residency import READING, Home
-from ppcl_rt.model.tensors import held_index
 from ppcl_rt.planning.adapted import Taken, taken
 from ppcl_rt.planning.block_spec import Part
 
@@ -70,13 +71,13 @@ class Adapters(Modulations):
         if not self.cuts_adapters:
             theirs.load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
             return
-        state, settings = _fetched(pretrained_model_name_or_path_or_dict, kwargs)
+        state, settings = fetched(pretrained_model_name_or_path_or_dict, kwargs)
         start = f"{prefix}." if prefix else ""
         state = {name.removeprefix(start): t for name, t in state.items() if name.startswith(start)}
         settings = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
         alphas = kwargs.pop("network_alphas", None) or {}
         alphas = {name.removeprefix(start).removesuffix(".alpha"): alpha for name, alpha in alphas.items()}
-        factors = paired(_named_by_peft(state), alphas, settings)
+        factors = paired(named_by_peft(state), alphas, settings)
         self._check(factors)
         name = kwargs.pop("adapter_name", None) or f"default_{len(getattr(self, 'peft_config', None) or {})}"
         with READING:
@@ -88,11 +89,11 @@ class Adapters(Modulations):
                 self._adapters[name] = factors
                 for block, at in self._homes():
                     for part, each in self._on(block, at, factors):
-                        _set_alpha(block.get_submodule(part.path), name, each.alpha)
+                        set_alpha(block.get_submodule(part.path), name, each.alpha)
                 for path, each in factors.items():
                     if not self._in_blocks(path):
-                        _set_alpha(self.get_submodule(path), name, each.alpha)
-        self._graphs.drop_all()
+                        set_alpha(self.get_submodule(path), name, each.alpha)
+        self._adapters_changed()
 
     def _check(self, factors: Mapping[str, Factors]) -> None:
         """Refuse what the dense model has no layer for."""
@@ -120,7 +121,27 @@ class Adapters(Modulations):
                         block.set_submodule(part.path, AdaptedNotLoaded(part, next(self.parameters())))
         theirs: Any = super()
         theirs.add_adapter(adapter_config, adapter_name)
+        self._adapters_changed()
+
+    def _adapters_changed(self) -> None:
+        """Forget what was made of the layers as they were: graphs, and tables of modulations."""
         self._graphs.drop_all()
+        if self._precomputed is not None:
+            self._precomputed.tables = {}
+
+    def _rows(self, program: Program, timestep: torch.Tensor) -> torch.Tensor | None:
+        """See `Modulations._rows`; with adapters on modulations, whose scale may change from call to call, none.
+
+        Raises:
+            ValueError: the weights were dropped.
+        """
+        if self._precomputed is not None and any(map(adapts_modulations, program.calls)):
+            if not self._precomputed.keep_weights:
+                raise ValueError(
+                    "adapters on modulations need their weights: fuse them, or precompute(keep_weights=True)"
+                )
+            return None
+        return super()._rows(program, timestep)
 
     # Where a part of an adapter goes.
 
@@ -181,7 +202,7 @@ class Adapters(Modulations):
         ]
         # Only now: peft takes what is fused out of a layer that gets another adapter.
         for layer, name in new:
-            _set_as(layer, self._layer_with(name), name)
+            set_as(layer, self._layer_with(name), name)
 
     def _write_back(self, before: PluggableBlock, block: PluggableBlock, prefix: str) -> None:
         """Keep what was trained, or put in by others, of layers that are to be cut anew."""
@@ -209,7 +230,7 @@ class Adapters(Modulations):
                 inject_adapter_in_model(config, block, name, state_dict=state)
                 del block.peft_config
                 layer = block.get_submodule(part.path)
-                _set_alpha(layer, name, each.alpha)
+                set_alpha(layer, name, each.alpha)
                 new.append(layer)
             base: Any = base_of(layer)
             layer.in_features, layer.out_features = base.in_features, base.out_features
@@ -280,7 +301,7 @@ class Adapters(Modulations):
         theirs: Any = super()
         theirs.unload_lora()
         self._adapters.clear()
-        self._graphs.drop_all()
+        self._adapters_changed()
 
     def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
         """Let go of some adapters."""
@@ -288,63 +309,4 @@ class Adapters(Modulations):
         theirs.delete_adapters(adapter_names)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._adapters.pop(name, None)
-        self._graphs.drop_all()
-
-
-def _fetched(given: Any, arguments: dict[str, Any]) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the settings of an adapter, from a file, a folder or the hub where need be."""
-    if isinstance(given, Mapping):
-        return given, arguments.pop("metadata", None) or {}
-    from diffusers.loaders.lora_base import _fetch_state_dict
-
-    names = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token")
-    where = {name: arguments.pop(name, None) for name in (*names, "revision", "subfolder")}
-    where["use_safetensors"] = True
-    state, settings = _fetch_state_dict(given, user_agent={}, allow_pickle=False, metadata=None, **where)
-    return state, settings or {}
-
-
-def _named_by_peft(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    return state if all(".lora_" in name for name in state) else convert_unet_state_dict_to_peft(dict(state))
-
-
-def cut_to(block: PluggableBlock, part: Part, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of a part as a block holds it; of one that is not loaded, all in rank order."""
-    if part.axis is None:
-        return factors.down, factors.up
-    index = held_index(part, block.held.get(part.path, block.counts_of(part, block.spec.full)), block.orders)
-    if part.axis == 0:
-        return factors.down, factors.up.index_select(0, index)
-    return factors.down.index_select(1, index), factors.up
-
-
-def put_back(block: PluggableBlock, part: Part, factors: Factors | None, layer: Any, name: str) -> Factors:
-    """The factors, or zeros, with what a block's layer holds of them in its place."""
-    if factors is None:
-        nothing = (torch.zeros(layer.r[name], part.columns), torch.zeros(part.rows, layer.r[name]))
-        factors = Factors(*nothing, layer.lora_alpha[name])
-    down, up = (held[name].weight.detach().to(factors.down) for held in (layer.lora_A, layer.lora_B))
-    if part.axis is None:
-        return factors._replace(down=down, up=up)
-    index = held_index(part, block.held.get(part.path, block.counts_of(part, block.spec.full)), block.orders)
-    if part.axis == 0:
-        return factors._replace(down=down, up=factors.up.index_copy(0, index, up))
-    return factors._replace(down=factors.down.index_copy(1, index, down), up=up)
-
-
-def _set_alpha(layer: Any, name: str, alpha: float) -> None:
-    layer.lora_alpha[name], layer.use_rslora[name] = alpha, False
-    layer.scaling[name] = alpha / layer.r[name]
-
-
-def _set_as(layer: Any, other: Any, name: str) -> None:
-    """Set one of peft's layers as another is set: what is active, how much of it, whether it is off or fused."""
-    if other is None:
-        return
-    layer._active_adapter = other._active_adapter
-    layer.scaling[name] *= other.scaling[name] * other.r[name] / other.lora_alpha[name]
-    layer._disable_adapters = other._disable_adapters
-    if name in other.merged_adapters and name not in layer.merged_adapters:
-        layer.merged_adapters.append(name)
+        self._adapters_changed()

@@ -85,3 +85,22 @@ def paired(
         alpha = alphas[path] if path in alphas else alpha_of(path, settings, len(down))
         found[path] = Factors(down.detach().cpu(), up.detach().cpu(), float(alpha))
     return found
+
+
+def fetched(given: Any, arguments: dict[str, Any]) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the settings of an adapter, from a file, a folder or the hub where need be."""
+    if isinstance(given, Mapping):
+        return given, arguments.pop("metadata", None) or {}
+    from diffusers.loaders.lora_base import _fetch_state_dict
+
+    names = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token")
+    where = {name: arguments.pop(name, None) for name in (*names, "revision", "subfolder")}
+    where["use_safetensors"] = True
+    state, settings = _fetch_state_dict(given, user_agent={}, allow_pickle=False, metadata=None, **where)
+    return state, settings or {}
+
+
+def named_by_peft(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    return state if all(".lora_" in name for name in state) else convert_unet_state_dict_to_peft(dict(state))

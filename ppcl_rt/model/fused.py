@@ -124,7 +124,7 @@ class Fusing(Adapters):
         # In a checkpoint of one plan weights lie as they run, and all of them were read.
         reads = source is not None and self.catalog.only is None and bool(self._fused)
         self._source = FusedCheckpoint(source, list(self._fused.values())) if source and reads else source
-        self._graphs.drop_all()
+        self._adapters_changed()
 
     def _fuse_lora_apply(self, module: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
         """As diffusers' class does to one layer; where the layer is not loaded there is nothing to add to."""

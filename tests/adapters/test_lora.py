@@ -291,3 +291,24 @@ def test_other_adapters_are_refused(made, build_inputs, run, change, message):
         model.load_lora_adapter(state, adapter_name="one")
     assert torch.equal(run(model, given), before)
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_precomputed_modulations(mapped, build_inputs, run, same):
+    """Tables are not looked up while an adapter is on modulations, and are made anew once it is in the weights."""
+    state, given = make_lora(mapped.stock), build_inputs()
+    model, plain = ppcl_rt.load(mapped.folder, 0.6), ppcl_rt.load(mapped.folder, 0.6)
+    model.precompute(given["timestep"])
+    run(model, given)
+    for each in (model, plain):
+        each.load_lora_adapter(state, adapter_name="one")
+    same(run(model, given), run(plain, given))
+    same(run(model, given, attention_kwargs={"scale": 0.5}), run(plain, given, attention_kwargs={"scale": 0.5}))
+    for each in (model, plain):
+        each.fuse_lora()
+        each.unload_lora()
+    same(run(model, given), run(plain, given))
+    model.precompute(given["timestep"], keep_weights=False)
+    same(run(model, given), run(plain, given))
+    model.load_lora_adapter(make_lora(mapped.stock, seed=1), adapter_name="two")
+    with pytest.raises(ValueError, match="adapters on modulations need their weights"):
+        run(model, given)
