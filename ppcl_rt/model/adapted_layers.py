@@ -38,11 +38,13 @@ def put_back(block: PluggableBlock, part: Part, factors: Factors | None, layer: 
 
 
 def adapts_modulations(call: BlockCall) -> bool:
+    """Whether a call has adapters on what the timestep alone decides."""
     parts = (part.path for part in call.block.spec.parts if part.factored)
     return any("lora_A" in call.block.get_submodule(path)._modules for path in parts)
 
 
 def set_alpha(layer: Any, name: str, alpha: float) -> None:
+    """Have a layer add ``alpha / r`` times the product of an adapter's factors."""
     layer.lora_alpha[name], layer.use_rslora[name] = alpha, False
     layer.scaling[name] = alpha / layer.r[name]
 

@@ -101,6 +101,7 @@ def fetched(given: Any, arguments: dict[str, Any]) -> tuple[Mapping[str, torch.T
 
 
 def named_by_peft(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A state dict of an adapter by peft's names, whatever diffusers called its factors before."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     return state if all(".lora_" in name for name in state) else convert_unet_state_dict_to_peft(dict(state))
