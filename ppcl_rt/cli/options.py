@@ -15,7 +15,7 @@ import ppcl_rt
 from ppcl_rt.families import registry
 from ppcl_rt.model.fitting import fitted, room_of
 from ppcl_rt.planning.budget import Budget
-from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.milliseconds import Times
 
 Checkpoint = Annotated[str, typer.Argument(help="checkpoint folder or hub id")]
 Ratio = Annotated[float | None, typer.Option(help="share of the dense parameters and FLOPs, in (0, 1]")]
@@ -106,7 +106,7 @@ def opened(checkpoint: str) -> tuple[ppcl_rt.Checkpoint, ppcl_rt.Catalog, ppcl_r
     return source, source.catalog, ppcl_rt.Planner(source.catalog, sketches)
 
 
-def no_times(tokens: ppcl_rt.Tokens) -> BlockTimes:
+def no_times(tokens: ppcl_rt.Tokens) -> Times:
     """The milliseconds of a checkpoint whose weights are not loaded: none are known."""
     raise AssertionError(f"nobody asks for milliseconds at {tokens} here")
 

@@ -11,7 +11,7 @@ import ppcl_rt
 from ppcl_rt.cli.options import check_device, no_times, opened, without_fit
 from ppcl_rt.convert.whole import whole_blocks
 from ppcl_rt.planning.budget import Budget, costs
-from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.planner import Planner
 
@@ -48,7 +48,7 @@ def planned(
     source, catalog, planner = opened(checkpoint)
     limited, room = without_fit(asked, source, planner, dtype or source.dtype)
     each = (dtype or source.dtype).itemsize
-    times: Callable[[ppcl_rt.Tokens], BlockTimes] = no_times
+    times: Callable[[ppcl_rt.Tokens], Times] = no_times
     if limited.latency is not None:
         check_device(device)
         smallest = planner.plan(planner.smallest_in_digits)

@@ -345,7 +345,7 @@ def sides(tokens: int) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-def two_stream_numbers(tokens: Tokens, dim: int, wide: float, timesteps: int = 1) -> float:
+def two_stream_numbers(tokens: Tokens, dim: int, wide: float, timesteps: int = 1, rotated: bool = True) -> float:
     """The most numbers of its dtype that a dense block holds at once, in plain torch.
 
     With I image tokens, T text tokens and N = I + T, counted over the batch; streams of width D, heads of A = D
@@ -353,9 +353,9 @@ def two_stream_numbers(tokens: Tokens, dim: int, wide: float, timesteps: int = 1
 
     - always: the streams as they came (N D), the embedding of the timestep before and after SiLU, and six modulations
       for each stream;
-    - in attention: what q, k and v are projected from (N D); q, k and v as projected (3 N A); and while k of the image
-      is rotated, q of both streams and k of the text done (N A + T A), k normed (I A), and three float32 copies of it
-      (3 f I A);
+    - in attention, where q and k are rotated: what q, k and v are projected from (N D); q, k and v as projected
+      (3 N A); and while k of the image is rotated, q of both streams and k of the text done (N A + T A), k normed
+      (I A), and three float32 copies of it (3 f I A). Where they are not, the MLPs hold more;
     - in the MLPs: the streams with their attention (N D), what attention gave (N A), what it read of the text (T D),
       the norms (N D), and the channels of both streams, of one twice while GELU is computed, or those of the image
       with the product, the gated product and the sum.
@@ -365,11 +365,12 @@ def two_stream_numbers(tokens: Tokens, dim: int, wide: float, timesteps: int = 1
         dim: D.
         wide: f.
         timesteps: of a sample, each with modulations of its own.
+        rotated: whether q and k are.
     """
     image, text = tokens.batch * tokens.image, tokens.batch * tokens.text
     joint, channels = image + text, 4 * dim
     modulations = (2 + 2 * 6) * dim * tokens.batch * timesteps
-    attention = (5 * joint + text + image + 3 * wide * image) * dim
+    attention = (5 * joint + text + image + 3 * wide * image) * dim if rotated else 0
     hidden = max(2 * image + text, image + 2 * text) * channels
     feed_forward = (3 * joint + text) * dim + max(hidden, joint * channels + 3 * image * dim)
     return joint * dim + modulations + max(attention, feed_forward)

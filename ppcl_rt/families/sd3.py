@@ -10,6 +10,7 @@ there are no rotations. Modulations see the pooled text next to the timestep, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -36,6 +37,7 @@ from ppcl_rt.families.mmdit import (
     modulation_part,
     pooled_conditions,
     sides,
+    two_stream_numbers,
     two_stream_spec,
 )
 from ppcl_rt.model.program import Program
@@ -321,6 +323,31 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             "return_dict": False,
         }
 
+    @classmethod
+    def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
+        """See `Residency.activation_bytes`.
+
+        Of the forward: the inputs, and the text as the first block got it; and what a block holds
+        (`two_stream_numbers`, not rotated), where a block of dual attention has three modulations more. Its second
+        attention holds less than the MLPs.
+
+        Fused kernels hold less. Adapters, ControlNet and what an attention backend allocates are not counted.
+        """
+        image, text = tokens.batch * tokens.image, tokens.batch * tokens.text
+        dim = config["num_attention_heads"] * config["attention_head_dim"]
+        outer = image * config["in_channels"] * config["patch_size"] ** 2
+        outer += text * (config["joint_attention_dim"] + dim)
+        outer += tokens.batch * (config["pooled_projection_dim"] + dim)
+        if config["dual_attention_layers"]:
+            outer += 3 * dim * tokens.batch
+        return itemsize * math.ceil(outer + two_stream_numbers(tokens, dim, 4 / itemsize, rotated=False))
+
+    @classmethod
+    def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:
+        """See `Residency.latents_of`; a token is 2 x 2 latents, the image as nearly square as can be."""
+        rows, columns = sides(tokens.image)
+        return (tokens.batch, vae["latent_channels"], 2 * rows, 2 * columns)
+
     def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
         """Refuse: MLPs run in one piece here.
 
@@ -375,7 +402,7 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             timestep=timestep,
             block_controlnet_hidden_states=block_controlnet_hidden_states,
             joint_attention_kwargs=joint_attention_kwargs,
-            skip_layers=tuple(skip_layers or ()),
+            skip_layers=() if skip_layers is None else tuple(map(int, skip_layers)),
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 

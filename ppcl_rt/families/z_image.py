@@ -12,6 +12,7 @@ and FLOPs, so a ratio that did not count their FLOPs would not be one, and no pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
+from ppcl_rt.families.mmdit import sides
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
@@ -339,22 +341,50 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         )
 
     def example(self, tokens: Tokens) -> dict[str, Any]:
-        """See `Residency.example`; the image is one row of patches."""
+        """See `Residency.example`; the image is as nearly square as its number of tokens allows."""
         like, patch, frames = next(self.parameters()), self.config.all_patch_size[0], self.config.all_f_patch_size[0]
 
         def noise(*shape: int) -> list[torch.Tensor]:
             return list(torch.randn((tokens.batch, *shape), device=like.device, dtype=like.dtype))
 
-        # Few positions have rotations: rows of at most 64 patches.
-        columns = max(n for n in range(1, 65) if tokens.image % n == 0)
         return {
-            "x": noise(self.config.in_channels, frames, patch * (tokens.image // columns), patch * columns),
+            "x": noise(self.config.in_channels, frames, *(patch * side for side in sides(tokens.image))),
             "t": torch.full((tokens.batch,), 0.5, device=like.device),
             "cap_feats": noise(tokens.text, self.config.cap_feat_dim),
             "patch_size": patch,
             "f_patch_size": frames,
             "return_dict": False,
         }
+
+    @classmethod
+    def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
+        """See `Residency.activation_bytes`.
+
+        Of the forward: the inputs as they came, as patches and with their padding, the rotations, the key mask, and the
+        embedding of the timestep. Of a block what one of the ``layers`` does. With N tokens of both streams, padding
+        included, counted over the batch, a width of D, and f numbers of the dtype in a float32, that is: the streams as
+        they came and next to each other, and normed (3 N D), four modulations, and
+
+        - in attention: q, k and v as projected (3 N D), q done and k normed (2 N D), and, while k is rotated in plain
+          torch, three float32 copies of it (3 f N D), or afterwards k done and copies of all three (4 N D);
+        - in the MLP: what attention gave (N D), and three times the channels while SwiGLU is computed (8 N D).
+
+        Fused kernels hold less. Adapters, ControlNet and what an attention backend allocates are not counted.
+        """
+        dim, wide = config["dim"], 4 / itemsize
+        image, text = padded_length(tokens.image), padded_length(tokens.text)
+        joint = image + text
+        patch = config["in_channels"] * config["all_patch_size"][0] ** 2 * config["all_f_patch_size"][0]
+        outer = (2 * tokens.image + image) * patch + (tokens.text + text) * config["cap_feat_dim"]
+        outer += joint * (dim // config["n_heads"] * wide + 2 / itemsize) + min(dim, ADALN_EMBED_DIM)
+        block = 4 * dim + joint * dim * (3 + max(5 + 3 * wide, 9))
+        return math.ceil(itemsize * tokens.batch * (outer + block))
+
+    @classmethod
+    def latents_of(cls, vae: Mapping[str, Any], tokens: Tokens) -> tuple[int, ...]:
+        """See `Residency.latents_of`; a token is 2 x 2 latents, the image as nearly square as can be."""
+        rows, columns = sides(tokens.image)
+        return (tokens.batch, vae["latent_channels"], 2 * rows, 2 * columns)
 
     def adopt(self, block: Any) -> None:
         """Take over the attention backend of the blocks that are there."""
@@ -386,8 +416,8 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
             siglip_feats, image_noise_mask: of the omni variant, refused.
 
         Raises:
-            ValueError: inputs of the omni variant, patches of a size that the model has not, or images and captions of
-                different numbers.
+            ValueError: inputs of the omni variant, patches of a size that the model has not, images that they do not
+                divide or that have no positions, or images and captions of different numbers.
         """
         self._refuse(x, cap_feats, siglip_feats, image_noise_mask, patch_size, f_patch_size)
         # Schedules go by noise that falls.
@@ -418,13 +448,25 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         """Refuse what is not served, by name."""
         omni = {"siglip_feats": siglip_feats, "image_noise_mask": image_noise_mask}
         given = next((name for name, value in omni.items() if value is not None), None)
-        if given or isinstance(x[0], list):
+        if given or any(isinstance(each, list) for each in x):
             raise ValueError(f"{given or 'a list of images a sample'} is of the omni variant of Z-Image: leave it out")
         if f"{patch_size}-{f_patch_size}" not in self.all_x_embedder:
             had = ", ".join(self.all_x_embedder)
             raise ValueError(f"patch_size and f_patch_size are {patch_size}-{f_patch_size}, the model has {had}")
-        if len(x) != len(cap_feats):
+        if len(x) != len(cap_feats) or not len(x):
             raise ValueError(f"there are {len(x)} images and {len(cap_feats)} captions: give one for each")
+        for image, caption in zip(x, cap_feats, strict=True):
+            frames, rows, columns = image.shape[1:]
+            if frames % f_patch_size or rows % patch_size or columns % patch_size:
+                said = f"an image is {frames} frames of {rows} x {columns} latents"
+                raise ValueError(f"{said}: wanted multiples of {f_patch_size} and of {patch_size}")
+            # A caption begins at 1, and its image after its padding. On a GPU a position too far ends the process.
+            before = 1 + padded_length(len(caption))
+            wanted = [before + frames // f_patch_size, rows // patch_size, columns // patch_size]
+            if any(count > there for count, there in zip(wanted, self.config.axes_lens, strict=True)):
+                said = f"a caption of {len(caption)} tokens and its image need {wanted} positions"
+                most = list(self.config.axes_lens)
+                raise ValueError(f"{said}, the model has {most}: take a shorter caption or a smaller image")
 
     def _rotations(self, lengths: _Lengths, grids: Iterable[Any], device: torch.device) -> torch.Tensor:
         """Rotations of each sample's tokens, text first, ``[B, S_text + S_image, E / 2, 2]``.

@@ -20,7 +20,7 @@ from ppcl_rt.model.running import Running
 from ppcl_rt.model.times import block_times
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.budget import Budget, costs
-from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
 from ppcl_rt.planning.schedule import Schedule
@@ -50,7 +50,7 @@ class Switching(Residency):
     # What was set last; None before anything was. One reference, so that a forward sees the old or the new.
     _current: Program | Running | None
     _programs: dict[Plan, Program]
-    _times: dict[Tokens, BlockTimes]
+    _times: dict[Tokens, Times]
 
     @property
     def planner(self) -> Planner:
@@ -184,7 +184,7 @@ class Switching(Residency):
         each, times = next(self.parameters()).element_size(), self.times(shape) if latency else None
         return costs(self.catalog, plan or self.plan, each, shape, times)
 
-    def times(self, tokens: Tokens | None = None) -> BlockTimes:
+    def times(self, tokens: Tokens | None = None) -> Times:
         """Milliseconds of this model's blocks on its device, at a shape (`ppcl_rt.model.times`).
 
         The first call for a shape reads them from the cache folder or measures them, which takes less than a minute.

@@ -1,9 +1,9 @@
 """Milliseconds of a model's blocks on its device, as `Budget.latency` needs them: read, remembered or measured.
 
-A table (`ppcl_rt.planning.milliseconds.TimeTable`) is of one kind of block, at one shape, in one dtype. It is looked
-for in the file that ``PPCL_TIMES`` names (`make gpu` writes one), then in the user's cache folder, and else measured:
-forwards over a few blocks of the checkpoint, all at one width, against forwards over none, by turns with the full
-width. That takes less than a minute and holds a few blocks.
+A table (`ppcl_rt.planning.time_table.TimeTable`) is of the blocks of each kind, at one shape, in one dtype. It is
+looked for in the file that ``PPCL_TIMES`` names (`make gpu` writes one), then in the user's cache folder, and else
+measured: forwards over a few blocks of one kind of the checkpoint, all at one width, against forwards over none, by
+turns with the full width. That takes less than a minute and holds a few blocks of each kind.
 
 A planner for milliseconds takes what the table makes too cheap, so a plan takes longer than the sum of its parts says.
 Where all blocks were held, whole plans that the planner makes are timed as well, and each part is scaled as explains
@@ -18,8 +18,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +33,11 @@ from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.costs import Milliseconds
 from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.milliseconds import LEAST_MS, BlockTimes, Kind, TimeRow, TimeTable
-from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.legal import LegalWidths
+from ppcl_rt.planning.milliseconds import LEAST_MS, Kind, PartName, TimeRow, Times
+from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
+from ppcl_rt.planning.time_table import TimeTable
 from ppcl_rt.planning.width import Width
 
 # Blocks that a forward is timed over: their weights do not stay in a cache. All blocks, where they take few bytes.
@@ -50,15 +53,13 @@ _TRIALS, _ROUNDS = 12, 2
 _RIDGE = (0.03 / 0.2) ** 2
 
 
-def block_times(model: Any, tokens: Tokens) -> BlockTimes:
+def block_times(model: Any, tokens: Tokens) -> Times:
     """The milliseconds of a model's blocks at a shape.
 
     Raises:
-        ValueError: the model has several kinds of blocks or no checkpoint to read blocks from, or ``PPCL_TIMES`` names
-            a file that is no such table.
+        ValueError: the model has no checkpoint to read blocks from or one of one plan, or ``PPCL_TIMES`` names a file
+            that is no such table.
     """
-    if len(model.catalog.architecture.kinds) != 1:
-        raise ValueError("latency is known for models with one kind of block alone: give another budget")
     given = os.environ.get("PPCL_TIMES")
     if given:
         return TimeTable.read(given).at(*tokens)
@@ -74,8 +75,8 @@ def block_times(model: Any, tokens: Tokens) -> BlockTimes:
 def _name(model: Any, tokens: Tokens) -> str:
     """A name of all that times depend on, and of the counts that are measured."""
     about = {
-        "spec": next(iter(model.catalog.architecture.kinds.values())).model_dump(mode="json"),
-        "widths": [dict(probe.width) for probe in _probes(model.catalog, 1)],
+        "specs": {kind: spec.model_dump(mode="json") for kind, spec in model.catalog.architecture.kinds.items()},
+        "widths": [(probe.kind, dict(probe.width)) for probe in _probes(model.catalog, 1)],
         "tokens": list(tokens),
         "dtype": str(model.dtype),
         "device": _device_name(model.device),
@@ -91,15 +92,17 @@ def _device_name(device: torch.device) -> str:
 
 
 class _Probe(NamedTuple):
-    """What is timed for a row: a plan over a few blocks, all others skipped.
+    """What is timed for a row: a plan over a few blocks of one kind, all others skipped.
 
     Attributes:
+        kind: of its blocks.
         width: of the row.
         plan: that is timed.
         blocks: of the row's width in the plan.
         run: the text run that the plan is of; its first block is full and the others do not update the text.
     """
 
+    kind: str
     width: Width
     plan: Plan
     blocks: int
@@ -107,26 +110,39 @@ class _Probe(NamedTuple):
 
 
 def _probes(catalog: Catalog, most: int) -> Iterator[_Probe]:
-    """The full block, every count of every group alone, and blocks that do not update the text.
+    """Of each kind the full block, every count of every group alone, and blocks that do not update the text.
 
     Args:
         most: blocks to a plan.
     """
-    depth, full = catalog.architecture.depth, catalog.spec(0).full
+    architecture = catalog.architecture
+    for kind in dict.fromkeys(each.kind for each in architecture.lists):
+        spec = architecture.kinds[kind]
+        legal = [widths for _, number, widths in catalog.prefixed if architecture.kind(number) == kind]
+        yield _alone(catalog, kind, spec.full, most)
+        for group in spec.full:
+            counts = {count.units for widths in legal for count in widths.of(group)[1:]}
+            for count in sorted(counts, reverse=True):
+                yield _alone(catalog, kind, spec.full.replace(**{group: count}), most)
+        runs = [run.interval for run in catalog.text_runs if architecture.kind(run.interval.first) == kind]
+        for run in sorted(runs, key=len)[:1]:
+            width = spec.full.without(set(spec.full) - set(spec.groups_without(TEXT_NOT_UPDATED)))
+            plan = catalog.compose(dict.fromkeys(run, spec.full).items(), text_runs=(run,))
+            yield _Probe(kind, width, plan, len(run) - 1, run)
 
-    def plan(widths: dict[int, Width], runs: tuple[Interval, ...] = ()) -> Plan:
-        return catalog.compose(widths.items(), text_runs=runs)
 
-    yield _Probe(full, plan(dict.fromkeys(range(min(most, depth)), full)), min(most, depth))
-    for group in full:
-        counts = {count.units for widths in catalog.blocks for count in widths.of(group)[1:]}
-        for count in sorted(counts, reverse=True):
-            width = full.replace(**{group: count})
-            blocks = [n for n in range(depth) if catalog.blocks[n].has(group, count)][:most]
-            yield _Probe(width, plan(dict.fromkeys(blocks, width)), len(blocks))
-    for run in sorted((run.interval for run in catalog.text_runs), key=len)[:1]:
-        width = full.without(set(full) - set(catalog.spec(0).groups_without(TEXT_NOT_UPDATED)))
-        yield _Probe(width, plan(dict.fromkeys(run, full), (run,)), len(run) - 1, run)
+def _alone(catalog: Catalog, kind: str, width: Width, most: int) -> _Probe:
+    """Blocks of a kind that may run at a width, or a student where no block may."""
+
+    def may(number: int, widths: LegalWidths) -> bool:
+        return catalog.architecture.kind(number) == kind and all(widths.has(*each) for each in width.items())
+
+    blocks = [number for number, widths in enumerate(catalog.blocks) if may(number, widths)][:most]
+    if blocks:
+        return _Probe(kind, width, catalog.compose(dict.fromkeys(blocks, width).items()), len(blocks))
+    student = next(each for each in catalog.students if may(each.interval.first, each.widths))
+    planned = PlannedBlock(interval=student.interval, width=width, student=True)
+    return _Probe(kind, width, catalog.compose((), (planned,)), 1)
 
 
 class _Clock:
@@ -168,11 +184,13 @@ def measure(model: Any, tokens: Tokens) -> TimeTable:
     """Time forwards over a few blocks of a model's checkpoint at every count of its catalog.
 
     Raises:
-        ValueError: the model was not loaded from a checkpoint.
+        ValueError: the model was not loaded from a checkpoint, or from one of one plan.
     """
     if model._source is None:
         raise ValueError("there is no checkpoint to time blocks of: load the model from a folder")
     catalog = model.catalog
+    if catalog.only is not None:
+        raise ValueError("this checkpoint holds one plan, so latency has nothing to choose: leave it out")
     architecture = catalog.architecture
     everything = model.dtype.itemsize * architecture.dense_params <= _ALL_BLOCKS_BYTES
     probes = list(_probes(catalog, architecture.depth if everything else _BLOCKS))
@@ -187,25 +205,30 @@ def measure(model: Any, tokens: Tokens) -> TimeTable:
     rows = []
     map_ms = clock.map(tokens, architecture.dim)
     outers = []
-    for probe in probes:
-        # By turns, so that a change of the clock rate or of other load meets all three alike.
-        turns = [(clock(probe.plan), clock(probes[0].plan), clock(empty)) for _ in range(repeats)]
-        outers += [outer for *_, outer in turns]
-        mine = statistics.median(own - outer for own, _, outer in turns)
-        full = statistics.median(whole - outer for _, whole, outer in turns) / probes[0].blocks
-        if probe.run is not None:
-            mine -= full + map_ms * len(architecture.run_maps(probe.run))
-        kind: Kind = "text_not_updated" if probe.run is not None else "block"
-        rows.append(_row(kind, probe.width, tokens, mine / probe.blocks, full, repeats))
-    rows.append(_row("outer", None, tokens, statistics.median(outers), statistics.median(outers), repeats))
-    rows.append(_row("map", None, tokens, map_ms, map_ms, _REPEATS))
-    times = BlockTimes(catalog.spec(0), tuple(rows), (tokens.image, tokens.text, tokens.batch))
-    return _table(model, list(_explained(model, clock, times, repeats).rows if everything else rows))
+    for _, of_kind in groupby(probes, key=lambda probe: probe.kind):
+        whole, *narrower = of_kind
+        for probe in (whole, *narrower):
+            # By turns, so that a change of the clock rate or of other load meets all three alike.
+            turns = [(clock(probe.plan), clock(whole.plan), clock(empty)) for _ in range(repeats)]
+            outers += [outer for *_, outer in turns]
+            mine = statistics.median(own - outer for own, _, outer in turns)
+            full = statistics.median(of_whole - outer for _, of_whole, outer in turns) / whole.blocks
+            if probe is whole:
+                # The other turns are of the same plan: noise between them is no change.
+                full = mine / whole.blocks
+            if probe.run is not None:
+                mine -= full + map_ms * len(architecture.run_maps(probe.run))
+            rows.append(_row(probe, tokens, mine / probe.blocks, full, repeats))
+    rows.append(_row("outer", tokens, statistics.median(outers), statistics.median(outers), repeats))
+    rows.append(_row("map", tokens, map_ms, map_ms, _REPEATS))
+    specs = {probe.kind: architecture.kinds[probe.kind] for probe in probes}
+    times = Times.of_rows(specs, rows, (tokens.image, tokens.text, tokens.batch))
+    return _table(model, _explained(model, clock, times, repeats) if everything else times)
 
 
-def _explained(model: Any, clock: _Clock, times: BlockTimes, repeats: int) -> BlockTimes:
+def _explained(model: Any, clock: Callable[[Plan], float], times: Times, repeats: int) -> Times:
     """Scale what was measured so that it explains whole plans."""
-    found, timed = times, dict[Plan, float]()
+    found, timed, architecture = times, dict[Plan, float](), model.catalog.architecture
     for _ in range(_ROUNDS):
         trials = {plan: None for plan in _trials(model.planner, found) if plan not in timed}
         for plan in trials:
@@ -213,24 +236,27 @@ def _explained(model: Any, clock: _Clock, times: BlockTimes, repeats: int) -> Bl
         # One round of all plans after another, so that a change of the clock rate meets them all alike.
         turns = [[clock(plan) for plan in trials] for _ in range(repeats)]
         timed |= {plan: statistics.median(each) for plan, each in zip(trials, zip(*turns, strict=True), strict=True)}
-        found = times.scaled(_factors(times, timed))
+        found = times.scaled(_factors([times.parts(architecture, plan) for plan in timed], list(timed.values())))
     return found
 
 
-def _trials(planner: Planner, times: BlockTimes) -> Iterator[Plan]:
+def _trials(planner: Planner, times: Times) -> Iterator[Plan]:
     """Plans of a planner at milliseconds spread evenly from the least to those of the dense plan, which is the last."""
     cost, dense = Milliseconds(times), planner.catalog.largest
-    least, most = planner.least(cost), times.plan_ms(dense)
+    least, most = planner.least(cost), cost.of(planner.catalog.architecture, dense)
     for n in range(1, _TRIALS):
         yield planner.plan((Limit(cost, least + (most - least) * n / _TRIALS),))
     yield dense
 
 
-def _factors(times: BlockTimes, timed: Mapping[Plan, float]) -> dict[str, float]:
-    """Find the factor of each part that explains the milliseconds of plans: ridge regression towards factors of 1."""
-    parts = [times.parts(plan) for plan in timed]
-    names = list(parts[0])
-    measured = np.array(list(timed.values()))
+def _factors(parts: Sequence[Mapping[PartName, float]], measured_ms: Sequence[float]) -> dict[PartName, float]:
+    """Find the factor of each part that explains the milliseconds of plans: ridge regression towards factors of 1.
+
+    Args:
+        parts: of each plan.
+        measured_ms: of each plan as a whole.
+    """
+    names, measured = list(parts[0]), np.array(measured_ms)
     # In shares of each plan's milliseconds, so that short plans count as much as long ones.
     shares = np.array([[each[name] for name in names] for each in parts]) / measured[:, None]
     normal = shares.T @ shares + _RIDGE * np.eye(len(names))
@@ -238,15 +264,18 @@ def _factors(times: BlockTimes, timed: Mapping[Plan, float]) -> dict[str, float]
     return {name: float(max(1 + change, 0.0)) for name, change in zip(names, found, strict=True)}
 
 
-def _row(kind: Kind, width: Width | None, tokens: Tokens, ms: float, full_ms: float, repeats: int) -> TimeRow:
+def _row(of: _Probe | Literal["outer", "map"], tokens: Tokens, ms: float, full_ms: float, repeats: int) -> TimeRow:
+    probe = of if isinstance(of, _Probe) else None
+    kind: Kind = of if not isinstance(of, _Probe) else "block" if of.run is None else "text_not_updated"
     # A difference of medians may come out below nothing where the clock is coarser than the block.
     ms, full_ms = max(ms, LEAST_MS), max(full_ms, LEAST_MS)
     return TimeRow(
         kind=kind,
+        block_kind=None if probe is None else probe.kind,
         image_tokens=tokens.image,
         text_tokens=tokens.text,
         batch=tokens.batch,
-        width=width,
+        width=None if probe is None else probe.width,
         ms=ms,
         full_ms=full_ms,
         # From an idle device until the result is there: the host's time is in it.
@@ -256,9 +285,9 @@ def _row(kind: Kind, width: Width | None, tokens: Tokens, ms: float, full_ms: fl
     )
 
 
-def _table(model: Any, rows: list[TimeRow]) -> TimeTable:
+def _table(model: Any, times: Times) -> TimeTable:
     return TimeTable(
-        format=2,
+        format=3,
         device=_device_name(model.device),
         versions={"torch": torch.__version__, "cuda": torch.version.cuda},
         commit=None,
@@ -267,8 +296,8 @@ def _table(model: Any, rows: list[TimeRow]) -> TimeTable:
         command="ppcl_rt.model.times.measure",
         dtype=str(model.dtype).removeprefix("torch."),
         backend=os.environ.get("PPCL_BACKEND", "auto"),
-        spec=model.catalog.spec(0),
+        specs={kind: each.spec for kind, each in times.kinds.items()},
         blocks=min(_BLOCKS, model.catalog.architecture.depth),
         complete=True,
-        rows=tuple(rows),
+        rows=times.rows,
     )

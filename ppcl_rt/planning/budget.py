@@ -13,7 +13,7 @@ from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.catalog import MOST_TOKENS, Catalog
 from ppcl_rt.planning.costs import Bytes, Cost, Flops, Milliseconds, Params
 from ppcl_rt.planning.frozen import Frozen, first_error
-from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan
 
 _AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
@@ -146,7 +146,7 @@ class Budget(Frozen):
         return self.ratio is not None and self == Budget(ratio=self.ratio)
 
     def limits(
-        self, catalog: Catalog, bytes_each: Callable[[], int], times: Callable[[Tokens], BlockTimes]
+        self, catalog: Catalog, bytes_each: Callable[[], int], times: Callable[[Tokens], Times]
     ) -> tuple[Limit, ...]:
         """What it means for a catalog.
 
@@ -180,7 +180,7 @@ def ratio_limits(catalog: Catalog, ratio: float) -> tuple[Limit, Limit]:
 
 
 def costs(
-    catalog: Catalog, plan: Plan, bytes_each: int, shape: Tokens | None = None, times: BlockTimes | None = None
+    catalog: Catalog, plan: Plan, bytes_each: int, shape: Tokens | None = None, times: Times | None = None
 ) -> dict[str, float]:
     """What a plan costs in each currency.
 

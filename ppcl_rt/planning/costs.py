@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import Stream
 from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.milliseconds import BlockTimes, Times
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.width import Width
 
@@ -143,9 +143,9 @@ class Flops(Cost):
 
 @dataclass(frozen=True, eq=False)
 class Milliseconds(Cost):
-    """Milliseconds of a forward as they were measured on a device (`BlockTimes`)."""
+    """Milliseconds of a forward as they were measured on a device (`Times`)."""
 
-    times: BlockTimes
+    times: Times
     currency = "latency"
     unit = "milliseconds"
 
@@ -155,7 +155,8 @@ class Milliseconds(Cost):
 
     def fixed(self, architecture: Architecture, block: int, not_updated: Collection[Stream]) -> float:
         """See `Cost`; of a full block."""
-        return self.times.ms(self.times.whole(not_updated), not_updated)
+        times = self._of(architecture, block)
+        return times.ms(times.whole(not_updated), not_updated)
 
     def group(
         self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
@@ -165,8 +166,11 @@ class Milliseconds(Cost):
         Raises:
             ValueError: the count lies outside of what was measured.
         """
-        return self.times.change(group, count, not_updated)
+        return self._of(architecture, block).change(group, count, not_updated)
 
     def run(self, architecture: Architecture, run: Interval) -> float:
         """See `Cost`."""
         return len(architecture.run_maps(run)) * self.times.map_ms
+
+    def _of(self, architecture: Architecture, block: int) -> BlockTimes:
+        return self.times.of(architecture.kind(block))

@@ -1,26 +1,28 @@
 """Milliseconds of a transformer's blocks as they were measured on one device, and what they say a plan takes.
 
-``bench/suites/bench_gpu_model.py`` writes the table (``sweep.json``, docs/formats.md). Plain data, no torch: a planner
-for milliseconds adds up `BlockTimes.change` as it adds up parameters.
+Plain data, no torch: a planner for milliseconds adds up `BlockTimes.change` as it adds up parameters. Each kind of
+block has times of its own. The file of them is a `ppcl_rt.planning.time_table.TimeTable`.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from ppcl_rt.planning.architecture import Architecture
 from ppcl_rt.planning.block_spec import ALL_UPDATED, TEXT_NOT_UPDATED, BlockSpec, Stream
-from ppcl_rt.planning.frozen import Frozen, read_json
-from ppcl_rt.planning.plan import Plan, text_maps
+from ppcl_rt.planning.frozen import Frozen
+from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 Kind = Literal["block", "text_not_updated", "map", "outer"]
+# A share of a plan's milliseconds: the kind of block and what of it; no kind for what is around the blocks.
+PartName: TypeAlias = tuple[str, str]
 # Milliseconds are above zero: a difference of timings may not be.
 LEAST_MS = 1e-6
 
@@ -32,6 +34,7 @@ class TimeRow(Frozen):
         kind: ``block``; ``text_not_updated``, a block of a text run that does not update the text stream (its width has
             no group of the text MLP); ``map``, one linear map ``[D, D]`` of a text run over the text tokens; ``outer``,
             all outside of blocks.
+        block_kind: of a block, its kind in the architecture; None for ``map`` and ``outer``.
         image_tokens, text_tokens, batch: what it ran on; no key mask.
         width: of a block; None for ``map`` and ``outer``.
         ms: on the device, of one block, map or forward without blocks; python is ahead of it.
@@ -43,6 +46,7 @@ class TimeRow(Frozen):
     """
 
     kind: Kind
+    block_kind: str | None = None
     image_tokens: int = Field(ge=1)
     text_tokens: int = Field(ge=1)
     batch: int = Field(1, ge=1)
@@ -56,8 +60,10 @@ class TimeRow(Frozen):
 
     @model_validator(mode="after")
     def _sound(self) -> TimeRow:
-        if (self.width is not None) != (self.kind in ("block", "text_not_updated")):
-            raise ValueError(f"rows of blocks have a width, others have none: {self.kind} {self.width}")
+        of_block = self.kind in ("block", "text_not_updated")
+        if (self.width is not None) != of_block or (self.block_kind is not None) != of_block:
+            said = f"{self.kind} {self.block_kind} {self.width}"
+            raise ValueError(f"rows of blocks have a width and a kind of block, others have none: {said}")
         return self
 
     @property
@@ -66,89 +72,22 @@ class TimeRow(Frozen):
         return TEXT_NOT_UPDATED if self.kind == "text_not_updated" else ALL_UPDATED
 
 
-class TimeTable(Frozen):
-    """What was measured on a device.
-
-    Attributes:
-        format: version of this schema.
-        device, versions, commit, dirty, date, command: where the figures come from.
-        dtype: of weights and activations.
-        backend: ``PPCL_BACKEND`` as it was.
-        spec: what the blocks are made of.
-        blocks: different blocks that were run in turn, so that no weight is read from a cache.
-        complete: whether every row that was meant to be measured is there, or in ``left_out``.
-        left_out: what failed, and why.
-    """
-
-    format: Literal[2]
-    device: str
-    versions: dict[str, str | None]
-    commit: str | None
-    dirty: bool | None
-    date: str
-    command: str
-    dtype: str
-    backend: str
-    spec: BlockSpec
-    blocks: int = Field(ge=1)
-    complete: bool
-    left_out: dict[str, str] = Field(default_factory=dict)
-    rows: tuple[TimeRow, ...]
-
-    @model_validator(mode="after")
-    def _once(self) -> TimeTable:
-        seen = set()
-        for row in self.rows:
-            key = (row.kind, row.image_tokens, row.text_tokens, row.batch, row.width)
-            if key in seen:
-                raise ValueError(f"{row.kind} {row.width} at {row.image_tokens} tokens is listed twice: drop one")
-            if row.width is not None and set(row.width) != set(self.spec.groups_without(row.not_updated)):
-                raise ValueError(f"a row of kind {row.kind} names the groups {', '.join(row.width)}")
-            if row.width is not None and not row.width.within(self.spec.full):
-                raise ValueError(f"a row is wider than the full block: {row.width}, {self.spec.full}")
-            for group, count in (row.width or {}).items():
-                if count == LINEAR_MAP and not self.spec.groups[group].mappable:
-                    raise ValueError(f"{group} is 1 or more, not 0: {row.width}")
-            seen.add(key)
-        return self
-
-    @classmethod
-    def read(cls, path: str | Path) -> TimeTable:
-        """Read a file.
-
-        Raises:
-            ValueError: not a table of costs; one line says why.
-            FileNotFoundError: no such file.
-        """
-        return read_json(cls, Path(path).read_bytes(), f"{path} is not a table of costs")
-
-    def at(self, image_tokens: int, text_tokens: int, batch: int = 1) -> BlockTimes:
-        """Return the costs at one shape.
-
-        Raises:
-            ValueError: nothing that agrees with plain torch was measured there.
-        """
-        shape = (image_tokens, text_tokens, batch)
-        rows = [row for row in self.rows if row.agrees]
-        here = tuple(row for row in rows if (row.image_tokens, row.text_tokens, row.batch) == shape)
-        costs = BlockTimes(self.spec, here, shape)
-        if not any((row.kind, row.width) == ("block", self.spec.full) for row in here):
-            there = sorted({(row.image_tokens, row.text_tokens, row.batch) for row in rows})
-            raise ValueError(
-                f"no full block was measured at {shape} (image tokens, text tokens, batch); there are: {there}"
-            )
-        return costs
-
-
 @dataclass(frozen=True)
 class BlockTimes:
-    """Milliseconds at one shape: a sum over the groups of a width, so that a linear program can count with them.
+    """Milliseconds of blocks of one kind at one shape: a sum over the groups of a width, as linear programs count.
 
     ``ms(width) = ms(full) + sum over groups of (ms(full but for this group) - ms(full))``, linear between the counts
     that were measured. Two points are never interpolated to: `LINEAR_MAP`, and the full rank of modulations (the stock
     layers).
+
+    Attributes:
+        name: of the kind.
+        spec: what a block of it is made of.
+        rows: of such blocks.
+        shape: (image tokens, text tokens, batch).
     """
 
+    name: str
     spec: BlockSpec
     rows: tuple[TimeRow, ...]
     shape: tuple[int, int, int]
@@ -189,46 +128,38 @@ class BlockTimes:
         above = bisect.bisect(counts, count)
         if not 0 < above < len(counts):
             known = ", ".join(map(str, sorted(points)))
-            raise ValueError(f"{kind}, {group}: {count} lies outside of what was measured at {self.shape}: {known}")
+            said = f"{kind} of kind {self.name}, {group}: {count}"
+            raise ValueError(f"{said} lies outside of what was measured at {self.shape}: {known}")
         low, high = counts[above - 1], counts[above]
         share = (count - low) / (high - low)
         return (1 - share) * points[low] + share * points[high] - points[full]
 
-    def plan_ms(self, plan: Plan) -> float:
-        """Return the milliseconds of a forward.
+    def parts(self, blocks: Iterable[tuple[Width, Collection[Stream]]]) -> dict[str, float]:
+        """Divide the milliseconds of blocks into what adds up.
+
+        Those of full blocks (``full``), what changes where the text is not updated (``still``), and where a group is
+        narrower, by its name.
+
+        Args:
+            blocks: width of each, and the streams that it leaves as they were.
 
         Raises:
             ValueError: a block needs what was not measured.
         """
-        return sum(self.parts(plan).values())
-
-    def parts(self, plan: Plan) -> dict[str, float]:
-        """Divide the milliseconds of a forward into what adds up.
-
-        Those outside of blocks (``outer``), of full blocks (``full``), of maps (``map``), what changes where the text
-        is not updated (``still``), and where a group is narrower, by its name.
-
-        Raises:
-            ValueError: as `plan_ms`.
-        """
-        maps = sum(len(text_maps(run, plan.depth)) for run in plan.text_runs)
-        found = {"outer": self.outer_ms, "map": maps * self.map_ms if maps else 0.0, "full": 0.0, "still": 0.0}
-        found |= dict.fromkeys(self.spec.full, 0.0)
-        for block in plan.blocks:
-            not_updated = plan.not_updated(block)
+        found = {"full": 0.0, "still": 0.0, **dict.fromkeys(self.spec.full, 0.0)}
+        for width, not_updated in blocks:
             found["full"] += self._full_ms
             found["still"] += self._whole_ms(not_updated) - self._full_ms
             for group in self.whole(not_updated):
-                found[group] += self.change(group, block.width[group], not_updated)
+                found[group] += self.change(group, width[group], not_updated)
         return found
 
     def scaled(self, factors: Mapping[str, float]) -> BlockTimes:
         """Multiply each of the `parts` by a factor; those of the blocks' groups by that of the group."""
-        full = self._full_ms * factors["full"]
+        full = max(self._full_ms * factors["full"], LEAST_MS)
 
         def ms(row: TimeRow) -> float:
-            if row.width is None:
-                return row.ms * factors[row.kind]
+            assert row.width is not None, "these rows are of blocks"
             reference, whole = self.whole(row.not_updated), self._whole_ms(row.not_updated)
             narrower = [group for group in reference if row.width[group] != reference[group]]
             change = row.ms / row.full_ms * self._full_ms - whole
@@ -236,27 +167,11 @@ class BlockTimes:
             return full + factors["still"] * (whole - self._full_ms) + factor * change
 
         rows = (row.model_copy(update={"ms": max(ms(row), LEAST_MS), "full_ms": full}) for row in self.rows)
-        return BlockTimes(self.spec, tuple(rows), self.shape)
-
-    @property
-    def outer_ms(self) -> float:
-        """Milliseconds of all that is outside of blocks."""
-        return self._only("outer").ms
-
-    @property
-    def map_ms(self) -> float:
-        """Milliseconds of one map of a text run."""
-        return self._only("map").ms
+        return BlockTimes(self.name, self.spec, tuple(rows), self.shape)
 
     def counts(self, group: str) -> Sequence[int]:
         """Return the counts at which a group was measured, ascending."""
         return sorted(self._curve("block", group))
-
-    def _only(self, kind: Kind) -> TimeRow:
-        for row in self.rows:
-            if row.kind == kind:
-                return row
-        raise ValueError(f"no row of kind {kind} was measured at {self.shape}")
 
     def whole(self, not_updated: Collection[Stream] = ALL_UPDATED) -> Width:
         """The full width of a block that leaves some streams as they were."""
@@ -287,8 +202,89 @@ class BlockTimes:
             if width == whole.replace(**{group: width[group]})
         }
         if whole[group] not in points:
-            raise ValueError(f"no full row of kind {kind} was measured at {self.shape}")
+            raise ValueError(f"no full row of kind {kind} of {self.name} was measured at {self.shape}")
         return points
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds at one shape of all that a forward is made of.
+
+    Attributes:
+        kinds: of the blocks of each kind.
+        around: rows of what is not in a block.
+        shape: (image tokens, text tokens, batch).
+    """
+
+    kinds: Mapping[str, BlockTimes]
+    around: tuple[TimeRow, ...]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of_rows(cls, specs: Mapping[str, BlockSpec], rows: Sequence[TimeRow], shape: tuple[int, int, int]) -> Times:
+        """Sort rows, all of one shape, by the kind of block that they are of."""
+        kinds = {
+            kind: BlockTimes(kind, spec, tuple(row for row in rows if row.block_kind == kind), shape)
+            for kind, spec in specs.items()
+        }
+        return cls(kinds, tuple(row for row in rows if row.block_kind is None), shape)
+
+    @property
+    def rows(self) -> tuple[TimeRow, ...]:
+        """All rows."""
+        return (*(row for times in self.kinds.values() for row in times.rows), *self.around)
+
+    def of(self, kind: str) -> BlockTimes:
+        """Return those of the blocks of a kind.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if kind not in self.kinds:
+            raise ValueError(f"no blocks of kind {kind} were measured; there are: {', '.join(self.kinds)}")
+        return self.kinds[kind]
+
+    def parts(self, architecture: Architecture, plan: Plan) -> dict[PartName, float]:
+        """Divide the milliseconds of a forward into what adds up.
+
+        Those outside of blocks (``outer``), of maps (``map``), and the parts of the blocks of each kind
+        (`BlockTimes.parts`).
+
+        Raises:
+            ValueError: a block needs what was not measured.
+        """
+        maps = sum(len(architecture.run_maps(run)) for run in plan.text_runs)
+        found = {("", "outer"): self.outer_ms, ("", "map"): maps * self.map_ms if maps else 0.0}
+        for kind in dict.fromkeys(each.kind for each in architecture.lists):
+            blocks = [block for block in plan.blocks if architecture.kind(block.interval.first) == kind]
+            parts = self.of(kind).parts((block.width, plan.not_updated(block)) for block in blocks)
+            found |= {(kind, name): ms for name, ms in parts.items()}
+        return found
+
+    def scaled(self, factors: Mapping[PartName, float]) -> Times:
+        """Multiply each of the `parts` by a factor."""
+        around = (row.model_copy(update={"ms": max(row.ms * factors["", row.kind], LEAST_MS)}) for row in self.around)
+        kinds = {
+            kind: times.scaled({name: factor for (of, name), factor in factors.items() if of == kind})
+            for kind, times in self.kinds.items()
+        }
+        return Times(kinds, tuple(around), self.shape)
+
+    @property
+    def outer_ms(self) -> float:
+        """Milliseconds of all that is outside of blocks."""
+        return self._only("outer").ms
+
+    @property
+    def map_ms(self) -> float:
+        """Milliseconds of one map of a text run."""
+        return self._only("map").ms
+
+    def _only(self, kind: Kind) -> TimeRow:
+        for row in self.around:
+            if row.kind == kind:
+                return row
+        raise ValueError(f"no row of kind {kind} was measured at {self.shape}")
 
 
 def _kind(not_updated: Collection[Stream]) -> Kind:

@@ -24,7 +24,7 @@ from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.choices import Choices
 from ppcl_rt.planning.costs import Cost
 from ppcl_rt.planning.interactions import Interactions
-from ppcl_rt.planning.milliseconds import BlockTimes
+from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.solver import minimise
 
@@ -95,7 +95,7 @@ class Planner:
         except _NoneFits:
             raise ValueError(self._why_none(budget)) from None
 
-    def plan_within(self, budget: Budget, bytes_each: Callable[[], int], times: Callable[[Tokens], BlockTimes]) -> Plan:
+    def plan_within(self, budget: Budget, bytes_each: Callable[[], int], times: Callable[[Tokens], Times]) -> Plan:
         """The plan with the least predicted loss within a budget; arguments as of `Budget.limits`.
 
         Raises:

@@ -18,7 +18,8 @@ from diffusers.models.transformers import transformer_qwenimage
 
 from ppcl_rt import Width
 from ppcl_rt.ops.agreement import agree
-from ppcl_rt.planning.milliseconds import TimeRow, TimeTable
+from ppcl_rt.planning.milliseconds import TimeRow
+from ppcl_rt.planning.time_table import TimeTable
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,14 +149,14 @@ def test_everything_is_measured_but_what_fails_and_is_killed(forked, tmp_path):
         r.agrees for r in table.rows
     )
     for image_tokens in (24, 12):
-        costs = table.at(image_tokens, 7)
+        costs = table.at(image_tokens, 7).of("two-stream")
         assert (
             costs.counts("image") == [0, 16, 128, 256]
             and costs.ms(Width(heads=4, image=256, text=256, modulation=64)) > 0
         )
-    assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.spec.full == Width(
-        heads=4, image=256, text=256, modulation=64
-    )
+    assert set(table.rows[0].operations) <= {"modulation", "ada_layer_norm", *PARTS} and table.specs[
+        "two-stream"
+    ].full == Width(heads=4, image=256, text=256, modulation=64)
 
 
 PARTS = {"qkv_projection", "joint_attention", "out", "up", "down", "map"}

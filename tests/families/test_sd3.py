@@ -77,7 +77,7 @@ def test_dense_with_controlnet(variant, count, of, run, same):
 
 
 @EVERY
-@pytest.mark.parametrize("skipped", [[], [0], [1, 2], [6], [2, 5, 6], [99]])
+@pytest.mark.parametrize("skipped", [[], [0], [1, 2], [6], [2, 5, 6], [99], torch.tensor([1, 2])], ids=str)
 def test_dense_with_skipped_layers(variant, skipped, of, run, same):
     """By original number, residuals stay where they were."""
     made, model = of(variant)

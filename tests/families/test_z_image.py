@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -142,10 +143,40 @@ def test_what_is_of_the_omni_variant_is_refused(made, run):
         run(model, {**inputs, "x": [[each] for each in inputs["x"]]})
     with pytest.raises(ValueError, match="3 images and 2 captions"):
         run(model, {**inputs, "cap_feats": inputs["cap_feats"][:2]})
+    with pytest.raises(ValueError, match="0 images and 0 captions"):
+        run(model, {"x": [], "t": torch.zeros(0), "cap_feats": []})
     with pytest.raises(ValueError, match="siglip_feat_dim is set"):
         PPCLZImageTransformer2DModel(**CONFIG, siglip_feat_dim=8)
     with pytest.raises(ValueError, match="does not add up"):
         PPCLZImageTransformer2DModel(**{**CONFIG, "axes_dims": (4, 2, 4)})
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "said"),
+    [
+        # Padded to 256 tokens, which begin at 1, and one frame after them.
+        (225, (6, 10), "225 tokens and its image need [258, 3, 5] positions, the model has [256, 32, 32]"),
+        (7, (66, 10), "need [34, 33, 5] positions"),
+        (7, (6, 66), "need [34, 3, 33] positions"),
+        (7, (7, 10), "1 frames of 7 x 10 latents: wanted multiples of 1 and of 2"),
+    ],
+)
+def test_images_and_captions_without_a_place_are_refused(made, run, words, size, said):
+    """Stock looks positions up in a table that is too short; the longest and largest that there are still run."""
+    checkpoint, model = made
+    channels, features = CONFIG["in_channels"], CONFIG["cap_feat_dim"]
+
+    def inputs(words, size):
+        caption, image = torch.randn(words, features), torch.randn(channels, 1, *size)
+        return {"x": [image], "t": torch.tensor([0.5]), "cap_feats": [caption]}
+
+    with pytest.raises((IndexError, RuntimeError)):
+        run(checkpoint.stock, inputs(words, size))
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        run(model, inputs(words, size))
+    assert "\n" not in str(caught.value)
+    most = inputs(224, (64, 2))
+    assert run(model, most)[0].shape == run(checkpoint.stock, most)[0].shape == (channels, 1, 64, 2)
 
 
 # Other plans.

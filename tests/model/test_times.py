@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import ppcl_rt
-from ppcl_rt import Budget, Tokens
+from ppcl_rt import Budget, LegalWidths, Tokens
 from ppcl_rt.model import times
 from ppcl_rt.planning.budget import Limit
 from ppcl_rt.planning.costs import Milliseconds
-from ppcl_rt.planning.milliseconds import BlockTimes, TimeTable
+from ppcl_rt.planning.milliseconds import Times
+from ppcl_rt.planning.time_table import TimeTable
 
 SHAPE = Tokens(6, 4, 2)
 
@@ -31,10 +32,12 @@ def test_times_are_measured_once_and_remembered(compensated, cache, monkeypatch)
     model = ppcl_rt.load(compensated.folder)
     costs = model.times(SHAPE)
     catalog = model.catalog
-    for widths in catalog.blocks:
+    for n, widths in enumerate(catalog.blocks):
+        of_kind = costs.of(catalog.architecture.kind(n))
         for group in widths.groups:
-            assert {count.units for count in widths.of(group)} <= set(costs.counts(group))
-    assert costs.outer_ms > 0 and costs.ms(catalog.spec(0).full) > 0
+            assert {count.units for count in widths.of(group)} <= set(of_kind.counts(group))
+        assert of_kind.ms(catalog.spec(n).full) > 0
+    assert costs.outer_ms > 0
     [file] = cache.glob("times-*.json")
     assert TimeTable.read(file).at(*SHAPE) == costs
     monkeypatch.setattr(times, "measure", lambda *_: pytest.fail("it was measured again"))
@@ -53,9 +56,9 @@ def test_a_table_that_is_named_is_taken(compensated, cache, monkeypatch, tmp_pat
     monkeypatch.setattr(times, "measure", lambda *_: pytest.fail("it was measured again"))
     other = ppcl_rt.load(compensated.folder)
     assert other.times(SHAPE).shape == SHAPE
-    with pytest.raises(ValueError, match="no full block was measured"):
+    with pytest.raises(ValueError, match="no full block of kind two-stream was measured"):
         other.times(Tokens(1, 1))
-    (tmp_path / "mine.json").write_text(json.dumps({"format": 2}))
+    (tmp_path / "mine.json").write_text(json.dumps({"format": 3}))
     with pytest.raises(ValueError, match="not a table of costs") as caught:
         ppcl_rt.load(compensated.folder).times(SHAPE)
     assert "\n" not in str(caught.value)
@@ -82,7 +85,7 @@ def test_latency_is_a_budget(compensated, cache):
 def test_parts_are_scaled_as_explains_whole_plans(compensated, cache):
     """With a clock by which narrow heads save half of what the table says, the table says so afterwards."""
     model = ppcl_rt.load(compensated.folder)
-    table = model.times(SHAPE)
+    table, architecture = model.times(SHAPE), model.catalog.architecture
     full = model.catalog.spec(0).full
     saves = {"heads": 0.6, "image": 0.4, "text": 0.3, "modulation": 0.2}
 
@@ -92,16 +95,21 @@ def test_parts_are_scaled_as_explains_whole_plans(compensated, cache):
         return 2.0 - sum(saves[group] * (1 - row.width[group] / full[group]) for group in row.width)
 
     rows = (row.model_copy(update={"ms": ms(row), "full_ms": 2.0}) for row in table.rows)
-    said = BlockTimes(table.spec, tuple(rows), table.shape)
-    truth = said.scaled({**dict.fromkeys(said.parts(model.catalog.dense), 1.0), "heads": 0.5})
-    explained = times._explained(model, truth.plan_ms, said, repeats=1)
+    said = Times.of_rows(architecture.kinds, tuple(rows), table.shape)
+    parts = said.parts(architecture, model.catalog.dense)
+    truth = said.scaled({**dict.fromkeys(parts, 1.0), ("two-stream", "heads"): 0.5})
+    explained = times._explained(model, lambda plan: Milliseconds(truth).of(architecture, plan), said, repeats=1)
     cost = Milliseconds(said)
-    least, dense = model.planner.least(cost), said.plan_ms(model.catalog.dense)
+    least, dense = model.planner.least(cost), cost.of(architecture, model.catalog.dense)
+
+    def off(times, plan):
+        return abs(Milliseconds(times).of(architecture, plan) / Milliseconds(truth).of(architecture, plan) - 1)
+
     before, after = [], []
     for share in (0.3, 0.5, 0.7, 0.9):
         plan = model.planner.plan((Limit(Milliseconds(explained), least + share * (dense - least)),))
-        before.append(abs(said.plan_ms(plan) / truth.plan_ms(plan) - 1))
-        after.append(abs(explained.plan_ms(plan) / truth.plan_ms(plan) - 1))
+        before.append(off(said, plan))
+        after.append(off(explained, plan))
     assert max(before) > 0.05 and max(after) < 0.02, (before, after)
 
 
@@ -109,6 +117,29 @@ def test_a_stock_model_has_no_blocks_to_time(compensated, cache):
     model = ppcl_rt.PPCLQwenImageTransformer2DModel(**compensated.stock.config)
     with pytest.raises(ValueError, match="no checkpoint to time blocks of"):
         model.times(SHAPE)
+
+
+def test_a_checkpoint_of_one_plan_has_nothing_to_choose(compensated, cache, tmp_path):
+    ppcl_rt.load(compensated.folder, 0.7).save_plan(tmp_path / "one")
+    with pytest.raises(ValueError, match="holds one plan, so latency has nothing to choose"):
+        ppcl_rt.load(tmp_path / "one", latency="1ms", shape=SHAPE)
+
+
+def test_a_count_that_students_alone_have_is_timed_on_one(compensated, cache):
+    """A catalog whose blocks lost a count in measuring; without a time for it, nothing could be planned."""
+    model = ppcl_rt.load(compensated.folder)
+    catalog = model.catalog
+    dropped = catalog.blocks[0].of("heads")[-1].units
+
+    def without(widths):
+        return LegalWidths({**widths.root, "heads": tuple(c for c in widths.of("heads") if c.units != dropped)})
+
+    model._catalog = catalog.model_copy(update={"blocks": tuple(map(without, catalog.blocks))})
+    probes = list(times._probes(model.catalog, 4))
+    [probe] = [each for each in probes if each.width["heads"] == dropped]
+    [planned] = probe.plan.blocks
+    assert planned.student and planned.width == catalog.spec(0).full.replace(heads=dropped)
+    assert dropped in times.measure(model, SHAPE).at(*SHAPE).of("two-stream").counts("heads")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,9 @@ from ppcl_rt.files import one_line
 from ppcl_rt.ops.agreement import agree
 from ppcl_rt.ops.implementation import backend as asked_backend
 from ppcl_rt.planning.block_spec import TEXT_NOT_UPDATED
-from ppcl_rt.planning.milliseconds import Kind, TimeRow, TimeTable
+from ppcl_rt.planning.costs import Milliseconds
+from ppcl_rt.planning.milliseconds import Kind, TimeRow
+from ppcl_rt.planning.time_table import TimeTable
 from ppcl_rt.planning.width import Width
 
 
@@ -88,14 +90,16 @@ class Sweep:
         self.clock, self.faults = CallClock(self.preset.device), InjectedFaults(job["inject"])
         self.call = {size: inputs(self.preset, size, self.preset.text) for size in self.preset.sizes}
         self.block_call = {size: self._block_call(call) for size, call in self.call.items()}
+        # The sweep is of a model with one kind of block.
+        [self.block_kind] = models.catalog.architecture.kinds
         about = machine()
         self.table: dict[str, Any] = report.content.get("table") or {
-            "format": 2,
+            "format": 3,
             **{name: about[name] for name in ("device", "versions", "commit", "dirty", "date")},
             "command": job["command"],
             "dtype": str(self.preset.dtype).removeprefix("torch."),
             "backend": asked_backend(),
-            "spec": self.preset.spec.model_dump(mode="json"),
+            "specs": {self.block_kind: self.preset.spec.model_dump(mode="json")},
             "blocks": self.preset.blocks,
             "complete": False,
             "left_out": {},
@@ -138,7 +142,8 @@ class Sweep:
                 # A plan may need a row for which there was no time.
                 with contextlib.suppress(ValueError):
                     plan = self.models.plan(name).plan
-                    of_size[name] = round(table.at(rows * columns, self.preset.text).plan_ms(plan), 4)
+                    cost = Milliseconds(table.at(rows * columns, self.preset.text))
+                    of_size[name] = round(cost.of(self.models.catalog.architecture, plan), 4)
         return predicted
 
     def _block_call(self, call: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +197,7 @@ class Sweep:
         rows, columns = self.preset.sizes[point.size]
         return TimeRow(
             kind=point.kind,
+            block_kind=self.block_kind if point.width else None,
             image_tokens=rows * columns,
             text_tokens=self.preset.text,
             batch=1,
