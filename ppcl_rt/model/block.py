@@ -38,9 +38,8 @@ class AdaptedNotLoaded(NotLoaded, nn.Linear):
 
 def base_of(module: nn.Module) -> nn.Module:
     """The layer inside those that adapters put around it."""
-    while "base_layer" in module._modules:
-        module = module._modules["base_layer"]  # type: ignore[assignment] # never None
-    return module
+    inner = module._modules.get("base_layer")
+    return module if inner is None else base_of(inner)
 
 
 def without_adapters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -169,12 +168,12 @@ class PluggableBlock(nn.Module):
     def _let_go(self, part: Part) -> None:
         """Hold no weights of a part any more; what adapters add to it stays."""
         parent, _, leaf = part.path.rpartition(".")
-        module = self.get_submodule(part.path)
+        module: Any = self.get_submodule(part.path)
         if base_of(module) is module:
             self.get_submodule(parent)._modules[leaf] = NotLoaded()
             return
-        while base_of(module) is not module._modules["base_layer"]:
-            module = module._modules["base_layer"]  # type: ignore[assignment] # never None
+        while base_of(module) is not module.base_layer:
+            module = module.base_layer
         module._modules["base_layer"] = AdaptedNotLoaded(part, next(module.parameters()))
 
     def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:

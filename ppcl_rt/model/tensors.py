@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -217,10 +217,10 @@ def assign(block: PluggableBlock, missing: Missing, tensor: torch.Tensor) -> Non
     """Put a tensor into a block, making or resizing its linear layer; what the block held of it is kept."""
     path, _, which = missing.name.rpartition(".")
     parent, _, leaf = path.rpartition(".")
-    home = block.get_submodule(parent)
+    home: Any = block.get_submodule(parent)
     while leaf and "base_layer" in getattr(home._modules.get(leaf), "_modules", ()):
         # Inside what adapters put around it.
-        home, leaf = home._modules[leaf], "base_layer"  # type: ignore[assignment] # never None
+        home, leaf = home._modules[leaf], "base_layer"
     old = getattr(home._modules.get(leaf), which, None) if leaf else None
     if isinstance(old, nn.Parameter) and not old.is_meta:
         # What is resident may have been trained since: a block grows around it.
