@@ -159,8 +159,12 @@ class Adapters(Modulations):
         """What the names begin with of the dense model's blocks that a student was copied from; of a block its own."""
         if not prefix.startswith("students."):
             return (prefix,)
-        student = next(s for s in self.catalog.students if f"students.{s.interval.key}." == prefix)
-        return tuple("{}.{}.".format(*self.catalog.architecture.place(n)) for n in student.copied_from)
+        key = prefix.split(".")[1]
+        # A checkpoint of one plan does not say what its students were copied from.
+        blocks = next(
+            (s.copied_from for s in self.catalog.students if s.interval.key == key), (int(key.split("-")[0]),)
+        )
+        return tuple("{}.{}.".format(*self.catalog.architecture.place(n)) for n in blocks)
 
     def _on(self, block: PluggableBlock, prefix: str, factors: Mapping[str, Factors]) -> Iterator[tuple[Part, Factors]]:
         """The parts of a block that an adapter is for."""

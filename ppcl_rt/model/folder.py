@@ -160,6 +160,7 @@ class CheckpointFolder(Opening):
         Returns:
             Its catalog, which has the one plan (`Catalog.only`).
         """
+        self.check_saved_whole()
         plan, whole = self.plan, self.catalog
         loss = self.planner.loss(plan)
         only = OnePlan(blocks=plan.blocks, text_runs=plan.text_runs, loss=loss if math.isfinite(loss) else None)
@@ -212,6 +213,7 @@ class CheckpointFolder(Opening):
 
         Sketches, which are no weights, keep theirs.
         """
+        self.check_saved_whole()
         held = {name: tensor.detach().cpu() for name, tensor in without_adapters(self.state_dict()).items()}
         if self._source is None:
             return held

@@ -116,6 +116,18 @@ class Fusing(Adapters):
         super().complete(block, home)
         self._put_beside_factors(block, home.prefix)
 
+    def check_saved_whole(self) -> None:
+        """Refuse to save what a checkpoint has no room for.
+
+        Raises:
+            ValueError: adapters are fused into modulations of a low rank.
+        """
+        if any(name.endswith("_fused") for block in self.resident_blocks() for name in block.replacements):
+            raise ValueError(
+                "adapters are fused into modulations of a low rank, and a checkpoint has no place for that: call "
+                "unfuse_lora, or merge them into the base model with `ppcl convert --fuse` and compress that"
+            )
+
     def _fused_changed(self) -> None:
         """Read from now on with what is fused, and nothing else, added."""
         for block, prefix in self._homes():
@@ -161,11 +173,15 @@ class Fusing(Adapters):
                 weight.add_(of[output.part.path].delta()[:, kept.reshape(-1)].to(weight), alpha=scale)
 
     def _put_beside_factors(self, block: PluggableBlock, prefix: str) -> None:
-        """Hold what is fused into modulations as a product beside their two factors."""
+        """Hold what is fused into modulations as a product beside their two factors, where there are such."""
         like, found = next(self.parameters()), dict[str, list[Factors]]()
+        legal = next((widths for path, _, widths in self.catalog.prefixed if path == prefix), None)
         for fused in self._fused.values():
             for part, each in self._on(block, prefix, fused.factors):
-                if part.factored:
+                group = part.factored
+                if not group:
+                    continue
+                if block.spec.shared_factor(group) in block.replacements or (legal and legal.highest_rank(group)):
                     found.setdefault(part.name, []).append(each._replace(alpha=each.alpha * fused.scale))
         for part in block.spec.parts:
             block.replacements._modules.pop(f"{part.name}_fused", None)

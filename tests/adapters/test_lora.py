@@ -312,3 +312,28 @@ def test_precomputed_modulations(mapped, build_inputs, run, same):
     model.load_lora_adapter(make_lora(mapped.stock, seed=1), adapter_name="two")
     with pytest.raises(ValueError, match="adapters on modulations need their weights"):
         run(model, given)
+
+
+def test_saved_with_what_is_fused(compensated, mapped, tmp_path, build_inputs, run, same):
+    """In the weights at every ratio; where modulations come at a low rank there is no place for it."""
+    state, given = make_lora(compensated.stock), build_inputs()
+    model = ppcl_rt.load(compensated.folder, 0.6)
+    model.load_lora_adapter(state, adapter_name="one")
+    model.save_pretrained(tmp_path / "beside")
+    model.fuse_lora()
+    model.save_pretrained(tmp_path / "fused")
+    model.save_plan(tmp_path / "plan")
+    same(run(ppcl_rt.load(tmp_path / "plan"), given), run(model, given))
+    for ratio in (0.6, 1.0):
+        model.set_ratio(ratio)
+        same(run(ppcl_rt.load(tmp_path / "fused", ratio), given), run(model, given))
+        same(run(ppcl_rt.load(tmp_path / "beside", ratio), given), run(ppcl_rt.load(compensated.folder, ratio), given))
+    model = ppcl_rt.load(mapped.folder, 0.6)
+    model.load_lora_adapter(state, adapter_name="one")
+    model.fuse_lora()
+    for save in (model.save_pretrained, model.save_plan):
+        with pytest.raises(ValueError, match="fused into modulations of a low rank"):
+            save(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    model.unfuse_lora()
+    model.save_plan(tmp_path / "unfused")
