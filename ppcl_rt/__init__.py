@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from ppcl_rt.checkpoint.reader import Checkpoint, locate
+from ppcl_rt.checkpoint.places import locate
+from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.families import registry
 from ppcl_rt.model.fitting import Room

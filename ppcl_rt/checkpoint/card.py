@@ -51,8 +51,8 @@ def read_origin(folder: Path) -> Origin:
     return Origin()
 
 
-def origin_of(metadata: Mapping[str, str]) -> Origin:
-    """Read the header of a safetensors file (`metadata`)."""
+def origin_of(metadata: Mapping[str, object]) -> Origin:
+    """Read what the header of a file says (`metadata`); what is no name there is none."""
     base, license_ = metadata.get("base_model"), metadata.get("license")
     return Origin(_text(base, LONGEST_MODEL), _text(license_, LONGEST_LICENSE))
 

@@ -78,13 +78,25 @@ def json_object(path: Path) -> dict[str, Any]:
         # As much as fits, not as much as the file says that it holds.
         with path.open("rb") as file:
             text = file.read(MOST_JSON + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}): fetch it again") from None
+    return json_object_of(text, path)
+
+
+def json_object_of(text: str | bytes, where: object) -> dict[str, Any]:
+    """The same of a text that lies somewhere else; ``where`` is for messages.
+
+    Raises:
+        ValueError: as `json_object`.
+    """
+    try:
         if len(text) > MOST_JSON:
             raise ValueError(f"it has more than {MOST_JSON} bytes")
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({one_line(error)}): fetch it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be read as JSON ({one_line(error)}): fetch it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: fetch it again")
+        raise ValueError(f"{where} is no JSON object: fetch it again")
     return content
 
 

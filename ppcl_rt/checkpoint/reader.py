@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.checkpoint import migration
-from ppcl_rt.checkpoint.card import CARD
 from ppcl_rt.checkpoint.headers import json_object, tensor_headers
 from ppcl_rt.checkpoint.names import (
     CATALOG_KEY,
@@ -32,32 +30,6 @@ from ppcl_rt.files import one_line, refusing_briefly
 from ppcl_rt.planning.catalog import FORMAT, MOST_LISTED, Catalog
 from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
-
-
-def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
-    """Find a checkpoint folder: a local one, or a hub id whose files are fetched.
-
-    Raises:
-        ValueError: neither.
-    """
-    if Path(path).is_dir():
-        folder = Path(path)
-    elif Path(path).is_file():
-        raise ValueError(f"{path} is a file, wanted a folder: `ppcl convert {path} FOLDER` makes one of it")
-    else:
-        from huggingface_hub import snapshot_download
-
-        prefix = f"{subfolder}/" if subfolder else ""
-        # The card, for the licence of a model that has no catalog.
-        wanted = [f"{prefix}{CONFIG}", f"{prefix}diffusion_pytorch_model*", CARD, "model_index.json"]
-        try:
-            folder = Path(snapshot_download(str(path), allow_patterns=wanted, **hub))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-            raise ValueError(f"{path} is neither a checkpoint folder nor a hub id that can be reached") from None
-    folder = folder / subfolder if subfolder else folder
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no {CONFIG}")
-    return folder
 
 
 class Checkpoint:

@@ -17,6 +17,19 @@ from ppcl_rt.files import replacing, replacing_folder
 from ppcl_rt.planning.catalog import Catalog
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Refuse a folder to write where that would harm the source, or somebody's file.
+
+    Raises:
+        ValueError: one lies in the other, they are one, or ``out`` is a file.
+    """
+    there, read = out.resolve(), source.resolve()
+    if there == read or read in there.parents or there in read.parents:
+        raise ValueError(f"{out} lies in {source} or around it: write to another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder to write")
+
+
 def write_checkpoint(
     folder: str | Path,
     config: Mapping[str, Any],

@@ -13,18 +13,23 @@ from ppcl_rt.convert.convert import convert as write_converted
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="single file (.safetensors) or folder of diffusers")],
+    source: Annotated[
+        str, typer.Argument(help="single file or folder of diffusers; ORG/NAME or ORG/NAME/FILE on a hub")
+    ],
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    config: Annotated[Path | None, typer.Option(help="folder of a model or pipeline with the same settings")] = None,
+    config: Annotated[str | None, typer.Option(help="model or pipeline with the same settings: folder, hub id")] = None,
     fuse: Annotated[list[str] | None, typer.Option(help="LORA[:scale], a LoRA file to add; may be repeated")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the weights: bfloat16; else as they are stored")] = None,
 ) -> None:
     """Write a folder of diffusers, as every command takes one, from a single file or with adapters fused."""
     write_converted(source, out, config, [_adapter(each) for each in fuse or ()], float_of(dtype))
-    print(f"{out}: a folder of diffusers, which `ppcl train --teacher` and ppcl_rt.load take as it is")
+    print(
+        f"{out}: a folder of diffusers, as ppcl_rt.load and every command take it, "
+        f"`ppcl train` by --set teacher.pretrained={out}"
+    )
 
 
-def _adapter(given: str) -> tuple[Path, float]:
+def _adapter(given: str) -> tuple[str, float]:
     """A file, and how much of it: ``style.safetensors:0.8``.
 
     Raises:
@@ -32,11 +37,11 @@ def _adapter(given: str) -> tuple[Path, float]:
     """
     path, colon, scale = given.rpartition(":")
     if not colon or Path(given).is_file():
-        return Path(given), 1.0
+        return given, 1.0
     try:
         found = float(scale)
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
         raise ValueError(f"--fuse takes LORA or LORA:scale with a number as the scale, not {given}")
-    return Path(path), found
+    return path, found

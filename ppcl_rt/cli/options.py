@@ -93,13 +93,13 @@ def opened(checkpoint: str) -> tuple[ppcl_rt.Checkpoint, ppcl_rt.Catalog, ppcl_r
     """Open a checkpoint; returns it, its catalog, and the planner of it.
 
     Raises:
-        ValueError: there is no such checkpoint, or it has no catalog.
+        ValueError: there is no such checkpoint, it is of no family here, or it has no catalog.
     """
     folder = ppcl_rt.locate(checkpoint)
     source = ppcl_rt.Checkpoint(folder)
-    if source.catalog is None and (model := registry.of_stock(source.config.get("_class_name"))) is not None:
+    if source.catalog is None:
         # In a layout that the family alone knows, perhaps.
-        source = model.opened(folder)
+        source = registry.of_class(source.config.get("_class_name"), checkpoint).opened(folder)
     if source.catalog is None:
         raise ValueError(f"{checkpoint} is a stock checkpoint with no catalog: `ppcl train` makes one")
     sketches = source.sketches if source.catalog.sketch is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -13,14 +14,29 @@ import diffusers.loaders
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ppcl_rt.checkpoint.headers import json_object
 from ppcl_rt.files import one_line
+from ppcl_rt.model.exchange import Original, Shapes
 
 # Where diffusers keeps the settings of an adapter, as JSON in the header of its file.
 _SETTINGS = "lora_adapter_metadata"
-# What names begin with, where an adapter may be of several parts of a pipeline.
+# peft keeps them next to its file.
+_PEFT_FILE, _PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# What stands in front of a layer's name: nothing, the transformer as a part of a pipeline, by diffusers, peft, the
+# original's code and trainers that write dots as underscores.
 _TRANSFORMER = "transformer."
-# Adapters that are more than a product of two factors.
-_MORE = ("dora_scale", "lora_magnitude_vector")
+_FRONTS = (
+    *("", _TRANSFORMER, "diffusion_model.", "model.diffusion_model.", "base_model.model.", "lora_unet_"),
+    *("lora_transformer_", "base_model.model.transformer."),
+)
+# A layer's name, and what is added to it: by peft, by trainers in the manner of kohya's, by older ones.
+_FACTOR = re.compile(
+    r"(?P<layer>.+?)(?:(?P<down>\.lora_A|[._]lora[._]down|\.down)|(?P<up>\.lora_B|[._]lora[._]up|\.up))"
+    r"(?:\.default)?\.weight"
+)
+_ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+# Of a text encoder's layers.
+_TEXT = ("lora_te", "text_encoder", "te1_", "te2_")
 
 
 class Adapter(NamedTuple):
@@ -41,8 +57,16 @@ class Adapter(NamedTuple):
         return (weight.float() + self.scale * (self.up.float() @ self.down.float())).to(weight.dtype)
 
 
-def read_adapters(path: Path, family: Any, shapes: Mapping[str, tuple[int, ...]], scale: float) -> dict[str, Adapter]:
-    """Read a LoRA file, in any of the layouts that diffusers' pipelines of a family read.
+class _Factors(NamedTuple):
+    """What a file holds for one layer: factors as in `Adapter`, and what their product is multiplied with."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+
+def read_adapters(path: Path, family: Any, shapes: Shapes, scale: float) -> dict[str, Adapter]:
+    """Read a LoRA file: names by diffusers or the original's, or a layout that diffusers' pipelines of a family read.
 
     Args:
         shapes: of the model's tensors, by diffusers' names.
@@ -55,27 +79,65 @@ def read_adapters(path: Path, family: Any, shapes: Mapping[str, tuple[int, ...]]
         ValueError: the file is not whole, is for another model, or is more than products of two factors.
     """
     state, settings = _read(path)
-    if more := next((name for name in state if any(word in name for word in _MORE)), None):
-        raise ValueError(f"{path} holds {more}: wanted a plain LoRA, products of two factors")
-    if not family.lora_loader:
-        raise ValueError(f"the family {family.family} does not say how its adapters are read")
-    loader = getattr(diffusers.loaders, family.lora_loader)
-    try:
-        state = loader.lora_state_dict(state)
-    except Exception as error:
-        # Converters take an adapter of their pipeline for granted.
-        raise ValueError(f"{path} is no LoRA for {family.stock_name}: {one_line(error)}") from None
-    found = _paired(path, state, settings, scale)
-    for name, adapter in found.items():
-        shape = (adapter.up.shape[0], adapter.down.shape[1])
-        if name not in shapes:
-            raise ValueError(f"{path} is for another model than {family.stock_name}: there is no {name} to add to")
-        if shape != shapes[name] or adapter.up.shape[1] != adapter.down.shape[0]:
-            raise ValueError(f"{path} adds {list(shape)} to {name}, which is {list(shapes[name])}: for another model")
+    layers = _paired(path, state, settings)
+    known = _known(family, shapes)
+    # All or nothing: some of diffusers' converters pass over what they do not know.
+    if all(_home(layer, known) is None for layer in layers):
+        layers = _paired(path, _by_diffusers(path, family, state), settings)
+    found: dict[str, Adapter] = {}
+    for layer, factors in layers.items():
+        if (home := _home(layer, known)) is None:
+            raise ValueError(f"{path} is for another model than {family.stock_name}: there is no {layer} to add to")
+        rows, columns = [shapes[name][0] for name in home.stock], shapes[home.stock[0]][1]
+        down, up, share = factors
+        if down.shape[1] != columns or up.shape != (sum(rows), down.shape[0]):
+            adds, there = [up.shape[0], down.shape[1]], [sum(rows), columns]
+            raise ValueError(f"{path} adds {adds} to {layer}, which is {there}: for another model")
+        for name, part in zip(home.stock, home.taken_apart(up, rows), strict=True):
+            if name in found:
+                raise ValueError(f"{path} adds to {name} twice, the second time as {layer}")
+            found[name] = Adapter(down, part, scale * share)
     return found
 
 
+def _known(family: Any, shapes: Shapes) -> dict[str, Original]:
+    """What matrices a name means: a layer's by diffusers or of the original, with dots or with underscores."""
+    homes = {name: Original((name,)) for name in shapes}
+    with contextlib.suppress(ValueError):
+        # A family without a table has diffusers' names alone.
+        homes = {**family.originals(shapes), **homes}
+    matrices = {
+        name.removesuffix(".weight"): home
+        for name, home in homes.items()
+        if name.endswith(".weight") and len(shapes[home.stock[0]]) == 2
+    }
+    return {layer.replace(".", "_"): home for layer, home in matrices.items()} | matrices
+
+
+def _home(layer: str, known: Mapping[str, Original]) -> Original | None:
+    names = (layer.removeprefix(front) for front in _FRONTS if layer.startswith(front))
+    return next((known[name] for name in names if name in known), None)
+
+
+def _by_diffusers(path: Path, family: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter as diffusers' pipelines of the family translate it.
+
+    Raises:
+        ValueError: they do not know it either.
+    """
+    if not family.lora_loader:
+        return dict(state)
+    loader = getattr(diffusers.loaders, family.lora_loader)
+    try:
+        found = loader.lora_state_dict(dict(state))
+    except Exception as error:
+        # Converters take an adapter of their pipeline for granted.
+        raise ValueError(f"{path} is no LoRA for {family.stock_name}: {one_line(error)}") from None
+    return dict(found)
+
+
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and settings of a file; settings from beside it, where peft wrote them."""
     if not path.is_file():
         raise ValueError(f"there is no LoRA file {path}")
     try:
@@ -84,38 +146,59 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             settings = json.loads((file.metadata() or {}).get(_SETTINGS, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no safetensors file of a LoRA ({one_line(error)})") from None
-    return state, settings if isinstance(settings, dict) else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: {_SETTINGS} is no object of JSON")
+    if path.name == _PEFT_FILE and (beside := path.with_name(_PEFT_SETTINGS)).is_file():
+        settings = {f"{_TRANSFORMER}{name}": value for name, value in json_object(beside).items()}
+    return state, settings
 
 
-def _paired(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any], scale: float) -> dict[str, Adapter]:
-    """Put the two factors of each layer together."""
-    suffixes = (".lora_A.weight", ".lora_B.weight", ".alpha")
-    layers: dict[str, dict[str, torch.Tensor]] = {}
+def _paired(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, _Factors]:
+    """Put the two factors of each layer together; names of layers are the file's.
+
+    Raises:
+        ValueError: there is more than such factors, or less.
+    """
+    held: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
-        suffix = next((each for each in suffixes if name.endswith(each)), None)
-        if suffix is None:
+        if name.startswith(_TEXT):
+            raise ValueError(f"{path} holds {name}: wanted a LoRA of the transformer alone, none of a text encoder")
+        if (match := _FACTOR.fullmatch(name) or _ALPHA.fullmatch(name)) is None:
             raise ValueError(f"{path} holds {name}: wanted a plain LoRA of the transformer, products of two factors")
-        layers.setdefault(name.removesuffix(suffix).removeprefix(_TRANSFORMER), {})[suffix] = tensor
+        which = "alpha" if match.re is _ALPHA else "down" if match["down"] else "up"
+        if which in held.setdefault(match["layer"], {}):
+            raise ValueError(f"{path} holds the {which} factor of {match['layer']} twice")
+        held[match["layer"]][which] = tensor
     found = {}
-    for layer, held in layers.items():
-        if (lost := next((suffix for suffix in suffixes[:2] if suffix not in held), None)) is not None:
-            raise ValueError(f"{path} holds no {layer}{lost}, the other factor of what it adds there")
-        down, up = held[suffixes[0]], held[suffixes[1]]
-        if down.ndim != 2 or up.ndim != 2:
+    for layer, each in held.items():
+        if (lost := next((which for which in ("down", "up") if which not in each), None)) is not None:
+            raise ValueError(f"{path} holds no {lost} factor of {layer}, the other factor of what it adds there")
+        down, up = each["down"], each["up"]
+        if down.ndim != 2 or up.ndim != 2 or not down.numel():
             raise ValueError(f"{path}: the factors of {layer} are no matrices")
         rank = down.shape[0]
-        alpha = float(held[".alpha"]) if ".alpha" in held else _alpha(layer, settings, rank)
+        if "alpha" in each and each["alpha"].numel() != 1:
+            raise ValueError(f"{path}: the alpha of {layer} is no number")
+        alpha = float(each["alpha"]) if "alpha" in each else _alpha(path, layer, settings, rank)
         share = math.sqrt(rank) if settings.get(f"{_TRANSFORMER}use_rslora") else rank
-        found[f"{layer}.weight"] = Adapter(down, up, scale * alpha / share)
+        found[layer] = _Factors(down, up, alpha / share)
     if not found:
         raise ValueError(f"{path} is no LoRA: it holds nothing")
     return found
 
 
-def _alpha(layer: str, settings: Mapping[str, Any], rank: int) -> float:
-    """What the product is multiplied with, times the rank: as peft wrote it down, else the rank."""
+def _alpha(path: Path, layer: str, settings: Mapping[str, Any], rank: int) -> float:
+    """What the product is multiplied with, times the rank: as peft wrote it down, else the rank.
+
+    Raises:
+        ValueError: what stands there makes no sense.
+    """
     patterns = settings.get(f"{_TRANSFORMER}alpha_pattern") or {}
-    for pattern, alpha in patterns.items():
-        if re.fullmatch(rf"(.*\.)?{pattern}", layer):
-            return float(alpha)
-    return float(settings.get(f"{_TRANSFORMER}lora_alpha", rank))
+    try:
+        for pattern, alpha in patterns.items():
+            # As peft looks a pattern up.
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                return float(alpha)
+        return float(settings.get(f"{_TRANSFORMER}lora_alpha", rank))
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its settings of alpha make no sense: {one_line(error)}") from None

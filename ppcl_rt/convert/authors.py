@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 from ppcl_rt.checkpoint.converted import ConvertedCheckpoint
-from ppcl_rt.checkpoint.reader import Checkpoint, locate
-from ppcl_rt.checkpoint.writer import write_plain, write_shards
+from ppcl_rt.checkpoint.places import locate
+from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_rt.checkpoint.writer import check_apart, write_plain, write_shards
 from ppcl_rt.convert.training_files import read_training_file
 from ppcl_rt.families import registry
 from ppcl_rt.files import refusing_briefly
@@ -112,8 +113,7 @@ def _class_of(checkpoint: Checkpoint) -> Any:
 
 def _write(model: Any, converted: ConvertedCheckpoint, source: str | Path, folder: str | Path) -> ConvertedCheckpoint:
     """Write a converted checkpoint, a file for each block."""
-    if Path(folder).resolve() == converted.folder.resolve():
-        raise ValueError(f"{folder} is {source} itself: write to another folder")
+    check_apart(Path(folder), converted.folder)
     # Checks everything that headers say, before anything is written.
     config = model.without_blocks(converted).one_plan_config
     catalog = converted.catalog

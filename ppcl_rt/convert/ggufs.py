@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppcl_rt.checkpoint.card import Origin
+from ppcl_rt.checkpoint.card import Origin, origin_of
+from ppcl_rt.checkpoint.headers import json_object_of
 from ppcl_rt.convert.formats import CONFIG_IN_FILE, Types
 from ppcl_rt.files import one_line, replacing
 
@@ -60,9 +61,11 @@ def write_gguf(
         writer = gguf.GGUFWriter(temporary, architecture)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_string(CONFIG_IN_FILE, json.dumps(dict(config)))
-        for key, known in ((_BASE, origin.base_model), (_LICENSE, origin.license)):
-            if known is not None:
-                writer.add_string(key, known)
+        if origin.base_model is not None:
+            writer.add_base_model_count(1)
+            writer.add_string(_BASE, origin.base_model)
+        if origin.license is not None:
+            writer.add_string(_LICENSE, origin.license)
         for name, tensor in {**outer, **blocks}.items():
             kind = kinds[types] if name in blocks and tensor.ndim == 2 else kinds.F32
             if kind == kinds.Q8_0 and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
@@ -96,8 +99,10 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], 
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             whole = torch.from_numpy(values.reshape(shape))
             tensors[tensor.name] = whole.to(plain.get(tensor.tensor_type, dtype))
-        config = json.loads(said[CONFIG_IN_FILE]) if CONFIG_IN_FILE in said else None
     except Exception as error:
         # The reader trusts every number of the file.
         raise ValueError(f"{path} is no whole GGUF file ({one_line(error)}): fetch it again") from None
-    return tensors, config, Origin(said.get(_BASE), said.get(_LICENSE))
+    config = None
+    if CONFIG_IN_FILE in said:
+        config = json_object_of(str(said[CONFIG_IN_FILE]), f"{path}: its {CONFIG_IN_FILE}")
+    return tensors, config, origin_of({"base_model": said.get(_BASE), "license": said.get(_LICENSE)})

@@ -1,4 +1,8 @@
-"""Tensors of somebody's file under diffusers' names: by diffusers' own converters, checked against its class."""
+"""Tensors of somebody's file under diffusers' names, checked against its class.
+
+What a model was first published as is translated by the family's own table, at any width and without a copy; all else
+by diffusers' converters.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from ppcl_rt.families import registry
 from ppcl_rt.files import one_line
+from ppcl_rt.model.exchange import Shapes
 
 Tensors = Mapping[str, torch.Tensor]
-Shapes = dict[str, tuple[int, ...]]
 
 # In front of every name of the transformer, in files that hold a whole pipeline.
 _PREFIX = "model.diffusion_model."
@@ -32,7 +36,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Any:
     return registry.of_class(config.get("_class_name"), where, stock_alone=True)
 
 
-def stock_shapes(family: Any, config: Mapping[str, Any]) -> Shapes:
+def stock_shapes(family: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of diffusers' class, by name; no memory is taken.
 
     Raises:
@@ -59,7 +63,8 @@ def under_stock_names(tensors: Tensors, family: Any, config: Mapping[str, Any], 
         ValueError: they are of another model; one line says what is missing or does not fit.
     """
     wanted = stock_shapes(family, config)
-    named = _converted(_of_transformer(tensors), family, set(wanted), config, where)
+    ours = _of_transformer(tensors)
+    named = _by_table(ours, family, wanted, where) or _converted(ours, family, wanted, config, where)
     if lost := sorted(set(wanted) - set(named)):
         raise ValueError(f"{where} is no {family.stock_name} of this config: it holds no {lost[0]} ({len(lost)} such)")
     if more := sorted(set(named) - set(wanted)):
@@ -76,6 +81,29 @@ def _of_transformer(tensors: Tensors) -> dict[str, torch.Tensor]:
     """The tensors of the transformer, without what a whole pipeline's file puts in front of their names."""
     ours = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
     return ours or dict(tensors)
+
+
+def _by_table(ours: Tensors, family: Any, wanted: Shapes, where: str) -> dict[str, torch.Tensor]:
+    """What the family first called its tensors, translated by its table; nothing where other tensors are there.
+
+    Raises:
+        ValueError: nothing else is there, but not all of them are; or one has other rows than the config asks for.
+    """
+    try:
+        there = set(family.originals(wanted))
+    except ValueError:
+        # A family without a table.
+        return {}
+    lost, more = sorted(there - set(ours)), set(ours) - there
+    if lost and not more:
+        raise ValueError(f"{where} is no {family.stock_name} of this config: it holds no {lost[0]} ({len(lost)} such)")
+    if lost or more:
+        return {}
+    try:
+        found: dict[str, torch.Tensor] = family.from_original(ours, wanted)
+    except ValueError as error:
+        raise ValueError(f"{where} is no {family.stock_name} of this config: {error}") from None
+    return found
 
 
 def _converted(

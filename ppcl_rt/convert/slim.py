@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
-from ppcl_rt.checkpoint.reader import Checkpoint, locate
-from ppcl_rt.checkpoint.writer import write_shards
+from ppcl_rt.checkpoint.places import locate
+from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_rt.checkpoint.writer import check_apart, write_shards
 from ppcl_rt.convert.low_rank import Affine, Inputs, LowRank
 from ppcl_rt.families import registry
 from ppcl_rt.planning.block_spec import BlockSpec
@@ -126,7 +127,7 @@ def slim(
             factors, or needs prompts; or ``out`` is a file, or lies in it or around it. Nothing was written then.
     """
     folder = locate(source, subfolder)
-    _check_out(out.resolve(), folder.resolve())
+    check_apart(out, folder)
     family = registry.of_class(Checkpoint(folder).config.get("_class_name"), folder)
     opened = family.opened(folder)
     if opened.catalog is not None and opened.catalog.only is not None:
@@ -142,14 +143,6 @@ def slim(
     work = _Work(model, opened, how, on_grid, between)
     catalog = write_shards(out, model.one_plan_config, work.shards(progress), work.catalog)
     return Slimmed(catalog, tuple(work.done), work.bytes_before, work.bytes_after)
-
-
-def _check_out(out: Path, source: Path) -> None:
-    """Refuse a place where writing would harm the source or somebody's file; both paths are resolved."""
-    if out == source or source in out.parents or out in source.parents:
-        raise ValueError(f"{out} lies in {source} or around it: write to another folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: name a folder to write")
 
 
 class _Work:

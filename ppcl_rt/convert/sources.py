@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ppcl_rt.checkpoint.card import Origin, origin_of, read_origin
-from ppcl_rt.checkpoint.headers import json_object
+from ppcl_rt.checkpoint.headers import json_object, json_object_of
 from ppcl_rt.checkpoint.names import CONFIG
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.convert.formats import CONFIG_IN_FILE
 from ppcl_rt.convert.ggufs import read_gguf
+from ppcl_rt.families import registry
 from ppcl_rt.files import one_line
 
 # What files call the factors that quantised weights are to be multiplied with.
@@ -44,15 +44,16 @@ def open_source(path: Path, dtype: torch.dtype = torch.bfloat16) -> Source:
         dtype: of what a GGUF file holds quantised.
 
     Raises:
-        ValueError: there is none, it is not whole, it is pluggable already, or its weights are to be multiplied with
-            factors first.
+        ValueError: there is none, it is not whole, it is of no family here, it is pluggable or pruned already, or its
+            weights are to be multiplied with factors first.
     """
     if path.is_dir():
         source = _folder(path)
     elif path.suffix == ".safetensors":
         source = _single_file(path)
     elif path.suffix == ".gguf" and path.is_file():
-        source = Source(str(path), *read_gguf(path, dtype))
+        tensors, config, origin = read_gguf(path, dtype)
+        source = Source(str(path), tensors, config, _origin(path, origin))
     else:
         raise ValueError(f"{path} is no folder of diffusers and no file whose name ends in .safetensors or .gguf")
     factor = next((name for name in source.tensors if name.rpartition(".")[2] in _FACTORS), None)
@@ -67,6 +68,9 @@ def _folder(path: Path) -> Source:
     checkpoint = Checkpoint(path)
     if checkpoint.catalog is not None:
         raise ValueError(f"{path} is a checkpoint of ours already: `ppcl export` writes it in other formats")
+    model = registry.of_class(checkpoint.config.get("_class_name"), path)
+    if model.opened(path).catalog is not None:
+        raise ValueError(f"{path} is in a layout that the family alone knows: `ppcl import` reads it")
     tensors = {name: checkpoint.read(name) for name in checkpoint.names}
     return Source(str(path), tensors, checkpoint.config, read_origin(path))
 
@@ -80,13 +84,14 @@ def _single_file(path: Path) -> Source:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
-    config = None
-    if CONFIG_IN_FILE in metadata:
-        try:
-            config = json.loads(metadata[CONFIG_IN_FILE])
-        except ValueError as error:
-            raise ValueError(f"{path}: its {CONFIG_IN_FILE} is no JSON ({one_line(error)}): give --config") from None
-    return Source(str(path), tensors, config, origin_of(metadata))
+    said = metadata.get(CONFIG_IN_FILE)
+    config = None if said is None else json_object_of(said, f"{path}: its {CONFIG_IN_FILE}")
+    return Source(str(path), tensors, config, _origin(path, origin_of(metadata)))
+
+
+def _origin(path: Path, said: Origin) -> Origin:
+    """The origin that a file says, or else the card next to it, as it lies in the hub's repositories."""
+    return said if said != Origin() else read_origin(path.parent)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

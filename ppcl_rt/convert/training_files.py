@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ppcl_rt.files import one_line
 
+_NOT_WHOLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError)
 # ``k.<name>``, under data-parallel training ``module.k.<name>``.
 _ENTRY = re.compile(r"(?:module\.)?(\d{1,5})\.(.+)")
 
@@ -38,7 +40,8 @@ def read_training_file(path: Path, first: str, lists: Collection[str]) -> dict[s
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds other things than tensors, which could be programs: it is not read") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (*_NOT_WHOLE, SafetensorError) as error:
+        # torch reads a file whose name says so as safetensors.
         raise ValueError(f"{path} is no file that torch wrote, or not whole: {one_line(error)}") from None
     if not isinstance(held, Mapping) or not held:
         raise ValueError(f"{path} holds no state dict")

@@ -44,6 +44,7 @@ from ppcl_rt.families.mmdit import (
     two_stream_numbers,
     two_stream_spec,
 )
+from ppcl_rt.model.exchange import Original, Shapes
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
@@ -307,9 +308,9 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         return block(dim=heads * head_dim, num_attention_heads=heads, attention_head_dim=head_dim)
 
     @classmethod
-    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `Exchange.to_original`."""
-        return original.to_original(tensors, original.FLUX)
+    def originals(cls, shapes: Shapes) -> dict[str, Original]:
+        """See `Exchange.originals`."""
+        return original.originals(shapes, original.FLUX)
 
     @classmethod
     def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:

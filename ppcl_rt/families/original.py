@@ -1,15 +1,15 @@
-"""What tensors were called where a model was first published: the way back from diffusers' converters.
+"""What tensors were called where a model was first published.
 
-A family whose original names differ has a table of rules here and calls `to_original`.
+A family whose original names differ has a table of rules here and calls `originals`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
+from ppcl_rt.model.exchange import Original, Shapes
 
 
 class Rule(NamedTuple):
@@ -27,29 +27,31 @@ class Rule(NamedTuple):
     swapped: bool = False
 
 
-def to_original(tensors: Mapping[str, torch.Tensor], rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
-    """Tensors under original names; a name that no rule has is the same.
+def originals(shapes: Shapes, rules: Sequence[Rule]) -> dict[str, Original]:
+    """What tensors with these names and shapes lie in, by original name; see `Exchange.originals`.
+
+    A name that no rule has is the same.
 
     Raises:
-        KeyError: some of what lay in one tensor is not there.
+        KeyError: some of what lies in one tensor is not there.
     """
     by_first = {rule.stock[0]: rule for rule in rules}
     others = {path for rule in rules for path in rule.stock[1:]}
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
+    found: dict[str, Original] = {}
+    for name in shapes:
         for path, leaf in _readings(name):
             number, general = _number(path)
             if general in others:
                 break
             if (rule := by_first.get(general)) is not None:
-                pieces = [tensor, *(tensors[each.format(number) + leaf] for each in rule.stock[1:])]
-                whole = torch.cat(pieces) if len(pieces) > 1 else tensor
-                if rule.swapped and _makes_two(tensors[f"{path}.weight"]):
-                    whole = torch.cat(whole.chunk(2)[::-1])
-                found[rule.original.format(number) + leaf] = whole
+                parts = tuple(each.format(number) + leaf for each in rule.stock)
+                if lost := next((part for part in parts if part not in shapes), None):
+                    raise KeyError(lost)
+                swapped = rule.swapped and _makes_two(shapes[f"{path}.weight"])
+                found[rule.original.format(number) + leaf] = Original(parts, swapped)
                 break
         else:
-            found[name] = tensor
+            found[name] = Original((name,))
     return found
 
 
@@ -66,8 +68,8 @@ def _number(path: str) -> tuple[str, str]:
     return (match[2], f"{match[1]}.{{}}.{match[3]}") if match else ("", path)
 
 
-def _makes_two(weight: torch.Tensor) -> bool:
-    return weight.shape[0] == 2 * weight.shape[1]
+def _makes_two(shape: Sequence[int]) -> bool:
+    return shape[0] == 2 * shape[1]
 
 
 def _qkv(prefix: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from ppcl_rt.families.mmdit import (
     two_stream_numbers,
     two_stream_spec,
 )
+from ppcl_rt.model.exchange import Original, Shapes
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Stream
@@ -240,9 +241,9 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
         return architecture
 
     @classmethod
-    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `Exchange.to_original`: it was first published under diffusers' names."""
-        return dict(tensors)
+    def originals(cls, shapes: Shapes) -> dict[str, Original]:
+        """See `Exchange.originals`: it was first published under diffusers' names."""
+        return {name: Original((name,)) for name in shapes}
 
     def example(self, tokens: Tokens) -> dict[str, Any]:
         """See `Residency.example`; the image is as nearly square as its number of tokens allows."""

@@ -40,6 +40,7 @@ from ppcl_rt.families.mmdit import (
     two_stream_numbers,
     two_stream_spec,
 )
+from ppcl_rt.model.exchange import Original, Shapes
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
@@ -288,9 +289,9 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
         return {**super().settings_of(architecture, blocks), "dual_attention_layers": dual}
 
     @classmethod
-    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `Exchange.to_original`."""
-        return original.to_original(tensors, original.SD3)
+    def originals(cls, shapes: Shapes) -> dict[str, Original]:
+        """See `Exchange.originals`."""
+        return original.originals(shapes, original.SD3)
 
     @classmethod
     def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:

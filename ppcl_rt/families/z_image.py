@@ -32,6 +32,7 @@ from ppcl_rt import ops
 from ppcl_rt.families import original
 from ppcl_rt.families.mmdit import sides
 from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.model.exchange import Original, Shapes
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
@@ -253,6 +254,8 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
     # 1024 x 1024 pixels in patches of 16 x 16, and the longest caption of its pipeline.
     reference = Tokens(image=4096, text=512)
     stock_name = "ZImageTransformer2DModel"
+    # Other programs read it by the code of Lumina 2, whose layers have the same original names.
+    gguf_architecture = "lumina2"
     lora_loader = "ZImageLoraLoaderMixin"
     block_lists = tuple(_LISTS)
     depth_settings = ("n_refiner_layers", "n_refiner_layers", "n_layers")
@@ -321,9 +324,9 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         )
 
     @classmethod
-    def to_original(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `Exchange.to_original`."""
-        return original.to_original(tensors, original.Z_IMAGE)
+    def originals(cls, shapes: Shapes) -> dict[str, Original]:
+        """See `Exchange.originals`."""
+        return original.originals(shapes, original.Z_IMAGE)
 
     @classmethod
     def architecture_of(cls, config: Mapping[str, Any], outer_params: int) -> Architecture:

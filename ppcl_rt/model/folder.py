@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
-from ppcl_rt.checkpoint.reader import locate
+from ppcl_rt.checkpoint.places import locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.files import refusing_briefly
 from ppcl_rt.model.block import without_adapters

@@ -224,3 +224,6 @@ def test_a_packaged_folder_is_no_stock_model_to_anybody(ppcl, tmp_path):
     assert status == 0 and "text not updated" in out, error
     with pytest.raises(ValueError, match="a teacher is a stock transformer"):
         find_pretrained(str(tmp_path / "in"))
+    status, _, error = ppcl("convert", tmp_path / "in", tmp_path / "out")
+    assert status == 2 and error.count("\n") == 1 and "`ppcl import` reads it" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}

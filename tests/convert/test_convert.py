@@ -182,9 +182,10 @@ def spoil(model, folder, what):
         "a dora": ({f"transformer.{LAYERS[0]}.dora_scale": tensor}, fuse, "a plain LoRA"),
         "no lora": (held, fuse, "a plain LoRA"),
         "no scale": (held, (*fuse[:-1], f"{bad}:much"), "a number as the scale"),
-        "the source itself": (held, ("{stock}", "{stock}"), "the source itself"),
+        "the source itself": (held, ("{stock}", "{stock}"), "or around it"),
+        "a folder around the source": (held, (bad, folder, *config), "or around it"),
+        "a file in place of the folder": (held, ("{stock}", bad), "is a file"),
         "no file": (held, (folder / "none.safetensors", "{out}"), "no file"),
-        "pickle": (held, (folder / "x.ckpt", "{out}"), ".safetensors"),
         "a file as a checkpoint": (held, None, "ppcl convert"),
     }[what]
     save_file({each: t.clone() for each, t in content.items()}, bad)
@@ -196,7 +197,8 @@ def spoil(model, folder, what):
     [
         *("another model", "no config", "a tensor less", "a tensor more", "another width", "factors"),
         *("a lora of another family", "a lora of another width", "half a lora", "a dora", "no lora", "no scale"),
-        *("the source itself", "no file", "pickle", "a file as a checkpoint"),
+        *("the source itself", "a folder around the source", "a file in place of the folder", "no file"),
+        "a file as a checkpoint",
     ],
 )
 def test_bad_input_is_one_line_and_status_2(stock, ppcl, tmp_path, what):

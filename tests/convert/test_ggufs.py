@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from safetensors.torch import save_file
 
 import ppcl_rt
 from ppcl_rt.checkpoint.card import Origin, read_origin
+from ppcl_rt.convert import ggufs
 from ppcl_rt.convert.convert import convert
 from ppcl_rt.convert.export import export
 
@@ -78,6 +80,7 @@ def test_its_header_names_the_architecture(plain, ppcl, tmp_path):
     assert status == 0, err
     fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
     assert fields["general.architecture"].contents() == "qwen_image"
+    assert fields["general.base_model.count"].contents() == 1
     assert json.loads(out)["bytes"] < 2 * json.loads(out)["params"]
 
 
@@ -96,3 +99,21 @@ def test_without_the_package_it_says_what_to_install(plain, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"ppcl-rt\[gguf\]"):
         export(model, tmp_path / "x.gguf", "gguf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", ["{", "[1]", "[" * 100_000])
+def test_a_config_that_is_none_is_refused(tmp_path, monkeypatch, config):
+    """In the header of a file of either kind; and an origin that is no name is none."""
+    tensors = {"x": torch.zeros(1)}
+    save_file(tensors, tmp_path / "x.safetensors", {"diffusers_config": config})
+    monkeypatch.setattr(ggufs.json, "dumps", lambda _: config)
+    ggufs.write_gguf(tmp_path / "x.gguf", "x", tensors, {}, {}, Origin("a\nb", "x"), "F32")
+    for file in ("x.safetensors", "x.gguf"):
+        with pytest.raises(
+            ValueError, match=r"its diffusers_config (is no JSON object|cannot be read as JSON)"
+        ) as refused:
+            convert(tmp_path / file, tmp_path / "out")
+        assert "\n" not in str(refused.value)
+    monkeypatch.setattr(ggufs.json, "dumps", lambda _: "{}")
+    ggufs.write_gguf(tmp_path / "x.gguf", "x", tensors, {}, {}, Origin("a\nb", "x"), "F32")
+    assert ggufs.read_gguf(tmp_path / "x.gguf", torch.float32)[1:] == ({}, Origin(None, "x"))

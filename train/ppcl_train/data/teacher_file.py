@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import ppcl_rt
-from ppcl_rt import Checkpoint, locate
+from ppcl_rt import Checkpoint
+from ppcl_rt.checkpoint.places import locate_transformer
 from ppcl_rt.families import registry
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.files import read_note, read_tensors, write_tensors
@@ -30,12 +31,19 @@ def check_teacher(run: RunConfig, file: Path) -> None:
         ValueError: there is no such file, its tensors are not those of the network, or the config has a pretrained
             teacher.
     """
-    if run.teacher.pretrained is not None:
-        raise ValueError(f"the config's teacher is {run.teacher.pretrained}: leave out --teacher, or set that to null")
+    _check_not_pretrained(run)
     if not file.is_file():
         raise ValueError(f"there is no teacher at {file}")
     if _shapes(run) != {name: tensor.shape for name, tensor in read_tensors(file).items()}:
         raise ValueError(f"{file} holds other tensors than the teacher of this config has")
+
+
+def _check_not_pretrained(run: RunConfig) -> None:
+    if run.teacher.pretrained is not None:
+        raise ValueError(
+            f"the config's teacher is {run.teacher.pretrained}: leave out --teacher; "
+            "teacher.pretrained takes a folder, null stands for none"
+        )
 
 
 def _shapes(run: RunConfig) -> dict[str, torch.Size]:
@@ -53,6 +61,7 @@ def extract_teacher(run: RunConfig, checkpoint: Path, file: Path) -> None:
     Raises:
         ValueError: the folder does not hold all tensors of the network that the config asks for.
     """
+    _check_not_pretrained(run)
     stored: dict[str, torch.Tensor] = {}
     for shard in sorted(checkpoint.glob("*.safetensors")):
         stored |= read_tensors(shard)
@@ -81,26 +90,32 @@ def load_teacher(run: RunConfig, folder: Path) -> Any:
 
 
 def find_pretrained(source: str) -> Path:
-    """Find the folder of a transformer: ``source`` itself, or the transformer of the pipeline that ``source`` is.
+    """Find the folder of a stock transformer: ``source`` itself, or that of the pipeline that ``source`` is.
 
     Raises:
-        ValueError: there is none, or it is a pluggable checkpoint already.
+        ValueError: there is none, it is of no family here, or it is a pluggable checkpoint already.
     """
-    try:
-        folder = locate(source, "transformer")
-    except ValueError:
-        folder = locate(source)
+    folder = locate_transformer(source)
     found = Checkpoint(folder)
-    model = registry.of_stock(found.config.get("_class_name"))
+    model = registry.of_class(found.config.get("_class_name"), folder)
     # A layout that the family alone knows is no stock transformer either.
-    if found.catalog is not None or (model is not None and model.opened(folder).catalog is not None):
+    if found.catalog is not None or model.opened(folder).catalog is not None:
         raise ValueError(f"{folder} is a pluggable or pruned checkpoint: a teacher is a stock transformer")
     return folder
 
 
-def note_pretrained(source: str, folder: Path) -> None:
-    """Write ``teacher.safetensors`` for a pretrained teacher: no tensors, and a note of the teacher's files."""
-    found, log = find_pretrained(source), Log(folder, "teacher")
+def note_pretrained(run: RunConfig, folder: Path) -> None:
+    """Write ``teacher.safetensors`` for a pretrained teacher: no tensors, and a note of the teacher's files.
+
+    Raises:
+        ValueError: as `find_pretrained`, or the teacher is of another family than the task.
+    """
+    source = run.teacher.pretrained
+    assert source is not None, "the stage asks for a pretrained teacher"
+    found, log, wanted = find_pretrained(source), Log(folder, "teacher"), registry.model_class(run.task)
+    class_name = Checkpoint(found).config.get("_class_name")
+    if registry.of_class(class_name, found) is not wanted:
+        raise ValueError(f"{source} is a {class_name}, the task {run.task} trains a {wanted.stock_name}")
     files = {}
     for path in _files(found):
         files[path.name] = [*_size_and_date(path), _sha256(path)]

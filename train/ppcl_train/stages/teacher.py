@@ -46,7 +46,7 @@ def optimisers(run: RunConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
 def train(run: RunConfig, folder: Path) -> None:
     """Train, or resume, and write the averaged weights to ``teacher.safetensors``; or note a pretrained teacher."""
     if run.teacher.pretrained is not None:
-        return note_pretrained(run.teacher.pretrained, folder)
+        return note_pretrained(run, folder)
     config, log = run.teacher, Log(folder, "teacher")
     model = initial(run)
     if config.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
