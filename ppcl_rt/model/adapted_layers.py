@@ -27,7 +27,7 @@ def put_back(block: PluggableBlock, part: Part, factors: Factors | None, layer: 
     """The factors, or zeros, with what a block's layer holds of them in its place."""
     if factors is None:
         nothing = (torch.zeros(layer.r[name], part.columns), torch.zeros(part.rows, layer.r[name]))
-        factors = Factors(*nothing, layer.lora_alpha[name])
+        factors = Factors(*nothing, layer.lora_alpha[name] / layer.r[name])
     down, up = (held[name].weight.detach().to(factors.down) for held in (layer.lora_A, layer.lora_B))
     if part.axis is None:
         return factors._replace(down=down, up=up)

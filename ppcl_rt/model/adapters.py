@@ -287,7 +287,7 @@ class Adapters(Modulations):
             layer: Any = module
             if name in getattr(module, "lora_A", ()) and not self._in_blocks(path):
                 down, up = (factor[name].weight.detach().cpu() for factor in (layer.lora_A, layer.lora_B))
-                whole[path] = Factors(down, up, layer.lora_alpha[name])
+                whole[path] = Factors(down, up, layer.lora_alpha[name] / layer.r[name])
         for block, prefix in self._homes():
             for part in block.spec.parts:
                 layer = block.get_submodule(part.path)

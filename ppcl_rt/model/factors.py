@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ppcl_rt.files import one_line
+
 # What the two factors are called by peft.
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 # Adapters that are more than a product of two factors.
@@ -16,26 +18,34 @@ _MORE = ("lora_magnitude_vector", "dora_scale", ".lokr_", ".hada_", ".lora_B.bia
 
 
 class Factors(NamedTuple):
-    """What an adapter adds to one layer of the dense model: ``alpha / r * up @ down``.
+    """What an adapter adds to one layer of the dense model: ``scale * up @ down``.
 
     Attributes:
         down: ``[r, columns]``.
         up: ``[rows, r]``.
-        alpha: r times the scale.
+        scale: of the product.
     """
 
     down: torch.Tensor
     up: torch.Tensor
-    alpha: float
+    scale: float = 1.0
 
     @property
-    def scale(self) -> float:
-        """What the product is multiplied with."""
-        return self.alpha / len(self.down)
+    def alpha(self) -> float:
+        """The scale as peft counts it, times the rank."""
+        return self.scale * len(self.down)
+
+    def times(self, scale: float) -> Factors:
+        """So much of it."""
+        return self._replace(scale=scale * self.scale)
 
     def delta(self) -> torch.Tensor:
         """The product ``[rows, columns]`` in float32."""
-        return self.scale * self.up.float() @ self.down.float()
+        return self.scale * (self.up.float() @ self.down.float())
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the product, computed in float32, in the weight's dtype."""
+        return (weight.float() + self.delta()).to(weight.dtype)
 
 
 def mean_of(factors: Sequence[Factors], count: int) -> Factors:
@@ -44,20 +54,27 @@ def mean_of(factors: Sequence[Factors], count: int) -> Factors:
         return factors[0]
     down = torch.cat([each.down for each in factors])
     up = torch.cat([each.up * (each.scale / count) for each in factors], dim=1)
-    return Factors(down, up, len(down))
+    return Factors(down, up)
 
 
-def alpha_of(layer: str, settings: Mapping[str, Any], rank: int) -> float:
-    """The alpha of a layer: as peft's settings say, else its rank.
+def scale_of(layer: str, settings: Mapping[str, Any], rank: int) -> float:
+    """What peft's settings say that a layer's product is multiplied with; 1 where they say nothing.
 
     Args:
         layer: path in the transformer.
         settings: of peft's ``LoraConfig``: ``lora_alpha``, ``alpha_pattern``, ``use_rslora``.
+
+    Raises:
+        ValueError: what they say makes no sense.
     """
-    patterns = settings.get("alpha_pattern") or {}
-    found = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)), None)
-    alpha = float(settings.get("lora_alpha", rank) if found is None else found)
-    return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+    try:
+        patterns = settings.get("alpha_pattern") or {}
+        # As peft looks a pattern up.
+        found = next((a for pattern, a in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)), None)
+        alpha = float(settings.get("lora_alpha", rank) if found is None else found)
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the settings of alpha make no sense: {one_line(error)}") from None
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def paired(
@@ -82,8 +99,8 @@ def paired(
             raise ValueError(f"the adapter holds one of {path}{DOWN} and {path}{UP}: wanted both")
         if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
             raise ValueError(f"the factors of {path} are {list(up.shape)} and {list(down.shape)}: no product")
-        alpha = alphas[path] if path in alphas else alpha_of(path, settings, len(down))
-        found[path] = Factors(down.detach().cpu(), up.detach().cpu(), float(alpha))
+        scale = scale_of(path, settings, len(down)) if path not in alphas else float(alphas[path]) / len(down)
+        found[path] = Factors(down.detach().cpu(), up.detach().cpu(), scale)
     return found
 
 

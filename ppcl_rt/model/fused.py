@@ -182,7 +182,7 @@ class Fusing(Adapters):
                 if not group:
                     continue
                 if block.spec.shared_factor(group) in block.replacements or (legal and legal.highest_rank(group)):
-                    found.setdefault(part.name, []).append(each._replace(alpha=each.alpha * fused.scale))
+                    found.setdefault(part.name, []).append(each.times(fused.scale))
         for part in block.spec.parts:
             block.replacements._modules.pop(f"{part.name}_fused", None)
         for name, products in found.items():

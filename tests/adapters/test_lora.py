@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 from fixtures import DIM, SPEC, Made
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ppcl_rt
 from ppcl_rt import Width
@@ -185,6 +186,25 @@ def test_what_a_plan_takes(mapped):
     assert "26 layers left out: block not run" in str(report)
     with pytest.raises(ValueError, match="no adapter two was loaded; there are one"):
         model.adapter_report("two")
+
+
+def test_what_a_plan_takes_on_the_command_line(mapped, ppcl, tmp_path):
+    state = make_lora(mapped.stock)
+    save_file(state, tmp_path / "style.safetensors")
+    status, said, error = ppcl(
+        "info", mapped.folder, "--lora", tmp_path / "style.safetensors", "--ratio", 0.6, "--json"
+    )
+    assert status == 0, error
+    model = ppcl_rt.load(mapped.folder, 0.6)
+    model.load_lora_adapter(state, adapter_name="one")
+    exactly, approximately, left_out = json.loads(said).values()
+    assert (exactly, approximately, left_out) == model.adapter_report("one")
+    assert exactly + sum(approximately.values()) + sum(left_out.values()) == len(state) // 2
+    status, said, _ = ppcl("info", mapped.folder, "--lora", tmp_path / "style.safetensors")
+    assert status == 0 and said == f"{len(state) // 2} layers exactly\n"
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "style.safetensors")
+    status, _, error = ppcl("info", mapped.folder, "--lora", tmp_path / "style.safetensors")
+    assert status == 2 and error.count("\n") == 1
 
 
 def test_trained_and_saved(mapped, tmp_path, build_inputs, run, same):
