@@ -73,10 +73,11 @@ def kill(child: int, folder: Path, stage: int, share: float, length: float) -> b
     while time.monotonic() < until:
         if ended(child):
             return False
-        at, saved = position(folder)
-        if until == math.inf and at >= stage:
-            until = time.monotonic() + (max(share - saved, 0) * length if at == stage else 0)
-        time.sleep(0.005)
+        if until == math.inf:
+            at, saved = position(folder)
+            if at >= stage:
+                until = time.monotonic() + (max(share - saved, 0) * length if at == stage else 0)
+        time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return True

@@ -7,7 +7,8 @@ SHA-256. Catalogs of older formats are brought up to date as they are read (`ppc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ class Checkpoint:
     Raises:
         ValueError: a file is missing, cut short or contradicts another; one line says which and what to do.
     """
+
+    # Path -> the file, while `kept_open`.
+    _kept: dict[Path, Any] | None = None
 
     def __init__(self, folder: Path) -> None:
         with refusing_briefly():
@@ -131,6 +135,31 @@ class Checkpoint:
         """
         return [self.read(name).numpy() for name in TENSORS]
 
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Open a file once for all that is read inside, not once for each tensor.
+
+        To open a file is to parse its whole header: a millisecond for a thousand tensors. What was read stays mapped
+        until the end, so keep files open for a block or so where memory counts.
+        """
+        if self._kept is not None:
+            yield
+            return
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _opened(self, path: Path) -> Any:
+        # Another thread may end its `kept_open` meanwhile.
+        kept = self._kept
+        if kept is None:
+            return safe_open(path, framework="pt")
+        if path not in kept:
+            kept[path] = safe_open(path, framework="pt")
+        return kept[path]
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, in the dtype that it is stored in; floats of eight bits become bfloat16, which holds them.
 
@@ -141,8 +170,7 @@ class Checkpoint:
         stored = self._stored[name]
         path = self._files[stored].path
         try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(stored)
+            tensor: torch.Tensor = self._opened(path).get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not whole ({one_line(error)}): fetch it again") from None
         if self.catalog is not None and digest(tensor, self.catalog.checksums_of) != self.catalog.checksums[stored]:

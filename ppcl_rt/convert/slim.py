@@ -21,7 +21,7 @@ from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.checkpoint.writer import check_apart, write_shards
 from ppcl_rt.convert.low_rank import Affine, Inputs, LowRank
 from ppcl_rt.families import registry
-from ppcl_rt.planning.block_spec import BlockSpec
+from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import OnePlan, PlannedBlock
@@ -151,8 +151,9 @@ class _Work:
     def __init__(
         self, model: Any, source: ComposedCheckpoint, how: Slimming, on_grid: torch.Tensor, between: torch.Tensor
     ) -> None:
-        self._model, self._source, self._how, self._between = model, source, how, between
-        self._inputs = Inputs.of(F.silu(on_grid), _LEFT_OUT)
+        self._model, self._source, self._how = model, source, how
+        self._on_grid, self._between = on_grid, between
+        self._inputs: dict[Callable[..., torch.Tensor], Inputs] = {}
         self.done: list[Factored] = []
         self.bytes_before = self.bytes_after = 0
 
@@ -173,7 +174,11 @@ class _Work:
         """What lies outside the blocks, then each block."""
         yield self._unchanged(self._model.state_dict())
         for block in progress(range(self._model.catalog.architecture.depth)):
-            yield self._block(block)
+            with self._source.kept_open():
+                made = self._block(block)
+            yield made
+            # Before the next block is read.
+            del made
 
     def _unchanged(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = {name: self._source.read(name) for name in names}
@@ -186,29 +191,40 @@ class _Work:
         architecture = self._model.catalog.architecture
         spec, prefix = architecture.spec(block), "{}.{}.".format(*architecture.place(block))
         made: dict[str, torch.Tensor] = {}
-        kept = set(self._model._block_shapes(architecture.kind(block)))
+        meta = self._model.meta_block(architecture.kind(block))
+        kept = set(meta.state_dict())
         rank, error, worst = 0, 0.0, 0.0
         for group in spec.rank_groups:
-            found, rank, error, worst = self._factors(spec, group, prefix)
+            found, rank, error, worst = self._factors(meta, group, prefix)
             made |= found
             if found:
                 kept -= {f"{p.path}.{which}" for p in spec.factored_by(group) for which in ("weight", "bias")}
         self.done.append(Factored(block, rank, error, worst))
         return self._unchanged(prefix + name for name in sorted(kept)) | made
 
-    def _factors(self, spec: BlockSpec, group: str, prefix: str) -> tuple[dict[str, torch.Tensor], int, float, float]:
+    def _inputs_of(self, block: PluggableBlock) -> Inputs:
+        """Where what a block's modulations read lies on the grid; made once for all that read alike."""
+        read = type(block).modulation_input
+        if read not in self._inputs:
+            self._inputs[read] = Inputs.of(block.modulation_input(self._on_grid), _LEFT_OUT)
+        return self._inputs[read]
+
+    def _factors(
+        self, block: PluggableBlock, group: str, prefix: str
+    ) -> tuple[dict[str, torch.Tensor], int, float, float]:
         """The factors of a block's modulations, their rank and errors (`Factored`); none where they are no smaller."""
+        spec = block.spec
         parts, full = spec.factored_by(group), spec.groups[group].count
         layers: list[Affine] = [
             (self._source.read(f"{prefix}{part.path}.weight"), self._source.read(f"{prefix}{part.path}.bias"))
             for part in parts
         ]
-        low = LowRank(layers, self._inputs, relative=True)
+        low = LowRank(layers, self._inputs_of(block), relative=True)
         rank, most = low.rank_for(self._how.error), len(low.errors) - 1
         while rank <= most and spec.group_params(group, rank) < spec.group_params(group, full):
             down, ups = low.factors(rank)
             down, *ups = (_stored(each, self._how.factors) for each in (down, *ups))
-            error, worst = self._errors(layers, down, ups)
+            error, worst = self._errors(block.modulation_input(self._between), layers, down, ups)
             if error <= self._how.error:
                 names = [f"{prefix}replacements.{spec.shared_factor(group)}"]
                 names += [f"{prefix}replacements.{part.name}" for part in parts]
@@ -221,12 +237,12 @@ class _Work:
             rank = max(rank + 1, round(rank * _GROWTH))
         return {}, full, 0.0, 0.0
 
-    def _errors(self, layers: Sequence[Affine], down: Affine, ups: Sequence[Affine]) -> tuple[float, float]:
-        """The largest relative squared error of a layer, over all conditions between the grid's and at the worst one.
+    @staticmethod
+    def _errors(x: torch.Tensor, layers: Sequence[Affine], down: Affine, ups: Sequence[Affine]) -> tuple[float, float]:
+        """The largest relative squared error of a layer on inputs ``x [n, D]``, over all of them and at the worst one.
 
         In float32 arithmetic.
         """
-        x = F.silu(self._between)
         shared = F.linear(x, *(each.float() for each in down))
         error = worst = 0.0
         for layer, up in zip(layers, ups, strict=True):

@@ -71,7 +71,8 @@ def _folder(path: Path) -> Source:
     model = registry.of_class(checkpoint.config.get("_class_name"), path)
     if model.opened(path).catalog is not None:
         raise ValueError(f"{path} is in a layout that the family alone knows: `ppcl import` reads it")
-    tensors = {name: checkpoint.read(name) for name in checkpoint.names}
+    with checkpoint.kept_open():
+        tensors = {name: checkpoint.read(name) for name in checkpoint.names}
     return Source(str(path), tensors, checkpoint.config, read_origin(path))
 
 

@@ -219,25 +219,25 @@ class CheckpointFolder(Opening):
             return held
         dtype = next(iter(held.values())).dtype
         blocks = self._blocks_by_prefix()
-        state = {}
-        for name in self._source.names:
-            tensor = self._source.read(name)
-            state[name] = tensor.to(dtype) if tensor.is_floating_point() and name not in sketch.TENSORS else tensor
-            if name in held and self.catalog.only is not None:
-                state[name] = held[name]
-            elif name in held:
-                prefix = next((prefix for prefix in blocks if name.startswith(prefix)), "")
-                state[name] = (
-                    restore(state[name], held[name], name.removeprefix(prefix), blocks[prefix])
-                    if prefix
-                    else held[name]
-                )
-        return state
+
+        def now(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.to(dtype) if tensor.is_floating_point() and name not in sketch.TENSORS else tensor
+            if name not in held:
+                return tensor
+            prefix = next((prefix for prefix in blocks if name.startswith(prefix)), "")
+            if self.catalog.only is not None or not prefix:
+                return held[name]
+            return restore(tensor, held[name], name.removeprefix(prefix), blocks[prefix])
+
+        with self._source.kept_open():
+            return {name: now(name, self._source.read(name)) for name in self._source.names}
 
     def stored_state(self) -> dict[str, torch.Tensor]:
         """`full_state` as the checkpoint stores it: factors in the place of weights that they still give."""
-        state = self.full_state()
-        return state if self._source is None else self._source.as_stored(state)
+        if self._source is None:
+            return self.full_state()
+        with self._source.kept_open():
+            return self._source.as_stored(self.full_state())
 
     def _blocks_by_prefix(self) -> Mapping[str, Any]:
         """The resident blocks and students by what their tensors' names begin with."""

@@ -9,11 +9,13 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from ppcl_rt.checkpoint.card import read_origin
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.files import one_line
+from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.fused import Fusing
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning.catalog import Catalog
@@ -83,8 +85,9 @@ class Opening(Fusing):
             raise ValueError(f"{source.folder}: the catalog describes another architecture than config.json")
         model = cls._built(source)
         model._catalog, model._source = catalog, source
-        check_tensors(source, catalog, {kind: model._block_shapes(kind) for kind in architecture.kinds})
-        held = {name: source.read(name) for name in model.state_dict()}
+        check_tensors(source, catalog, {kind: _shapes(model.meta_block(kind)) for kind in architecture.kinds})
+        with source.kept_open():
+            held = {name: source.read(name) for name in model.state_dict()}
         dtype = dtype or next(iter(held.values())).dtype
         model.load_state_dict(
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in held.items()}, assign=True
@@ -116,10 +119,14 @@ class Opening(Fusing):
         model.register_to_config(**depths, _name_or_path=str(source.folder))
         return model
 
-    def _block_shapes(self, kind: str) -> Shapes:
+    def meta_block(self, kind: str) -> PluggableBlock:
+        """A block of this kind at full width, without memory for its weights."""
         with torch.device("meta"):
-            block = self.make_block(self.config, kind)
-        return {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+            return self.make_block(self.config, kind)
+
+
+def _shapes(module: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _types_of(cls: type) -> dict[str, TypeAdapter[Any]]:

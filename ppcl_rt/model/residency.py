@@ -194,7 +194,8 @@ class Residency(nn.Module):
             for planned in plan.blocks:
                 before = self.home(planned).block
                 if self._source is not None:
-                    after = self._read_block(self._source, planned, plan.not_updated(planned))
+                    with self._source.kept_open():
+                        after = self._read_block(self._source, planned, plan.not_updated(planned))
                     if before is not None and after is not before:
                         grown[before] = after
                 elif before is None:
@@ -260,10 +261,11 @@ class Residency(nn.Module):
                 # Runs that begin at one block read by one map: it is held, and trained, once.
                 maps[name] = shared[path]
                 continue
-            weight, bias = (
-                self._source.read(f"text_runs.{run.key}.{name}.{which}").to(device=like.device, dtype=like.dtype)
-                for which in ("weight", "bias")
-            )
+            with self._source.kept_open():
+                weight, bias = (
+                    self._source.read(f"text_runs.{run.key}.{name}.{which}").to(device=like.device, dtype=like.dtype)
+                    for which in ("weight", "bias")
+                )
             layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
             layer.weight = nn.Parameter(weight, requires_grad=like.requires_grad)
             layer.bias = nn.Parameter(bias, requires_grad=like.requires_grad)

@@ -9,10 +9,12 @@ import struct
 import pytest
 import torch
 from formats import change_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ppcl_rt
 from ppcl_rt import Plan
+from ppcl_rt.checkpoint import reader
 from ppcl_rt.checkpoint.names import CATALOG_KEY, CONFIG, INDEX, WEIGHTS
 from ppcl_rt.families.qwen_image import block_spec
 from ppcl_rt.planning.catalog import FORMAT
@@ -466,3 +468,27 @@ def test_overwrite(tmp_path, make_checkpoint, build_inputs, run, same, sizes):
     fresh = make_checkpoint(tmp_path / "fresh", seed=9, max_shard_size=sizes[1])
     assert state_of(folder) == {**state_of(fresh.folder), "README.md": b"mine"}
     same(run(ppcl_rt.load(folder), build_inputs()), run(made.stock, build_inputs()))
+
+
+def test_a_load_opens_a_file_once_a_block(made, monkeypatch):
+    """Not once a tensor: each time a file is opened, its whole header is parsed."""
+    opened = []
+
+    def opening(path, **more):
+        opened.append(path)
+        return safe_open(path, **more)
+
+    monkeypatch.setattr(reader, "safe_open", opening)
+    model = ppcl_rt.load(made.folder)
+    # What lies outside the blocks has one opening, and one more where the dtype of the weights is asked for.
+    assert DEPTH < len(opened) <= DEPTH + 2
+    del opened[:]
+    model.full_state()
+    assert len(opened) == 1
+    checkpoint = ppcl_rt.Checkpoint(made.folder)
+    del opened[:]
+    with checkpoint.kept_open(), checkpoint.kept_open():
+        tensors = [checkpoint.read(name) for name in checkpoint.names[:3]]
+    assert len(opened) == 1 and all(torch.equal(t, made.tensors[n]) for n, t in zip(checkpoint.names, tensors))
+    checkpoint.read(checkpoint.names[0])
+    assert len(opened) == 2

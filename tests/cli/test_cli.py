@@ -78,7 +78,7 @@ def test_sample_takes_a_plan(ppcl, tmp_path):
 
 def test_eval_writes_what_it_promises(ppcl, tmp_path):
     file = tmp_path / "out.json"
-    status, _, err = ppcl("eval", CHECKPOINT, "--ratios", "1,0.6", "--prompts", 10, "--seed", 1, "--json", file)
+    status, _, err = ppcl("eval", CHECKPOINT, "--ratios", "1,0.6", "--prompts", 5, "--seed", 1, "--json", file)
     assert status == 0, err
     results = json.loads(file.read_text())
     assert [row["asked"] for row in results] == [{"ratio": 1.0}, {"ratio": 0.6}]

@@ -22,8 +22,15 @@ import authors_format as authors
 TOLERANCE = 5e-5
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["newer", "older"])
-@pytest.mark.parametrize("mask", ["none", "random"])
+@pytest.mark.parametrize(
+    ("older", "mask"),
+    [
+        (False, "none"),
+        (True, "random"),
+        pytest.param(False, "random", marks=pytest.mark.slow),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+    ],
+)
 def test_it_gives_what_the_loop_gives(tmp_path, build_inputs, run, same, ppcl, older, mask):
     state = authors.make(tmp_path / "in", older=older, files=3)
     status, said, error = ppcl("import", tmp_path / "in", tmp_path / "out")
@@ -45,7 +52,7 @@ def test_it_gives_what_the_loop_gives(tmp_path, build_inputs, run, same, ppcl, o
     same(run(direct, given, controlnet_block_samples=residuals), wanted, TOLERANCE)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 6))])
 def test_random_combinations(tmp_path, build_inputs, run, same, seed):
     rng = np.random.default_rng(seed)
     kinds = ("f" + "m" * int(rng.integers(2)), *(

@@ -66,7 +66,7 @@ def test_sd3(tmp_path, dual):
     equal(read.state_dict(), state)
 
 
-@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("guidance", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_flux(guidance):
     """The converter knows width 3072 alone; bytes, so that it takes half a gigabyte."""
     with torch.device("meta"):

@@ -18,12 +18,14 @@ import ppcl_rt
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.convert.low_rank import Inputs, LowRank
 from ppcl_rt.convert.slim import Slimming, slim
+from ppcl_rt.model.block import PluggableBlock
 
 
 def modulation_errors(slim_folder, stock, conditions):
     """The largest relative squared error of a modulation layer over conditions ``[n, E]``, by hand."""
-    model, x, errors = ppcl_rt.load(slim_folder, dtype=torch.float32), F.silu(conditions), []
+    model, errors = ppcl_rt.load(slim_folder, dtype=torch.float32), []
     for planned, block in zip(model.plan.blocks, model.blocks(), strict=True):
+        x = block.modulation_input(conditions)
         theirs = stock.blocks()[planned.interval.first]
         for part in block.spec.factored_by("modulation"):
             got = block.factored(part.name, x, "modulation", planned.width["modulation"])
@@ -94,6 +96,16 @@ def test_every_value_of_an_additional_condition_is_covered(tmp_path, build_stock
         for value in (0, 1):
             wanted = model.time_text_embed(times, next(model.parameters()), torch.full((5,), value))
             assert torch.equal(found[5 * value : 5 * value + 5], wanted)
+        slim(tmp_path / "stock", tmp_path / "out", Slimming(error=1e-2))
+        assert modulation_errors(tmp_path / "out", model, model.every_condition(torch.rand(500))) <= 1.2e-2
+
+
+def test_factors_are_fitted_on_what_the_blocks_say_that_they_read(tmp_path, build_stock, monkeypatch):
+    """Of a family whose modulations do not read ``silu`` of the condition."""
+    build_stock(0).save_pretrained(tmp_path / "stock")
+    monkeypatch.setattr(PluggableBlock, "modulation_input", lambda block, condition: torch.sin(3 * condition))
+    model = ppcl_rt.load(tmp_path / "stock")
+    with torch.no_grad():
         slim(tmp_path / "stock", tmp_path / "out", Slimming(error=1e-2))
         assert modulation_errors(tmp_path / "out", model, model.every_condition(torch.rand(500))) <= 1.2e-2
 

@@ -54,11 +54,12 @@ class RandomCheckpoint:
         text_runs: Sequence[tuple[int, int]] = (),
         compensated: bool = False,
         seed: int = 0,
+        reference: tuple[int, int] = (16, 7),
     ) -> RandomCheckpoint:
         """Write one; ``model`` is the pluggable class, and students are random."""
         rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         lists = tuple(f"{path}." for path in model.block_lists)
-        outer = sum(p.numel() for n, p in stock.named_parameters() if not n.startswith(lists))
+        outer = sum(tensor.numel() for n, tensor in stock.state_dict().items() if not n.startswith(lists))
         architecture = model.architecture_of(stock.config, outer)
 
         def widths(block: int) -> LegalWidths:
@@ -74,7 +75,7 @@ class RandomCheckpoint:
 
         catalog = ppcl_rt.Catalog(
             family=model.family,
-            reference=Tokens(16, 7),
+            reference=Tokens(*reference),
             architecture=architecture,
             blocks=tuple(map(widths, range(architecture.depth))),
             students=tuple(
@@ -111,7 +112,7 @@ class RandomCheckpoint:
                         path = f"{prefix}replacements.{spec.replacement(output.name, count)}"
                         columns = count * output.segment.unit or spec.dim
                         tensors[f"{path}.weight"] = rough(output.part.rows, columns)
-                        if not output.shared:
+                        if output.biased:
                             tensors[f"{path}.bias"] = rough(output.part.rows)
             for group in spec.rank_groups:
                 if rank := legal.highest_rank(group):
@@ -165,7 +166,7 @@ class RandomCheckpoint:
         path = f"{prefix}replacements.{spec.replacement(output.name, count)}"
         if count and f"{path}.weight" in self.tensors:
             layer.weight[:, kept] = self.tensors[f"{path}.weight"]
-            if not output.shared:
+            if output.biased:
                 layer.bias.copy_(self.tensors[f"{path}.bias"])
 
     def _lower(self, block: Any, spec: Any, group: str, rank: int, prefix: str) -> None:

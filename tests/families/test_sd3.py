@@ -16,6 +16,8 @@ import ppcl_rt
 from ppcl_rt import Interval, Plan, PlannedBlock, Width
 
 EVERY = pytest.mark.parametrize("variant", list(VARIANTS))
+# Large is medium without dual attention.
+EACH = pytest.mark.parametrize("variant", ["sd3", "medium", pytest.param("large", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_every_input_matters(variant, of, run):
         assert (run(made.stock, inputs) - run(made.stock, {**inputs, name: other[name]})).abs().max() > 1e-2
 
 
-@EVERY
+@EACH
 @pytest.mark.parametrize("count", [1, 3, 6, 7])
 def test_dense_with_controlnet(variant, count, of, run, same):
     """Residuals land after the blocks that diffusers adds them after: shares need not be whole, the last has none."""
@@ -76,7 +78,7 @@ def test_dense_with_controlnet(variant, count, of, run, same):
     assert (got - run(model, inputs)).abs().max() > 1e-2
 
 
-@EVERY
+@EACH
 @pytest.mark.parametrize("skipped", [[], [0], [1, 2], [6], [2, 5, 6], [99], torch.tensor([1, 2])], ids=str)
 def test_dense_with_skipped_layers(variant, skipped, of, run, same):
     """By original number, residuals stay where they were."""
@@ -87,7 +89,7 @@ def test_dense_with_skipped_layers(variant, skipped, of, run, same):
     same(run(model, inputs, **more), run(made.stock, inputs, **more))
 
 
-@EVERY
+@EACH
 def test_skipped_layers_of_a_plan(variant, of, run, same):
     """Equal to the plan without those blocks. A student runs as long as one of its blocks would."""
     made, model = of(variant)
@@ -168,7 +170,7 @@ def test_dual_attention_anywhere(tmp_path, dual, run, same):
 # Other plans.
 
 
-@EVERY
+@EACH
 def test_narrow_is_stock_with_columns_zeroed(variant, of, run, same):
     """Any counts in each kind of block; the first in rank order stay."""
     made, model = of(variant, compensated=False)
@@ -198,7 +200,7 @@ def test_narrow_is_stock_with_columns_zeroed(variant, of, run, same):
         assert (wanted - run(made.stock, inputs)).abs().max() > 1e-3
 
 
-@EVERY
+@EACH
 @pytest.mark.parametrize("group", ["heads", "image_heads", "image", "text", "modulation"])
 def test_each_group_by_hand(variant, group, of, run, same):
     """Every legal count of a group in all blocks that have it: fitted columns, linear maps, low ranks."""
@@ -216,7 +218,7 @@ def test_each_group_by_hand(variant, group, of, run, same):
         assert (wanted - run(made.stock, inputs)).abs().max() > 1e-3
 
 
-@EVERY
+@EACH
 def test_students_and_text_runs_by_hand(variant, of, run, same):
     """A student in place of each interval; each text run, its first block at full width and narrow; ControlNet too."""
     made, model = of(variant)
@@ -249,7 +251,7 @@ def test_the_hand_written_loop_is_stock(of, run, same):
         same(made.by_hand(made.catalog.dense, inputs, control), wanted)
 
 
-@EVERY
+@EACH
 def test_two_hundred_plans(variant, of, run, same):
     """Random legal plans all run; every tenth is checked in full."""
     made, model = of(variant)
@@ -264,7 +266,7 @@ def test_two_hundred_plans(variant, of, run, same):
             same(got, made.by_hand(plan, inputs), 5e-5)
 
 
-@EVERY
+@EACH
 def test_plans_load_alone_grow_and_hold_what_they_count(variant, of, run, same):
     made, _ = of(variant)
     rng, inputs = np.random.default_rng(3), build_inputs()
@@ -280,7 +282,7 @@ def test_plans_load_alone_grow_and_hold_what_they_count(variant, of, run, same):
     same(run(grown, inputs), run(made.stock, inputs))
 
 
-@EVERY
+@EACH
 def test_ratios_are_planned(variant, of, run):
     """The planner knows all kinds: its plans keep the ratio and run."""
     made, _ = of(variant)
@@ -317,7 +319,7 @@ def test_saving_keeps_everything(tmp_path, of, run, same):
     assert torch.equal(run(ppcl_rt.load(tmp_path / "again", plan=plan), inputs), run(model, inputs))
 
 
-@EVERY
+@EACH
 def test_gradient_checkpointing(variant, of, same):
     """The same output and gradients, with dense and with random plans."""
     made, _ = of(variant)
@@ -374,8 +376,15 @@ class Kernels(TorchDispatchMode):
 
 # The interpreter computes the sigmoid of GELU with numpy, which warns where exp(large) is infinite, as it should be.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.parametrize("variant", ["sd3", "medium"])
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "narrow"),
+    [
+        ("sd3", False),
+        ("medium", True),
+        pytest.param("sd3", True, marks=pytest.mark.slow),
+        pytest.param("medium", False, marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_give_what_plain_torch_gives(variant, narrow, of, run, same, monkeypatch):
     """A block of each kind and a text run, on kernels (in triton's interpreter on a CPU): all of it runs on kernels."""
     made, _ = of(variant)

@@ -38,10 +38,10 @@ SMALL = {
     "width.channels": [0.5],
     "recover.steps": 4,
     "recover.batch": 2,
-    "measure.samples": 8,
-    "measure.spacing": 0.1,
+    "measure.samples": 4,
+    "measure.spacing": 0.25,
     "compress.samples": 16,
-    "measure.other_spacing": 0.25,
+    "measure.other_spacing": 0.5,
 }
 
 

@@ -54,44 +54,19 @@ def pipeline_parts(folder):
 
     Pooled text has the 768 channels of the published models.
     """
-    import json
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from tiny_pipelines import CLIP_WORDS, clip_tokenizer, t5, vae
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTokenizer,
-        PreTrainedTokenizerFast,
-        T5Config,
-        T5EncoderModel,
-    )
-
-    # One token a byte and no merges: all that a tokenizer needs in order to read any prompt.
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    clip = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
-    of_bytes = Tokenizer(models.BPE({"<pad>": 0, "</s>": 1, **{c: n for n, c in enumerate(letters, 2)}}, []))
-    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    of_bytes.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    t5 = PreTrainedTokenizerFast(tokenizer_object=of_bytes, pad_token="<pad>", eos_token="</s>", model_max_length=512)
     torch.manual_seed(0)
-    small = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(words)}
-    text = CLIPTextConfig(hidden_size=768, **small, eos_token_id=len(words) - 1, bos_token_id=len(words) - 2)
-    t5_config = T5Config(vocab_size=300, d_model=20, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    channels = {"block_out_channels": (4, 4), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(
-        **channels, **blocks, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.4
-    )
+    small = {"hidden_size": 768, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextModel(CLIPTextConfig(**small, **CLIP_WORDS)).eval()
+    tokenizer, encoder = t5(CONFIG["joint_attention_dim"])
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        "vae": vae.eval(),
-        "text_encoder": CLIPTextModel(text).eval(),
-        "tokenizer": clip,
-        "text_encoder_2": T5EncoderModel(t5_config).eval(),
-        "tokenizer_2": t5,
+        "vae": vae(),
+        "text_encoder": text,
+        "tokenizer": clip_tokenizer(folder, 77),
+        "text_encoder_2": encoder,
+        "tokenizer_2": tokenizer,
     }

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel
+from random_checkpoint import RandomCheckpoint, roughen
 from torch import nn
 
 import ppcl_rt
-from ppcl_rt import Interval, LegalCount, LegalWidths, Width
 from ppcl_rt.families.z_image import PPCLZImageTransformer2DModel
 
 HEADS, HEAD_DIM = 4, 8
@@ -45,18 +43,13 @@ def build_stock(seed: int = 0, **changes: Any) -> ZImageTransformer2DModel:
     """diffusers' model with random weights everywhere, also where training begins with zeros."""
     torch.manual_seed(seed)
     model = ZImageTransformer2DModel(**{**CONFIG, **changes})
-    _roughen(model, seed)
-    return model.eval()
-
-
-def _roughen(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    roughen(model, seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            # Norms stay near 1; the last layer makes outputs of size 1.
-            wide = 0.03 if "all_final_layer" in name else 0.15
-            parameter.copy_(1 + 0.3 * noise if "norm" in name and parameter.ndim == 1 else wide * noise)
+        # Outputs of size 1.
+        for final in model.all_final_layer.values():
+            final.linear.weight *= 0.1
+            final.linear.bias *= 0.1
+    return model.eval()
 
 
 def build_inputs(samples: Sequence[tuple[int, tuple[int, int]]] = RAGGED, seed: int = 0) -> dict[str, Any]:
@@ -104,37 +97,11 @@ class _Mapped(nn.Module):
         return x + F.linear(x, self.weight)
 
 
-@dataclass
-class Made:
+class Made(RandomCheckpoint):
     """A checkpoint on disk, and what it was made of."""
 
-    folder: Path
-    stock: ZImageTransformer2DModel
-    catalog: ppcl_rt.Catalog
-    tensors: dict[str, torch.Tensor] = field(repr=False)
-
-    def random_plan(self, rng: np.random.Generator, skip: float = 0.0, legal: bool = True) -> ppcl_rt.Plan:
-        """Random disjoint students and counts; those of the catalog, or any."""
-
-        def width(widths: LegalWidths) -> Width:
-            full = {"heads": HEADS, "mlp": CHANNELS}
-            if not legal:
-                return Width({group: int(rng.integers(1, full[group] + 1)) for group in full})
-            return Width({g: int(rng.choice([c.units for c in widths.of(g)])) for g in widths.groups})
-
-        planned, block = [], 0
-        while block < DEPTH:
-            here = [student for student in self.catalog.students if student.interval.first == block]
-            student = here[0] if here and rng.random() < 0.4 else None
-            interval = student.interval if student else Interval(block, block)
-            widths = student.widths if student else self.catalog.blocks[block]
-            if student or rng.random() >= skip:
-                planned.append(ppcl_rt.PlannedBlock(interval=interval, width=width(widths), student=bool(student)))
-            block = interval.last + 1
-        return ppcl_rt.Plan(checkpoint=self.catalog.fingerprint, depth=DEPTH, blocks=tuple(planned))
-
     def reference(self, plan: ppcl_rt.Plan) -> ZImageTransformer2DModel:
-        """diffusers' model for a plan, by the law of it: columns zeroed, students put in, skipped blocks left out."""
+        """diffusers' model for a plan; with blocks that do nothing where it has none, since residuals count them."""
         model = copy.deepcopy(self.stock)
         blocks = {planned.interval.first: planned for planned in plan.blocks}
         for n in range(DEPTH):
@@ -144,90 +111,26 @@ class Made:
 
     def reference_block(self, planned: ppcl_rt.PlannedBlock) -> nn.Module:
         """diffusers' block with output columns zeroed or fitted, or with a map in place of its MLP."""
-        path, number = self.catalog.architecture.place(planned.interval.first)
-        block = copy.deepcopy(self.stock.get_submodule(path)[number])
-        prefix = f"{path}.{number}."
-        if planned.student:
-            prefix = f"students.{planned.interval.key}."
-            block.load_state_dict({name: self.tensors[prefix + name] for name in block.state_dict()})
-        spec = self.catalog.spec(planned.interval.first)
-        for output in spec.outputs:
-            group, layer = output.segment.group, block.get_submodule(output.part.path)
-            count, unit = planned.width[group], output.segment.unit
-            fitted = self.tensors.get(f"{prefix}replacements.{output.name}_{count}.weight")
-            if count == 0:
-                continue
-            order = self.tensors[f"{prefix}order.{group}"][:count]
-            kept = (order[:, None] * unit + torch.arange(unit)).flatten()
-            with torch.no_grad():
-                weight = torch.zeros_like(layer.weight)
-                weight[:, kept] = layer.weight[:, kept] if fitted is None else fitted
-                layer.weight.copy_(weight)
-        if planned.width["mlp"] == 0:
-            return _Mapped(block, self.tensors[f"{prefix}replacements.mlp_0.weight"])
+        block = self.block(planned)
+        if planned.width["mlp"] == ppcl_rt.LINEAR_MAP:
+            return _Mapped(block, self.tensors[f"{self.prefix(planned)}replacements.mlp_0.weight"])
         return block
 
 
 def make_checkpoint(folder: Path, seed: int = 0, compensated: bool = True) -> Made:
     """Write a pluggable checkpoint with everything: students, maps, rank orders, compensated outputs if asked for."""
-    stock = build_stock(seed)
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    tensors = {name: tensor.detach().clone() for name, tensor in stock.state_dict().items()}
-    inside = sum(t.numel() for name, t in tensors.items() if name.partition(".")[0] in LISTS)
-    outer = sum(t.numel() for t in tensors.values()) - inside
-    architecture = PPCLZImageTransformer2DModel.architecture_of(stock.config, outer)
-
-    def widths(block: int) -> LegalWidths:
-        found = {}
-        for group, full in architecture.spec(block).full.items():
-            losses = map(float, np.cumsum(rng.uniform(0.01, 1.0, len(NARROWER[group]))))
-            narrower = zip(NARROWER[group], losses, strict=True)
-            found[group] = (LegalCount(full, 0.0), *(LegalCount(*each) for each in narrower))
-        return LegalWidths(found)
-
-    students = []
-    for n, pair in enumerate(STUDENTS):
-        interval = Interval(*pair)
-        students.append(ppcl_rt.Student(interval=interval, start="first", loss=1.0, widths=widths(interval.first)))
-        path, number = architecture.place(interval.first)
-        block = copy.deepcopy(stock.get_submodule(path)[number])
-        _roughen(block, 100 * seed + n + 1)
-        tensors |= {f"students.{interval.key}.{name}": tensor for name, tensor in block.state_dict().items()}
-    catalog = ppcl_rt.Catalog(
-        family="z-image",
-        reference=ppcl_rt.Tokens(64, 32),
-        architecture=architecture,
-        blocks=tuple(map(widths, range(DEPTH))),
-        students=tuple(students),
-        compensated=compensated,
-    )
-    for prefix, number, legal in catalog.prefixed:
-        spec = architecture.spec(number)
-        for group in spec.unit_groups:
-            tensors[f"{prefix}order.{group}"] = torch.randperm(spec.full[group], generator=generator)
-        for output in spec.outputs:
-            for count in (each.units for each in legal.of(output.segment.group)[1:]):
-                if compensated or count == 0:
-                    columns, name = count * output.segment.unit or DIM, spec.replacement(output.name, count)
-                    random = torch.randn(DIM, columns, generator=generator) * 0.1
-                    tensors[f"{prefix}replacements.{name}.weight"] = random
-    config = {**dict(stock.config), "_class_name": "ZImageTransformer2DModel"}
-    config.pop("_name_or_path", None)
-    return Made(folder, stock, ppcl_rt.write_checkpoint(folder, config, catalog, tensors), tensors)
+    counts = dict.fromkeys(("image", "text", "joint"), NARROWER)
+    more = {"students": STUDENTS, "compensated": compensated, "seed": seed, "reference": (64, 32)}
+    return Made.make(folder, PPCLZImageTransformer2DModel, build_stock(seed), counts, **more)
 
 
 def pipeline_parts(folder: Path) -> dict[str, Any]:
     """Everything of a `ZImagePipeline` but its transformer, made without a network; its tokenizer in ``folder``."""
-    import json
-
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    from tokenizers.pre_tokenizers import ByteLevel
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from tiny_pipelines import LETTERS, vae, write_words
     from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-    # One token a byte and no merges: all that a tokenizer needs in order to read any prompt.
-    (folder / "vocab.json").write_text(json.dumps({c: n for n, c in enumerate(sorted(ByteLevel.alphabet()))}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = Qwen2Tokenizer(*write_words(folder, LETTERS))
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}:"
     torch.manual_seed(0)
     text = Qwen3Config(
@@ -239,19 +142,9 @@ def pipeline_parts(folder: Path) -> dict[str, Any]:
         num_key_value_heads=2,
         head_dim=8,
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=CONFIG["in_channels"],
-        sample_size=32,
-        scaling_factor=0.4,
-        shift_factor=0.1,
-    )
     return {
         "tokenizer": tokenizer,
         "text_encoder": Qwen3Model(text).eval(),
-        "vae": vae.eval(),
+        "vae": vae(CONFIG["in_channels"], block_out_channels=(4, 8), sample_size=32),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }

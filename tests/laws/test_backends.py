@@ -45,6 +45,11 @@ def kernels_of(calls):
     return counts
 
 
+def two_blocks(catalog):
+    """A plan of two blocks at full width, for what more blocks would only repeat."""
+    return catalog.compose([(n, catalog.spec(n).full) for n in (0, 3)])
+
+
 def load(*arguments, **options):
     """Load a model to where kernels run: a GPU, or a CPU with the interpreter."""
     return ppcl_rt.load(*arguments, device=DEVICE, **options)
@@ -121,15 +126,18 @@ def test_edit_model(tmp_path, make_checkpoint, build_inputs, both, same):
     """Two modulations for each sample, chosen by token (``zero_cond_t``)."""
     made = make_checkpoint(tmp_path / "checkpoint", zero_cond_t=True)
     model = load(made.folder)
-    same(*both(model, build_inputs(images=((1, 3, 5), (1, 2, 3)))), 2e-5)
+    model.set_plan(two_blocks(made.catalog))
+    same(*both(model, build_inputs(batch=2, images=((1, 3, 5), (1, 2, 3)))), 2e-5)
 
 
 def test_half_precision(made, build_inputs, both):
     """float16 on both backends: each rounds a few times in a block, the kernels less often."""
     model = load(made.folder, dtype=torch.float16)
+    plan = two_blocks(made.catalog)
+    model.set_plan(plan)
     inputs = {k: v.half() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in build_inputs().items()}
     got, wanted = both(model, inputs)
-    exact = load(made.folder, dtype=torch.float32)
+    exact = load(made.folder, plan=plan, dtype=torch.float32)
     with torch.no_grad():
         exact = exact(
             **{k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
@@ -141,7 +149,7 @@ def test_half_precision(made, build_inputs, both):
 
 def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatch):
     """A layer with a hook is called as a module, and the rest of the block runs on kernels."""
-    model = load(made.folder)
+    model = load(made.folder, plan=two_blocks(made.catalog))
     called = []
     handle = model.transformer_blocks[0].attn.to_k.register_forward_hook(lambda *_: called.append(1))
     monkeypatch.setenv("PPCL_BACKEND", "triton")
@@ -210,7 +218,7 @@ def test_other_dtypes_are_left_to_torch(monkeypatch, same, in_float32):
 
 def test_compiles_without_a_break(made, build_inputs, run, same, monkeypatch):
     """`torch.compile` records operations as ops; the implementation is chosen inside the op."""
-    model, inputs = load(made.folder), build_inputs()
+    model, inputs = load(made.folder, plan=two_blocks(made.catalog)), build_inputs(batch=2)
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     wanted = run(model, inputs)
     taken = Counter()

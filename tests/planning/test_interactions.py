@@ -66,7 +66,7 @@ def random_sets(choices: Choices, rng: np.random.Generator, count: int) -> list[
     return found
 
 
-@settings(seeded, max_examples=6)
+@settings(seeded, max_examples=4)
 @given(seed=st.integers(0, 10**6), depth=st.integers(3, 6), students=st.integers(0, 3))
 def test_no_worse_than_random_plans_and_within_every_budget(seed, depth, students):
     rng = np.random.default_rng(seed)
@@ -101,13 +101,13 @@ def test_no_worse_than_random_plans_and_within_every_budget(seed, depth, student
                 assert score <= losses[fits].min() * (1 + 1e-6)
 
 
-@settings(seeded, max_examples=4)
+@settings(seeded, max_examples=3)
 @given(seed=st.integers(0, 10**6))
 def test_a_measured_frontier_answers_every_budget(seed):
     """A larger budget never gets a worse plan, in any currency; what no measured plan fits is planned anew."""
     rng = np.random.default_rng(seed)
-    catalog, rows = with_sketches(random_catalog(rng, 4, 2), rng)
-    plans = Planner(catalog, lambda: rows).frontier(0.1, 0.2)
+    catalog, rows = with_sketches(random_catalog(rng, 3, 2), rng)
+    plans = Planner(catalog, lambda: rows).frontier(0.2, 0.34)
     assert catalog.dense in plans and len(set(plans)) == len(plans)
     measured = [
         MeasuredPlan(

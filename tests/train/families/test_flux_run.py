@@ -22,7 +22,7 @@ from ppcl_train.families.flux import Flux
 if find_spec("webdataset") is None or find_spec("datasets") is None:
     pytest.skip("needs the train extra", allow_module_level=True)
 
-TOKENS, SETTINGS = 8, {**SMALL, "batch": 3, "table.lengths": [2, 3], "measure.samples": 6}
+TOKENS, SETTINGS = 8, {**SMALL, "batch": 3, "table.lengths": [2, 3], "measure.samples": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,7 +138,7 @@ def test_the_teacher_is_called_as_the_pipeline_calls_it(config, folder, encoder)
 
 
 def test_the_other_published_model_takes_no_guidance():
-    embeddings = pooled.with_pooled(torch.randn(5, 20), torch.randn(768))[None]
+    embeddings = pooled.with_pooled(torch.randn(5, 20), torch.randn(768), 768, "FLUX.1")[None]
     x, t, mask = torch.zeros(1, 6, 16), torch.zeros(1), torch.ones(1, 5, dtype=torch.bool)
     call = base.of("flux-schnell").arguments(x, t, embeddings, mask, (1, 2, 3))
     assert call["guidance"] is None and call["encoder_hidden_states"].shape == (1, 5, 20)

@@ -37,9 +37,9 @@ SMALL = {
     "recover.steps": 4,
     "recover.batch": 2,
     "measure.samples": 8,
-    "measure.spacing": 0.1,
+    "measure.spacing": 0.25,
     "compress.samples": 16,
-    "measure.other_spacing": 0.25,
+    "measure.other_spacing": 0.5,
 }
 
 

@@ -155,6 +155,8 @@ class EndToEndConfig(LoopConfig):
         steps: steps for students and all that only narrower plans run (compensated layers, maps, factors).
         planned: share of the steps whose plan is one of the planner's; the other steps draw a random plan.
         smallest: share of the steps whose plan is the smallest of the planner's (the sandwich rule).
+        spacing: between the ratios that the planner makes plans for.
+        other_spacing: likewise, between shares of the dense parameters alone, and of the dense FLOPs alone.
         least_ratio, most_ratio: plans of the planner outside of these ratios are not trained: tiny plans pull at the
             weights that all other plans share, and large ones lose next to nothing.
         towards_small: a plan at ratio r is drawn in proportion to ``r ** -towards_small``.
@@ -168,6 +170,8 @@ class EndToEndConfig(LoopConfig):
     weight_decay: float = Field(0.0, ge=0)
     planned: float = Field(0.85, ge=0, le=1)
     smallest: float = Field(0.15, ge=0, le=1)
+    spacing: float = Field(0.02, gt=0, lt=1)
+    other_spacing: float = Field(0.08, gt=0, lt=1)
     least_ratio: float = Field(0.0, ge=0, lt=1)
     most_ratio: float = Field(1.0, gt=0, le=1)
     towards_small: float = Field(0.0, ge=0)

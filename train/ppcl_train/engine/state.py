@@ -110,11 +110,13 @@ class LoopState:
 
     def _optimiser_state(self, tensors: bool) -> dict[str, Any]:
         """What optimisers remember, by name: the tensors, or all else (bitsandbytes counts steps in a plain number)."""
+        # Once for each optimiser: a state dict goes through all parameters.
+        states = [(optimiser.state_dict()["state"], self._indices(optimiser)) for optimiser in self.optimisers]
         return {
             f"optimiser.{name}.{key}": value
-            for optimiser in self.optimisers
-            for name, index in self._indices(optimiser).items()
-            for key, value in optimiser.state_dict()["state"].get(index, {}).items()
+            for state, indices in states
+            for name, index in indices.items()
+            for key, value in state.get(index, {}).items()
             if isinstance(value, torch.Tensor) == tensors
         }
 

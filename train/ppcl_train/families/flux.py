@@ -6,29 +6,53 @@ Prompts are embedded and latents packed by diffusers' `FluxPipeline` itself. Its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import nn
 
 from ppcl_rt.families.flux import PPCLFluxTransformer2DModel, positions
-from ppcl_rt.files import one_line
 from ppcl_train.families import pooled
-from ppcl_train.families.base import ImageShape, Picture, Samples
+from ppcl_train.families.base import ImageShape
+from ppcl_train.families.cached import CachedFamily, PipelineEncoder
 
 
-class Flux:
+class FluxEncoder(PipelineEncoder):
+    """An opened `FluxPipeline`."""
+
+    packed = True
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> torch.Tensor:
+        """See `Encoder.embed`: all tokens of the pipeline, padding too, and rows of pooled text after them."""
+        tokens, pooled_text, _ = self.pipe.encode_prompt(
+            [prompt], device=self.pipe.vae.device, max_sequence_length=self.family.text_tokens
+        )
+        return pooled.with_pooled(tokens[0], pooled_text[0], self.family.pooled_channels, "FLUX.1")
+
+    def guiding(self, guidance: float, negative: str) -> dict[str, Any]:
+        """See `PipelineEncoder.guiding`."""
+        return {
+            "negative_prompt": negative if guidance > 1 else None,
+            "true_cfg_scale": guidance,
+            # A model without an embedding of it does not look at it.
+            "guidance_scale": self.family.strength or 0.0,
+            "max_sequence_length": self.family.text_tokens,
+        }
+
+
+class Flux(CachedFamily):
     """The family ``flux``: FLUX.1-dev, which was distilled for guidance and takes its strength as an input.
 
     Attributes:
         strength: of the guidance that the model is called with, here and by its pipeline; None for one that takes none.
+            The guidance by a negative prompt (`guided`) is another, the pipeline's ``true_cfg_scale``.
         text_tokens: to which the pipeline pads prompts, and at which it cuts longer ones.
         pooled_channels: of the pooled text: those of CLIP ViT-L/14.
     """
 
-    predicts: Literal["clean", "velocity"] = "velocity"
-    judged = False
+    name, pipeline_name, title = "flux", "FluxPipeline", "a FLUX"
+    encoder = FluxEncoder
     strength: ClassVar[float | None] = 3.5
     text_tokens: ClassVar[int] = 512
     pooled_channels: ClassVar[int] = 768
@@ -73,89 +97,10 @@ class Flux:
             "return_dict": False,
         }
 
-    def guided(self, wanted: torch.Tensor, free: torch.Tensor, guidance: float) -> torch.Tensor:
-        """See `Family.guided`; this is the guidance by a negative prompt, ``true_cfg_scale``, not `strength`."""
-        return free + guidance * (wanted - free)
-
-    def embed(self, prompt: str) -> torch.Tensor:
-        """See `Family.embed`; only a pipeline can."""
-        raise ValueError("this family reads embeddings from a cache: make one with `ppcl train cache`")
-
-    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
-        """See `Family.make`; there are none without a cache."""
-        raise ValueError("this family reads a cache: make one with `ppcl train cache`, then --set data.cache=FOLDER")
-
-    def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> FluxEncoder:
-        """See `Family.open`."""
-        from diffusers import FluxPipeline
-
-        # Not loaded unless it draws: 24 GB that caching does not use.
-        left_out = {} if draws else {"transformer": None}
-        try:
-            pipe = FluxPipeline.from_pretrained(pipeline, torch_dtype=dtype, **left_out)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{pipeline} cannot be opened as a FLUX pipeline: {one_line(error)}") from None
-        pipe.set_progress_bar_config(disable=True)
-        return FluxEncoder(pipe.to(device), self)
-
 
 class FluxSchnell(Flux):
     """The family ``flux-schnell``: FLUX.1-schnell, which takes no guidance and a shorter text."""
 
+    name = "flux-schnell"
     strength = None
     text_tokens = 256
-
-
-class FluxEncoder:
-    """An opened `FluxPipeline`."""
-
-    negative = ""
-
-    def __init__(self, pipe: Any, family: Flux) -> None:
-        self.pipe, self.family = pipe, family
-        # The VAE's scale times the pipeline's 2x2 patches.
-        self.multiple = 2 * pipe.vae_scale_factor
-        self.area = (pipe.default_sample_size * pipe.vae_scale_factor) ** 2
-
-    @torch.no_grad()
-    def embed(self, prompt: str) -> torch.Tensor:
-        """See `Encoder.embed`: all tokens of the pipeline, padding too, and rows of pooled text after them."""
-        tokens, pooled_text, _ = self.pipe.encode_prompt(
-            [prompt], device=self.pipe.device, max_sequence_length=self.family.text_tokens
-        )
-        channels, wanted = pooled_text.shape[1], self.family.pooled_channels
-        if channels != wanted:
-            raise ValueError(f"the pooled text of this pipeline has {channels} channels, FLUX.1 has {wanted}")
-        return pooled.with_pooled(tokens[0], pooled_text[0])
-
-    @torch.no_grad()
-    def encode(self, picture: Picture) -> tuple[torch.Tensor, ImageShape]:
-        """See `Encoder.encode`; takes the mode of the VAE's posterior, so that a picture has one encoding."""
-        assert isinstance(picture, Image.Image), "arrays are for families whose latents are pixels"
-        vae = self.pipe.vae
-        pixels = self.pipe.image_processor.preprocess(picture, height=picture.height, width=picture.width)
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        _, channels, rows, columns = latents.shape
-        return self.pipe._pack_latents(latents, 1, channels, rows, columns)[0], (1, rows // 2, columns // 2)
-
-    def draw(
-        self, prompt: str, size: tuple[int, int], seed: int, steps: int, guidance: float, negative: str
-    ) -> tuple[torch.Tensor, ImageShape]:
-        """See `Encoder.draw`; noise is drawn on the CPU, so that it does not depend on the device."""
-        width, height = size
-        drawn = self.pipe(
-            prompt,
-            negative_prompt=negative if guidance > 1 else None,
-            true_cfg_scale=guidance,
-            # A model without an embedding of it does not look at it.
-            guidance_scale=self.family.strength or 0.0,
-            max_sequence_length=self.family.text_tokens,
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            # Latents before the VAE decodes them: normalised and packed, as `encode` returns them.
-            output_type="latent",
-        ).images
-        return drawn[0], (1, height // self.multiple, width // self.multiple)

@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 
 
-def with_pooled(tokens: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """Append pooled text ``[P]`` to tokens ``[S, E]``, in as many rows as it takes, the last one filled with zeros."""
+def with_pooled(tokens: torch.Tensor, pooled: torch.Tensor, channels: int, model: str) -> torch.Tensor:
+    """Append pooled text ``[P]`` to tokens ``[S, E]``, in as many rows as it takes, the last one filled with zeros.
+
+    Raises:
+        ValueError: P is not ``channels``, those of the ``model``.
+    """
+    if len(pooled) != channels:
+        raise ValueError(f"the pooled text of this pipeline has {len(pooled)} channels, {model} has {channels}")
     rows = F.pad(pooled, (0, -len(pooled) % tokens.shape[1])).unflatten(0, (-1, tokens.shape[1]))
     return torch.cat([tokens, rows.to(tokens)])
 

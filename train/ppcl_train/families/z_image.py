@@ -10,19 +10,39 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from ppcl_rt.families.z_image import PPCLZImageTransformer2DModel, padded_length
-from ppcl_rt.files import one_line
-from ppcl_train.families.base import ImageShape, Picture, Predicts, Samples
+from ppcl_train.families.base import ImageShape, Predicts
+from ppcl_train.families.cached import CachedFamily, PipelineEncoder
 
 
-class ZImage:
+class ZImageEncoder(PipelineEncoder):
+    """An opened `ZImagePipeline`."""
+
+    @staticmethod
+    def default_area(pipe: Any) -> int:
+        """See `PipelineEncoder.default_area`."""
+        return 1024**2
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> torch.Tensor:
+        """See `Encoder.embed`; longer prompts are cut at 512 tokens, as the pipeline does."""
+        device = self.pipe.vae.device
+        [embeddings], _ = self.pipe.encode_prompt([prompt], device=device, do_classifier_free_guidance=False)
+        return embeddings
+
+    def guiding(self, guidance: float, negative: str) -> dict[str, Any]:
+        """See `PipelineEncoder.guiding`; the pipeline's ``guidance_scale`` is less by 1."""
+        return {"negative_prompt": negative if guidance > 1 else None, "guidance_scale": guidance - 1}
+
+
+class ZImage(CachedFamily):
     """The family ``z-image``; latents are ``[N, C, rows, columns]``."""
 
+    name, pipeline_name, title = "z-image", "ZImagePipeline", "a Z-Image"
+    encoder = ZImageEncoder
     predicts: Predicts = "opposite"
-    judged = False
 
     def build(self, architecture: Mapping[str, Any]) -> Any:
         """See `Family.build`."""
@@ -58,76 +78,3 @@ class ZImage:
         """See `PadsText.counted_tokens`: words, and after them the padding tokens up to a multiple of 32."""
         lengths = [padded_length(int(count)) for count in mask.sum(1)]
         return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-
-    def guided(self, wanted: torch.Tensor, free: torch.Tensor, guidance: float) -> torch.Tensor:
-        """See `Family.guided`; the pipeline's ``guidance_scale`` is ``guidance - 1``."""
-        return free + guidance * (wanted - free)
-
-    def embed(self, prompt: str) -> torch.Tensor:
-        """See `Family.embed`; only a pipeline can."""
-        raise ValueError("z-image reads embeddings from a cache: make one with `ppcl train cache`")
-
-    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
-        """See `Family.make`; there are none without a cache."""
-        raise ValueError("z-image reads a cache: make one with `ppcl train cache`, then --set data.cache=FOLDER")
-
-    def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> ZImageEncoder:
-        """See `Family.open`."""
-        from diffusers import ZImagePipeline
-
-        # Not loaded unless it draws: 12 GB that caching does not use.
-        left_out = {} if draws else {"transformer": None}
-        try:
-            pipe = ZImagePipeline.from_pretrained(pipeline, torch_dtype=dtype, **left_out)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{pipeline} cannot be opened as a Z-Image pipeline: {one_line(error)}") from None
-        pipe.set_progress_bar_config(disable=True)
-        return ZImageEncoder(pipe.to(device))
-
-
-class ZImageEncoder:
-    """An opened `ZImagePipeline`."""
-
-    negative = ""
-    # 1024 x 1024, the pipeline's default.
-    area = 1024**2
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        # The VAE's scale times the transformer's 2x2 patches.
-        self.multiple = 2 * pipe.vae_scale_factor
-
-    @torch.no_grad()
-    def embed(self, prompt: str) -> torch.Tensor:
-        """See `Encoder.embed`; longer prompts are cut at 512 tokens, as the pipeline does."""
-        [embeddings], _ = self.pipe.encode_prompt([prompt], device=self.pipe.device, do_classifier_free_guidance=False)
-        return embeddings
-
-    @torch.no_grad()
-    def encode(self, picture: Picture) -> tuple[torch.Tensor, ImageShape]:
-        """See `Encoder.encode`; takes the mode of the VAE's posterior, so that a picture has one encoding."""
-        assert isinstance(picture, Image.Image), "arrays are for families whose latents are pixels"
-        vae = self.pipe.vae
-        pixels = self.pipe.image_processor.preprocess(picture, height=picture.height, width=picture.width)
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        _, rows, columns = latents.shape
-        return latents, (1, rows // 2, columns // 2)
-
-    def draw(
-        self, prompt: str, size: tuple[int, int], seed: int, steps: int, guidance: float, negative: str
-    ) -> tuple[torch.Tensor, ImageShape]:
-        """See `Encoder.draw`; noise is drawn on the CPU, so that it does not depend on the device."""
-        width, height = size
-        drawn = self.pipe(
-            prompt,
-            negative_prompt=negative if guidance > 1 else None,
-            guidance_scale=guidance - 1,
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            # Latents before the VAE decodes them, as `encode` returns them.
-            output_type="latent",
-        ).images
-        return drawn[0], (1, height // self.multiple, width // self.multiple)

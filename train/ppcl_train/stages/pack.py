@@ -50,7 +50,8 @@ def pack(run: RunConfig, folder: Path) -> None:
         for plan, bands in losses.items()
     )
     catalog = catalog.model_copy(update={"frontier": tuple(frontier)})
-    tensors = {name: draft.read(name) for name in listed(catalog, draft.names)}
+    with draft.kept_open():
+        tensors = {name: draft.read(name) for name in listed(catalog, draft.names)}
     for name, rows in sketches.items():
         tensors[name] = torch.from_numpy(select(rows, whole, catalog))
     catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", draft.config, catalog, tensors)

@@ -30,8 +30,6 @@ from ppcl_train.stages.taken import listed, taken
 
 OUTPUT = "recovered.safetensors"
 REFINED = "refined.safetensors"
-# Between the ratios whose plans are trained; and, where sketches are planned by, between shares of parameters or FLOPs.
-_SPACING, _OTHER_SPACING = 0.02, 0.08
 # Share of the steps for the dense plan where kept blocks are trained.
 _DENSE = 0.25
 
@@ -63,11 +61,11 @@ class _Costs(NamedTuple):
         if self.by_sketches:
             rows = {name: tensor.numpy() for name, tensor in read_tensors(folder / self.sketches).items()}
             planner = Planner(catalog, lambda: [rows[name] for name in TENSORS])
-            plans = planner.frontier(_SPACING, _OTHER_SPACING, config.least_ratio)
+            plans = planner.frontier(config.spacing, config.other_spacing, config.least_ratio)
             return taken(catalog, plans, config.neighbours), plans
         planner = Planner(catalog)
-        worthwhile = taken(catalog, planner.plans(_SPACING), config.neighbours)
-        return worthwhile, Planner(worthwhile).plans(_SPACING, config.least_ratio)
+        worthwhile = taken(catalog, planner.plans(config.spacing), config.neighbours)
+        return worthwhile, Planner(worthwhile).plans(config.spacing, config.least_ratio)
 
 
 _CLOSED_FORMS = _Costs("costs.json", "costs.safetensors", by_sketches=False, first_seed=calibration.RECOVER)
