@@ -101,7 +101,7 @@ def main() -> None:
     with torch.no_grad():
         for ratio in map(float, asked.ratios.split(",")):
             model = ppcl_rt.load(asked.checkpoint, ratio, dtype=torch.float32)
-            sampler = Sampler.model_validate(dict(model.catalog.task.sampler))
+            sampler = Sampler.model_validate(model.catalog.task["sampler"])
             without = score(model, asked.prompts, sampler)
             model.load_lora_adapter(asked.out, weight_name=NAME, prefix=None, adapter_name="moved")
             adapted = score(model, asked.prompts, sampler)
