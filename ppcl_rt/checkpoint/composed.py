@@ -24,7 +24,6 @@ from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.planning.block_spec import BlockSpec, Output
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.legal import Student
 from ppcl_rt.planning.plan import text_maps
 from ppcl_rt.planning.width import LINEAR_MAP
 
@@ -84,7 +83,7 @@ class Bases:
                         path = f"{prefix}replacements.{spec.replacement(output.name, legal.units)}"
                         self.replaced[path] = Replaced(prefix, spec, output, legal.units)
         for student in catalog.students:
-            prefixes = ["{}.{}.".format(*architecture.place(n)) for n in started_from(student)]
+            prefixes = ["{}.{}.".format(*architecture.place(n)) for n in student.copied_from]
             for part in catalog.spec(student.interval.first).parts:
                 path = f"students.{student.interval.key}.{part.path}"
                 self.copied[path] = tuple(f"{prefix}{part.path}" for prefix in prefixes)
@@ -102,13 +101,6 @@ class Bases:
         if path in self.copied:
             return torch.stack([read(f"{part}.weight").float() for part in self.copied[path]]).mean(0)
         return None
-
-
-def started_from(student: Student) -> tuple[int, ...]:
-    """The teacher's blocks that a student is a copy of, or the mean of."""
-    first, last = student.interval.first, student.interval.last
-    starts = {"first": (first,), "middle": ((first + last) // 2,), "last": (last,)}
-    return starts.get(student.start, tuple(student.interval))
 
 
 def shared_map(run: Interval, name: str) -> str:

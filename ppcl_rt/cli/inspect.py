@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 import ppcl_rt
+from ppcl_rt.checkpoint.places import locate_file
 from ppcl_rt.cli.options import (
     NO_AMOUNTS,
     Amounts,
@@ -28,11 +29,26 @@ from ppcl_rt.cli.options import (
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.picture import draw_plan, groups_of
 from ppcl_rt.cli.planned import planned
+from ppcl_rt.convert.adapters import read_adapters
+from ppcl_rt.convert.naming import stock_shapes
+from ppcl_rt.families import registry
+from ppcl_rt.planning.adapted import taken
 
 
-def info(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
-    """Say what a checkpoint can do."""
-    _, catalog, planner = opened(checkpoint)
+def info(
+    checkpoint: Checkpoint,
+    lora: Annotated[str | None, typer.Option(help="what becomes of this LoRA file, and nothing else")] = None,
+    ratio: Annotated[float, typer.Option(help="with --lora: at this ratio")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint can do, or what it takes of an adapter."""
+    source, catalog, planner = opened(checkpoint)
+    if lora is not None:
+        family = registry.of_class(source.config.get("_class_name"), source.folder)
+        layers = read_adapters(locate_file(lora), family, stock_shapes(family, source.config), 1.0)
+        found = taken(catalog, planner.plan(ratio), (name.removesuffix(".weight") for name in layers))
+        print(json.dumps(found._asdict(), indent=1) if as_json else found)
+        return
     smallest = planner.smallest
     if as_json:
         content = catalog.model_dump(mode="json", exclude={"checksums"})

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers.loaders
 import torch
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ppcl_rt.checkpoint.headers import json_object
 from ppcl_rt.files import one_line
 from ppcl_rt.model.exchange import Original, Shapes
+from ppcl_rt.model.factors import Factors, scale_of
 
 # Where diffusers keeps the settings of an adapter, as JSON in the header of its file.
 _SETTINGS = "lora_adapter_metadata"
@@ -39,33 +39,7 @@ _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
 _TEXT = ("lora_te", "text_encoder", "te1_", "te2_")
 
 
-class Adapter(NamedTuple):
-    """What is added to the weight of one layer: ``scale * up @ down``.
-
-    Attributes:
-        down: ``[r, columns]``.
-        up: ``[rows, r]``.
-        scale: of the adapter, times what the user asks for.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    scale: float
-
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with the adapter, computed in float32, in the weight's dtype."""
-        return (weight.float() + self.scale * (self.up.float() @ self.down.float())).to(weight.dtype)
-
-
-class _Factors(NamedTuple):
-    """What a file holds for one layer: factors as in `Adapter`, and what their product is multiplied with."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    scale: float
-
-
-def read_adapters(path: Path, family: Any, shapes: Shapes, scale: float) -> dict[str, Adapter]:
+def read_adapters(path: Path, family: Any, shapes: Shapes, scale: float) -> dict[str, Factors]:
     """Read a LoRA file: names by diffusers or the original's, or a layout that diffusers' pipelines of a family read.
 
     Args:
@@ -84,7 +58,7 @@ def read_adapters(path: Path, family: Any, shapes: Shapes, scale: float) -> dict
     # All or nothing: some of diffusers' converters pass over what they do not know.
     if all(_home(layer, known) is None for layer in layers):
         layers = _paired(path, _by_diffusers(path, family, state), settings)
-    found: dict[str, Adapter] = {}
+    found: dict[str, Factors] = {}
     for layer, factors in layers.items():
         if (home := _home(layer, known)) is None:
             raise ValueError(f"{path} is for another model than {family.stock_name}: there is no {layer} to add to")
@@ -96,7 +70,7 @@ def read_adapters(path: Path, family: Any, shapes: Shapes, scale: float) -> dict
         for name, part in zip(home.stock, home.taken_apart(up, rows), strict=True):
             if name in found:
                 raise ValueError(f"{path} adds to {name} twice, the second time as {layer}")
-            found[name] = Adapter(down, part, scale * share)
+            found[name] = Factors(down, part, scale * share)
     return found
 
 
@@ -148,12 +122,13 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is no safetensors file of a LoRA ({one_line(error)})") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: {_SETTINGS} is no object of JSON")
+    settings = {name.removeprefix(_TRANSFORMER): value for name, value in settings.items()}
     if path.name == _PEFT_FILE and (beside := path.with_name(_PEFT_SETTINGS)).is_file():
-        settings = {f"{_TRANSFORMER}{name}": value for name, value in json_object(beside).items()}
+        settings = json_object(beside)
     return state, settings
 
 
-def _paired(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, _Factors]:
+def _paired(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Factors]:
     """Put the two factors of each layer together; names of layers are the file's.
 
     Raises:
@@ -179,26 +154,11 @@ def _paired(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -
         rank = down.shape[0]
         if "alpha" in each and each["alpha"].numel() != 1:
             raise ValueError(f"{path}: the alpha of {layer} is no number")
-        alpha = float(each["alpha"]) if "alpha" in each else _alpha(path, layer, settings, rank)
-        share = math.sqrt(rank) if settings.get(f"{_TRANSFORMER}use_rslora") else rank
-        found[layer] = _Factors(down, up, alpha / share)
+        try:
+            scale = float(each["alpha"]) / rank if "alpha" in each else scale_of(layer, settings, rank)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        found[layer] = Factors(down, up, scale)
     if not found:
         raise ValueError(f"{path} is no LoRA: it holds nothing")
     return found
-
-
-def _alpha(path: Path, layer: str, settings: Mapping[str, Any], rank: int) -> float:
-    """What the product is multiplied with, times the rank: as peft wrote it down, else the rank.
-
-    Raises:
-        ValueError: what stands there makes no sense.
-    """
-    patterns = settings.get(f"{_TRANSFORMER}alpha_pattern") or {}
-    try:
-        for pattern, alpha in patterns.items():
-            # As peft looks a pattern up.
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-                return float(alpha)
-        return float(settings.get(f"{_TRANSFORMER}lora_alpha", rank))
-    except (re.error, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its settings of alpha make no sense: {one_line(error)}") from None

@@ -10,9 +10,10 @@ import torch
 from ppcl_rt.checkpoint.card import Origin, read_origin
 from ppcl_rt.checkpoint.places import locate_config, locate_file, locate_source
 from ppcl_rt.checkpoint.writer import check_apart, in_shards, write_plain
-from ppcl_rt.convert.adapters import Adapter, read_adapters
+from ppcl_rt.convert.adapters import read_adapters
 from ppcl_rt.convert.naming import family_of, guessed_config, under_stock_names
 from ppcl_rt.convert.sources import open_source, read_config
+from ppcl_rt.model.factors import Factors
 
 # Of a file: as much is in memory at once, besides what is converted as a whole.
 _SHARD = "5GB"
@@ -61,7 +62,7 @@ def convert(
 
 
 def _finished(
-    tensors: Mapping[str, torch.Tensor], added: Sequence[Mapping[str, Adapter]], dtype: torch.dtype | None
+    tensors: Mapping[str, torch.Tensor], added: Sequence[Mapping[str, Factors]], dtype: torch.dtype | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The files' tensors in their last dtype, adapters added."""
     for shard in in_shards(tensors, _SHARD):

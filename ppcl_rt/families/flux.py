@@ -8,8 +8,9 @@ timestep, the pooled text, and the guidance where the model was distilled for it
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
@@ -516,3 +518,23 @@ def positions(rows: int, columns: int) -> torch.Tensor:
     """Positions of the tokens of an image, ``[rows * columns, 3]``, as FLUX's pipelines number them."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
+
+
+def _widen_nothing(name: str, instead: Callable[..., Any]) -> None:
+    """Have diffusers' reader of adapters leave a model that was loaded here as it is.
+
+    It widens layers that are narrower than an adapter's, for adapters that bring inputs of their own (Control LoRA).
+    Ours are narrow because a plan is, and the model cuts the adapter (`ppcl_rt.model.adapters`).
+    """
+    theirs = getattr(FluxLoraLoaderMixin, name).__func__
+
+    def asked(cls: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(transformer, PPCLFluxTransformer2DModel) and transformer.cuts_adapters:
+            return instead(*args, **kwargs)
+        return theirs(cls, transformer, *args, **kwargs)
+
+    setattr(FluxLoraLoaderMixin, name, classmethod(functools.update_wrapper(asked, theirs)))
+
+
+_widen_nothing("_maybe_expand_transformer_param_shape_or_error_", lambda *_, **__: False)
+_widen_nothing("_maybe_expand_lora_state_dict", lambda lora_state_dict: lora_state_dict)

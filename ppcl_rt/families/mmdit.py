@@ -297,6 +297,7 @@ class TwoStreamBlock(ModulatedBlock):
                 s.attention.gate,
                 s.token_index,
                 s.x,
+                adapter=self.beside(f"attn_{s.name}", width["heads"]),
             )
             for s in streams
         ]
@@ -310,7 +311,8 @@ class TwoStreamBlock(ModulatedBlock):
         after, ups, downs = {}, [], {}
         for s in streams:
             count, found = width[s.name], self._found[s.name]
-            down = ops.Layer(self.output(f"mlp_{s.name}", count), s.x, None, s.mlp.gate, s.token_index, residual=s.x)
+            output, adapter = self.output(f"mlp_{s.name}", count), self.beside(f"mlp_{s.name}", count)
+            down = ops.Layer(output, s.x, None, s.mlp.gate, s.token_index, residual=s.x, adapter=adapter)
             if count == LINEAR_MAP:
                 # The map reads the stream as it is: no norm, no modulation, no gate (PPCL eq. 9).
                 [after[s.name]] = ops.linears([down._replace(gate=None, token_index=None)])

@@ -189,8 +189,9 @@ class PPCLDualAttentionBlock(PPCLJointTransformerBlock):
         q, k, v = ops.qkv_projection(projected, width["image_heads"], self.spec.head_dim)
         own = ops.joint_attention(q, k, v, key_mask=None, backend=attn.processor._attention_backend)
         image, *text = super().add_attention(streams, attended, width)
-        output = self.output("attn2_image", width["image_heads"])
-        [x] = ops.linears([ops.Layer(output, own, None, second.gate, None, image.x)])
+        of = ("attn2_image", width["image_heads"])
+        out = ops.Layer(self.output(*of), own, None, second.gate, None, image.x, adapter=self.beside(*of))
+        [x] = ops.linears([out])
         return [image._replace(x=x), *text]
 
 

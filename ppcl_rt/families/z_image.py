@@ -170,13 +170,13 @@ class PPCLZImageTransformerBlock(PluggableBlock, ZImageTransformerBlock):
             each.view(batch, -1, heads, self.head_dim) for each in ops.qkv_projection([stream], heads, self.head_dim)
         )
         attended = ops.joint_attention(q, k, v, key_mask=key_mask, backend=attn.processor._attention_backend)
-        return ops.linears([ops.Layer(self.output("attn", heads), attended)])[0]
+        return ops.linears([ops.Layer(self.output("attn", heads), attended, adapter=self.beside("attn", heads))])[0]
 
     def feed(self, x: torch.Tensor, width: Width) -> torch.Tensor:
         """The MLP over ``x [B, S, D]``."""
         mlp, channels = self.feed_forward, width["mlp"]
         [hidden] = ops.linears([ops.Layer(mlp.w3, x, channels, silu_module=mlp.w1)], activation="swiglu")
-        return ops.linears([ops.Layer(self.output("mlp", channels), hidden)])[0]
+        return ops.linears([ops.Layer(self.output("mlp", channels), hidden, adapter=self.beside("mlp", channels))])[0]
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ppcl_rt import ops
 from ppcl_rt.planning.block_spec import BlockSpec, Output, Part
-from ppcl_rt.planning.width import Width
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,6 +23,28 @@ class NotLoaded(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raise: there is nothing here."""
         raise RuntimeError("this layer was not loaded: a plan that needs it has to be set first")
+
+
+class AdaptedNotLoaded(NotLoaded, nn.Linear):
+    """`NotLoaded` inside an adapter: of the dense layer's sizes, so that peft takes it for a linear layer."""
+
+    def __init__(self, part: Part, like: torch.Tensor) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = part.columns, part.rows
+        # Without a number in it: peft goes by its device and dtype.
+        self.register_buffer("weight", like.new_empty(0), persistent=False)
+        self.register_parameter("bias", None)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer inside those that adapters put around it."""
+    inner = module._modules.get("base_layer")
+    return module if inner is None else base_of(inner)
+
+
+def without_adapters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict as it would be without adapters."""
+    return {name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name}
 
 
 class PluggableBlock(nn.Module):
@@ -86,6 +110,16 @@ class PluggableBlock(nn.Module):
         replacement = self.replaced(name, count)
         return self.get_submodule(self._output_paths[name]) if replacement is None else replacement
 
+    def beside(self, name: str, count: int) -> nn.Module | None:
+        """The layer whose adapters are added to an output at a count: the part that a replacement stands in for.
+
+        None where the part itself runs, and where a linear map stands in for more than the part.
+        """
+        if count == LINEAR_MAP or self.replaced(name, count) is None:
+            return None
+        part = self.get_submodule(self._output_paths[name])
+        return part if "lora_A" in part._modules else None
+
     def replaced(self, name: str, count: int) -> nn.Module | None:
         """The layer that stands in for an output at a count, None where there is none."""
         replacement = self.spec.replacement(name, count)
@@ -109,22 +143,38 @@ class PluggableBlock(nn.Module):
             part: its name.
             x: ``[n, columns]``.
         """
+        whole = self.get_submodule(self._factored_paths[part])
         if rank == self.spec.groups[group].count:
-            product: torch.Tensor = self.get_submodule(self._factored_paths[part])(x)
-            return product
+            return ops.linear(whole, x)
         down, up = self.factor(self.spec.shared_factor(group)), self.factor(part)
         shared = F.linear(x, down.weight[:rank], down.bias[:rank])
-        return F.linear(shared, up.weight[:, :rank], up.bias)
+        product = F.linear(shared, up.weight[:, :rank], up.bias)
+        for branch in ops.adapted(whole)[1]:
+            # One vector a sample: it costs nothing.
+            product = product + branch(x, product.shape[-1])
+        fused = self.replacements._modules.get(f"{part}_fused")
+        return product if fused is None else product + fused(x)
 
     def drop_factored(self) -> None:
         """Let go of the weights of factored parts; what needs them has them read again."""
         for part in self.spec.parts:
             if part.factored:
                 if self.held.pop(part.path, None) is not None:
-                    self.set_submodule(part.path, NotLoaded())
+                    self._let_go(part)
                 for name in (part.name, self.spec.shared_factor(part.factored)):
                     if name in self.replacements:
                         del self.replacements[name]
+
+    def _let_go(self, part: Part) -> None:
+        """Hold no weights of a part any more; what adapters add to it stays."""
+        parent, _, leaf = part.path.rpartition(".")
+        module: Any = self.get_submodule(part.path)
+        if base_of(module) is module:
+            self.get_submodule(parent)._modules[leaf] = NotLoaded()
+            return
+        while base_of(module) is not module.base_layer:
+            module = module.base_layer
+        module._modules["base_layer"] = AdaptedNotLoaded(part, next(module.parameters()))
 
     def text_input(self, text: torch.Tensor, condition: torch.Tensor, width: Width) -> torch.Tensor:
         """What the block projects the text's q, k and v from, ``[B, S_text, D]``; the blocks after it in a text run

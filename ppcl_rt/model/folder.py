@@ -13,6 +13,7 @@ from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.places import locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.files import refusing_briefly
+from ppcl_rt.model.block import without_adapters
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.opening import Opening
 from ppcl_rt.model.program import Program
@@ -159,6 +160,7 @@ class CheckpointFolder(Opening):
         Returns:
             Its catalog, which has the one plan (`Catalog.only`).
         """
+        self.check_saved_whole()
         plan, whole = self.plan, self.catalog
         loss = self.planner.loss(plan)
         only = OnePlan(blocks=plan.blocks, text_runs=plan.text_runs, loss=loss if math.isfinite(loss) else None)
@@ -173,7 +175,7 @@ class CheckpointFolder(Opening):
     def _of_program(self, program: Program) -> Iterator[tuple[str, torch.Tensor]]:
         """What a program reads, by its names in a checkpoint of one plan."""
         homes = (*self.block_lists, "students", "text_runs")
-        for name, tensor in self.state_dict().items():
+        for name, tensor in without_adapters(self.state_dict()).items():
             if not name.startswith(tuple(f"{home}." for home in homes)):
                 yield name, tensor
         for call, planned in zip(program.calls, program.plan.blocks, strict=True):
@@ -211,7 +213,8 @@ class CheckpointFolder(Opening):
 
         Sketches, which are no weights, keep theirs.
         """
-        held = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        self.check_saved_whole()
+        held = {name: tensor.detach().cpu() for name, tensor in without_adapters(self.state_dict()).items()}
         if self._source is None:
             return held
         dtype = next(iter(held.values())).dtype

@@ -16,7 +16,7 @@ from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.files import one_line
 from ppcl_rt.model.block import PluggableBlock
-from ppcl_rt.model.modulations import Modulations
+from ppcl_rt.model.fused import Fusing
 from ppcl_rt.model.validation import Shapes, check_tensors
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.frozen import first_error
@@ -24,7 +24,7 @@ from ppcl_rt.planning.frozen import first_error
 Self = TypeVar("Self", bound="Opening")
 
 
-class Opening(Modulations):
+class Opening(Fusing):
     """Reading of all but the blocks.
 
     Attributes:

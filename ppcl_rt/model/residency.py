@@ -16,7 +16,7 @@ from torch import nn
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
-from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, shared_copy
+from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, shared_copy, without_adapters
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
 from ppcl_rt.ops.packing import pack
@@ -58,7 +58,7 @@ class Home(NamedTuple):
 def _stored(module: nn.Module) -> int:
     """How many numbers a checkpoint of a module holds: parameters, and buffers that are saved."""
     # Not by `state_dict`, on which FSDP shards again what a forward is about to read.
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    parameters = sum(p.numel() for p in without_adapters(dict(module.named_parameters())).values())
     saved = (
         buffer.numel()
         for child in module.modules()
@@ -221,11 +221,20 @@ class Residency(nn.Module):
             block = shared_copy(block)
         for missing, tensor in new:
             assign(block, missing, tensor.requires_grad_(like.requires_grad))
+        self.complete(block, home)
         lay_side_by_side(block)
         block.train(self.training)
         home.put(block)
         self._graphs.drop_all()
         return block
+
+    def complete(self, block: PluggableBlock, home: Home) -> None:
+        """Add to a block what no checkpoint holds, before it takes its place.
+
+        Args:
+            block: with weights that were read just now.
+            home: where it will live; the block that lives there now, if one does, holds less.
+        """
 
     def _empty_block(self, source: Checkpoint, planned: PlannedBlock, prefix: str) -> PluggableBlock:
         """A block with none of its parts loaded, and its rank orders."""
@@ -296,7 +305,8 @@ class Residency(nn.Module):
             if home.block is None or home.block.training:
                 continue
             needed = self.catalog.spec(planned.interval.first).params(planned.width, plan.not_updated(planned))
-            if sum(parameter.numel() for parameter in home.block.parameters()) > needed:
+            state = without_adapters(dict(home.block.named_parameters()))
+            if sum(parameter.numel() for parameter in state.values()) > needed:
                 _drop(home.modules, [home.key])
         self._graphs.drop_all()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ppcl_rt.checkpoint.reader import Checkpoint
-from ppcl_rt.model.block import NotLoaded, PluggableBlock
+from ppcl_rt.model.block import NotLoaded, PluggableBlock, without_adapters
 from ppcl_rt.planning.block_spec import BlockSpec, Output, Part, Stream
 from ppcl_rt.planning.width import Width
 
@@ -217,14 +217,17 @@ def assign(block: PluggableBlock, missing: Missing, tensor: torch.Tensor) -> Non
     """Put a tensor into a block, making or resizing its linear layer; what the block held of it is kept."""
     path, _, which = missing.name.rpartition(".")
     parent, _, leaf = path.rpartition(".")
-    home = block.get_submodule(parent)
+    home: Any = block.get_submodule(parent)
+    while leaf and "base_layer" in getattr(home._modules.get(leaf), "_modules", ()):
+        # Inside what adapters put around it.
+        home, leaf = home._modules[leaf], "base_layer"
     old = getattr(home._modules.get(leaf), which, None) if leaf else None
     if isinstance(old, nn.Parameter) and not old.is_meta:
         # What is resident may have been trained since: a block grows around it.
         _keep_held(block, missing, tensor, old)
     if which == "weight" and tensor.ndim == 2 and isinstance(home._modules.get(leaf), (NotLoaded, type(None))):
         home.add_module(leaf, nn.Linear(tensor.shape[1], tensor.shape[0], bias=missing.with_bias, device="meta"))
-    module = block.get_submodule(path)
+    module = home.get_submodule(leaf)
     setattr(module, which, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
     if isinstance(module, nn.Linear) and which == "weight":
         module.out_features, module.in_features = tensor.shape
@@ -259,7 +262,7 @@ def held_at(block: PluggableBlock, width: Width, not_updated: Collection[Stream]
     Args:
         not_updated: streams that the block leaves as they were.
     """
-    spec, state = block.spec, block.state_dict()
+    spec, state = block.spec, without_adapters(block.state_dict())
     paths = {part.path for part in spec.parts}
     yield from ((n, t) for n, t in state.items() if n.rpartition(".")[0] not in paths and not n.startswith("replace"))
     for part in spec.parts:

@@ -12,12 +12,13 @@ fastest.
 from ppcl_rt.ops.ada_layer_norm import ada_layer_norm
 from ppcl_rt.ops.joint_attention import joint_attention
 from ppcl_rt.ops.linear import Columns, Layer, joined, linears
-from ppcl_rt.ops.modules import Streams, linear
+from ppcl_rt.ops.modules import Branch, Streams, adapted, linear
 from ppcl_rt.ops.operation import OPERATIONS, Operation, drop_prepared_calls
 from ppcl_rt.ops.qkv_projection import ProjectedStream, Projection, qkv_projection
 
 __all__ = [
     "OPERATIONS",
+    "Branch",
     "Columns",
     "Layer",
     "Operation",
@@ -25,6 +26,7 @@ __all__ = [
     "Projection",
     "Streams",
     "ada_layer_norm",
+    "adapted",
     "drop_prepared_calls",
     "joined",
     "joint_attention",

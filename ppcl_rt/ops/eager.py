@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import ppcl_kernels as kernels
 from ppcl_kernels.linear import Activation
+from ppcl_rt.ops.modules import Branch
 
 
 def suits(x: torch.Tensor) -> bool:
@@ -36,8 +37,22 @@ def ada_layer_norm(
     return torch.addcmul(kernels.per_token(shift, index), y, kernels.per_token(scale, index) + 1, out=y)
 
 
-def linear(g: kernels.Linear, activation: Activation) -> torch.Tensor:
-    """As `ppcl_kernels.linear_reference`; the gate and the residual come in one pass."""
+def add_branches(y: torch.Tensor, x: torch.Tensor, branches: Sequence[Branch]) -> None:
+    """Add what adapters add to ``y [B, S, N]``, in memory without gaps, the product of ``x [B, S, k]``."""
+    flat, columns = y.view(-1, y.shape[-1]), x.shape[-1]
+    for branch in branches:
+        down = F.linear(x, branch.down[:, :columns]).view(len(flat), -1)
+        flat.addmm_(down, branch.up[: y.shape[-1]].t(), alpha=branch.scale)
+
+
+def linear(
+    g: kernels.Linear, activation: Activation, branches: Sequence[Branch] = (), silu_branches: Sequence[Branch] = ()
+) -> torch.Tensor:
+    """As `ppcl_kernels.linear_reference`; the gate and the residual come in one pass.
+
+    Args:
+        branches, silu_branches: what adapters add to the product, and to the one that goes through SiLU.
+    """
     n, k = g.out_features or len(g.weight), g.x.shape[-1]
     weight, bias = g.weight, g.bias
     silu_weight, silu_bias = g.silu_weight, g.silu_bias
@@ -49,10 +64,15 @@ def linear(g: kernels.Linear, activation: Activation) -> torch.Tensor:
         if silu_weight is not None:
             silu_weight, silu_bias = silu_weight[:n, :k], None if silu_bias is None else silu_bias[:n]
     y = F.linear(g.x, weight, bias)
+    if branches:
+        add_branches(y, g.x, branches)
     if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
     if silu_weight is not None:
-        y = y.mul_(F.silu(F.linear(g.x, silu_weight, silu_bias), inplace=True))
+        silu = F.linear(g.x, silu_weight, silu_bias)
+        if silu_branches:
+            add_branches(silu, g.x, silu_branches)
+        y = y.mul_(F.silu(silu, inplace=True))
     if g.gate is None:
         return y if g.residual is None else y.add_(g.residual)
     gate = kernels.per_token(g.gate, g.index)
@@ -60,25 +80,36 @@ def linear(g: kernels.Linear, activation: Activation) -> torch.Tensor:
 
 
 def qkv_projection(
-    streams: tuple[kernels.Stream, ...], heads: int, head_dim: int, eps: float = 1e-6
+    streams: tuple[kernels.Stream, ...],
+    heads: int,
+    head_dim: int,
+    eps: float = 1e-6,
+    branches: Sequence[Sequence[Sequence[Branch]]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `ppcl_kernels.qkv_projection_reference`; all streams need queries, and norms and rotations all or none."""
+    """As `ppcl_kernels.qkv_projection_reference`; all streams need queries, and norms and rotations all or none.
+
+    Args:
+        branches: of each stream, what adapters add to q, k and v; None where there are none.
+    """
     batch, columns = len(streams[0].x), streams[0].x.shape[-1]
     tokens = [s.x.shape[1] for s in streams]
     rows = heads * head_dim
     # q, k and v of all tokens, so that what is done to q and k is done once.
     joint = streams[0].x.new_empty(3, batch, sum(tokens), rows)
     parts = joint.split(tokens, dim=2)
-    for s, part in zip(streams, parts, strict=True):
-        for into, weight, bias in zip(part.unbind(0), s.weights, s.biases, strict=True):
+    for s, part, added in zip(streams, parts, branches or [((), (), ())] * len(streams), strict=True):
+        for into, weight, bias, more in zip(part.unbind(0), s.weights, s.biases, added, strict=True):
             if rows < len(weight):
                 weight, bias = weight[:rows], None if bias is None else bias[:rows]
             weight = weight if columns == weight.shape[1] else weight[:, :columns]
             if batch == 1 and bias is not None:
                 # Where a stream is one piece of memory, the product goes there at once.
                 torch.addmm(bias, s.x[0], weight.t(), out=into[0])
+                add_branches(into, s.x, more)
             else:
-                into.copy_(F.linear(s.x, weight, bias))
+                product = F.linear(s.x, weight, bias)
+                add_branches(product, s.x, more)
+                into.copy_(product)
     joint = joint.view(3, batch, sum(tokens), heads, head_dim)
     qk = joint[:2]
     if streams[0].norms[0] is not None:

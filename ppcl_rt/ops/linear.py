@@ -20,8 +20,8 @@ from ppcl_kernels.launch import Target
 from ppcl_kernels.linear import Activation, prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_rt.ops import eager
-from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key
-from ppcl_rt.ops.modules import is_plain, linear, parameter, readable
+from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key, backend
+from ppcl_rt.ops.modules import Branch, adapted, is_plain, linear, parameter, readable
 from ppcl_rt.ops.operation import (
     Operation,
     define_op,
@@ -182,6 +182,7 @@ class Layer(NamedTuple):
         token_index: ``[B, S]``, which of two gates a token takes (`ppcl_kernels.modulation`).
         residual: ``[B, S, out_features]``, added last.
         silu_module: with SwiGLU, the linear layer whose product goes through SiLU and multiplies that of ``module``.
+        adapter: the layer that ``module`` stands in for, whose adapters are added to it; None where it has none.
     """
 
     module: Any
@@ -191,6 +192,15 @@ class Layer(NamedTuple):
     token_index: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     silu_module: Any = None
+    adapter: Any = None
+
+    def apart(self) -> tuple[Layer, tuple[Branch, ...], tuple[Branch, ...]]:
+        """The layer over modules without adapters, and what adapters add to the product and to that through SiLU."""
+        module, branches = adapted(self.module)
+        if self.adapter is not None:
+            branches += adapted(self.adapter)[1]
+        silu_module, silu_branches = (None, ()) if self.silu_module is None else adapted(self.silu_module)
+        return self._replace(module=module, silu_module=silu_module, adapter=None), branches, silu_branches
 
 
 def linears(layers: Sequence[Layer], *, activation: Activation = "none") -> list[torch.Tensor]:
@@ -202,26 +212,31 @@ def linears(layers: Sequence[Layer], *, activation: Activation = "none") -> list
     Raises:
         ValueError: an unknown activation; SwiGLU without a ``silu_module``, or a ``silu_module`` without SwiGLU.
     """
+    given = layers
+    layers, branches, silu_branches = zip(*[layer.apart() for layer in layers], strict=True)
     others = [t for layer in layers for t in (layer.x, layer.gate, layer.residual)]
+    others += [t for each in (*branches, *silu_branches) for branch in each for t in branch[:2]]
     modules = [module for layer in layers for module in (layer.module, layer.silu_module)]
-    if not readable(layers[0].x, *modules, others=tuple(others)):
-        return [_through_module(layer, activation) for layer in layers]
-    return LINEARS(
-        Linears(
-            tuple(
-                kernels.Linear(
-                    layer.x,
-                    parameter(layer.module, "weight"),
-                    parameter(layer.module, "bias"),
-                    layer.out_features or layer.module.out_features,
-                    *layer[3:6],
-                    parameter(layer.silu_module, "weight"),
-                    parameter(layer.silu_module, "bias"),
-                )
-                for layer in layers
-            ),
-            activation,
-        )
+    x, has_adapters = layers[0].x, any(branches) or any(silu_branches)
+    in_eager = eager.suits(x) and backend() != "triton"
+    if not readable(x, *modules, others=tuple(others)) or (has_adapters and not in_eager):
+        return [_through_module(layer, activation) for layer in given]
+    groups = tuple([_group(layer) for layer in layers])
+    if has_adapters:
+        return [eager.linear(g, activation, *added) for g, *added in zip(groups, branches, silu_branches, strict=True)]
+    return LINEARS(Linears(groups, activation))
+
+
+def _group(layer: Layer) -> kernels.Linear:
+    """The layer's tensors; its modules are plain."""
+    return kernels.Linear(
+        layer.x,
+        parameter(layer.module, "weight"),
+        parameter(layer.module, "bias"),
+        layer.out_features or layer.module.out_features,
+        *layer[3:6],
+        parameter(layer.silu_module, "weight"),
+        parameter(layer.silu_module, "bias"),
     )
 
 
@@ -273,9 +288,14 @@ def _joined_through_modules(
     """As `joined`, for gradients, and for modules that have to be called, on all inputs at once: what is replaced, or
     left out, is zero there."""
     own = [each for each in inputs if each.replacement is None]
-    if is_plain(module) and own:
-        products = [kernels.linear_reference(each.x, module.weight[:, each.first :]) for each in own]
-        y = sum(products[1:], products[0] if module.bias is None else products[0] + module.bias)
+    base, branches = adapted(module)
+    if is_plain(base):
+        y = inputs[0].x.new_zeros(()) if base.bias is None else base.bias
+        for each in own:
+            y = y + kernels.linear_reference(each.x, base.weight[:, each.first :])
+        for branch in branches:
+            # Of all inputs: what stands in for columns does so without the adapter.
+            y = sum((branch(each.x, len(base.weight), each.first) for each in inputs), y)
     else:
         pieces, end = [], 0
         for each in own:
@@ -295,6 +315,9 @@ def _zeros(like: torch.Tensor, columns: int) -> torch.Tensor:
 
 def _through_module(layer: Layer, activation: Activation) -> torch.Tensor:
     y = linear(layer.module, layer.x, layer.out_features)
+    if layer.adapter is not None:
+        for branch in adapted(layer.adapter)[1]:
+            y = y + branch(layer.x, y.shape[-1])
     if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
     if activation == "swiglu":

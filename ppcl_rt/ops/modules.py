@@ -38,6 +38,54 @@ def is_plain(module: Any) -> bool:
     )
 
 
+class Branch(NamedTuple):
+    """What an adapter (LoRA) adds to a linear layer: ``scale * (x down^T) up^T``.
+
+    Attributes:
+        down: ``[r, columns]``.
+        up: ``[rows, r]``.
+        scale: of the adapter as it is set now.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    def __call__(self, x: torch.Tensor, rows: int, first: int = 0) -> torch.Tensor:
+        """``[..., rows]``, the first of them, for ``x [..., k]``, which stands at the columns from ``first`` on."""
+        return F.linear(F.linear(x, self.down[:, first : first + x.shape[-1]]), self.up[:rows]) * self.scale
+
+
+def adapted(module: Any) -> tuple[Any, tuple[Branch, ...]]:
+    """Take a linear layer with adapters apart: the layer itself, and what its adapters add now.
+
+    Returns:
+        The module and nothing for one without adapters, and for one that has to be called: with hooks, with dropout, or
+        with adapters that are more than two factors.
+    """
+    own = module.__dict__
+    modules = own["_modules"]
+    if "lora_A" not in modules or "base_layer" not in modules:
+        return module, ()
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or own.get("lora_variant"):
+        return module, ()
+    merged, disabled = own["merged_adapters"], own["_disable_adapters"]
+    if merged or disabled:
+        # A layer that is disabled while merged is unmerged by calling it.
+        return (module, ()) if merged and disabled else (modules["base_layer"], ())
+    branches = []
+    for name in module.active_adapters:
+        down = modules["lora_A"]._modules.get(name)
+        if down is None:
+            continue
+        up, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+        random = module.training and not isinstance(dropout, nn.Identity)
+        if random or up._parameters.get("bias") is not None or not (is_plain(down) and is_plain(up)):
+            return module, ()
+        branches.append(Branch(down._parameters["weight"], up._parameters["weight"], own["scaling"][name]))
+    return modules["base_layer"], tuple(branches)
+
+
 _PLAIN_MODULES = (nn.Linear, nn.LayerNorm, RMSNorm)
 _PLAIN_WEIGHTS = (nn.Parameter, type(None))
 
@@ -73,7 +121,11 @@ def readable(x: torch.Tensor, *modules: Any, others: tuple[torch.Tensor | None, 
 
 def linear(module: Any, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
     """Apply a linear module to ``x [..., k]``: its first ``out_features`` rows (None: all) and first ``k`` columns."""
-    if is_plain(module):
-        return kernels.linear_reference(x, module.weight, module.bias, out_features)
+    base, branches = adapted(module)
+    if is_plain(base) and all(branch.down.dtype == x.dtype for branch in branches):
+        y = kernels.linear_reference(x, base.weight, base.bias, out_features)
+        for branch in branches:
+            y = y + branch(x, y.shape[-1])
+        return y
     # Correct for whatever wraps a linear layer, but it computes the full width.
     return module(F.pad(x, (0, module.in_features - x.shape[-1])))[..., :out_features]

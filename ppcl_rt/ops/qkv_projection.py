@@ -22,8 +22,8 @@ from ppcl_kernels.norm_rope import prepare_norm_rope
 from ppcl_kernels.qkv_projection import prepare_qkv_projection, streams_of, tile_candidates
 from ppcl_kernels.rope import rope_tables
 from ppcl_rt.ops import eager
-from ppcl_rt.ops.implementation import CUBLAS, PACKED, TORCH, Implementation, Key
-from ppcl_rt.ops.modules import linear, parameter, readable
+from ppcl_rt.ops.implementation import CUBLAS, PACKED, TORCH, Implementation, Key, backend
+from ppcl_rt.ops.modules import Branch, adapted, linear, parameter, readable
 from ppcl_rt.ops.operation import (
     Operation,
     define_op,
@@ -236,14 +236,29 @@ def qkv_projection(streams: Sequence[ProjectedStream], heads: int, head_dim: int
     Returns:
         q, k and v ``[B, S, heads, E]``, the tokens of one stream after those of the other.
     """
+    given = streams
+    streams, branches = zip(*[_apart(s) for s in streams], strict=True)
+    added = [branch for stream in branches for each in stream for branch in each]
     modules = [module for s in streams for module in s.projection]
     inputs = tuple([s.x for s in streams])
     # The operation has one eps: norms that differ in it are called.
     all_eps = {m.eps for s in streams for m in s.projection[3:] if m is not None}
-    if len(all_eps) > 1 or not readable(inputs[0], *modules, others=inputs):
-        return _through_modules(streams, heads, head_dim)
+    others = (*inputs, *(t for branch in added for t in branch[:2]))
+    if len(all_eps) > 1 or not readable(inputs[0], *modules, others=others):
+        return _through_modules(given, heads, head_dim)
     eps: Any = all_eps.pop() if all_eps else 1e-6
-    return QKV_PROJECTION(QKV(tuple(map(_stream, streams)), heads, head_dim, eps))
+    call = QKV(tuple(map(_stream, streams)), heads, head_dim, eps)
+    if not added:
+        return QKV_PROJECTION(call)
+    if backend() == "triton" or not eager.suits(inputs[0]) or not eager.takes_qkv(*call[:3]):
+        return _through_modules(given, heads, head_dim)
+    return eager.qkv_projection(*call, branches)
+
+
+def _apart(s: ProjectedStream) -> tuple[ProjectedStream, tuple[tuple[Branch, ...], ...]]:
+    """The stream over layers without adapters, and what adapters add to q, k and v."""
+    q, k, v = map(adapted, s.projection[:3])
+    return s._replace(projection=s.projection._replace(q=q[0], k=k[0], v=v[0])), (q[1], k[1], v[1])
 
 
 def _stream(s: ProjectedStream) -> kernels.Stream:

@@ -91,6 +91,13 @@ class Student(Frozen):
     widths: LegalWidths
     bands: tuple[float, ...] = ()
 
+    @property
+    def copied_from(self) -> tuple[int, ...]:
+        """The teacher's blocks that it is a copy of, or the mean of."""
+        first, last = self.interval.first, self.interval.last
+        starts = {"first": (first,), "middle": ((first + last) // 2,), "last": (last,)}
+        return starts.get(self.start, tuple(self.interval))
+
 
 class TextRun(Frozen):
     """Blocks along which the text stream need not be updated (PPCL eq. 8; `Plan.text_runs`).
