@@ -280,6 +280,9 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         if sum(axes_dims_rope) != attention_head_dim:
             raise ValueError(f"axes_dims_rope {list(axes_dims_rope)} does not add up to heads of {attention_head_dim}")
         # No stock blocks: at 12B parameters, building them only to throw them away would take minutes.
+        self.fill_lists(
+            transformer_blocks=[_DOUBLE] * num_layers, single_transformer_blocks=[_SINGLE] * num_single_layers
+        )
         super().__init__(
             patch_size=patch_size,
             in_channels=in_channels,
@@ -294,8 +297,6 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
             axes_dims_rope=axes_dims_rope,
         )
         self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers)
-        self.transformer_blocks.extend(self.make_block(self.config, _DOUBLE) for _ in range(num_layers))
-        self.single_transformer_blocks.extend(self.make_block(self.config, _SINGLE) for _ in range(num_single_layers))
         self.become_pluggable()
 
     @classmethod

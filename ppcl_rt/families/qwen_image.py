@@ -186,6 +186,7 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
         if sum(axes_dims_rope) != attention_head_dim:
             raise ValueError(f"axes_dims_rope {list(axes_dims_rope)} does not add up to heads of {attention_head_dim}")
         # No stock blocks: at 20B parameters, building them only to throw them away would take minutes.
+        self.fill_lists(transformer_blocks=[_KIND] * num_layers)
         super().__init__(
             patch_size=patch_size,
             in_channels=in_channels,
@@ -201,7 +202,6 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
             use_layer3d_rope=use_layer3d_rope,
         )
         self.register_to_config(num_layers=num_layers)
-        self.transformer_blocks.extend(self.make_block(self.config, _KIND) for _ in range(num_layers))
         self.become_pluggable()
 
     @classmethod

@@ -250,6 +250,7 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm is rms_norm or null, not {qk_norm}")
         # No stock blocks: building them only to throw them away would take minutes.
+        self.fill_lists(transformer_blocks=_kinds(self.config))
         super().__init__(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -266,7 +267,6 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             qk_norm=qk_norm,
         )
         self.register_to_config(num_layers=num_layers)
-        self.transformer_blocks.extend(self.make_block(self.config, kind) for kind in _kinds(self.config))
         self.become_pluggable()
 
     @classmethod

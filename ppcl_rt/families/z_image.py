@@ -289,6 +289,8 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         if dim % n_heads or sum(axes_dims) != dim // n_heads:
             raise ValueError(f"axes_dims {list(axes_dims)} does not add up to {n_heads} heads of a width of {dim}")
         # No stock blocks: building them only to throw them away would take minutes.
+        depths = map(self.config.get, self.depth_settings)
+        self.fill_lists(**{path: [_LISTS[path]] * depth for path, depth in zip(self.block_lists, depths, strict=True)})
         super().__init__(
             all_patch_size=all_patch_size,
             all_f_patch_size=all_f_patch_size,
@@ -308,10 +310,6 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
             axes_lens=axes_lens,
         )
         self.register_to_config(n_layers=n_layers, n_refiner_layers=n_refiner_layers)
-        for path, setting in zip(self.block_lists, self.depth_settings, strict=True):
-            blocks = self.get_submodule(path)
-            assert isinstance(blocks, torch.nn.ModuleList), "diffusers keeps blocks in lists"
-            blocks.extend(self.make_block(self.config, _LISTS[path]) for _ in range(self.config[setting]))
         self.become_pluggable()
 
     @classmethod
