@@ -205,9 +205,9 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
         self.become_pluggable()
 
     @classmethod
-    def opened(cls, folder: Path) -> ComposedCheckpoint:
+    def opened(cls, folder: Path, variant: str | None = None) -> ComposedCheckpoint:
         """See `Opening.opened`; the authors' layout names the stock class, which would leave weights out."""
-        source = super().opened(folder)
+        source = super().opened(folder, variant)
         return qwen_image_authors.presented(cls, source) if qwen_image_authors.is_packaged(source) else source
 
     @classmethod
