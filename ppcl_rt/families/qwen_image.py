@@ -27,6 +27,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.families import qwen_image_authors
+from ppcl_rt.families.attending import PPCLAttention
 from ppcl_rt.families.mmdit import (
     KEY_MASK,
     Control,
@@ -74,9 +75,11 @@ class PPCLQwenImageTransformerBlock(TwoStreamBlock, QwenImageTransformerBlock):
     attention_head_dim: int
 
     layers = _LAYERS
+    stock_processor = QwenDoubleStreamAttnProcessor2_0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.attn.__class__ = PPCLAttention
         heads = self.attn.to_q.out_features // self.attention_head_dim
         self.become_pluggable(block_spec(self.dim, heads, self.attention_head_dim))
 
@@ -118,6 +121,19 @@ class PPCLQwenImageTransformerBlock(TwoStreamBlock, QwenImageTransformerBlock):
             token_index=modulate_index,
         )
         return in_range(text), in_range(image)
+
+    def processor_arguments(
+        self,
+        key_mask: torch.Tensor | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
+        text_tokens: int,
+    ) -> dict[str, Any]:
+        """See `TwoStreamBlock.processor_arguments`."""
+        return {
+            "encoder_hidden_states_mask": None if key_mask is None else key_mask[:, :text_tokens],
+            "attention_mask": key_mask,
+            "image_rotary_emb": None if rotations is None else tuple(map(torch.view_as_complex, rotations)),
+        }
 
 
 # diffusers' caches look blocks up by their exact class. They return (text, image).
@@ -161,7 +177,7 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
     # 1024 x 1024 pixels in patches of 16 x 16.
     reference = Tokens(image=4096, text=512)
     stock_name = "QwenImageTransformer2DModel"
-    stock_processor = QwenDoubleStreamAttnProcessor2_0
+    stock_processor = PPCLQwenImageTransformerBlock.stock_processor
     gguf_architecture = "qwen_image"
     lora_loader = "QwenImageLoraLoaderMixin"
     _no_split_modules = ["PPCLQwenImageTransformerBlock"]
