@@ -45,7 +45,7 @@ def must_call(attn: Any, stock_processor: type) -> bool:
     )
 
 
-def call(
+def call_attention(
     attn: Any,
     stock_processor: type,
     compute: Compute,

@@ -31,7 +31,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
-from ppcl_rt.families.attending import CalledAttention, backend_of, call, must_call
+from ppcl_rt.families.attending import CalledAttention, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import (
     Control,
     Layers,
@@ -230,7 +230,7 @@ class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock)
         if not must_call(self.attn, self.stock_processor):
             return self.own_attention(normed, rope, width)
         heads, all_heads = width["heads"], self.spec.groups["heads"].count
-        attended: torch.Tensor = call(
+        attended: torch.Tensor = call_attention(
             self.attn,
             self.stock_processor,
             lambda: self.own_attention(normed, rope, width),

@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
-from ppcl_rt.families.attending import adopt_processor, backend_of, call, must_call
+from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
@@ -302,7 +302,7 @@ class TwoStreamBlock(ModulatedBlock):
         rotations: tuple[torch.Tensor, torch.Tensor] | None,
         width: Width,
     ) -> dict[Stream, torch.Tensor]:
-        """As `attention`, by a call of the module (`ppcl_rt.families.attending`); the outputs of ``names``, projected."""
+        """As `attention`, by a call of the module (`ppcl_rt.families.attending`); outputs of ``names``, projected."""
         heads, all_heads = width["heads"], self.spec.groups["heads"].count
         narrow = "" if heads == all_heads else f"runs {heads} of {all_heads}"
         if "text" not in names and self.spec.may_leave:
@@ -319,7 +319,7 @@ class TwoStreamBlock(ModulatedBlock):
             projected = ops.linears(layers)
             return projected[0] if len(projected) == 1 else tuple(projected)
 
-        result = call(
+        result = call_attention(
             self.attn,
             self.stock_processor,
             compute,

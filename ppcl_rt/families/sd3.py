@@ -28,7 +28,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
-from ppcl_rt.families.attending import PPCLAttention, backend_of, call, must_call
+from ppcl_rt.families.attending import PPCLAttention, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import (
     Control,
     Layers,
@@ -197,7 +197,7 @@ class PPCLDualAttentionBlock(PPCLJointTransformerBlock):
         heads, all_heads = width["image_heads"], self.spec.groups["image_heads"].count
         out = ops.Layer(self.output("attn2_image", heads), normed, adapter=self.beside("attn2_image", heads))
         if must_call(self.attn2, self.stock_processor):
-            given = call(
+            given = call_attention(
                 self.attn2,
                 self.stock_processor,
                 lambda: ops.linears([out._replace(x=self.own_attention(normed, heads))])[0],

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
-from ppcl_rt.families.attending import PPCLAttention, adopt_processor, backend_of, call, must_call
+from ppcl_rt.families.attending import PPCLAttention, adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import sides
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.exchange import Original, Shapes
@@ -176,7 +176,7 @@ class PPCLZImageTransformerBlock(PluggableBlock, ZImageTransformerBlock):
 
         if not must_call(self.attention, ZSingleStreamAttnProcessor):
             return compute()
-        attended: torch.Tensor = call(
+        attended: torch.Tensor = call_attention(
             self.attention,
             ZSingleStreamAttnProcessor,
             compute,
