@@ -53,6 +53,7 @@ def load(
     resident: Literal["plan", "all"] = "plan",
     graphs: Mode = "auto",
     subfolder: str | None = None,
+    variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -84,6 +85,7 @@ def load(
         resident: ``"plan"`` reads what the plan needs, and later plans read what they miss when they are first set;
             ``"all"`` reads everything now, so that no later `set_ratio` reads from disk.
         graphs: CUDA graphs: ``"auto"`` where a forward waits for the host, True wherever it can be done, False never.
+        variant: of the weights, as in diffusers: ``"fp16"`` reads ``diffusion_pytorch_model.fp16.safetensors``.
         subfolder, revision, token, cache_dir, local_files_only, force_download: as in diffusers, for a hub id.
 
     Returns:
@@ -104,7 +106,7 @@ def load(
     hub = {
         name: value for name, value in given.items() if value is not None and (value is not False or name == "token")
     }
-    source = Checkpoint(locate(path, subfolder, **hub))
+    source = Checkpoint(locate(path, subfolder, variant, **hub), variant)
     family = registry.of_class(source.config.get("_class_name"), source.folder)
     model: Pluggable = family.load(
         path,
@@ -123,6 +125,7 @@ def load(
         resident=resident,
         graphs=graphs,
         subfolder=subfolder,
+        variant=variant,
         **hub,
     )
     return model

@@ -20,11 +20,17 @@ def one_line(error: BaseException) -> str:
     return brief(str(error))
 
 
+class NoWeightsError(ValueError, OSError):
+    """A folder without the weights that were asked for; an OSError too, since that is what diffusers' users catch."""
+
+
 @contextlib.contextmanager
 def refusing_briefly() -> Iterator[None]:
     """Make an error of reading a ValueError of one line (`brief`): what a file holds may be in the message."""
     try:
         yield
+    except NoWeightsError as error:
+        raise NoWeightsError(one_line(error)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(one_line(error)) from None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 # Characters of a message, whatever the file holds that it is about.
 MOST_CHARACTERS = 300
 
@@ -13,3 +16,9 @@ def brief(text: str) -> str:
         return line
     half = (MOST_CHARACTERS - 5) // 2
     return f"{line[:half]} ... {line[-half:]}"
+
+
+@functools.cache
+def say_once(log: logging.Logger, message: str) -> None:
+    """Log a warning the first time that a process comes here with it."""
+    log.warning(message)

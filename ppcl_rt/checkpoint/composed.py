@@ -120,8 +120,8 @@ class ComposedCheckpoint(Checkpoint):
     Names, shapes and tensors are those that a model holds. `Checkpoint` reads what the files hold.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
+        super().__init__(folder, variant)
         self._bases = Bases(self.catalog) if self.catalog is not None else None
         # Name that a model knows -> name in the checkpoint, for tensors that lie there as they are.
         self._whole = {name: name for name in super().names}

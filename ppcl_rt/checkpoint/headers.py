@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ppcl_rt.checkpoint.names import MOST_JSON
-from ppcl_rt.files import one_line
+from ppcl_rt.checkpoint.names import MOST_JSON, of_variant, variants_in
+from ppcl_rt.files import NoWeightsError, one_line
 
 
 class Header(NamedTuple):
@@ -26,17 +26,19 @@ class Header(NamedTuple):
     dtype: str
 
 
-def tensor_headers(folder: Path, weights: str) -> dict[str, Header]:
+def tensor_headers(folder: Path, weights: str, variant: str | None = None) -> dict[str, Header]:
     """Tensor name -> header, of all files of a model.
 
     Args:
         folder: where the files lie.
         weights: name of the one file; several are listed in ``weights`` + ``.index.json``.
+        variant: as diffusers' ``variant=``, part of the names of files (`of_variant`).
 
     Raises:
+        NoWeightsError: there are no weights of this variant.
         ValueError: a file is missing, cut short, or contradicts the index.
     """
-    index = folder / f"{weights}.index.json"
+    index = folder / of_variant(f"{weights}.index.json", variant)
     mapping: Any = {}
     if index.is_file():
         mapping = json_object(index).get("weight_map")
@@ -44,7 +46,9 @@ def tensor_headers(folder: Path, weights: str) -> dict[str, Header]:
             raise ValueError(f'{index} has no "weight_map" from tensor to file: fetch it again')
         names = sorted(set(mapping.values()))
     else:
-        names = [weights]
+        names = [of_variant(weights, variant)]
+        if not (folder / names[0]).is_file():
+            raise NoWeightsError(_missing(folder / names[0], variant))
     found: dict[str, Header] = {}
     for name in names:
         path = folder / name
@@ -66,6 +70,14 @@ def tensor_headers(folder: Path, weights: str) -> dict[str, Header]:
     if lost := sorted(set(mapping) - set(found)):
         raise ValueError(f"{index} lists {lost[0]}, which no file holds: fetch the checkpoint again")
     return found
+
+
+def _missing(path: Path, variant: str | None) -> str:
+    """Say that weights are missing, in diffusers' words too: programs look for these."""
+    there = sorted(variants_in(path.parent) - {variant}, key=str)
+    ways = [f'say variant="{each}"' if each else "leave out variant" for each in there]
+    theirs = f"Error no file named {path.name.split('.')[0]}.bin found in directory {path.parent}"
+    return f"{theirs}: {path.name} is missing, {' or '.join(ways or ['fetch the checkpoint again'])}"
 
 
 def json_object(path: Path) -> dict[str, Any]:

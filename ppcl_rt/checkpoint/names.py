@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ import torch
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+# A file of weights in diffusers' folders, and the variant that its name says.
+_WEIGHTS_OF = re.compile(r"diffusion_pytorch_model(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 # Where the catalog lies in config.json. A leading underscore makes diffusers pass over it without a word.
 CATALOG_KEY = "_ppcl"
 # Where the checksum of the settings and of the catalog lies in config.json; files of before 2026-12 have none.
@@ -24,6 +27,18 @@ MOST_JSON = 2**23
 
 # Tensors that only a checkpoint with a catalog holds: a stock model has none of these names.
 _WITH_CATALOG = re.compile(r"^(students|text_runs|sketches)\.|\.(order|replacements)\.|\.(up|down)$")
+
+
+def of_variant(name: str, variant: str | None) -> str:
+    """The name that diffusers gives a file in a variant: ``x.safetensors`` becomes ``x.fp16.safetensors``."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def variants_in(folder: Path) -> set[str | None]:
+    """The variants of which a folder holds weights; None stands for weights of no variant."""
+    matches = (_WEIGHTS_OF.fullmatch(path.name) for path in folder.glob("diffusion_pytorch_model*"))
+    return {match[1] for match in matches if match is not None}
 
 
 def digest(tensor: torch.Tensor, of: Literal["bytes", "tensors"] = "tensors") -> str:

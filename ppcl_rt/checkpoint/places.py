@@ -17,8 +17,8 @@ SINGLE_FILES = (".safetensors", ".gguf")
 TRANSFORMER, _PIPELINE = "transformer", "model_index.json"
 
 
-def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
-    """Find a checkpoint folder: a local one, or a hub id whose files are fetched.
+def locate(path: str | Path, subfolder: str | None = None, variant: str | None = None, **hub: Any) -> Path:
+    """Find a checkpoint folder: a local one, or a hub id whose files are fetched; of a variant, its weights alone.
 
     Raises:
         ValueError: neither.
@@ -29,7 +29,8 @@ def locate(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
         raise ValueError(f"{path} is a file, wanted a folder: `ppcl convert {path} FOLDER` makes one of it")
     else:
         prefix = f"{subfolder}/" if subfolder else ""
-        fetched = _fetched(str(path), [f"{prefix}{CONFIG}", f"{prefix}diffusion_pytorch_model*"], hub)
+        weights = "diffusion_pytorch_model*" if variant is None else f"diffusion_pytorch_model*.{variant}[.-]*"
+        fetched = _fetched(str(path), [f"{prefix}{CONFIG}", f"{prefix}{weights}"], hub)
         if fetched is None:
             raise ValueError(f"{path} is neither a checkpoint folder nor a hub id that can be reached")
         folder = fetched

@@ -36,6 +36,10 @@ from ppcl_rt.planning.sketch import TENSORS
 class Checkpoint:
     """A checkpoint folder, opened for reading.
 
+    Args:
+        folder: where it lies.
+        variant: of the weights, as diffusers' ``variant=``.
+
     Attributes:
         folder: where it lies.
         config: what diffusers' class takes, catalog left out.
@@ -48,11 +52,11 @@ class Checkpoint:
     # Path -> the file, while `kept_open`.
     _kept: dict[Path, Any] | None = None
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
         with refusing_briefly():
-            self._open(folder)
+            self._open(folder, variant)
 
-    def _open(self, folder: Path) -> None:
+    def _open(self, folder: Path, variant: str | None) -> None:
         self.folder = folder
         config = json_object(folder / CONFIG)
         _check_config(config, folder / CONFIG)
@@ -69,7 +73,7 @@ class Checkpoint:
                 if isinstance(listed, list) and len(listed) > MOST_LISTED:
                     raise ValueError(f"{broken}: {key} lists {len(listed)}, at most {MOST_LISTED} are read")
             self.catalog = read_json(Catalog, json.dumps(content), broken)
-        self._files = tensor_headers(folder, WEIGHTS)
+        self._files = tensor_headers(folder, WEIGHTS, variant)
         if self.catalog is not None:
             self._compare(self.catalog.checksums)
             self._check_dtypes(self.catalog.checksums_of)

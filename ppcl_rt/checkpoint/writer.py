@@ -12,7 +12,18 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ppcl_rt.checkpoint import card
-from ppcl_rt.checkpoint.names import CATALOG_KEY, CHECKSUM_KEY, CONFIG, INDEX, MOST_JSON, WEIGHTS, config_digest, digest
+from ppcl_rt.checkpoint.names import (
+    CATALOG_KEY,
+    CHECKSUM_KEY,
+    CONFIG,
+    INDEX,
+    MOST_JSON,
+    WEIGHTS,
+    config_digest,
+    digest,
+    of_variant,
+    variants_in,
+)
 from ppcl_rt.files import replacing, replacing_folder
 from ppcl_rt.planning.catalog import Catalog
 
@@ -36,6 +47,7 @@ def write_checkpoint(
     catalog: Catalog,
     tensors: Mapping[str, torch.Tensor],
     max_shard_size: int | str = "10GB",
+    variant: str | None = None,
 ) -> Catalog:
     """Write a checkpoint folder; one that is there already is replaced once the new one is complete.
 
@@ -46,15 +58,17 @@ def write_checkpoint(
         catalog: its checksums are made anew.
         tensors: all tensors, by name.
         max_shard_size: bytes of a file, as diffusers takes it.
+        variant: part of the names of the files, as diffusers takes it.
 
     Returns:
         The catalog as written.
 
     Raises:
-        ValueError: the catalog is larger than a reader takes; what was there before is kept.
+        ValueError: the catalog is larger than a reader takes, or the folder holds weights of another variant; what was
+            there before is kept.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write_shards(folder, config, in_shards(held, max_shard_size), lambda: catalog)
+    return write_shards(folder, config, in_shards(held, max_shard_size), lambda: catalog, variant)
 
 
 def write_shards(
@@ -62,18 +76,23 @@ def write_shards(
     config: Mapping[str, Any],
     shards: Iterable[Mapping[str, torch.Tensor]],
     catalog: Callable[[], Catalog],
+    variant: str | None = None,
 ) -> Catalog:
     """Write a checkpoint folder file by file, so that the tensors of one file are in memory at once.
 
     Args:
-        config, and what is returned and raised: as of `write_checkpoint`.
+        config, variant, and what is returned and raised: as of `write_checkpoint`.
         shards: the tensors of each file, by name; nobody but the file has to hold on to them.
         catalog: called before the first file, for its licence and base model, and again once all are written; its
             checksums are made anew.
     """
     folder = Path(folder)
+    if others := sorted(map(str, variants_in(folder) - {variant})):
+        # config.json holds checksums, and those of one variant are not those of the other.
+        asked = "without a variant" if variant is None else f"of variant {variant}"
+        raise ValueError(f"{folder} holds weights of variant {others[0]}, weights {asked} need a folder of their own")
     with replacing_folder(folder, _is_of_a_checkpoint) as partial:
-        checksums = _write_files(partial, shards, card.metadata(catalog()))
+        checksums = _write_files(partial, shards, card.metadata(catalog()), variant)
         made = catalog().model_copy(update={"checksums": checksums, "checksums_of": "tensors"})
         # A copy would keep what it had cached of the old checksums.
         made = Catalog.model_validate(made.model_dump())
@@ -126,7 +145,10 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 def _write_files(
-    partial: Path, shards: Iterable[Mapping[str, torch.Tensor]], metadata: Mapping[str, str]
+    partial: Path,
+    shards: Iterable[Mapping[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+    variant: str | None = None,
 ) -> dict[str, str]:
     """Write files one at a time, and an index where there are several; returns the checksum of each tensor."""
     checksums: dict[str, str] = {}
@@ -144,21 +166,23 @@ def _write_files(
         files.append(tuple(held))
         del held, shard
     if len(files) == 1:
-        (partial / "0").rename(partial / WEIGHTS)
+        (partial / "0").rename(partial / of_variant(WEIGHTS, variant))
     else:
-        _write_index(partial, files, total)
+        _write_index(partial, files, total, variant)
     return checksums
 
 
-def _write_index(partial: Path, files: Sequence[Collection[str]], total: int) -> None:
+def _write_index(partial: Path, files: Sequence[Collection[str]], total: int, variant: str | None) -> None:
     """Name numbered files as hubs do, and write which of them holds what."""
     places: dict[str, str] = {}
     for number, members in enumerate(files):
-        name = WEIGHTS.replace(".safetensors", f"-{number + 1:05d}-of-{len(files):05d}.safetensors")
+        name = of_variant(WEIGHTS, variant).replace(
+            ".safetensors", f"-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        )
         (partial / str(number)).rename(partial / name)
         places |= dict.fromkeys(members, name)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (partial / of_variant(INDEX, variant)).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(path: Path, config: Mapping[str, Any], catalog: Catalog) -> None:

@@ -22,6 +22,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
@@ -30,6 +31,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
+from ppcl_rt.families.attending import CalledAttention, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import (
     Control,
     Layers,
@@ -102,6 +104,10 @@ def single_spec(dim: int, heads: int, head_dim: int) -> BlockSpec:
     )
 
 
+class PPCLFluxAttention(CalledAttention, FluxAttention):
+    """diffusers' `FluxAttention`."""
+
+
 class PPCLFluxTransformerBlock(TwoStreamBlock, FluxTransformerBlock):
     """The stock double block, over the first heads and channels in rank order (`TwoStreamBlock`).
 
@@ -109,9 +115,11 @@ class PPCLFluxTransformerBlock(TwoStreamBlock, FluxTransformerBlock):
     """
 
     layers = _LAYERS
+    stock_processor = FluxAttnProcessor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.attn.__class__ = PPCLFluxAttention
         self.become_pluggable(double_spec(self.attn.query_dim, self.attn.heads, self.attn.head_dim))
 
     def forward(
@@ -145,6 +153,12 @@ class PPCLFluxTransformerBlock(TwoStreamBlock, FluxTransformerBlock):
         )
         return in_range(text), image
 
+    def processor_arguments(
+        self, key_mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor] | None, text_tokens: int
+    ) -> dict[str, Any]:
+        """See `TwoStreamBlock.processor_arguments`."""
+        return {} if rope is None else {"image_rotary_emb": stock_rotations(torch.cat([rope[1], rope[0]]))}
+
 
 class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock):
     """The stock single block, over the first heads and channels in rank order.
@@ -159,9 +173,11 @@ class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock)
     proj_out: torch.nn.Module
 
     side_by_side = (("attn.to_q", "attn.to_k", "attn.to_v"),)
+    stock_processor = FluxAttnProcessor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.attn.__class__ = PPCLFluxAttention
         self.become_pluggable(single_spec(self.attn.query_dim, self.attn.heads, self.attn.head_dim))
         self._outputs = {output.segment.group: output for output in self.spec.outputs}
 
@@ -211,11 +227,26 @@ class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock)
 
     def attention(self, normed: torch.Tensor, rope: torch.Tensor | None, width: Width) -> torch.Tensor:
         """Attend over text and image; gives ``[B, S, heads * E]``."""
+        if not must_call(self.attn, self.stock_processor):
+            return self.own_attention(normed, rope, width)
+        heads, all_heads = width["heads"], self.spec.groups["heads"].count
+        attended: torch.Tensor = call_attention(
+            self.attn,
+            self.stock_processor,
+            lambda: self.own_attention(normed, rope, width),
+            {"hidden_states": normed},
+            lambda: {} if rope is None else {"image_rotary_emb": stock_rotations(rope)},
+            "" if heads == all_heads else f"runs {heads} of {all_heads}",
+        )
+        return attended
+
+    def own_attention(self, normed: torch.Tensor, rope: torch.Tensor | None, width: Width) -> torch.Tensor:
+        """`attention` where the module need not be called."""
         attn = self.attn
         projection = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         stream = ops.ProjectedStream(normed, projection, rope)
         q, k, v = ops.qkv_projection([stream], width["heads"], self.spec.head_dim)
-        return ops.joint_attention(q, k, v, key_mask=None, backend=attn.processor._attention_backend)
+        return ops.joint_attention(q, k, v, key_mask=None, backend=backend_of(attn))
 
 
 # diffusers' caches look blocks up by their exact class. Both return (text, image).
@@ -231,6 +262,12 @@ def rotations(rope: Rotations | None) -> torch.Tensor | None:
         return rope
     cosine, sine = rope
     return torch.stack([cosine[:, ::2], sine[:, ::2]], dim=-1)
+
+
+def stock_rotations(rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn rotations ``[S, E / 2, 2]`` into cosine and sine ``[S, E]``, as diffusers makes them."""
+    cosine, sine = (each.repeat_interleave(2, dim=-1) for each in rope.unbind(-1))
+    return cosine, sine
 
 
 class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
@@ -280,6 +317,9 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         if sum(axes_dims_rope) != attention_head_dim:
             raise ValueError(f"axes_dims_rope {list(axes_dims_rope)} does not add up to heads of {attention_head_dim}")
         # No stock blocks: at 12B parameters, building them only to throw them away would take minutes.
+        self.fill_lists(
+            transformer_blocks=[_DOUBLE] * num_layers, single_transformer_blocks=[_SINGLE] * num_single_layers
+        )
         super().__init__(
             patch_size=patch_size,
             in_channels=in_channels,
@@ -294,8 +334,6 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
             axes_dims_rope=axes_dims_rope,
         )
         self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers)
-        self.transformer_blocks.extend(self.make_block(self.config, _DOUBLE) for _ in range(num_layers))
-        self.single_transformer_blocks.extend(self.make_block(self.config, _SINGLE) for _ in range(num_single_layers))
         self.become_pluggable()
 
     @classmethod

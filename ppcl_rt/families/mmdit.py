@@ -14,7 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+import ppcl_kernels as kernels
 from ppcl_rt import ops
+from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
@@ -177,9 +179,11 @@ class TwoStreamBlock(ModulatedBlock):
 
     Attributes:
         layers: where the layers of each stream lie.
+        stock_processor: diffusers' attention processor, whose work is done here.
     """
 
     layers: ClassVar[Mapping[Stream, Layers]]
+    stock_processor: ClassVar[type]
     _found: ClassVar[dict[Stream, _Found]]
 
     side_by_side = tuple(_PROJECTIONS.values())
@@ -255,8 +259,12 @@ class TwoStreamBlock(ModulatedBlock):
         if text_input is None:
             updated.append(self.updated_text(text, temb, width, modulations))
             text_input = self.attention_input(updated[-1])
-        attended = self.attention(self.attention_input(updated[0]), text_input, key_mask, rotations, width)
-        updated = self.add_attention(updated, attended, width)
+        image_input = self.attention_input(updated[0])
+        called = must_call(self.attn, self.stock_processor)
+        inputs = (image_input, text_input, key_mask, rotations, width)
+        names = [s.name for s in updated]
+        attended = self.called_attention(names, *inputs) if called else self.attention(*inputs)
+        updated = self.add_attention(updated, attended, width, projected=called)
         image, *updated_text = self.add_feed_forward(updated, width)
         return updated_text[0] if updated_text else text, image
 
@@ -281,14 +289,68 @@ class TwoStreamBlock(ModulatedBlock):
             width["heads"],
             self.spec.head_dim,
         )
-        joint = ops.joint_attention(q, k, v, key_mask=key_mask, backend=self.attn.processor._attention_backend)
+        joint = ops.joint_attention(q, k, v, key_mask=key_mask, backend=backend_of(self.attn))
         tokens = text_input.shape[1]
         return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
 
+    def called_attention(
+        self,
+        names: Sequence[Stream],
+        image_input: torch.Tensor,
+        text_input: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
+        width: Width,
+    ) -> dict[Stream, torch.Tensor]:
+        """As `attention`, by a call of the module (`ppcl_rt.families.attending`); outputs of ``names``, projected."""
+        heads, all_heads = width["heads"], self.spec.groups["heads"].count
+        narrow = "" if heads == all_heads else f"runs {heads} of {all_heads}"
+        if "text" not in names and self.spec.may_leave:
+            narrow = "does not update the text"
+
+        def compute() -> Any:
+            attended = self.attention(image_input, text_input, key_mask, rotations, width)
+            layers = [
+                ops.Layer(
+                    self.output(f"attn_{name}", heads), attended[name], adapter=self.beside(f"attn_{name}", heads)
+                )
+                for name in names
+            ]
+            projected = ops.linears(layers)
+            return projected[0] if len(projected) == 1 else tuple(projected)
+
+        result = call_attention(
+            self.attn,
+            self.stock_processor,
+            compute,
+            {"hidden_states": image_input, "encoder_hidden_states": text_input},
+            lambda: self.processor_arguments(key_mask, rotations, text_input.shape[1]),
+            narrow,
+        )
+        return dict(zip(names, (result,) if isinstance(result, torch.Tensor) else result, strict=False))
+
+    def processor_arguments(
+        self,
+        key_mask: torch.Tensor | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
+        text_tokens: int,
+    ) -> dict[str, Any]:
+        """What diffusers' block gives its processor next to the hidden states; args as of `attention`."""
+        return {}
+
     def add_attention(
-        self, streams: list[UpdatedStream], attended: Mapping[Stream, torch.Tensor], width: Width
+        self,
+        streams: list[UpdatedStream],
+        attended: Mapping[Stream, torch.Tensor],
+        width: Width,
+        projected: bool = False,
     ) -> list[UpdatedStream]:
-        """``x + gate * out(attended)`` for each stream, in one launch."""
+        """``x + gate * out(attended)`` for each stream, in one launch; with ``projected``, ``x + gate * attended``."""
+        if projected:
+            return [
+                s._replace(x=s.x + kernels.per_token(s.attention.gate, s.token_index) * attended[s.name])
+                for s in streams
+            ]
         layers = [
             ops.Layer(
                 self.output(f"attn_{s.name}", width["heads"]),
@@ -395,32 +457,28 @@ class MMDiT(Pluggable):
     """Mixin for a model of two streams, between the family's class and diffusers' class.
 
     Attributes:
-        stock_processor: diffusers' attention processor, the only one that can be set.
+        stock_processor: diffusers' attention processor, whose work blocks do themselves.
     """
 
     stock_processor: ClassVar[type]
 
     def adopt(self, block: Any) -> None:
-        """Take over the attention backend of the blocks that are there."""
+        """Take over the attention backend, or the processor, of the blocks that are there."""
         for other in self.resident_blocks():
-            block.attn.processor._attention_backend = other.attn.processor._attention_backend
+            if type(other) is type(block) or type(other.attn.processor) is self.stock_processor:
+                adopt_processor(block.attn, other.attn, self.stock_processor)
 
-    def set_attn_processor(self, processor: Any) -> None:
-        """Refuse a processor other than the stock one: attention over kept heads alone has no use for it.
-
-        Raises:
-            ValueError: any other processor. Backends are chosen with ``set_attention_backend``, which works.
-        """
-        given = processor.values() if isinstance(processor, dict) else [processor]
-        if any(type(each) is not self.stock_processor for each in given):
-            raise ValueError("attention processors are not called here: use set_attention_backend to choose a kernel")
-        stock: Any = super()
-        stock.set_attn_processor(processor)
+    def _obstacle(self, program: Program) -> str:
+        """Also where attention processors are called: what they do is not known."""
+        blocks: list[Any] = [call.block for call in program.calls]
+        if any(type(block.attn.processor) is not self.stock_processor for block in blocks):
+            return "an attention processor"
+        return super()._obstacle(program)
 
     def _graph_settings(self, program: Program) -> Hashable:
         """Attention backends, as set on the blocks and by diffusers' context manager."""
         blocks: list[Any] = [call.block for call in program.calls]
-        chosen = tuple(block.attn.processor._attention_backend for block in blocks)
+        chosen = tuple(backend_of(block.attn) for block in blocks)
         return (super()._graph_settings(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
 
     def _walk_blocks(

@@ -27,6 +27,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.families import qwen_image_authors
+from ppcl_rt.families.attending import PPCLAttention
 from ppcl_rt.families.mmdit import (
     KEY_MASK,
     Control,
@@ -74,9 +75,11 @@ class PPCLQwenImageTransformerBlock(TwoStreamBlock, QwenImageTransformerBlock):
     attention_head_dim: int
 
     layers = _LAYERS
+    stock_processor = QwenDoubleStreamAttnProcessor2_0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.attn.__class__ = PPCLAttention
         heads = self.attn.to_q.out_features // self.attention_head_dim
         self.become_pluggable(block_spec(self.dim, heads, self.attention_head_dim))
 
@@ -118,6 +121,19 @@ class PPCLQwenImageTransformerBlock(TwoStreamBlock, QwenImageTransformerBlock):
             token_index=modulate_index,
         )
         return in_range(text), in_range(image)
+
+    def processor_arguments(
+        self,
+        key_mask: torch.Tensor | None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None,
+        text_tokens: int,
+    ) -> dict[str, Any]:
+        """See `TwoStreamBlock.processor_arguments`."""
+        return {
+            "encoder_hidden_states_mask": None if key_mask is None else key_mask[:, :text_tokens],
+            "attention_mask": key_mask,
+            "image_rotary_emb": None if rotations is None else tuple(map(torch.view_as_complex, rotations)),
+        }
 
 
 # diffusers' caches look blocks up by their exact class. They return (text, image).
@@ -161,7 +177,7 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
     # 1024 x 1024 pixels in patches of 16 x 16.
     reference = Tokens(image=4096, text=512)
     stock_name = "QwenImageTransformer2DModel"
-    stock_processor = QwenDoubleStreamAttnProcessor2_0
+    stock_processor = PPCLQwenImageTransformerBlock.stock_processor
     gguf_architecture = "qwen_image"
     lora_loader = "QwenImageLoraLoaderMixin"
     _no_split_modules = ["PPCLQwenImageTransformerBlock"]
@@ -186,6 +202,7 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
         if sum(axes_dims_rope) != attention_head_dim:
             raise ValueError(f"axes_dims_rope {list(axes_dims_rope)} does not add up to heads of {attention_head_dim}")
         # No stock blocks: at 20B parameters, building them only to throw them away would take minutes.
+        self.fill_lists(transformer_blocks=[_KIND] * num_layers)
         super().__init__(
             patch_size=patch_size,
             in_channels=in_channels,
@@ -201,13 +218,12 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
             use_layer3d_rope=use_layer3d_rope,
         )
         self.register_to_config(num_layers=num_layers)
-        self.transformer_blocks.extend(self.make_block(self.config, _KIND) for _ in range(num_layers))
         self.become_pluggable()
 
     @classmethod
-    def opened(cls, folder: Path) -> ComposedCheckpoint:
+    def opened(cls, folder: Path, variant: str | None = None) -> ComposedCheckpoint:
         """See `Opening.opened`; the authors' layout names the stock class, which would leave weights out."""
-        source = super().opened(folder)
+        source = super().opened(folder, variant)
         return qwen_image_authors.presented(cls, source) if qwen_image_authors.is_packaged(source) else source
 
     @classmethod

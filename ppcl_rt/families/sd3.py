@@ -28,6 +28,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
+from ppcl_rt.families.attending import PPCLAttention, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import (
     Control,
     Layers,
@@ -104,6 +105,7 @@ class PPCLJointTransformerBlock(TwoStreamBlock, JointTransformerBlock):
     norm1_context: Any
 
     layers = _LAYERS
+    stock_processor = JointAttnProcessor2_0
 
     def __init__(
         self,
@@ -115,6 +117,9 @@ class PPCLJointTransformerBlock(TwoStreamBlock, JointTransformerBlock):
         use_dual_attention: bool = False,
     ) -> None:
         super().__init__(dim, num_attention_heads, attention_head_dim, context_pre_only, qk_norm, use_dual_attention)
+        self.attn.__class__ = PPCLAttention
+        if use_dual_attention:
+            self.attn2.__class__ = PPCLAttention
         # The stock processor calls torch; with this, ``set_attention_backend`` is heeded here.
         self.attn.processor._attention_backend = None
         kind = _kind(use_dual_attention, context_pre_only)
@@ -179,20 +184,38 @@ class PPCLDualAttentionBlock(PPCLJointTransformerBlock):
     side_by_side = (*PPCLJointTransformerBlock.side_by_side, _SECOND)
 
     def add_attention(
-        self, streams: list[UpdatedStream], attended: Mapping[Stream, torch.Tensor], width: Width
+        self,
+        streams: list[UpdatedStream],
+        attended: Mapping[Stream, torch.Tensor],
+        width: Width,
+        projected: bool = False,
     ) -> list[UpdatedStream]:
         """As `TwoStreamBlock.add_attention`, and to the image what it attends to in itself as it came."""
-        image, [second], attn = streams[0], streams[0].more, self.attn2
+        image, [second] = streams[0], streams[0].more
         normed = ops.ada_layer_norm(image.x, self.norm1.norm, second.scale, second.shift)
-        projection = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
-        projected = [ops.ProjectedStream(normed, projection, None)]
-        q, k, v = ops.qkv_projection(projected, width["image_heads"], self.spec.head_dim)
-        own = ops.joint_attention(q, k, v, key_mask=None, backend=attn.processor._attention_backend)
-        image, *text = super().add_attention(streams, attended, width)
-        of = ("attn2_image", width["image_heads"])
-        out = ops.Layer(self.output(*of), own, None, second.gate, None, image.x, adapter=self.beside(*of))
-        [x] = ops.linears([out])
+        image, *text = super().add_attention(streams, attended, width, projected)
+        heads, all_heads = width["image_heads"], self.spec.groups["image_heads"].count
+        out = ops.Layer(self.output("attn2_image", heads), normed, adapter=self.beside("attn2_image", heads))
+        if must_call(self.attn2, self.stock_processor):
+            given = call_attention(
+                self.attn2,
+                self.stock_processor,
+                lambda: ops.linears([out._replace(x=self.own_attention(normed, heads))])[0],
+                {"hidden_states": normed},
+                dict,
+                "" if heads == all_heads else f"runs {heads} of {all_heads} of the image",
+            )
+            return [image._replace(x=image.x + second.gate[:, None] * given), *text]
+        own = self.own_attention(normed, heads)
+        [x] = ops.linears([out._replace(x=own, gate=second.gate, residual=image.x)])
         return [image._replace(x=x), *text]
+
+    def own_attention(self, normed: torch.Tensor, heads: int) -> torch.Tensor:
+        """What the first heads of the second attention give of the image ``[B, S, D]``, ``[B, S, heads * E]``."""
+        attn = self.attn2
+        projection = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
+        q, k, v = ops.qkv_projection([ops.ProjectedStream(normed, projection, None)], heads, self.spec.head_dim)
+        return ops.joint_attention(q, k, v, key_mask=None, backend=backend_of(attn))
 
 
 # diffusers' hooks look blocks up by their exact class. They return (text, image).
@@ -250,6 +273,7 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm is rms_norm or null, not {qk_norm}")
         # No stock blocks: building them only to throw them away would take minutes.
+        self.fill_lists(transformer_blocks=_kinds(self.config))
         super().__init__(
             sample_size=sample_size,
             patch_size=patch_size,
@@ -266,7 +290,6 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             qk_norm=qk_norm,
         )
         self.register_to_config(num_layers=num_layers)
-        self.transformer_blocks.extend(self.make_block(self.config, kind) for kind in _kinds(self.config))
         self.become_pluggable()
 
     @classmethod

@@ -24,12 +24,18 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_z_image import ADALN_EMBED_DIM, SEQ_MULTI_OF, ZImageTransformerBlock
+from diffusers.models.transformers.transformer_z_image import (
+    ADALN_EMBED_DIM,
+    SEQ_MULTI_OF,
+    ZImageTransformerBlock,
+    ZSingleStreamAttnProcessor,
+)
 from diffusers.utils import apply_lora_scale
 from torch.nn import functional as F
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
+from ppcl_rt.families.attending import PPCLAttention, adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import sides
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.exchange import Original, Shapes
@@ -102,6 +108,7 @@ class PPCLZImageTransformerBlock(PluggableBlock, ZImageTransformerBlock):
 
     def __init__(self, kind: Kind, **kwargs: Any) -> None:
         super().__init__(**kwargs, modulation=kind != "text")
+        self.attention.__class__ = PPCLAttention
         self.kind = kind
         qk_norm = self.attention.norm_q is not None
         self.become_pluggable(block_spec(self.dim, self.dim // self.head_dim, kind, qk_norm))
@@ -161,7 +168,28 @@ class PPCLZImageTransformerBlock(PluggableBlock, ZImageTransformerBlock):
         return x + _gated(self.ffn_norm2(self.feed(_scaled(self.ffn_norm1(x), mlp[0]), width)), mlp[1])
 
     def attend(self, x: torch.Tensor, rope: torch.Tensor, key_mask: torch.Tensor | None, width: Width) -> torch.Tensor:
-        """Attention over ``x [B, S, D]``, its output projected."""
+        """Attention over ``x [B, S, D]``, its output projected; a module that has to be called is."""
+        heads, all_heads = width["heads"], self.spec.groups["heads"].count
+
+        def compute() -> torch.Tensor:
+            return self.own_attention(x, rope, key_mask, width)
+
+        if not must_call(self.attention, ZSingleStreamAttnProcessor):
+            return compute()
+        attended: torch.Tensor = call_attention(
+            self.attention,
+            ZSingleStreamAttnProcessor,
+            compute,
+            {"hidden_states": x},
+            lambda: {"attention_mask": key_mask, "freqs_cis": torch.view_as_complex(rope)},
+            "" if heads == all_heads else f"runs {heads} of {all_heads}",
+        )
+        return attended
+
+    def own_attention(
+        self, x: torch.Tensor, rope: torch.Tensor, key_mask: torch.Tensor | None, width: Width
+    ) -> torch.Tensor:
+        """`attend` where the module need not be called."""
         attn, heads, batch = self.attention, width["heads"], len(x)
         projection = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         # Rotations differ from sample to sample, as lengths do: the operation gets all tokens as those of one sample.
@@ -169,7 +197,7 @@ class PPCLZImageTransformerBlock(PluggableBlock, ZImageTransformerBlock):
         q, k, v = (
             each.view(batch, -1, heads, self.head_dim) for each in ops.qkv_projection([stream], heads, self.head_dim)
         )
-        attended = ops.joint_attention(q, k, v, key_mask=key_mask, backend=attn.processor._attention_backend)
+        attended = ops.joint_attention(q, k, v, key_mask=key_mask, backend=backend_of(attn))
         return ops.linears([ops.Layer(self.output("attn", heads), attended, adapter=self.beside("attn", heads))])[0]
 
     def feed(self, x: torch.Tensor, width: Width) -> torch.Tensor:
@@ -289,6 +317,8 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         if dim % n_heads or sum(axes_dims) != dim // n_heads:
             raise ValueError(f"axes_dims {list(axes_dims)} does not add up to {n_heads} heads of a width of {dim}")
         # No stock blocks: building them only to throw them away would take minutes.
+        depths = map(self.config.get, self.depth_settings)
+        self.fill_lists(**{path: [_LISTS[path]] * depth for path, depth in zip(self.block_lists, depths, strict=True)})
         super().__init__(
             all_patch_size=all_patch_size,
             all_f_patch_size=all_f_patch_size,
@@ -308,10 +338,6 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
             axes_lens=axes_lens,
         )
         self.register_to_config(n_layers=n_layers, n_refiner_layers=n_refiner_layers)
-        for path, setting in zip(self.block_lists, self.depth_settings, strict=True):
-            blocks = self.get_submodule(path)
-            assert isinstance(blocks, torch.nn.ModuleList), "diffusers keeps blocks in lists"
-            blocks.extend(self.make_block(self.config, _LISTS[path]) for _ in range(self.config[setting]))
         self.become_pluggable()
 
     @classmethod
@@ -390,9 +416,16 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         return (tokens.batch, vae["latent_channels"], 2 * rows, 2 * columns)
 
     def adopt(self, block: Any) -> None:
-        """Take over the attention backend of the blocks that are there."""
+        """Take over the attention backend, or the processor, of the blocks that are there."""
         for other in self.resident_blocks():
-            block.attention.processor._attention_backend = other.attention.processor._attention_backend
+            adopt_processor(block.attention, other.attention, ZSingleStreamAttnProcessor)
+
+    def _obstacle(self, program: Program) -> str:
+        """Also where attention processors are called: what they do is not known."""
+        blocks: list[Any] = [call.block for call in program.calls]
+        if any(type(block.attention.processor) is not ZSingleStreamAttnProcessor for block in blocks):
+            return "an attention processor"
+        return super()._obstacle(program)
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -493,7 +526,7 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
     def _graph_settings(self, program: Program) -> Hashable:
         """Attention backends, as set on the blocks and by diffusers' context manager."""
         blocks: list[Any] = [call.block for call in program.calls]
-        chosen = tuple(block.attention.processor._attention_backend for block in blocks)
+        chosen = tuple(backend_of(block.attention) for block in blocks)
         return (super()._graph_settings(program), chosen, _AttentionBackendRegistry.get_active_backend()[0])
 
     def _walk(  # type: ignore[override]  # names the inputs of `Pluggable._walk`

@@ -187,14 +187,15 @@ class PluggableBlock(nn.Module):
         return F.silu(condition)
 
 
+def has_forward_around(module: nn.Module) -> bool:
+    """Whether others put a forward around that of a module, as diffusers' hooks do."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not module
+
+
 def is_bound(block: nn.Module) -> bool:
     """Whether others hold on to this very object: they compiled one of its modules or put a forward around it."""
-
-    def around(module: nn.Module) -> bool:
-        forward = module.__dict__.get("forward")
-        return forward is not None and getattr(forward, "__self__", None) is not module
-
-    return any(around(module) or "_compiled_call_impl" in module.__dict__ for module in block.modules())
+    return any(has_forward_around(module) or "_compiled_call_impl" in module.__dict__ for module in block.modules())
 
 
 def shared_copy(module: M) -> M:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.places import locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.files import refusing_briefly
+from ppcl_rt.messages import say_once
 from ppcl_rt.model.block import without_adapters
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.opening import Opening
@@ -26,6 +28,7 @@ from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import OnePlan, Plan, PlannedBlock
 from ppcl_rt.planning.width import Width
 
+_log = logging.getLogger(__name__)
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})
 # Of `load`, beside those of the hub: what ``from_pretrained`` passes on.
 _LOAD_ARGUMENTS = (
@@ -43,6 +46,7 @@ _LOAD_ARGUMENTS = (
     "resident",
     "graphs",
     "subfolder",
+    "variant",
 )
 
 Self = TypeVar("Self", bound="CheckpointFolder")
@@ -63,6 +67,7 @@ class CheckpointFolder(Opening):
         resident: Literal["plan", "all"] = "plan",
         graphs: Mode = "auto",
         subfolder: str | None = None,
+        variant: str | None = None,
         params: float | str | None = None,
         flops: float | str | None = None,
         memory: float | str | None = None,
@@ -83,7 +88,7 @@ class CheckpointFolder(Opening):
         if unknown := sorted(set(hub) - HUB_ARGUMENTS):
             raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
         with refusing_briefly():
-            model = cls.without_blocks(cls.opened(locate(path, subfolder, **hub)), dtype, device)
+            model = cls.without_blocks(cls.opened(locate(path, subfolder, variant, **hub), variant), dtype, device)
         model.set_graphs(graphs)
         model.set_plan(plan if plan is not None else model.plan_of(budget))
         if resident == "all":
@@ -136,21 +141,30 @@ class CheckpointFolder(Opening):
         return cls.load(pretrained_model_name_or_path, dtype=dtype, **ours, **hub)
 
     def save_pretrained(
-        self, save_directory: str | Path, max_shard_size: int | str = "10GB", safe_serialization: bool = True, **_: Any
+        self,
+        save_directory: str | Path,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **_: Any,
     ) -> None:
         """Write the whole pluggable checkpoint: what is resident as it is now, all else from where it was loaded.
 
         Tensors are written in the model's dtype, heads and channels in stock order.
 
+        Args:
+            save_directory, max_shard_size, variant: as diffusers takes them.
+            safe_serialization: safetensors are written without it, too; the log says so once.
+
         Raises:
-            ValueError: ``safe_serialization=False``: checkpoints here are safetensors, never pickle.
+            ValueError: the folder holds weights of another variant.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization=False would write pickle: checkpoints here are safetensors only")
+            say_once(_log, "safe_serialization=False would write pickle: safetensors are written all the same")
         config = self.stock_config if self.catalog.only is None else self.one_plan_config
-        catalog = write_checkpoint(save_directory, config, self.catalog, self.stored_state(), max_shard_size)
+        catalog = write_checkpoint(save_directory, config, self.catalog, self.stored_state(), max_shard_size, variant)
         if self._source is not None and Path(save_directory).resolve() == self._source.folder.resolve():
-            self._reopen(self._source.folder, catalog)
+            self._reopen(self._source.folder, catalog, variant)
 
     def save_plan(self, save_directory: str | Path, max_shard_size: int | str = "10GB") -> Catalog:
         """Write the plan that runs now as a checkpoint of its own, with what it runs and nothing else.
@@ -192,11 +206,11 @@ class CheckpointFolder(Opening):
         """`stock_config` of a checkpoint of one plan: diffusers' own class, which cannot run it, has another name."""
         return {**self.stock_config, "_class_name": type(self).__name__}
 
-    def _reopen(self, folder: Path, catalog: Catalog) -> None:
+    def _reopen(self, folder: Path, catalog: Catalog, variant: str | None) -> None:
         """Go on with the checkpoint that was just written over the one that this model was loaded from."""
         plan = self.plan.model_copy(update={"checkpoint": catalog.fingerprint})
         with READING:
-            self._source, self._catalog, self._planner = ComposedCheckpoint(folder), catalog, None
+            self._source, self._catalog, self._planner = ComposedCheckpoint(folder, variant), catalog, None
             self._programs.clear()
             self._graphs.drop_all()
         self.set_plan(plan)

@@ -39,9 +39,9 @@ class Opening(Fusing):
     depth_settings: ClassVar[tuple[str, ...]] = ("num_layers",)
 
     @classmethod
-    def opened(cls, folder: Path) -> ComposedCheckpoint:
+    def opened(cls, folder: Path, variant: str | None = None) -> ComposedCheckpoint:
         """Open a checkpoint folder; a family does so in its own way for layouts that it alone knows."""
-        return ComposedCheckpoint(folder)
+        return ComposedCheckpoint(folder, variant)
 
     @classmethod
     def dense_catalog(cls, source: Checkpoint) -> Catalog:

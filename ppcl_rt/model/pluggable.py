@@ -8,7 +8,7 @@ loads and saves; this file runs a program: it replays a CUDA graph, or calls the
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,23 @@ class Pluggable(CheckpointFolder, Exchange):
     gradient_checkpointing: bool
     condition: ClassVar[str] = "temb"
     after_blocks: ClassVar[str] = "norm_out"
+
+    def fill_lists(self, **kinds: Iterable[str]) -> None:
+        """Have lists of blocks filled as diffusers' ``__init__``, which is told of no blocks, makes them.
+
+        So random weights are drawn in the order in which diffusers' class draws them.
+
+        Args:
+            kinds: path of a list -> the kind of each of its blocks.
+        """
+        self._to_fill = {path: tuple(of_list) for path, of_list in kinds.items()}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute as any module does; an empty list of blocks is filled (`fill_lists`)."""
+        super().__setattr__(name, value)
+        if name in self.block_lists:
+            for kind in self.__dict__.get("_to_fill", {}).pop(name, ()):
+                value.append(self.make_block(self.config, kind))
 
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""

@@ -415,8 +415,6 @@ def test_what_is_refused(made, everything):
         without(**inputs)
     with pytest.raises(ValueError, match="do not come from the timestep alone"):
         everything.precompute([0.5])
-    with pytest.raises(ValueError, match="set_attention_backend"):
-        everything.set_attn_processor(object())
     with pytest.raises(ValueError, match="add up to heads of 8"):
         PPCLFluxTransformer2DModel(**{**CONFIG, "axes_dims_rope": (2, 2, 2)})
 

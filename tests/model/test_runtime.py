@@ -386,8 +386,6 @@ def test_attention_backend(made, model, build_inputs, run, same):
     inputs = build_inputs()
     model.set_attention_backend("_native_math")
     same(run(model, inputs), run(made.stock, inputs))
-    with pytest.raises(ValueError, match="set_attention_backend"):
-        model.set_attn_processor(object())
 
 
 def test_deepcopy(made, model, build_inputs, run, same, at_ratio):
