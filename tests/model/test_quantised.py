@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ppcl_rt
-from ppcl_rt import Quantisation
+from ppcl_rt import Budget, Quantisation
 from ppcl_rt.model.quantising import check_device, understood
 from ppcl_rt.ops.quantised import QuantisedLinear, rounded
 
@@ -43,9 +43,9 @@ def rounded_like(model, quantised):
 def test_a_layer(format, dtype):
     """Every width of a layer is that of the weight within half a step of its format, and moves and casts keep it."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(33, 47, generator=generator) * torch.logspace(-2, 2, 33)[:, None]
+    weight = torch.randn(33, 47, generator=generator) * torch.logspace(-2, 0, 33)[:, None]
     weight[3] = 0
-    x = torch.randn(2, 5, 47, generator=generator).to(dtype) * 100
+    x = torch.randn(2, 5, 47, generator=generator).to(dtype) * 30
     layer = QuantisedLinear(format)
     layer.bias = torch.nn.Parameter(torch.randn(33, generator=generator))
     layer.hold(weight)
@@ -147,20 +147,20 @@ def grown(made):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_planner_counts_the_bytes_that_are_held(made, mapped, compensated, dtype):
-    for folder in (made.folder, mapped.folder, compensated.folder):
+def test_the_planner_counts_the_bytes_that_are_held(mapped, compensated, dtype):
+    for folder in (mapped.folder, compensated.folder):
         dense = ppcl_rt.load(folder, dtype=dtype)
         for how in ("int8", Quantisation(format="float8", keep=())):
             model = ppcl_rt.load(folder, quantize=how, dtype=dtype)
             whole = model.resident_bytes
             assert whole == model.costs()["memory"] < 0.9 * dense.resident_bytes
+            # The same bytes hold more of the model.
+            assert model.costs()["params"] > dense.costs(dense.plan_of(Budget.of(memory=whole)))["params"]
             for share in (0.8, 0.6):
                 model.set_budget(memory=share * whole)
                 assert model.resident_bytes == model.costs()["memory"] <= share * whole
                 loaded = ppcl_rt.load(folder, memory=share * whole, quantize=how, dtype=dtype)
                 assert loaded.plan == model.plan and loaded.resident_bytes == model.resident_bytes
-            # The same bytes hold more of the model.
-            assert model.costs()["params"] > ppcl_rt.load(folder, memory=0.6 * whole, dtype=dtype).costs()["params"]
 
 
 def test_what_stays_as_it_is(made):
@@ -229,10 +229,10 @@ def test_configs_of_others(made, build_inputs, run):
 
 def test_what_cannot_be_had(made, monkeypatch):
     with pytest.raises(
-        ValueError, match='quantize is one of "int8", "float8", "float8-dynamic", or a Quant.*not "?\'int4'
+        ValueError, match=r'quantize is one of "int8", "float8", "float8-dynamic", or a Quant.*not "?\'int4'
     ):
         ppcl_rt.load(made.folder, quantize="int4")
-    with pytest.raises(ValueError, match="no block has a part proj to keep: there are .*mlp_image"):
+    with pytest.raises(ValueError, match=r"no block has a part proj to keep: there are .*mlp_image"):
         ppcl_rt.load(made.folder, quantize=Quantisation(format="int8", keep=("proj",)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     for format in ("float8", "float8-dynamic"):
