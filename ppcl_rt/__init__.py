@@ -25,6 +25,7 @@ from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.legal import LegalCount, LegalWidths, Student, TextRun
 from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
+from ppcl_rt.planning.quantisation import Quantisation
 from ppcl_rt.planning.schedule import Schedule
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
@@ -52,6 +53,7 @@ def load(
     device: str | torch.device | None = None,
     resident: Literal["plan", "all"] = "plan",
     graphs: Mode = "auto",
+    quantize: Quantisation | str | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -85,6 +87,8 @@ def load(
         resident: ``"plan"`` reads what the plan needs, and later plans read what they miss when they are first set;
             ``"all"`` reads everything now, so that no later `set_ratio` reads from disk.
         graphs: CUDA graphs: ``"auto"`` where a forward waits for the host, True wherever it can be done, False never.
+        quantize: hold weights of blocks in eight bits: ``"int8"``, ``"float8"``, ``"float8-dynamic"``, or a
+            `Quantisation`, which names what stays as it is; None for all as it is.
         variant: of the weights, as in diffusers: ``"fp16"`` reads ``diffusion_pytorch_model.fp16.safetensors``.
         subfolder, revision, token, cache_dir, local_files_only, force_download: as in diffusers, for a hub id.
 
@@ -124,6 +128,7 @@ def load(
         device=device,
         resident=resident,
         graphs=graphs,
+        quantize=quantize,
         subfolder=subfolder,
         variant=variant,
         **hub,
@@ -158,6 +163,7 @@ __all__ = [
     "Planner",
     "Pluggable",
     "Program",
+    "Quantisation",
     "Room",
     "Schedule",
     "Segment",

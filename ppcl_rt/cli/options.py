@@ -15,6 +15,7 @@ import ppcl_rt
 from ppcl_rt.families import registry
 from ppcl_rt.model.fitting import fitted, room_of
 from ppcl_rt.planning.budget import Budget
+from ppcl_rt.planning.costs import Bytes
 from ppcl_rt.planning.milliseconds import Times
 
 Checkpoint = Annotated[str, typer.Argument(help="checkpoint folder or hub id")]
@@ -148,7 +149,7 @@ def budgets_of(checkpoint: str, ratios: str | None, amounts: Amounts) -> list[Bu
     for budget in asked:
         if budget.latency is None:
             limited, _ = without_fit(budget, source, planner, torch.float32)
-            planner.plan_within(limited, lambda: torch.float32.itemsize, no_times)
+            planner.plan_within(limited, lambda: Bytes(torch.float32.itemsize), no_times)
     return asked
 
 
@@ -164,7 +165,7 @@ def without_fit(
         return budget, None
     catalog = planner.catalog
     room = room_of(budget, registry.model_class(catalog.family), source.config, dtype, catalog.reference)
-    return fitted(budget, room, planner, dtype), room
+    return fitted(budget, room, planner, Bytes(dtype.itemsize)), room
 
 
 def float_of(name: str | None) -> torch.dtype | None:

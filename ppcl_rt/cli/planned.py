@@ -11,6 +11,7 @@ import ppcl_rt
 from ppcl_rt.cli.options import check_device, no_times, opened, without_fit
 from ppcl_rt.convert.whole import whole_blocks
 from ppcl_rt.planning.budget import Budget, costs
+from ppcl_rt.planning.costs import Bytes
 from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.planner import Planner
@@ -47,7 +48,7 @@ def planned(
     """
     source, catalog, planner = opened(checkpoint)
     limited, room = without_fit(asked, source, planner, dtype or source.dtype)
-    each = (dtype or source.dtype).itemsize
+    weights = Bytes((dtype or source.dtype).itemsize)
     times: Callable[[ppcl_rt.Tokens], Times] = no_times
     if limited.latency is not None:
         check_device(device)
@@ -55,9 +56,9 @@ def planned(
         times = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device).times
 
     def within(other: Planner) -> Plan:
-        return other.plan_within(limited, lambda: each, times)
+        return other.plan_within(limited, lambda: weights, times)
 
     made = within(planner.among(whole_blocks(catalog)) if whole else planner)
     measured = times(asked.shape or catalog.reference) if limited.latency is not None else None
-    granted = costs(catalog, made, each, asked.shape, measured)
+    granted = costs(catalog, made, weights, asked.shape, measured)
     return Planned(planner, made, granted, room, within)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ppcl_rt import ops
 from ppcl_rt.planning.block_spec import BlockSpec, Output, Part
+from ppcl_rt.planning.quantisation import Format, Quantisation
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,6 +61,7 @@ class PluggableBlock(nn.Module):
             `BlockSpec.shared_factor`, `Part.name`).
         orders: rank order ``[units]`` of each group with one: number of a unit in the dense block.
         held: for each part that is loaded, the counts at which it is.
+        quantisation: how weights that are read are held, None for as they were read.
         side_by_side: paths of linear layers of one shape that read the same input. They are kept next to each other in
             memory, so that one batched product makes all of them.
     """
@@ -68,6 +70,7 @@ class PluggableBlock(nn.Module):
     replacements: nn.ModuleDict
     orders: dict[str, torch.Tensor]
     held: dict[str, Width]
+    quantisation: Quantisation | None = None
     side_by_side: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def become_pluggable(self, spec: BlockSpec) -> None:
@@ -154,6 +157,21 @@ class PluggableBlock(nn.Module):
             product = product + branch(x, product.shape[-1])
         fused = self.replacements._modules.get(f"{part}_fused")
         return product if fused is None else product + fused(x)
+
+    def format_of(self, path: str) -> Format | None:
+        """The format in which the weight of a part, or of what stands in for one, is held; None for the model's dtype.
+
+        Args:
+            path: of the layer inside the block.
+        """
+        if self.quantisation is None:
+            return None
+        of, _, count = path.removeprefix("replacements.").rpartition("_")
+        for output in self.spec.outputs:
+            if path.startswith("replacements.") and count.isdigit() and of == output.name:
+                return self.quantisation.format if self.quantisation.takes(output.part) else None
+        part = next((part for part in self.spec.parts if part.path == path), None)
+        return self.quantisation.format if part is not None and self.quantisation.takes(part) else None
 
     def drop_factored(self) -> None:
         """Let go of the weights of factored parts; what needs them has them read again."""

@@ -136,13 +136,13 @@ def room_of(budget: Budget, family: Any, config: Mapping[str, Any], dtype: torch
     return Room(budget.fit, parts, activations, decode, offload)
 
 
-def fitted(budget: Budget, room: Room, planner: Planner, dtype: torch.dtype) -> Budget:
+def fitted(budget: Budget, room: Room, planner: Planner, weights: Bytes) -> Budget:
     """The budget with what is left as its ``memory``, in place of ``fit``.
 
     Raises:
         ValueError: no plan is that small (`Room.check`).
     """
-    room.check(planner.least(Bytes(dtype.itemsize)))
+    room.check(planner.least(weights))
     memory = min(room.left, math.inf if budget.memory is None else budget.memory)
     return budget.model_copy(update={"memory": memory, "fit": None, "pipeline": None, "offload": None})
 

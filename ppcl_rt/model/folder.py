@@ -19,6 +19,7 @@ from ppcl_rt.model.block import without_adapters
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.opening import Opening
 from ppcl_rt.model.program import Program
+from ppcl_rt.model.quantising import check_device, quantised_names, understood
 from ppcl_rt.model.residency import READING
 from ppcl_rt.model.tensors import held_at, restore
 from ppcl_rt.planning import sketch
@@ -26,6 +27,7 @@ from ppcl_rt.planning.budget import Budget, check_ratio
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import OnePlan, Plan, PlannedBlock
+from ppcl_rt.planning.quantisation import Quantisation
 from ppcl_rt.planning.width import Width
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ _LOAD_ARGUMENTS = (
     "device",
     "resident",
     "graphs",
+    "quantize",
     "subfolder",
     "variant",
 )
@@ -76,6 +79,7 @@ class CheckpointFolder(Opening):
         pipeline: Any = None,
         offload: Literal["model"] | None = None,
         shape: Any = None,
+        quantize: Quantisation | str | None = None,
         **hub: Any,
     ) -> Self:
         """Load a checkpoint at a ratio or within other budgets; see `ppcl_rt.load`."""
@@ -85,11 +89,13 @@ class CheckpointFolder(Opening):
         if resident not in ("plan", "all"):
             raise ValueError(f'resident is "plan" or "all", not {resident!r}')
         check_mode(graphs)
+        quantisation = Quantisation.of(quantize)
         if unknown := sorted(set(hub) - HUB_ARGUMENTS):
             raise ValueError(f"load takes no {unknown[0]}; see help(ppcl_rt.load)")
         with refusing_briefly():
             model = cls.without_blocks(cls.opened(locate(path, subfolder, variant, **hub), variant), dtype, device)
         model.set_graphs(graphs)
+        model.quantise_what_is_read(quantisation)
         model.set_plan(plan if plan is not None else model.plan_of(budget))
         if resident == "all":
             for every in model._everything():
@@ -132,9 +138,12 @@ class CheckpointFolder(Opening):
         Raises:
             ValueError: also where an argument asks for what this class cannot do.
         """
-        for name in ("quantization_config", "device_map"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"from_pretrained here takes no {name}: load first, then place or quantise the model")
+        if kwargs.get("device_map") is not None:
+            raise ValueError("from_pretrained here takes no device_map: load first, then place the model")
+        if kwargs.get("quantization_config") is not None:
+            if kwargs.get("quantize") is not None:
+                raise ValueError("quantize and quantization_config say the same: give one of them")
+            kwargs = {**kwargs, "quantize": understood(kwargs["quantization_config"])}
         ours = {name: kwargs[name] for name in _LOAD_ARGUMENTS if name in kwargs}
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
@@ -150,7 +159,8 @@ class CheckpointFolder(Opening):
     ) -> None:
         """Write the whole pluggable checkpoint: what is resident as it is now, all else from where it was loaded.
 
-        Tensors are written in the model's dtype, heads and channels in stock order.
+        Tensors are written in the model's dtype, heads and channels in stock order. Weights that are held quantised are
+        written as they were before: loading what was written with the same ``quantize`` gives this model again.
 
         Args:
             save_directory, max_shard_size, variant: as diffusers takes them.
@@ -173,8 +183,16 @@ class CheckpointFolder(Opening):
 
         Returns:
             Its catalog, which has the one plan (`Catalog.only`).
+
+        Raises:
+            ValueError: the weights are quantised.
         """
         self.check_saved_whole()
+        if self._quantisation is not None:
+            raise ValueError(
+                f"weights held as {self._quantisation.format} cannot be saved as a plan: load without quantize, save "
+                "the plan, and load that with quantize"
+            )
         plan, whole = self.plan, self.catalog
         loss = self.planner.loss(plan)
         only = OnePlan(blocks=plan.blocks, text_runs=plan.text_runs, loss=loss if math.isfinite(loss) else None)
@@ -200,6 +218,17 @@ class CheckpointFolder(Opening):
         for run in program.plan.text_runs:
             for name, tensor in self.text_runs[run.key].state_dict().items():
                 yield f"text_runs.{run.key}.{name}", tensor
+
+    def quantise_what_is_read(self, quantisation: Quantisation | None) -> None:
+        """Hold weights of blocks that are read from now on in eight bits; before any are.
+
+        Raises:
+            ValueError: the device cannot compute in that format, or no block has a part that is to be kept.
+        """
+        if quantisation is not None:
+            quantisation.check(self.catalog.architecture)
+            check_device(quantisation, next(self.parameters()).device)
+        self._quantisation = quantisation
 
     @property
     def one_plan_config(self) -> dict[str, Any]:
@@ -228,7 +257,12 @@ class CheckpointFolder(Opening):
         Sketches, which are no weights, keep theirs.
         """
         self.check_saved_whole()
-        held = {name: tensor.detach().cpu() for name, tensor in without_adapters(self.state_dict()).items()}
+        quantised = quantised_names(self)
+        held = {
+            name: tensor.detach().cpu()
+            for name, tensor in without_adapters(self.state_dict()).items()
+            if name not in quantised
+        }
         if self._source is None:
             return held
         dtype = next(iter(held.values())).dtype

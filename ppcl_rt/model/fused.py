@@ -86,6 +86,11 @@ class Fusing(Adapters):
     ) -> None:
         """Add adapters to the weights, also to those that are read later; arguments as diffusers' class takes them."""
         theirs: Any = super()
+        if self._quantisation is not None:
+            raise ValueError(
+                f"weights held as {self._quantisation.format} cannot take adapters in: leave them beside, or load "
+                "without quantize, fuse, save_pretrained, and load that with quantize"
+            )
         with READING:
             layer: Any = next((m for m in self.modules() if hasattr(m, "lora_A")), None)
             fused = [] if layer is None else list(adapter_names or layer.active_adapters)

@@ -59,6 +59,7 @@ class Pluggable(CheckpointFolder, Exchange):
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
         self._catalog = self._source = self._planner = self._current = self._precomputed = None
+        self._quantisation = None
         self._programs, self._times, self._adapters, self._fused = {}, {}, {}, {}
         self._graphs = Graphs()
         self.students = nn.ModuleDict()

@@ -20,11 +20,14 @@ from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, shared_copy
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
 from ppcl_rt.ops.packing import pack
+from ppcl_rt.ops.quantised import QuantisedLinear
 from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import Stream
 from ppcl_rt.planning.catalog import Catalog
+from ppcl_rt.planning.costs import Bytes
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import Plan, PlannedBlock, text_maps
+from ppcl_rt.planning.quantisation import Quantisation
 
 # Held while weights are read into a model or dropped. One for all models: reading is rare, and a lock in a model could
 # not be copied. Nothing is planned or timed while it is held.
@@ -96,6 +99,7 @@ class Residency(nn.Module):
     text_runs: nn.ModuleDict
     config: Any
     _catalog: Catalog | None
+    _quantisation: Quantisation | None
     _source: ComposedCheckpoint | None
     _graphs: Graphs
 
@@ -164,6 +168,11 @@ class Residency(nn.Module):
         """Bytes of all weights that the model holds now."""
         tensors = [*self.parameters(), *self.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def byte_cost(self) -> Bytes:
+        """How the bytes of this model's weights are counted."""
+        return Bytes(next(self.parameters()).element_size(), self._quantisation)
 
     def home(self, planned: PlannedBlock) -> Home:
         """Where a planned block lives."""
@@ -242,7 +251,7 @@ class Residency(nn.Module):
             block = self.make_block(self.config, self.catalog.architecture.kind(planned.interval.first))
         for part in block.spec.parts:
             block.set_submodule(part.path, NotLoaded())
-        block.held = {}
+        block.held, block.quantisation = {}, self._quantisation
         block.orders = {
             group: rank_order(source, f"{prefix}order.{group}", block.spec.groups[group].count)
             for group in block.spec.unit_groups
@@ -305,8 +314,9 @@ class Residency(nn.Module):
             if home.block is None or home.block.training:
                 continue
             needed = self.catalog.spec(planned.interval.first).params(planned.width, plan.not_updated(planned))
-            state = without_adapters(dict(home.block.named_parameters()))
-            if sum(parameter.numel() for parameter in state.values()) > needed:
+            state = [*without_adapters(dict(home.block.named_parameters())).values()]
+            state += [each.weight for each in home.block.modules() if isinstance(each, QuantisedLinear)]
+            if sum(tensor.numel() for tensor in state) > needed:
                 _drop(home.modules, [home.key])
         self._graphs.drop_all()
 

@@ -151,12 +151,11 @@ class Switching(Residency):
             return choice
         if not isinstance(choice, Budget):
             return self.planner.plan(choice)
-        dtype = next(self.parameters()).dtype
         if choice.fit is not None:
             room = self._room(choice)
-            choice = fitted(choice, room, self.planner, dtype)
+            choice = fitted(choice, room, self.planner, self.byte_cost)
             _log.info("%s", room)
-        return self.planner.plan_within(choice, lambda: dtype.itemsize, self.times)
+        return self.planner.plan_within(choice, lambda: self.byte_cost, self.times)
 
     def room(self, fit: float | str, **more: Any) -> Room:
         """What the rest of a pipeline leaves of a device for this model, part by part.
@@ -181,8 +180,8 @@ class Switching(Residency):
             shape: of FLOPs and latency; None for the reference shape.
             latency: whether to look up, or to measure, milliseconds (`times`).
         """
-        each, times = next(self.parameters()).element_size(), self.times(shape) if latency else None
-        return costs(self.catalog, plan or self.plan, each, shape, times)
+        times = self.times(shape) if latency else None
+        return costs(self.catalog, plan or self.plan, self.byte_cost, shape, times)
 
     def times(self, tokens: Tokens | None = None) -> Times:
         """Milliseconds of this model's blocks on its device, at a shape (`ppcl_rt.model.times`).

@@ -10,6 +10,7 @@ from torch import nn
 
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.model.block import NotLoaded, PluggableBlock, without_adapters
+from ppcl_rt.ops.quantised import QuantisedLinear
 from ppcl_rt.planning.block_spec import BlockSpec, Output, Part, Stream
 from ppcl_rt.planning.width import Width
 
@@ -214,23 +215,38 @@ def _factors(
 
 
 def assign(block: PluggableBlock, missing: Missing, tensor: torch.Tensor) -> None:
-    """Put a tensor into a block, making or resizing its linear layer; what the block held of it is kept."""
+    """Put a tensor into a block, making or resizing its linear layer; what the block held of it is kept.
+
+    A weight that is held quantised takes the place of what was held.
+    """
     path, _, which = missing.name.rpartition(".")
     parent, _, leaf = path.rpartition(".")
     home: Any = block.get_submodule(parent)
     while leaf and "base_layer" in getattr(home._modules.get(leaf), "_modules", ()):
         # Inside what adapters put around it.
         home, leaf = home._modules[leaf], "base_layer"
-    old = getattr(home._modules.get(leaf), which, None) if leaf else None
+    module: Any = home._modules.get(leaf) if leaf else home
+    if which == "weight" and (format := block.format_of(path)) is not None:
+        if not isinstance(module, QuantisedLinear):
+            module = QuantisedLinear(format)
+            home.add_module(leaf, module)
+        module.hold(tensor)
+        _is_held(block, missing, which)
+        return
+    old = getattr(module, which, None) if leaf else None
     if isinstance(old, nn.Parameter) and not old.is_meta:
         # What is resident may have been trained since: a block grows around it.
         _keep_held(block, missing, tensor, old)
-    if which == "weight" and tensor.ndim == 2 and isinstance(home._modules.get(leaf), (NotLoaded, type(None))):
+    if which == "weight" and tensor.ndim == 2 and isinstance(module, (NotLoaded, type(None))):
         home.add_module(leaf, nn.Linear(tensor.shape[1], tensor.shape[0], bias=missing.with_bias, device="meta"))
     module = home.get_submodule(leaf)
     setattr(module, which, nn.Parameter(tensor, requires_grad=tensor.requires_grad))
     if isinstance(module, nn.Linear) and which == "weight":
         module.out_features, module.in_features = tensor.shape
+    _is_held(block, missing, which)
+
+
+def _is_held(block: PluggableBlock, missing: Missing, which: str) -> None:
     if missing.part is not None and (which == "bias" or not missing.with_bias):
         # The bias comes after the weight: only now is the part held at the new counts.
         block.held[missing.part.path] = missing.counts

@@ -84,6 +84,8 @@ def _name(model: Any, tokens: Tokens) -> str:
         "torch": torch.__version__,
         "backend": os.environ.get("PPCL_BACKEND", "auto"),
     }
+    if model._quantisation is not None:
+        about["quantised"] = model._quantisation.model_dump(mode="json")
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -194,7 +196,8 @@ def measure(model: Any, tokens: Tokens) -> TimeTable:
     architecture = catalog.architecture
     everything = model.dtype.itemsize * architecture.dense_params <= _ALL_BLOCKS_BYTES
     probes = list(_probes(catalog, architecture.depth if everything else _BLOCKS))
-    alone = type(model).load(model._source.folder, plan=probes[0].plan, dtype=model.dtype, device=model.device)
+    how = {"dtype": model.dtype, "device": model.device, "quantize": model._quantisation}
+    alone = type(model).load(model._source.folder, plan=probes[0].plan, **how)
     clock = _Clock(alone, alone.example(tokens))
     empty = Plan(checkpoint=catalog.fingerprint, depth=architecture.depth, blocks=())
     for plan in (empty, *(probe.plan for probe in probes)):

@@ -21,7 +21,7 @@ from ppcl_kernels.linear import Activation, prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_rt.ops import eager
 from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key, backend
-from ppcl_rt.ops.modules import Branch, adapted, is_plain, linear, parameter, readable
+from ppcl_rt.ops.modules import Branch, adapted, has_hooks, is_plain, linear, parameter, readable
 from ppcl_rt.ops.operation import (
     Operation,
     define_op,
@@ -31,6 +31,7 @@ from ppcl_rt.ops.operation import (
     vector_signature,
     weight_signature,
 )
+from ppcl_rt.ops.quantised import QuantisedLinear
 
 
 class Linears(NamedTuple):
@@ -289,10 +290,14 @@ def _joined_through_modules(
     left out, is zero there."""
     own = [each for each in inputs if each.replacement is None]
     base, branches = adapted(module)
-    if is_plain(base):
+    is_quantised = type(base) is QuantisedLinear and not has_hooks(base)
+    if is_quantised or is_plain(base):
         y = inputs[0].x.new_zeros(()) if base.bias is None else base.bias
         for each in own:
-            y = y + kernels.linear_reference(each.x, base.weight[:, each.first :])
+            if is_quantised:
+                y = y + base.product(each.x, None, each.first)
+            else:
+                y = y + kernels.linear_reference(each.x, base.weight[:, each.first :])
         for branch in branches:
             # Of all inputs: what stands in for columns does so without the adapter.
             y = sum((branch(each.x, len(base.weight), each.first) for each in inputs), y)

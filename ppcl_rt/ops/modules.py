@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 import ppcl_kernels as kernels
+from ppcl_rt.ops.quantised import QuantisedLinear
 
 
 class Streams(NamedTuple):
@@ -26,15 +28,22 @@ def is_plain(module: Any) -> bool:
     """
     # This runs for every layer in every forward. Look-ups in dictionaries take a fraction of the time of `hasattr` on a
     # module, which takes microseconds.
-    own = module.__dict__
     return (
         type(module) in _PLAIN_MODULES
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and "forward" not in own
-        and "_hf_hook" not in own
-        and "_diffusers_hook" not in own
-        and type(own["_parameters"].get("weight")) in _PLAIN_WEIGHTS
+        and type(module.__dict__["_parameters"].get("weight")) in _PLAIN_WEIGHTS
+        and not has_hooks(module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: hooks, or another forward."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_hf_hook" in own
+        or "_diffusers_hook" in own
     )
 
 
@@ -122,8 +131,11 @@ def readable(x: torch.Tensor, *modules: Any, others: tuple[torch.Tensor | None, 
 def linear(module: Any, x: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
     """Apply a linear module to ``x [..., k]``: its first ``out_features`` rows (None: all) and first ``k`` columns."""
     base, branches = adapted(module)
-    if is_plain(base) and all(branch.down.dtype == x.dtype for branch in branches):
-        y = kernels.linear_reference(x, base.weight, base.bias, out_features)
+    is_quantised = type(base) is QuantisedLinear
+    if (is_quantised or is_plain(base)) and all(branch.down.dtype == x.dtype for branch in branches):
+        # A quantised layer is called, so that its hooks run.
+        how = base if is_quantised else partial(kernels.linear_reference, weight=base.weight, bias=base.bias)
+        y = how(x, out_features=out_features)
         for branch in branches:
             y = y + branch(x, y.shape[-1])
         return y

@@ -6,7 +6,7 @@ tensors that a plan reads. Plain data, no torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -93,6 +93,13 @@ class Part(Frozen):
     def across(self) -> int:
         """Numbers that one row or column of a unit holds: its length, and its bias where it is a row."""
         return self.columns + self.bias if self.axis == 0 else self.rows
+
+
+class Weights(NamedTuple):
+    """How many numbers weights have, biases left out, and how many rows."""
+
+    numbers: int
+    rows: int
 
 
 class Output(NamedTuple):
@@ -259,6 +266,22 @@ class BlockSpec(Frozen):
     def params(self, width: Width, not_updated: Collection[Stream] = ALL_UPDATED) -> int:
         """Parameters of a block at a width."""
         return self.fixed_params(not_updated) + sum(self.group_params(g, n, not_updated) for g, n in width.items())
+
+    def fixed_weights(self, takes: Callable[[Part], bool], not_updated: Collection[Stream]) -> Weights:
+        """Of `fixed_params`, the weights of some parts; rows of outputs, whose count depends on no group, are here."""
+        parts = [part for part in self._parts(not_updated) if not part.factored and takes(part)]
+        numbers = sum(self._whole(part) * (part.columns if part.axis == 0 else part.rows) for part in parts)
+        return Weights(numbers, sum(self._whole(part) if part.axis == 0 else part.rows for part in parts))
+
+    def group_weights(
+        self, takes: Callable[[Part], bool], group: str, count: int, not_updated: Collection[Stream]
+    ) -> Weights:
+        """Of `group_params`, the weights of some parts, none of which is factored."""
+        held = [(p, s.unit) for p in self._parts(not_updated) if takes(p) for s in p.segments if s.group == group]
+        if count == LINEAR_MAP:
+            return Weights(self.dim**2 * sum(part.axis == 1 for part, _ in held), 0)
+        numbers = sum(unit * (part.columns if part.axis == 0 else part.rows) for part, unit in held)
+        return Weights(count * numbers, count * sum(unit for part, unit in held if part.axis == 0))
 
     def flops(
         self, width: Width, image_tokens: int, text_tokens: int, not_updated: Collection[Stream] = ALL_UPDATED

@@ -47,7 +47,7 @@ class Budget(Frozen):
             shape; 1 is the teacher.
         params: parameters.
         flops: floating-point operations of a forward at ``shape``.
-        memory: bytes of the weights that the model holds, in its dtype.
+        memory: bytes of the weights that the model holds, in its dtype or quantised.
         latency: milliseconds of a forward at ``shape``, as measured on this device.
         fit: bytes of a device that the whole pipeline runs on; the model gets what the rest leaves
             (`ppcl_rt.model.fitting`).
@@ -146,12 +146,12 @@ class Budget(Frozen):
         return self.ratio is not None and self == Budget(ratio=self.ratio)
 
     def limits(
-        self, catalog: Catalog, bytes_each: Callable[[], int], times: Callable[[Tokens], Times]
+        self, catalog: Catalog, weights: Callable[[], Bytes], times: Callable[[Tokens], Times]
     ) -> tuple[Limit, ...]:
         """What it means for a catalog.
 
         Args:
-            bytes_each: returns the bytes of a parameter; called if memory is asked for.
+            weights: returns how bytes are counted; called if memory is asked for.
             times: returns the milliseconds at a shape; called if latency is asked for.
         """
         assert self.fit is None, "what fits is found first: it is a limit of memory then"
@@ -164,7 +164,7 @@ class Budget(Frozen):
         if self.flops is not None:
             found.append(Limit(Flops(shape), self.flops))
         if self.memory is not None:
-            found.append(Limit(Bytes(bytes_each()), self.memory))
+            found.append(Limit(weights(), self.memory))
         if self.latency is not None:
             found.append(Limit(Milliseconds(times(shape)), self.latency))
         return tuple(found)
@@ -180,17 +180,17 @@ def ratio_limits(catalog: Catalog, ratio: float) -> tuple[Limit, Limit]:
 
 
 def costs(
-    catalog: Catalog, plan: Plan, bytes_each: int, shape: Tokens | None = None, times: Times | None = None
+    catalog: Catalog, plan: Plan, weights: Bytes, shape: Tokens | None = None, times: Times | None = None
 ) -> dict[str, float]:
     """What a plan costs in each currency.
 
     Args:
-        bytes_each: of a parameter.
+        weights: how bytes are counted.
         shape: of the FLOPs; None for the catalog's reference shape.
         times: milliseconds at that shape; without them there is no latency.
     """
     shape = shape or catalog.reference
-    each: list[Cost] = [Params(), Flops(shape), Bytes(bytes_each), *([Milliseconds(times)] if times else [])]
+    each: list[Cost] = [Params(), Flops(shape), weights, *([Milliseconds(times)] if times else [])]
     return {"ratio": catalog.ratio(plan)} | {cost.currency: cost.of(catalog.architecture, plan) for cost in each}
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ppcl_rt.planning.architecture import Architecture, Tokens
-from ppcl_rt.planning.block_spec import Stream
+from ppcl_rt.planning.block_spec import Stream, Weights
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.milliseconds import BlockTimes, Times
 from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.quantisation import SCALE_BYTES, Quantisation
 from ppcl_rt.planning.width import Width
 
 Currency = Literal["params", "flops", "memory", "latency"]
@@ -85,10 +86,12 @@ class Bytes(Cost):
     """Bytes of the weights.
 
     Attributes:
-        each: of one parameter.
+        each: of one parameter that is not quantised.
+        quantisation: which weights are held in one byte a number and a scale a row; None where none is.
     """
 
     each: int
+    quantisation: Quantisation | None = None
     currency = "memory"
     unit = "bytes"
 
@@ -98,17 +101,28 @@ class Bytes(Cost):
 
     def fixed(self, architecture: Architecture, block: int, not_updated: Collection[Stream]) -> float:
         """See `Cost`."""
-        return self.each * Params().fixed(architecture, block, not_updated)
+        whole = self.each * Params().fixed(architecture, block, not_updated)
+        if self.quantisation is None:
+            return whole
+        return whole - self._saved(architecture.spec(block).fixed_weights(self.quantisation.takes, not_updated))
 
     def group(
         self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
     ) -> float:
         """See `Cost`."""
-        return self.each * Params().group(architecture, block, group, count, not_updated)
+        whole = self.each * Params().group(architecture, block, group, count, not_updated)
+        if self.quantisation is None:
+            return whole
+        takes = self.quantisation.takes
+        return whole - self._saved(architecture.spec(block).group_weights(takes, group, count, not_updated))
 
     def run(self, architecture: Architecture, run: Interval) -> float:
         """See `Cost`."""
         return self.each * Params().run(architecture, run)
+
+    def _saved(self, weights: Weights) -> int:
+        """By holding weights in eight bits; less than nothing where scales take more."""
+        return (self.each - 1) * weights.numbers - SCALE_BYTES * weights.rows
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ppcl_rt.planning.bands import near
 from ppcl_rt.planning.budget import Budget, Limit, check_ratio, ratio_limits
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.choices import Choices
-from ppcl_rt.planning.costs import Cost
+from ppcl_rt.planning.costs import Bytes, Cost
 from ppcl_rt.planning.interactions import Interactions
 from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan
@@ -95,7 +95,7 @@ class Planner:
         except _NoneFits:
             raise ValueError(self._why_none(budget)) from None
 
-    def plan_within(self, budget: Budget, bytes_each: Callable[[], int], times: Callable[[Tokens], Times]) -> Plan:
+    def plan_within(self, budget: Budget, weights: Callable[[], Bytes], times: Callable[[Tokens], Times]) -> Plan:
         """The plan with the least predicted loss within a budget; arguments as of `Budget.limits`.
 
         Raises:
@@ -104,7 +104,7 @@ class Planner:
         if budget.only_ratio and budget.ratio is not None:
             # By itself it is refused in its own words.
             return self.plan(budget.ratio)
-        return self.plan(budget.limits(self.catalog, bytes_each, times))
+        return self.plan(budget.limits(self.catalog, weights, times))
 
     def near(self, band: int) -> Planner:
         """The planner of a band of the timestep."""

@@ -8,6 +8,7 @@ import pytest
 
 from ppcl_rt import Budget, Tokens
 from ppcl_rt.planning.budget import ratio_limits
+from ppcl_rt.planning.costs import Bytes
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,6 @@ def test_what_is_asked_for_is_what_is_limited(made):
     limits = budget.limits(catalog, never, never)
     assert limits[:2] == ratio_limits(catalog, 0.5)
     assert [limit.most for limit in limits[2:]] == [1000, 5e5] and limits[3].cost.tokens == Tokens(3, 4)
-    [memory] = Budget.of(memory="1kb").limits(catalog, lambda: 2, never)
+    [memory] = Budget.of(memory="1kb").limits(catalog, lambda: Bytes(2), never)
     assert (memory.most, memory.cost.each) == (1000, 2)
     assert Budget.of(0.5).only_ratio and not Budget.of(0.5, shape=(3, 4)).only_ratio
