@@ -89,7 +89,11 @@ class Adapters(Modulations):
                 self._adapters[name] = factors
                 for block, at in self._homes():
                     for part, each in self._on(block, at, factors):
-                        set_alpha(block.get_submodule(part.path), name, each.alpha)
+                        layer: Any = block.get_submodule(part.path)
+                        set_alpha(layer, name, each.alpha)
+                        # peft goes by the weight's dtype, which in eight bits is none to compute in.
+                        for factor in (layer.lora_A[name], layer.lora_B[name]):
+                            factor.to(next(self.parameters()).dtype)
                 for path, each in factors.items():
                     if not self._in_blocks(path):
                         set_alpha(self.get_submodule(path), name, each.alpha)

@@ -24,7 +24,6 @@ from ppcl_rt.ops.quantised import QuantisedLinear
 from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import Stream
 from ppcl_rt.planning.catalog import Catalog
-from ppcl_rt.planning.costs import Bytes
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.plan import Plan, PlannedBlock, text_maps
 from ppcl_rt.planning.quantisation import Quantisation
@@ -168,11 +167,6 @@ class Residency(nn.Module):
         """Bytes of all weights that the model holds now."""
         tensors = [*self.parameters(), *self.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    @property
-    def byte_cost(self) -> Bytes:
-        """How the bytes of this model's weights are counted."""
-        return Bytes(next(self.parameters()).element_size(), self._quantisation)
 
     def home(self, planned: PlannedBlock) -> Home:
         """Where a planned block lives."""

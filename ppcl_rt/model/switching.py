@@ -20,6 +20,7 @@ from ppcl_rt.model.running import Running
 from ppcl_rt.model.times import block_times
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.budget import Budget, costs
+from ppcl_rt.planning.costs import Bytes
 from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.planner import Planner
@@ -59,6 +60,11 @@ class Switching(Residency):
             source = self._source if self.catalog.sketch is not None else None
             self._planner = Planner(self.catalog, None if source is None else source.sketches)
         return self._planner
+
+    @property
+    def byte_cost(self) -> Bytes:
+        """How the bytes of this model's weights are counted."""
+        return Bytes(next(self.parameters()).element_size(), self._quantisation)
 
     @property
     def plan(self) -> Plan:

@@ -109,7 +109,7 @@ def make_z_image(folder):
 @pytest.mark.parametrize("make", [make_flux, make_sd3, make_z_image], ids=["flux", "sd3", "z-image"])
 def test_other_families(make, tmp_path, run, same):
     folder, given = make(tmp_path / "checkpoint")
-    for ratio in (1.0, 0.6):
+    for ratio in (1.0, 0.8):
         model = ppcl_rt.load(folder, ratio, quantize="int8")
         assert layers_of(model)
         got, wanted = run(model, given), run(rounded_like(ppcl_rt.load(folder, ratio), model), given)
@@ -157,7 +157,7 @@ def test_the_planner_counts_the_bytes_that_are_held(mapped, compensated, dtype):
             assert whole == model.costs()["memory"] < 0.9 * dense.resident_bytes
             # The same bytes hold more of the model.
             assert model.costs()["params"] > dense.costs(dense.plan_of(Budget.of(memory=whole)))["params"]
-            for share in (0.8, 0.6):
+            for share in (0.8, 0.7):
                 model.set_budget(memory=share * whole)
                 assert model.resident_bytes == model.costs()["memory"] <= share * whole
                 loaded = ppcl_rt.load(folder, memory=share * whole, quantize=how, dtype=dtype)
@@ -206,7 +206,12 @@ def test_adapters_beside_it(made, build_inputs, run, same, dtype):
     model.load_lora_adapter(state, adapter_name="one")
     for ratio in (0.6, 1.0):
         model.set_ratio(ratio)
-        dense = rounded_like(ppcl_rt.load(made.folder, ratio), model) if dtype == torch.float32 else None
+        dense = None
+        if dtype == torch.float32:
+            # It has gone the same way, so that it has the same students.
+            dense = ppcl_rt.load(made.folder, 0.6)
+            dense.set_ratio(ratio)
+            rounded_like(dense, model)
         got = run(model, given)
         assert all(p.dtype == dtype for name, p in model.named_parameters() if ".lora_" in name)
         if dense is not None:
