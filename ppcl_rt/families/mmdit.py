@@ -264,6 +264,8 @@ class TwoStreamBlock(ModulatedBlock):
         inputs = (image_input, text_input, key_mask, rotations, width)
         names = [s.name for s in updated]
         attended = self.called_attention(names, *inputs) if called else self.attention(*inputs)
+        # What the image's q, k and v were made of is held no longer (`two_stream_numbers`).
+        del inputs, image_input
         updated = self.add_attention(updated, attended, width, projected=called)
         image, *updated_text = self.add_feed_forward(updated, width)
         return updated_text[0] if updated_text else text, image

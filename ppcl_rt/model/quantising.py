@@ -39,7 +39,7 @@ def understood(config: Any) -> Quantisation | None:
         return Quantisation(format=_TORCHAO[name])
     method = getattr(config, "quant_method", None)
     said = f"{name} ({getattr(method, 'value', method)})" if method else name
-    raise ValueError(f"{said} cannot be had at every ratio: {_ALTERNATIVE}")
+    raise ValueError(f"quantization_config {said} cannot be had at every ratio: {_ALTERNATIVE}")
 
 
 def check_device(quantisation: Quantisation, device: torch.device) -> None:
