@@ -262,8 +262,7 @@ class TwoStreamBlock(ModulatedBlock):
         image_input = self.attention_input(updated[0])
         called = must_call(self.attn, self.stock_processor)
         inputs = (image_input, text_input, key_mask, rotations, width)
-        names = [s.name for s in updated]
-        attended = self.called_attention(names, *inputs) if called else self.attention(*inputs)
+        attended = self.called_attention([s.name for s in updated], *inputs) if called else self.attention(*inputs)
         # What the image's q, k and v were made of is held no longer (`two_stream_numbers`).
         del inputs, image_input
         updated = self.add_attention(updated, attended, width, projected=called)

@@ -105,10 +105,12 @@ def qkv_projection(
             if batch == 1 and bias is not None:
                 # Where a stream is one piece of memory, the product goes there at once.
                 torch.addmm(bias, s.x[0], weight.t(), out=into[0])
-                add_branches(into, s.x, more)
+                if more:
+                    add_branches(into, s.x, more)
             else:
                 product = F.linear(s.x, weight, bias)
-                add_branches(product, s.x, more)
+                if more:
+                    add_branches(product, s.x, more)
                 into.copy_(product)
     joint = joint.view(3, batch, sum(tokens), heads, head_dim)
     qk = joint[:2]

@@ -213,19 +213,24 @@ def linears(layers: Sequence[Layer], *, activation: Activation = "none") -> list
     Raises:
         ValueError: an unknown activation; SwiGLU without a ``silu_module``, or a ``silu_module`` without SwiGLU.
     """
-    given = layers
-    layers, branches, silu_branches = zip(*[layer.apart() for layer in layers], strict=True)
+    # Adapters are looked for where there is something: taking layers apart takes microseconds.
+    if all(layer.adapter is None for layer in layers) and _readable(layers):
+        return LINEARS(Linears(tuple([_group(layer) for layer in layers]), activation))
+    if eager.suits(layers[0].x) and backend() != "triton":
+        bases, branches, silu_branches = zip(*[layer.apart() for layer in layers], strict=True)
+        added = [branch for each in (*branches, *silu_branches) for branch in each]
+        if _readable(bases, added):
+            groups = zip(map(_group, bases), branches, silu_branches, strict=True)
+            return [eager.linear(group, activation, *more) for group, *more in groups]
+    return [_through_module(layer, activation) for layer in layers]
+
+
+def _readable(layers: Sequence[Layer], branches: Sequence[Branch] = ()) -> bool:
+    """Whether an operation may read the weights of all these layers and branches."""
     others = [t for layer in layers for t in (layer.x, layer.gate, layer.residual)]
-    others += [t for each in (*branches, *silu_branches) for branch in each for t in branch[:2]]
+    others += [t for branch in branches for t in branch[:2]]
     modules = [module for layer in layers for module in (layer.module, layer.silu_module)]
-    x, has_adapters = layers[0].x, any(branches) or any(silu_branches)
-    in_eager = eager.suits(x) and backend() != "triton"
-    if not readable(x, *modules, others=tuple(others)) or (has_adapters and not in_eager):
-        return [_through_module(layer, activation) for layer in given]
-    groups = tuple([_group(layer) for layer in layers])
-    if has_adapters:
-        return [eager.linear(g, activation, *added) for g, *added in zip(groups, branches, silu_branches, strict=True)]
-    return LINEARS(Linears(groups, activation))
+    return readable(layers[0].x, *modules, others=tuple(others))
 
 
 def _group(layer: Layer) -> kernels.Linear:

@@ -28,10 +28,16 @@ def is_plain(module: Any) -> bool:
     """
     # This runs for every layer in every forward. Look-ups in dictionaries take a fraction of the time of `hasattr` on a
     # module, which takes microseconds.
+    own = module.__dict__
     return (
         type(module) in _PLAIN_MODULES
-        and type(module.__dict__["_parameters"].get("weight")) in _PLAIN_WEIGHTS
-        and not has_hooks(module)
+        and type(own["_parameters"].get("weight")) in _PLAIN_WEIGHTS
+        # As `has_hooks`, without another call.
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and "forward" not in own
+        and "_hf_hook" not in own
+        and "_diffusers_hook" not in own
     )
 
 

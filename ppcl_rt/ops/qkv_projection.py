@@ -236,23 +236,22 @@ def qkv_projection(streams: Sequence[ProjectedStream], heads: int, head_dim: int
     Returns:
         q, k and v ``[B, S, heads, E]``, the tokens of one stream after those of the other.
     """
-    given = streams
-    streams, branches = zip(*[_apart(s) for s in streams], strict=True)
-    added = [branch for stream in branches for each in stream for branch in each]
-    modules = [module for s in streams for module in s.projection]
     inputs = tuple([s.x for s in streams])
     # The operation has one eps: norms that differ in it are called.
     all_eps = {m.eps for s in streams for m in s.projection[3:] if m is not None}
-    others = (*inputs, *(t for branch in added for t in branch[:2]))
-    if len(all_eps) > 1 or not readable(inputs[0], *modules, others=others):
-        return _through_modules(given, heads, head_dim)
+    if len(all_eps) > 1:
+        return _through_modules(streams, heads, head_dim)
     eps: Any = all_eps.pop() if all_eps else 1e-6
-    call = QKV(tuple(map(_stream, streams)), heads, head_dim, eps)
-    if not added:
-        return QKV_PROJECTION(call)
-    if backend() == "triton" or not eager.suits(inputs[0]) or not eager.takes_qkv(*call[:3]):
-        return _through_modules(given, heads, head_dim)
-    return eager.qkv_projection(*call, branches)
+    if readable(inputs[0], *[module for s in streams for module in s.projection], others=inputs):
+        return QKV_PROJECTION(QKV(tuple(map(_stream, streams)), heads, head_dim, eps))
+    if eager.suits(inputs[0]) and backend() != "triton":
+        bases, branches = zip(*[_apart(s) for s in streams], strict=True)
+        added = [t for stream in branches for each in stream for branch in each for t in branch[:2]]
+        if readable(inputs[0], *[module for s in bases for module in s.projection], others=(*inputs, *added)):
+            call = QKV(tuple(map(_stream, bases)), heads, head_dim, eps)
+            if eager.takes_qkv(*call[:3]):
+                return eager.qkv_projection(*call, branches)
+    return _through_modules(streams, heads, head_dim)
 
 
 def _apart(s: ProjectedStream) -> tuple[ProjectedStream, tuple[tuple[Branch, ...], ...]]:
