@@ -33,6 +33,7 @@ from ppcl_rt import ops
 from ppcl_rt.families import original
 from ppcl_rt.families.attending import CalledAttention, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import (
+    Attending,
     Control,
     Layers,
     MMDiT,
@@ -153,10 +154,9 @@ class PPCLFluxTransformerBlock(TwoStreamBlock, FluxTransformerBlock):
         )
         return in_range(text), image
 
-    def processor_arguments(
-        self, key_mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor] | None, text_tokens: int
-    ) -> dict[str, Any]:
+    def processor_arguments(self, inputs: Attending) -> dict[str, Any]:
         """See `TwoStreamBlock.processor_arguments`."""
+        rope = inputs.rotations
         return {} if rope is None else {"image_rotary_emb": stock_rotations(torch.cat([rope[1], rope[0]]))}
 
 

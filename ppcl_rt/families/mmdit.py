@@ -131,6 +131,22 @@ class UpdatedStream(NamedTuple):
     more: tuple[Modulation, ...] = ()
 
 
+class Attending(NamedTuple):
+    """What the attention of a block reads.
+
+    Attributes:
+        image: what q, k and v of the image are projected from, ``[B, S_image, D]``.
+        text: the same of the text, ``[B, S_text, D]``.
+        key_mask: boolean ``[B, S_text + S_image]``, true on tokens that count, or None.
+        rotations: of image and text, ``[S, E / 2, 2]`` each, or None.
+    """
+
+    image: torch.Tensor
+    text: torch.Tensor
+    key_mask: torch.Tensor | None
+    rotations: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class _Found(NamedTuple):
     """How to get at the modules of one stream; each function takes the block."""
 
@@ -259,50 +275,35 @@ class TwoStreamBlock(ModulatedBlock):
         if text_input is None:
             updated.append(self.updated_text(text, temb, width, modulations))
             text_input = self.attention_input(updated[-1])
-        image_input = self.attention_input(updated[0])
         called = must_call(self.attn, self.stock_processor)
-        inputs = (image_input, text_input, key_mask, rotations, width)
-        attended = self.called_attention([s.name for s in updated], *inputs) if called else self.attention(*inputs)
+        inputs = Attending(self.attention_input(updated[0]), text_input, key_mask, rotations)
+        names = [s.name for s in updated]
+        attended = self.called_attention(names, inputs, width) if called else self.attention(inputs, width)
         # What the image's q, k and v were made of is held no longer (`two_stream_numbers`).
-        del inputs, image_input
+        del inputs
         updated = self.add_attention(updated, attended, width, projected=called)
         image, *updated_text = self.add_feed_forward(updated, width)
         return updated_text[0] if updated_text else text, image
 
-    def attention(
-        self,
-        image_input: torch.Tensor,
-        text_input: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        rotations: tuple[torch.Tensor, torch.Tensor] | None,
-        width: Width,
-    ) -> dict[Stream, torch.Tensor]:
+    def attention(self, inputs: Attending, width: Width) -> dict[Stream, torch.Tensor]:
         """Attend over both streams together; gives ``[B, S, heads * E]`` of each stream by name."""
-        image_rope, text_rope = rotations or (None, None)
+        image_rope, text_rope = inputs.rotations or (None, None)
         image_qkv, text_qkv = (
             ops.Projection(*(at(self) for at in self._found[stream].projection)) for stream in _STREAMS
         )
         q, k, v = ops.qkv_projection(
             [
-                ops.ProjectedStream(text_input, text_qkv, text_rope),
-                ops.ProjectedStream(image_input, image_qkv, image_rope),
+                ops.ProjectedStream(inputs.text, text_qkv, text_rope),
+                ops.ProjectedStream(inputs.image, image_qkv, image_rope),
             ],
             width["heads"],
             self.spec.head_dim,
         )
-        joint = ops.joint_attention(q, k, v, key_mask=key_mask, backend=backend_of(self.attn))
-        tokens = text_input.shape[1]
+        joint = ops.joint_attention(q, k, v, key_mask=inputs.key_mask, backend=backend_of(self.attn))
+        tokens = inputs.text.shape[1]
         return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
 
-    def called_attention(
-        self,
-        names: Sequence[Stream],
-        image_input: torch.Tensor,
-        text_input: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        rotations: tuple[torch.Tensor, torch.Tensor] | None,
-        width: Width,
-    ) -> dict[Stream, torch.Tensor]:
+    def called_attention(self, names: Sequence[Stream], inputs: Attending, width: Width) -> dict[Stream, torch.Tensor]:
         """As `attention`, by a call of the module (`ppcl_rt.families.attending`); outputs of ``names``, projected."""
         heads, all_heads = width["heads"], self.spec.groups["heads"].count
         narrow = "" if heads == all_heads else f"runs {heads} of {all_heads}"
@@ -310,7 +311,7 @@ class TwoStreamBlock(ModulatedBlock):
             narrow = "does not update the text"
 
         def compute() -> Any:
-            attended = self.attention(image_input, text_input, key_mask, rotations, width)
+            attended = self.attention(inputs, width)
             layers = [
                 ops.Layer(
                     self.output(f"attn_{name}", heads), attended[name], adapter=self.beside(f"attn_{name}", heads)
@@ -324,19 +325,14 @@ class TwoStreamBlock(ModulatedBlock):
             self.attn,
             self.stock_processor,
             compute,
-            {"hidden_states": image_input, "encoder_hidden_states": text_input},
-            lambda: self.processor_arguments(key_mask, rotations, text_input.shape[1]),
+            {"hidden_states": inputs.image, "encoder_hidden_states": inputs.text},
+            lambda: self.processor_arguments(inputs),
             narrow,
         )
         return dict(zip(names, (result,) if isinstance(result, torch.Tensor) else result, strict=False))
 
-    def processor_arguments(
-        self,
-        key_mask: torch.Tensor | None,
-        rotations: tuple[torch.Tensor, torch.Tensor] | None,
-        text_tokens: int,
-    ) -> dict[str, Any]:
-        """What diffusers' block gives its processor next to the hidden states; args as of `attention`."""
+    def processor_arguments(self, inputs: Attending) -> dict[str, Any]:
+        """What diffusers' block gives its processor next to the hidden states."""
         return {}
 
     def add_attention(

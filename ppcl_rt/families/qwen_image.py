@@ -30,6 +30,7 @@ from ppcl_rt.families import qwen_image_authors
 from ppcl_rt.families.attending import PPCLAttention
 from ppcl_rt.families.mmdit import (
     KEY_MASK,
+    Attending,
     Control,
     Layers,
     MMDiT,
@@ -122,13 +123,9 @@ class PPCLQwenImageTransformerBlock(TwoStreamBlock, QwenImageTransformerBlock):
         )
         return in_range(text), in_range(image)
 
-    def processor_arguments(
-        self,
-        key_mask: torch.Tensor | None,
-        rotations: tuple[torch.Tensor, torch.Tensor] | None,
-        text_tokens: int,
-    ) -> dict[str, Any]:
+    def processor_arguments(self, inputs: Attending) -> dict[str, Any]:
         """See `TwoStreamBlock.processor_arguments`."""
+        key_mask, rotations, text_tokens = inputs.key_mask, inputs.rotations, inputs.text.shape[1]
         return {
             "encoder_hidden_states_mask": None if key_mask is None else key_mask[:, :text_tokens],
             "attention_mask": key_mask,

@@ -16,7 +16,7 @@ Where another layer runs in place of the one that an adapter is for:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Adapters(Modulations):
         name = kwargs.pop("adapter_name", None) or f"default_{len(getattr(self, 'peft_config', None) or {})}"
         with READING:
             for block, at in self._homes():
-                self._make_room(block, at, factors)
+                self._make_room(block, [part for part, _ in self._on(block, at, factors)])
             cut = {f"{start}{path}": tensor for path, tensor in self._resident(factors).items()}
             theirs.load_lora_adapter(cut, prefix=prefix, adapter_name=name, **kwargs)
             if factors:
@@ -120,9 +120,7 @@ class Adapters(Modulations):
         """Add a new adapter, to train it; as diffusers' class does, on the layers of the plan that is set."""
         if self.cuts_adapters:
             for block, _ in self._homes():
-                for part in block.spec.parts:
-                    if type(block.get_submodule(part.path)) is NotLoaded:
-                        block.set_submodule(part.path, AdaptedNotLoaded(part, next(self.parameters())))
+                self._make_room(block, block.spec.parts)
         theirs: Any = super()
         theirs.add_adapter(adapter_config, adapter_name)
         self._adapters_changed()
@@ -190,9 +188,9 @@ class Adapters(Modulations):
         state |= {path + UP: up for path, (_, up) in cut.items()}
         return {name: tensor.to(like) for name, tensor in state.items()}
 
-    def _make_room(self, block: PluggableBlock, prefix: str, factors: Mapping[str, Factors]) -> None:
+    def _make_room(self, block: PluggableBlock, parts: Iterable[Part]) -> None:
         """Put what peft takes for a linear layer where a part is not loaded."""
-        for part, _ in self._on(block, prefix, factors):
+        for part in parts:
             if type(block.get_submodule(part.path)) is NotLoaded:
                 block.set_submodule(part.path, AdaptedNotLoaded(part, next(self.parameters())))
 
@@ -226,9 +224,9 @@ class Adapters(Modulations):
         """Put an adapter into a block that is not in the model yet; returns the layers that did not have it."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        like, new = next(self.parameters()), []
-        self._make_room(block, prefix, factors)
-        for part, each in self._on(block, prefix, factors):
+        like, new, mine = next(self.parameters()), [], list(self._on(block, prefix, factors))
+        self._make_room(block, [part for part, _ in mine])
+        for part, each in mine:
             layer: Any = block.get_submodule(part.path)
             down, up = (factor.to(like) for factor in cut_to(block, part, each))
             is_new = name not in getattr(layer, "lora_A", ())

@@ -79,13 +79,18 @@ class FusedCheckpoint(ComposedCheckpoint):
 class Fusing(Adapters):
     """Adding adapters to the weights of a model, and taking them out again."""
 
+    # Of adapters that are loaded, by name; and of those that were unloaded since, which stay.
     _fused: dict[str, Fused]
+    _fused_for_good: tuple[Fused, ...]
 
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None
     ) -> None:
         """Add adapters to the weights, also to those that are read later; arguments as diffusers' class takes them."""
         theirs: Any = super()
+        if not self.cuts_adapters:
+            theirs.fuse_lora(lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+            return
         if self._quantisation is not None:
             raise ValueError(
                 f"weights held as {self._quantisation.format} cannot take adapters in: leave them beside, or load "
@@ -110,11 +115,33 @@ class Fusing(Adapters):
         theirs: Any = super()
         with READING:
             theirs.unfuse_lora()
-            for name in [name for name in self._fused if name in self._adapters]:
-                factors, scale = self._fused.pop(name)
+            fused, self._fused = self._fused, {}
+            for factors, scale in fused.values():
                 for block, prefix in self._homes():
                     self._add_beside(block, prefix, factors, -scale)
             self._fused_changed()
+
+    def unload_lora(self) -> None:
+        """Let go of all adapters; what is fused stays in the weights."""
+        super().unload_lora()
+        self._fused_for_good, self._fused = self._all_fused, {}
+
+    def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
+        """Let go of some adapters.
+
+        Raises:
+            ValueError: one of them is fused.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if fused := next((name for name in names if name in self._fused), None):
+            raise ValueError(
+                f"adapter {fused} is fused: unfuse_lora takes it out, unload_lora leaves it in the weights"
+            )
+        super().delete_adapters(adapter_names)
+
+    @property
+    def _all_fused(self) -> tuple[Fused, ...]:
+        return (*self._fused_for_good, *self._fused.values())
 
     def complete(self, block: PluggableBlock, home: Home) -> None:
         """See `Residency.complete`; all else that was read holds what is fused."""
@@ -139,8 +166,8 @@ class Fusing(Adapters):
             self._put_beside_factors(block, prefix)
         source = self._source.unfused if isinstance(self._source, FusedCheckpoint) else self._source
         # In a checkpoint of one plan weights lie as they run, and all of them were read.
-        reads = source is not None and self.catalog.only is None and bool(self._fused)
-        self._source = FusedCheckpoint(source, list(self._fused.values())) if source and reads else source
+        reads = source is not None and self.catalog.only is None and bool(self._all_fused)
+        self._source = FusedCheckpoint(source, self._all_fused) if source and reads else source
         self._adapters_changed()
 
     def _fuse_lora_apply(self, module: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
@@ -181,7 +208,7 @@ class Fusing(Adapters):
         """Hold what is fused into modulations as a product beside their two factors, where there are such."""
         like, found = next(self.parameters()), dict[str, list[Factors]]()
         legal = next((widths for path, _, widths in self.catalog.prefixed if path == prefix), None)
-        for fused in self._fused.values():
+        for fused in self._all_fused:
             for part, each in self._on(block, prefix, fused.factors):
                 group = part.factored
                 if not group:

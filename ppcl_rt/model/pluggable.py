@@ -61,6 +61,7 @@ class Pluggable(CheckpointFolder, Exchange):
         self._catalog = self._source = self._planner = self._current = self._precomputed = None
         self._quantisation = None
         self._programs, self._times, self._adapters, self._fused = {}, {}, {}, {}
+        self._fused_for_good = ()
         self._graphs = Graphs()
         self.students = nn.ModuleDict()
         self.text_runs = nn.ModuleDict()

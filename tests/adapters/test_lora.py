@@ -313,6 +313,24 @@ def test_other_adapters_are_refused(made, build_inputs, run, change, message):
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
+def test_one_after_another_under_one_name(mapped, build_inputs, run, same):
+    """Each fused and unloaded before the next: all are in the weights, in those that are read later too."""
+    states, given = [make_lora(mapped.stock, seed=seed, size=0.1) for seed in (0, 1)], build_inputs()
+    beside, model = ppcl_rt.load(mapped.folder, 0.6), ppcl_rt.load(mapped.folder, 0.6)
+    for number, state in enumerate(states):
+        beside.load_lora_adapter(state, adapter_name=f"number {number}")
+        model.load_lora_adapter(state, adapter_name="one")
+        model.fuse_lora()
+        with pytest.raises(ValueError, match="adapter one is fused: unfuse_lora takes it out, unload_lora leaves it"):
+            model.delete_adapters("one")
+        model.unload_lora()
+    beside.set_adapters(["number 0", "number 1"])
+    for ratio in (0.6, 0.8, 1.0, 0.45):
+        model.set_ratio(ratio)
+        beside.set_ratio(ratio)
+        same(run(model, given), run(beside, given), 2e-5)
+
+
 def test_precomputed_modulations(mapped, build_inputs, run, same):
     """Tables are not looked up while an adapter is on modulations, and are made anew once it is in the weights."""
     state, given = make_lora(mapped.stock), build_inputs()
