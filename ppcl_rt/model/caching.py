@@ -158,7 +158,7 @@ class Caching(nn.Module, CacheMixin):
             self._modules.update(self._lists)
 
     def _cache_hooks(self) -> Iterator[tuple[nn.Module, Any]]:
-        """The hooks of the cache that is enabled, with their modules: configs and hooks lie in one file of diffusers'."""
+        """The hooks of the cache that is enabled, with their modules; diffusers has them in the file of its config."""
         for module in self.modules():
             registry = module.__dict__.get("_diffusers_hook")
             for hook in () if registry is None else registry.hooks.values():
