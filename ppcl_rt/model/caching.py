@@ -87,6 +87,11 @@ class Caching(nn.Module, CacheMixin):
             self._context = before
             self._tell_context()
 
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Forget what was computed, as pipelines do after an image; see diffusers."""
+        super()._reset_stateful_cache(recurse)
+        self._tell_context()
+
     def noise_of(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
         """What of a forward's arguments tells denoising steps apart: it falls from one to the next."""
         return arguments.get("timestep")

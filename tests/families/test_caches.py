@@ -230,6 +230,8 @@ def test_pipelines_that_name_no_context(of, tmp_path, family, pipeline):
         generator = torch.Generator().manual_seed(0)
         given = {"prompt": "a", "num_inference_steps": 3, "output_type": "pt", "height": 16, "width": 16}
         pictures.append(pipe(generator=generator, **given).images)
+        # An image begins anew.
+        torch.testing.assert_close(pipe(generator=generator.manual_seed(0), **given).images, pictures[-1])
         if threshold is not None:
             pipe.transformer.disable_cache()
     torch.testing.assert_close(pictures[1], pictures[0], atol=1e-5, rtol=0)
