@@ -18,8 +18,9 @@ import ppcl_kernels as kernels
 from ppcl_rt import ops
 from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.model.borrowed import are_borrowed, run_borrowed
 from ppcl_rt.model.pluggable import Pluggable
-from ppcl_rt.model.program import Program
+from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
 from ppcl_rt.planning.width import LINEAR_MAP, Width
@@ -501,33 +502,53 @@ class MMDiT(Pluggable):
                 runs as long as one of its blocks would.
             arguments: that all blocks are called with.
         """
-        next_block, first_input = 0, text
-        for number, call in enumerate(program.calls):
+        calls, first_inputs = program.calls, dict[int, torch.Tensor]()
+
+        def first_input(number: int, text: torch.Tensor) -> torch.Tensor:
+            """What the first block of a text run read, by its number; a cache may have left it out."""
+            if number not in first_inputs:
+                more = {} if known is None or known[number] is None else {"modulations": known[number]}
+                first_inputs[number] = calls[number].block.text_input(text, temb, calls[number].width, **more)
+            return first_inputs[number]
+
+        def step(number: int, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            call, run = calls[number], calls[number].text_run
             # Only where there are any: hooks of others know the call as it is in diffusers.
             more: dict[str, Any] = {}
             if known is not None and known[number] is not None:
                 more["modulations"] = known[number]
-            image = _controlled(image, control, range(next_block, call.interval.first))
-            text_input = None
-            if call.text_run is not None and call.text_run.is_first:
-                first_input = call.block.text_input(text, temb, call.width, **more)
-            elif call.text_run is not None and call.text_run.input_map is not None:
-                text_input = first_input + call.text_run.input_map(first_input)
+            image = _controlled(image, control, range(_end(calls, number), call.interval.first))
+            if run is not None and run.is_first:
+                first_input(number, text)
+            elif run is not None and run.input_map is not None:
+                read = first_input(_first_of_run(calls, number), text)
+                more["text_input"] = read + run.input_map(read)
             if not all(block in skipped for block in call.interval):
                 text, image = self._call_block(
-                    call,
-                    hidden_states=image,
-                    encoder_hidden_states=text,
-                    temb=temb,
-                    **arguments,
-                    **more,
-                    **({} if text_input is None else {"text_input": text_input}),
+                    call, hidden_states=image, encoder_hidden_states=text, temb=temb, **arguments, **more
                 )
-            if call.text_run is not None and call.text_run.exit_map is not None:
-                text = text + call.text_run.exit_map(text)
-            next_block = call.interval.last + 1
-            image = _controlled(image, control, call.interval)
-        return _controlled(image, control, range(next_block, program.plan.depth))
+            if run is not None and run.exit_map is not None:
+                text = text + run.exit_map(text)
+            return text, _controlled(image, control, call.interval)
+
+        if are_borrowed(self):
+            text, image = run_borrowed(self, program, step, text, image)
+        else:
+            for number in range(len(calls)):
+                text, image = step(number, text, image)
+        return _controlled(image, control, range(_end(calls, len(calls)), program.plan.depth))
+
+
+def _end(calls: Sequence[BlockCall], number: int) -> int:
+    """The block after those that the calls before one stand for."""
+    return calls[number - 1].interval.last + 1 if number else 0
+
+
+def _first_of_run(calls: Sequence[BlockCall], number: int) -> int:
+    """The call with which the text run of another begins."""
+    while (run := calls[number].text_run) is not None and not run.is_first:
+        number -= 1
+    return number
 
 
 def pooled_conditions(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from ppcl_rt.families import original
 from ppcl_rt.families.attending import PPCLAttention, adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.families.mmdit import sides
 from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.model.borrowed import are_borrowed, run_borrowed
 from ppcl_rt.model.exchange import Original, Shapes
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
@@ -568,10 +570,13 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         of_image, of_text = padding
         image = torch.where(of_image[..., None], self.x_pad_token, self.all_x_embedder[patch](patches))
         text = torch.where(of_text[..., None], self.cap_pad_token, self.cap_embedder(captions))
-        before = len(self._refiners())
-        next_block = before
-        for call in program.calls:
-            text, image = _add(text, image, control, range(next_block, call.interval.first), before)
+        before, calls = len(self._refiners()), program.calls
+        # The block after those that the calls before one stand for.
+        ends = [0, *accumulate((call.interval.last + 1 for call in calls), max)]
+
+        def step(number: int, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            call = calls[number]
+            text, image = _add(text, image, control, range(ends[number], call.interval.first), before)
             text, image = self._call_block(
                 call,
                 hidden_states=image,
@@ -580,9 +585,14 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
                 rope=rope,
                 key_mask=key_mask,
             )
-            text, image = _add(text, image, control, call.interval, before)
-            next_block = max(next_block, call.interval.last + 1)
-        text, image = _add(text, image, control, range(next_block, program.plan.depth), before)
+            return _add(text, image, control, call.interval, before)
+
+        if are_borrowed(self):
+            text, image = run_borrowed(self, program, step, text, image)
+        else:
+            for number in range(len(calls)):
+                text, image = step(number, text, image)
+        text, image = _add(text, image, control, range(ends[-1], program.plan.depth), before)
         output: torch.Tensor = self.all_final_layer[patch](image, c=temb)
         return output
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ppcl_rt.model.borrowed import are_borrowed
 from ppcl_rt.model.caching import Caching
 from ppcl_rt.model.exchange import Exchange
 from ppcl_rt.model.folder import CheckpointFolder
@@ -122,8 +123,10 @@ class Pluggable(Caching, CheckpointFolder, Exchange):
         if program.dropped or program.later is not None:
             # A graph would keep its weights alive after the last forward.
             return "what it runs was dropped or has grown since"
-        if getattr(self, "is_cache_enabled", False):
+        if self.is_cache_enabled:
             return "a cache of diffusers"
+        if are_borrowed(self):
+            return "others call its blocks"
         if torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False):
             return "gradient checkpointing"
         return ""

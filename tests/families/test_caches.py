@@ -259,3 +259,52 @@ def test_refusals(of):
         ValueError, match="FirstBlockCacheConfig needs two blocks or more, the plan runs 1: set a larger"
     ):
         sampled(model, inputs, (1,))
+
+
+def through_cache_dit(pipe, **settings):
+    """Enable it for a pipeline; from the first step on, over one block at least."""
+    cache_dit = pytest.importorskip("cache_dit")
+    config = cache_dit.DBCacheConfig(max_warmup_steps=1, Fn_compute_blocks=1, Bn_compute_blocks=0, **settings)
+    cache_dit.enable_cache(pipe, cache_config=config)
+    return lambda: cache_dit.disable_cache(pipe)
+
+
+@pytest.mark.parametrize("family", ["flux", "z-image"])
+def test_cache_dit(of, tmp_path, family):
+    """`cache_dit.enable_cache` calls the steps of the plan that runs, is begun anew with the plan, and skips."""
+    pytest.importorskip("cache_dit")
+    made, _ = of(family)
+    if family == "flux":
+        stock = tiny_flux.build_stock(pooled_projection_dim=768)
+        of_class, counts = ppcl_rt.PPCLFluxTransformer2DModel, COUNTS
+        made = RandomCheckpoint.make(tmp_path / "made", of_class, stock, counts, ((3, 4),), ((1, 2),), True)
+    parts = {"flux": tiny_flux, "z-image": tiny_z_image}[family].pipeline_parts(tmp_path)
+    name = {"flux": "FluxPipeline", "z-image": "ZImagePipeline"}[family]
+    # cache-dit changes the class of a pipeline.
+    of_pipeline = type(name, (getattr(diffusers, name),), {})
+    model = ppcl_rt.load(made.folder, plan=narrow(made))
+    pipe = of_pipeline(**parts, transformer=model)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        given = {"prompt": "a", "num_inference_steps": 4, "output_type": "pt", "height": 16, "width": 16}
+        return pipe(generator=torch.Generator().manual_seed(0), **given).images
+
+    # Another plan at every step: there is never anything to take.
+    plans = (made.catalog.dense, narrow(made))
+    changing = ppcl_rt.Schedule(phases=tuple((step, plans[step % 2]) for step in range(4)))
+    plain = draw()
+    model.set_schedule(changing)
+    plain_changing = draw()
+    for threshold in (1e-9, 100.0):
+        disable = through_cache_dit(pipe, residual_diff_threshold=threshold)
+        model.set_plan(narrow(made))
+        assert ((draw() - plain).abs().max() > 1e-4) == (threshold > 1)
+        model.set_schedule(changing)
+        torch.testing.assert_close(draw(), plain_changing, atol=1e-5, rtol=0)
+        disable()
+    torch.testing.assert_close(draw(), plain_changing, atol=1e-5, rtol=0)
+    model.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity()]) if family == "flux" else model.layers
+    if family == "flux":
+        with pytest.raises(ValueError, match="a list of blocks was replaced by Identity: what runs here is a plan"):
+            draw()
