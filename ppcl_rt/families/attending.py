@@ -83,6 +83,7 @@ def adopt_processor(attn: Any, other: Any, stock_processor: type) -> None:
     """Give an attention module the processor of another's, or the backend of its stock processor."""
     if type(other.processor) is stock_processor:
         attn.processor._attention_backend = backend_of(other)
+        attn.processor._parallel_config = parallel_of(other)
     else:
         attn.processor = other.processor
 
@@ -90,3 +91,8 @@ def adopt_processor(attn: Any, other: Any, stock_processor: type) -> None:
 def backend_of(attn: Any) -> Any:
     """The attention backend that is set on a module; None for the default, and where a processor knows of none."""
     return getattr(attn.processor, "_attention_backend", None)
+
+
+def parallel_of(attn: Any) -> Any:
+    """How processes share the attention of a module (`ContextParallel`); None where they do not."""
+    return getattr(attn.processor, "_parallel_config", None)

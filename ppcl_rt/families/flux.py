@@ -31,7 +31,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
-from ppcl_rt.families.attending import CalledAttention, backend_of, call_attention, must_call
+from ppcl_rt.families.attending import CalledAttention, backend_of, call_attention, must_call, parallel_of
 from ppcl_rt.families.mmdit import (
     Attending,
     Control,
@@ -48,6 +48,7 @@ from ppcl_rt.families.mmdit import (
     two_stream_spec,
 )
 from ppcl_rt.model.exchange import Original, Shapes
+from ppcl_rt.model.parallel import check_heads
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
@@ -246,7 +247,10 @@ class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock)
         projection = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         stream = ops.ProjectedStream(normed, projection, rope)
         q, k, v = ops.qkv_projection([stream], width["heads"], self.spec.head_dim)
-        return ops.joint_attention(q, k, v, key_mask=None, backend=backend_of(attn))
+        parallel = parallel_of(attn)
+        if parallel is not None:
+            check_heads(width["heads"], parallel)
+        return ops.joint_attention(q, k, v, key_mask=None, backend=backend_of(attn), parallel=parallel)
 
 
 # diffusers' caches look blocks up by their exact class. Both return (text, image).
@@ -293,6 +297,8 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
     stock_name = "FluxTransformer2DModel"
     gguf_architecture = "flux"
     lora_loader = "FluxLoraLoaderMixin"
+    # diffusers' plan: what the model is called with is split, what it returns is put together.
+    splits_tokens = True
     stock_processor = FluxAttnProcessor
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     depth_settings = ("num_layers", "num_single_layers")

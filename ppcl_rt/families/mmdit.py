@@ -16,9 +16,10 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
-from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call
+from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call, parallel_of
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.borrowed import are_borrowed, run_borrowed
+from ppcl_rt.model.parallel import check_heads
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.planning.architecture import Tokens
@@ -300,7 +301,10 @@ class TwoStreamBlock(ModulatedBlock):
             width["heads"],
             self.spec.head_dim,
         )
-        joint = ops.joint_attention(q, k, v, key_mask=inputs.key_mask, backend=backend_of(self.attn))
+        parallel = parallel_of(self.attn)
+        if parallel is not None:
+            check_heads(width["heads"], parallel)
+        joint = ops.joint_attention(q, k, v, key_mask=inputs.key_mask, backend=backend_of(self.attn), parallel=parallel)
         tokens = inputs.text.shape[1]
         return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
 
@@ -502,6 +506,10 @@ class MMDiT(Pluggable):
                 runs as long as one of its blocks would.
             arguments: that all blocks are called with.
         """
+        if control is not None and self._parallel_config is not None:
+            raise ValueError(
+                "ControlNet residuals are of all tokens, and processes share them: leave one of the two out"
+            )
         calls, first_inputs = program.calls, dict[int, torch.Tensor]()
 
         def first_input(number: int, text: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from diffusers import ModelMixin, QwenImageTransformer2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
@@ -177,6 +178,14 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
     stock_processor = PPCLQwenImageTransformerBlock.stock_processor
     gguf_architecture = "qwen_image"
     lora_loader = "QwenImageLoraLoaderMixin"
+    splits_tokens = True
+    # Unlike diffusers' plan, at no block: the first may be left out.
+    _cp_plan = {
+        "img_in": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "txt_in": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "pos_embed": {place: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True) for place in (0, 1)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
     _no_split_modules = ["PPCLQwenImageTransformerBlock"]
     _repeated_blocks = ["PPCLQwenImageTransformerBlock"]
 
@@ -332,6 +341,11 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
             if mask.shape != wanted:
                 raise ValueError(f"encoder_hidden_states_mask is {list(mask.shape)}, the text {list(wanted)}")
             mask = mask.to(torch.bool)
+        if self._parallel_config is not None and (mask is not None or self.zero_cond_t):
+            raise ValueError(
+                "with context parallel, the text has no mask and there are no reference images: leave "
+                "encoder_hidden_states_mask out where all tokens count, or run on one device"
+            )
         if guidance is not None:
             raise ValueError("Qwen-Image has no embedding for guidance: leave it out")
         # Made from numbers of the host, or kept in a cache of diffusers': inputs, so that no graph holds them.

@@ -220,6 +220,22 @@ def has_forward_around(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__self__", None) is not module
 
 
+def refuse_layer_skips(block: nn.Module) -> None:
+    """Refuse hooks with which diffusers' guiders leave out a block, its attention or its MLPs.
+
+    Raises:
+        ValueError: there is one. MLPs are not called here, and blocks would come back with both streams swapped.
+    """
+    for module in (block, *block._modules.values()):
+        registry = None if module is None else module.__dict__.get("_diffusers_hook")
+        for hook in () if registry is None else registry.hooks.values():
+            if type(hook).__module__ == "diffusers.hooks.layer_skip":
+                raise ValueError(
+                    "skip-layer guidance by diffusers' hooks (LayerSkipConfig, guiders) does not run here: "
+                    "remove them; a plan leaves blocks out for all samples, and pipelines that have skip_guidance_layers work"
+                )
+
+
 def is_bound(block: nn.Module) -> bool:
     """Whether others hold on to this very object: they compiled one of its modules or put a forward around it."""
     return any(has_forward_around(module) or "_compiled_call_impl" in module.__dict__ for module in block.modules())

@@ -14,16 +14,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ppcl_rt.model.block import refuse_layer_skips
 from ppcl_rt.model.borrowed import are_borrowed
 from ppcl_rt.model.caching import Caching
 from ppcl_rt.model.exchange import Exchange
 from ppcl_rt.model.folder import CheckpointFolder
 from ppcl_rt.model.graphs import Graphs
+from ppcl_rt.model.parallel import ContextParallel
 from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.ops.implementation import backend
 
 
-class Pluggable(Caching, CheckpointFolder, Exchange):
+class Pluggable(Caching, ContextParallel, CheckpointFolder, Exchange):
     """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
 
     The family's class comes first, then this mixin, then diffusers' class. It sets the class attributes below and
@@ -99,6 +101,8 @@ class Pluggable(Caching, CheckpointFolder, Exchange):
 
     def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a block, with gradient checkpointing where that is on."""
+        if not torch.compiler.is_compiling():
+            refuse_layer_skips(call.block)
         if not (torch.is_grad_enabled() and self.gradient_checkpointing):
             return call.block(**arguments, width=call.width)
         # Checkpointing passes arguments by place.
@@ -127,6 +131,8 @@ class Pluggable(Caching, CheckpointFolder, Exchange):
             return "a cache of diffusers"
         if are_borrowed(self):
             return "others call its blocks"
+        if self._parallel_config is not None:
+            return "context parallel"
         if torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False):
             return "gradient checkpointing"
         return ""

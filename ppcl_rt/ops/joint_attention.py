@@ -128,7 +128,12 @@ _OP = define_op(
 
 
 def joint_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, backend: object = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    backend: object = None,
+    parallel: object = None,
 ) -> torch.Tensor:
     """Attend over text and image together.
 
@@ -137,13 +142,15 @@ def joint_attention(
         key_mask: ``[B, S]``, true on keys that are attended to; None for all.
         backend: a diffusers attention backend. None: the one chosen by diffusers' context manager or environment
             variable, if any, else the fastest implementation.
+        parallel: how processes share the tokens, as diffusers has it; None where they do not.
 
     Returns:
         ``[B, S, H * E]``.
     """
-    if backend is not None or _user_chose_backend() or not readable(q, others=(k, v)):
+    if backend is not None or parallel is not None or _user_chose_backend() or not readable(q, others=(k, v)):
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend).to(q.dtype).flatten(2)
+        attended = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel)
+        return attended.to(q.dtype).flatten(2)
     return JOINT_ATTENTION(Attention(q, k, v, key_mask)).flatten(2)
 
 
