@@ -232,7 +232,7 @@ def refuse_layer_skips(block: nn.Module) -> None:
             if type(hook).__module__ == "diffusers.hooks.layer_skip":
                 raise ValueError(
                     "skip-layer guidance by diffusers' hooks (LayerSkipConfig, guiders) does not run here: "
-                    "remove them; a plan leaves blocks out for all samples, and pipelines that have skip_guidance_layers work"
+                    "remove them. Pipelines that take skip_guidance_layers can have that"
                 )
 
 

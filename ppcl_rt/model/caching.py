@@ -46,7 +46,7 @@ class Caching(nn.Module, CacheMixin):
     # Of other mixins.
     catalog: Any
     _program: Callable[..., Program]
-    _lists: Mapping[str, nn.ModuleList]
+    _lists: dict[str, nn.ModuleList]
 
     # The program whose blocks have hooks, these blocks, and what looks before each forward whether it still runs.
     _hooked: tuple[weakref.ref[Program], weakref.WeakSet[nn.Module]] | None = None
@@ -104,7 +104,8 @@ class Caching(nn.Module, CacheMixin):
             self._hook_anew(program)
 
     def _hook_anew(self, program: Program) -> None:
-        config, done = self._cache_config, {}
+        config = self._cache_config
+        done: dict[str, int] = {}
         for manager in self._state_managers():
             # Magnitudes are looked up by denoising step, and those are counted on.
             done |= {name: state.step_index for name, state in manager._state_cache.items() if _counts(state)}

@@ -241,6 +241,9 @@ def test_pipelines_that_name_no_context(of, tmp_path, family, pipeline):
 def test_refusals(of):
     """Caches of other models, that find nothing here, or that have too few blocks, are refused by name."""
     model = ppcl_rt.load(of("z-image")[0].folder)
+    named = diffusers.TaylorSeerCacheConfig(cache_identifiers=["layers.*attention"])
+    model.enable_cache(named)
+    model.disable_cache()
     for kind in ("taylorseer", "faster"):
         with pytest.raises(ValueError, match="finds nothing to skip in PPCLZImageTransformer2DModel: name its"):
             model.enable_cache(CACHES[kind]())
@@ -269,8 +272,8 @@ def through_cache_dit(pipe, **settings):
     return lambda: cache_dit.disable_cache(pipe)
 
 
-@pytest.mark.parametrize("family", ["flux", "z-image"])
-def test_cache_dit(of, tmp_path, family):
+@pytest.mark.parametrize("family", ["qwen-image", "flux", "z-image"])
+def test_cache_dit(of, tmp_path, parts, family):
     """`cache_dit.enable_cache` calls the steps of the plan that runs, is begun anew with the plan, and skips."""
     pytest.importorskip("cache_dit")
     made, _ = of(family)
@@ -278,16 +281,22 @@ def test_cache_dit(of, tmp_path, family):
         stock = tiny_flux.build_stock(pooled_projection_dim=768)
         of_class, counts = ppcl_rt.PPCLFluxTransformer2DModel, COUNTS
         made = RandomCheckpoint.make(tmp_path / "made", of_class, stock, counts, ((3, 4),), ((1, 2),), True)
-    parts = {"flux": tiny_flux, "z-image": tiny_z_image}[family].pipeline_parts(tmp_path)
-    name = {"flux": "FluxPipeline", "z-image": "ZImagePipeline"}[family]
+    if family != "qwen-image":
+        parts = {"flux": tiny_flux, "z-image": tiny_z_image}[family].pipeline_parts(tmp_path)
+    names = {"qwen-image": "QwenImagePipeline", "flux": "FluxPipeline", "z-image": "ZImagePipeline"}
+    name = names[family]
     # cache-dit changes the class of a pipeline.
     of_pipeline = type(name, (getattr(diffusers, name),), {})
     model = ppcl_rt.load(made.folder, plan=narrow(made))
-    pipe = of_pipeline(**parts, transformer=model)
+    wanted = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipe = of_pipeline(**{name: parts[name] for name in wanted if name in parts}, transformer=model)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
         given = {"prompt": "a", "num_inference_steps": 4, "output_type": "pt", "height": 16, "width": 16}
+        if family == "qwen-image":
+            # Two calls a step, which cache-dit tells apart by turns.
+            given |= {"negative_prompt": "b", "true_cfg_scale": 2.0}
         return pipe(generator=torch.Generator().manual_seed(0), **given).images
 
     # Another plan at every step: there is never anything to take.
@@ -304,7 +313,7 @@ def test_cache_dit(of, tmp_path, family):
         torch.testing.assert_close(draw(), plain_changing, atol=1e-5, rtol=0)
         disable()
     torch.testing.assert_close(draw(), plain_changing, atol=1e-5, rtol=0)
-    model.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity()]) if family == "flux" else model.layers
     if family == "flux":
+        model.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity()])
         with pytest.raises(ValueError, match="a list of blocks was replaced by Identity: what runs here is a plan"):
             draw()
