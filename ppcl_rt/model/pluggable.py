@@ -102,7 +102,8 @@ class Pluggable(CheckpointFolder, Exchange):
         """
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             kwargs = {"recompile_limit": _MOST_GRAPHS, **kwargs}
-        super().compile_repeated_blocks(*args, **kwargs)
+        theirs: Any = super()
+        theirs.compile_repeated_blocks(*args, **kwargs)
         self._compiling = (args, kwargs)
 
     def complete(self, block: PluggableBlock, home: Home) -> None:

@@ -322,8 +322,7 @@ class Switching(Residency):
 
     def _compiled_program(self, timestep: torch.Tensor | None) -> Program:
         """`_program` as compiled code has it: guards compare what was set; a schedule and tasks break the graph."""
-        key, programs = id(self), _IN_THREAD.programs
-        program = programs[key] if key in programs else self._current
+        program = _IN_THREAD.programs.get(id(self), self._current)
         if isinstance(program, Program):
             return program.latest
         return _looked_up(self, timestep)

@@ -14,7 +14,8 @@ from fixtures import CONFIG
 
 import ppcl_rt
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("families", "adapters")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 from test_lora import make_lora, merged
 from test_lora_families import make_flux, make_sd3, make_z_image
 
@@ -43,7 +44,7 @@ def graphs():
 
 @pytest.fixture(scope="module")
 def plans(mapped):
-    """Two plans of two blocks: a student with a linear map and a low rank beside a text run; another of other widths."""
+    """Two plans of two blocks, a student among those of the first."""
     rng = np.random.default_rng(3)
     some = [mapped.random_plan(rng, skip=0.6, legal=True) for _ in range(60)]
     some = [plan for plan in some if len(plan.blocks) == 2 and any(each.student for each in plan.blocks)]
