@@ -238,6 +238,8 @@ def shared_copy(module: M) -> M:
     """
     copy = module.__class__.__new__(module.__class__)
     copy.__dict__.update(module.__dict__)
+    # diffusers' book of hooks, which are forwards of the module that it is of; one with hooks is bound, and not copied.
+    copy.__dict__.pop("_diffusers_hook", None)
     for name, value in module.__dict__.items():
         if isinstance(value, types.MethodType) and value.__self__ is module:
             # diffusers leaves a module's own forward among the attributes.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.model.caching import Caching
 from ppcl_rt.model.exchange import Exchange
 from ppcl_rt.model.folder import CheckpointFolder
 from ppcl_rt.model.graphs import Graphs
@@ -43,7 +44,7 @@ class _ByPlace(NamedTuple):
         return output
 
 
-class Pluggable(CheckpointFolder, Exchange):
+class Pluggable(Caching, CheckpointFolder, Exchange):
     """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
 
     The family's class comes first, then this mixin, then diffusers' class. It sets the class attributes below and
@@ -87,6 +88,7 @@ class Pluggable(CheckpointFolder, Exchange):
         self._programs, self._times, self._adapters, self._fused = {}, {}, {}, {}
         self._fused_for_good = ()
         self._graphs = Graphs()
+        self._lists = {path: getattr(self, path) for path in self.block_lists}
         self.students = nn.ModuleDict()
         self.text_runs = nn.ModuleDict()
         if self.resident_blocks():
@@ -149,7 +151,7 @@ class Pluggable(CheckpointFolder, Exchange):
 
     def _reads(self, program: Program) -> Iterator[nn.Module]:
         """The modules that a program reads: its own, and those outside the blocks."""
-        homes = [self.get_submodule(path) for path in (*self.block_lists, "students", "text_runs")]
+        homes = [*self._lists.values(), self.students, self.text_runs]
         yield from (child for child in self.children() if all(child is not home for home in homes))
         for call in program.calls:
             yield call.block
