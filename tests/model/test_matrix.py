@@ -1,7 +1,7 @@
 """What people have, all together: ratio x weights x hooks x compile, each cell against diffusers' classes.
 
-The reference of a cell is an exported plan in diffusers' own class: its weights rounded where they are held in eight bits, the adapter
-added to them, the same cache on it, nothing offloaded and nothing compiled.
+The reference of a cell is an exported plan in diffusers' own class: its weights rounded where they are held in eight
+bits, the adapter added to them, the same cache on it, nothing offloaded and nothing compiled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def half(made):
         [(block, SPEC.full)],
         [ppcl_rt.PlannedBlock(interval=student.interval, width=SPEC.full, student=True)],
     )
-    assert made.catalog.ratio(plan) <= 0.5 + made.catalog.architecture.outer_params / made.catalog.architecture.params(plan)
+    assert made.catalog.ratio(plan) <= 0.5 + made.catalog.architecture.outer_params / made.catalog.architecture.params(
+        plan
+    )
     return plan
 
 
@@ -63,7 +65,7 @@ def exported(made, half, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(made):
-    """The adapter of the dense model, and what an exported half takes of it: block 3's, and 0's on the student of 0-1."""
+    """The adapter of the dense model, and what an exported half takes of it: block 3's, and 0's on the student."""
     dense = make_lora(made.stock, layers=LAYERS)
     half = {name: t for name, t in dense.items() if ".transformer_blocks." not in name}
     for place, block in ((0, 0), (1, 3)):
