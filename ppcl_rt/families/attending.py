@@ -80,10 +80,19 @@ def call_attention(
 
 
 def adopt_processor(attn: Any, other: Any, stock_processor: type) -> None:
-    """Give an attention module the processor of another's, or the backend of its stock processor."""
+    """Give an attention module the processor of another's, or the backend of its stock processor.
+
+    Raises:
+        ValueError: the processor has weights, which are for the block that has them.
+    """
     if type(other.processor) is stock_processor:
         attn.processor._attention_backend = backend_of(other)
         attn.processor._parallel_config = parallel_of(other)
+    elif isinstance(other.processor, nn.Module) and next(other.processor.parameters(), None) is not None:
+        raise ValueError(
+            f"the attention processor {type(other.processor).__name__} has weights for each block, and none for those "
+            "that are read now: stay at ratio 1, or unload it first (unload_ip_adapter)"
+        )
     else:
         attn.processor = other.processor
 

@@ -140,7 +140,7 @@ class PPCLFluxTransformerBlock(TwoStreamBlock, FluxTransformerBlock):
         Args:
             temb: of timestep, pooled text and guidance, ``[B, D]``.
             image_rotary_emb: rotations of both streams, text first.
-            joint_attention_kwargs: not read; the model refuses what it could hold.
+            joint_attention_kwargs: of an IP-adapter, for its attention processors.
         """
         rope, tokens = rotations(image_rotary_emb), encoder_hidden_states.shape[1]
         text, image = self.run_streams(
@@ -152,6 +152,7 @@ class PPCLFluxTransformerBlock(TwoStreamBlock, FluxTransformerBlock):
             width=width,
             text_input=text_input,
             modulations=modulations,
+            more=joint_attention_kwargs,
         )
         return in_range(text), image
 
@@ -199,7 +200,7 @@ class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock)
             encoder_hidden_states: text stream ``[B, S_text, D]``.
             temb: of timestep, pooled text and guidance, ``[B, D]``.
             image_rotary_emb: rotations of both streams, text first.
-            joint_attention_kwargs: not read; the model refuses what it could hold.
+            joint_attention_kwargs: not read: double blocks alone have an IP-adapter.
             width: what to run; None for all that the block holds.
             modulations: ``[B, 3 D]`` of the factored part by name, where they are known already.
 
@@ -290,6 +291,7 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
     time_text_embed: torch.nn.Module
     norm_out: torch.nn.Module
     proj_out: torch.nn.Module
+    encoder_hid_proj: Any
 
     family = "flux"
     # 1024 x 1024 pixels in patches of 16 x 16.
@@ -417,14 +419,6 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         rows, columns = sides(tokens.image)
         return (tokens.batch, vae["latent_channels"], 2 * rows, 2 * columns)
 
-    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
-        """Refuse IP-adapters, which diffusers puts in here.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(_NO_IP_ADAPTER)
-
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
@@ -450,18 +444,18 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
             timestep: ``[B]`` in [0, 1], not 0..1000.
             img_ids, txt_ids: positions of the tokens, ``[S_image, 3]`` and ``[S_text, 3]``.
             guidance: ``[B]``, for models with ``guidance_embeds``.
-            joint_attention_kwargs: ``scale`` of adapters.
+            joint_attention_kwargs: ``scale`` of adapters, and what an IP-adapter reads.
             controlnet_block_samples, controlnet_single_block_samples: residuals ``[B, S_image, D]``, spread over the
                 original blocks of each list; what stands for an interval takes those of all its blocks, a skipped block
                 takes its own.
             controlnet_blocks_repeat: whether those of double blocks go round; else each serves several blocks in a row.
 
         Raises:
-            ValueError: an IP-adapter or other arguments of attention, or guidance where the model takes none or lacks
-                it where it takes one.
+            ValueError: arguments of an IP-adapter that is not loaded, or others of attention; guidance where the model
+                takes none, or none where it takes one.
         """
         assert timestep is not None and img_ids is not None and txt_ids is not None, "diffusers needs them, too"
-        _check_attention(joint_attention_kwargs or {})
+        more = self._of_ip_adapter(joint_attention_kwargs or {})
         if (guidance is not None) != self.config.guidance_embeds:
             raise ValueError(
                 "this model embeds a guidance: pass guidance, [B]"
@@ -482,8 +476,24 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
             controlnet_block_samples=controlnet_block_samples,
             controlnet_single_block_samples=controlnet_single_block_samples,
             controlnet_blocks_repeat=controlnet_blocks_repeat,
+            joint_attention_kwargs=more,
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _of_ip_adapter(self, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What attention processors are given, None for nothing.
+
+        Raises:
+            ValueError: there are others than an IP-adapter's, or none is loaded.
+        """
+        if others := sorted(set(arguments) - set(_IP_ADAPTER)):
+            raise ValueError(f"joint_attention_kwargs take scale and an IP-adapter's here, not {', '.join(others)}")
+        if arguments and getattr(self, "encoder_hid_proj", None) is None:
+            raise ValueError("no IP-adapter is loaded: call load_ip_adapter, or leave ip_adapter_image out")
+        more = dict(arguments)
+        if "ip_adapter_image_embeds" in more:
+            more["ip_hidden_states"] = self.encoder_hid_proj(more.pop("ip_adapter_image_embeds"))
+        return more or None
 
     def _walk(  # type: ignore[override]  # names the inputs of `Pluggable._walk`
         self,
@@ -498,6 +508,7 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         controlnet_block_samples: Sequence[torch.Tensor] | None,
         controlnet_single_block_samples: Sequence[torch.Tensor] | None,
         controlnet_blocks_repeat: bool,
+        joint_attention_kwargs: dict[str, Any] | None,
     ) -> torch.Tensor:
         """Run a program; args as in `forward`, but ``rope`` is the rotations of both streams ``[S, E / 2, 2]``."""
         # In a list, from which the walk takes it: nobody else then holds on to the image as it was at first.
@@ -511,6 +522,7 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
             temb,
             control=self._control(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat),
             image_rotary_emb=rope,
+            joint_attention_kwargs=joint_attention_kwargs,
         )
         output: torch.Tensor = self.proj_out(self.norm_out(image, temb))
         return output
@@ -543,19 +555,8 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
         return residual
 
 
-_NO_IP_ADAPTER = "IP-adapters are not run here: leave ip_adapter_image and ip_adapter_image_embeds out"
-
-
-def _check_attention(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of attention: diffusers gives them to its processors, which are not called here.
-
-    Raises:
-        ValueError: there are some.
-    """
-    if any(name.startswith("ip_") for name in arguments):
-        raise ValueError(_NO_IP_ADAPTER)
-    if arguments:
-        raise ValueError(f"joint_attention_kwargs take scale alone here, not {', '.join(sorted(arguments))}")
+# Arguments of attention that are for the processors of an IP-adapter.
+_IP_ADAPTER = ("ip_adapter_image_embeds", "ip_hidden_states", "ip_adapter_masks")
 
 
 def positions(rows: int, columns: int) -> torch.Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch import nn
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
@@ -141,12 +143,14 @@ class Attending(NamedTuple):
         text: the same of the text, ``[B, S_text, D]``.
         key_mask: boolean ``[B, S_text + S_image]``, true on tokens that count, or None.
         rotations: of image and text, ``[S, E / 2, 2]`` each, or None.
+        more: what processors of others read besides (IP-adapters).
     """
 
     image: torch.Tensor
     text: torch.Tensor
     key_mask: torch.Tensor | None
     rotations: tuple[torch.Tensor, torch.Tensor] | None
+    more: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Found(NamedTuple):
@@ -253,6 +257,7 @@ class TwoStreamBlock(ModulatedBlock):
         text_input: torch.Tensor | None,
         modulations: Mapping[str, torch.Tensor] | None,
         token_index: torch.Tensor | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the block.
 
@@ -267,24 +272,35 @@ class TwoStreamBlock(ModulatedBlock):
                 the text stream (PPCL eq. 8): no text output, no text MLP; the text is returned as it came.
             modulations: ``[B, 6 D]`` (``[2 B, 6 D]``) of each factored part by name, where they are known already.
             token_index: ``[B, S_image]``, which of two modulations an image token takes.
+            more: see `Attending`.
 
         Returns:
             (text, image) streams, in diffusers' order.
         """
         width = width or self.width
-        attention, mlp, *more = self.modulation("modulation_image", temb, width, modulations)
-        updated = [UpdatedStream("image", image, attention, mlp, token_index, tuple(more))]
+        attention, mlp, *others = self.modulation("modulation_image", temb, width, modulations)
+        updated = [UpdatedStream("image", image, attention, mlp, token_index, tuple(others))]
         if text_input is None:
             updated.append(self.updated_text(text, temb, width, modulations))
             text_input = self.attention_input(updated[-1])
         called = must_call(self.attn, self.stock_processor)
-        inputs = Attending(self.attention_input(updated[0]), text_input, key_mask, rotations)
-        names = [s.name for s in updated]
-        attended = self.called_attention(names, inputs, width) if called else self.attention(inputs, width)
+        inputs = Attending(self.attention_input(updated[0]), text_input, key_mask, rotations, more or {})
+        names, added = [s.name for s in updated], None
+        if called:
+            attended, added = self.called_attention(names, inputs, width)
+        else:
+            attended = self.attention(inputs, width)
         # What the image's q, k and v were made of is held no longer (`two_stream_numbers`).
         del inputs
         updated = self.add_attention(updated, attended, width, projected=called)
         image, *updated_text = self.add_feed_forward(updated, width)
+        if added is not None:
+            order = self.orders.get("heads")
+            # It is added as the heads give it, without an output layer that knows their order.
+            heads = (
+                added if order is None else added.unflatten(-1, (len(order), -1))[..., order.argsort(), :].flatten(-2)
+            )
+            image = image + heads
         return updated_text[0] if updated_text else text, image
 
     def attention(self, inputs: Attending, width: Width) -> dict[Stream, torch.Tensor]:
@@ -308,8 +324,14 @@ class TwoStreamBlock(ModulatedBlock):
         tokens = inputs.text.shape[1]
         return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
 
-    def called_attention(self, names: Sequence[Stream], inputs: Attending, width: Width) -> dict[Stream, torch.Tensor]:
-        """As `attention`, by a call of the module (`ppcl_rt.families.attending`); outputs of ``names``, projected."""
+    def called_attention(
+        self, names: Sequence[Stream], inputs: Attending, width: Width
+    ) -> tuple[dict[Stream, torch.Tensor], torch.Tensor | None]:
+        """As `attention`, by a call of the module (`ppcl_rt.families.attending`).
+
+        Returns:
+            Outputs of ``names``, projected, and what an IP-adapter adds to the image after the MLP, None for nothing.
+        """
         heads, all_heads = width["heads"], self.spec.groups["heads"].count
         narrow = "" if heads == all_heads else f"runs {heads} of {all_heads}"
         if "text" not in names and self.spec.may_leave:
@@ -331,10 +353,11 @@ class TwoStreamBlock(ModulatedBlock):
             self.stock_processor,
             compute,
             {"hidden_states": inputs.image, "encoder_hidden_states": inputs.text},
-            lambda: self.processor_arguments(inputs),
+            lambda: {**self.processor_arguments(inputs), **inputs.more},
             narrow,
         )
-        return dict(zip(names, (result,) if isinstance(result, torch.Tensor) else result, strict=False))
+        results: tuple[Any, ...] = (result,) if isinstance(result, torch.Tensor) else result
+        return dict(zip(names, results, strict=False)), results[2] if len(results) > 2 else None
 
     def processor_arguments(self, inputs: Attending) -> dict[str, Any]:
         """What diffusers' block gives its processor next to the hidden states."""
@@ -469,6 +492,25 @@ class MMDiT(Pluggable):
         for other in self.resident_blocks():
             if type(other) is type(block) or type(other.attn.processor) is self.stock_processor:
                 adopt_processor(block.attn, other.attn, self.stock_processor)
+
+    def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' class, which counts blocks and gives each weights of its own; heads then go in rank order.
+
+        Raises:
+            ValueError: not all blocks of the dense model are there, or others are.
+        """
+        if len(self.blocks()) != self.catalog.architecture.depth or self.students:
+            raise ValueError("IP-adapters run at ratio 1 alone: call set_ratio(1) and trim() before load_ip_adapter")
+        theirs: Any = super()
+        theirs._load_ip_adapter_weights(*args, **kwargs)
+        for block in self.blocks():
+            order = block.orders.get("heads")
+            if order is None or type(block.attn.processor) is self.stock_processor:
+                continue
+            for path, layer in block.attn.processor.named_modules():
+                if isinstance(layer, nn.Linear) and path.split(".")[0] in ("to_k_ip", "to_v_ip"):
+                    for tensor in layer.parameters():
+                        tensor.data = tensor.data.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
     def _obstacle(self, program: Program) -> str:
         """Also where attention processors are called: what they do is not known."""

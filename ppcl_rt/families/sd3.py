@@ -56,8 +56,6 @@ _LAYERS: Mapping[Stream, Layers] = {
 }
 # q, k and v of the second attention of a dual-attention block.
 _SECOND = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
-# What joint_attention_kwargs of an IP-adapter are called.
-_IP_ADAPTER = ("ip_adapter_image_embeds", "ip_hidden_states")
 
 
 def block_spec(dim: int, heads: int, head_dim: int, kind: str = _TWO_STREAM, qk_norm: bool = True) -> BlockSpec:
@@ -154,7 +152,7 @@ class PPCLJointTransformerBlock(TwoStreamBlock, JointTransformerBlock):
             hidden_states: image stream ``[B, S_image, D]``.
             encoder_hidden_states: text stream ``[B, S_text, D]``.
             temb: embedding of timestep and pooled text ``[B, D]``.
-            joint_attention_kwargs: there is nothing that it could set.
+            joint_attention_kwargs: of an IP-adapter, for its attention processors.
             width, text_input: as `TwoStreamBlock.run_streams` takes them.
 
         Returns:
@@ -172,6 +170,7 @@ class PPCLJointTransformerBlock(TwoStreamBlock, JointTransformerBlock):
             width=width,
             text_input=text_input,
             modulations=None,
+            more=joint_attention_kwargs,
         )
 
 
@@ -240,6 +239,8 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
     norm_out: torch.nn.Module
     proj_out: torch.nn.Module
     out_channels: int
+
+    image_proj: Any
 
     family = "sd3"
     # 1024 x 1024 pixels in patches of 16 x 16; 77 tokens of CLIP and 256 of T5.
@@ -389,6 +390,18 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
         """
         raise ValueError("q, k and v are projected together here as they are: leave fuse_qkv_projections out")
 
+    def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As `MMDiT._load_ip_adapter_weights`.
+
+        Raises:
+            ValueError: also where blocks have a second attention, which gets nothing of an IP-adapter here.
+        """
+        if self.config.dual_attention_layers:
+            raise ValueError(
+                "IP-adapters do not run on models with dual_attention_layers: take one without, as SD3.5 large"
+            )
+        super()._load_ip_adapter_weights(*args, **kwargs)
+
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
@@ -413,12 +426,15 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             skip_layers: original numbers of blocks to leave out; a student runs as long as one of its blocks would.
 
         Raises:
-            ValueError: IP-adapters are asked for.
+            ValueError: there are arguments of an IP-adapter, and none is loaded.
         """
         assert timestep is not None, "diffusers' signature has defaults that it cannot use"
-        for name in _IP_ADAPTER:
-            if name in (joint_attention_kwargs or {}):
-                raise ValueError(f"IP-adapters do not run on pluggable models: leave {name} out")
+        more = dict(joint_attention_kwargs or {})
+        if more and getattr(self, "image_proj", None) is None:
+            raise ValueError(f"no IP-adapter is loaded: call load_ip_adapter, or leave {', '.join(sorted(more))} out")
+        if "ip_adapter_image_embeds" in more:
+            # As diffusers' class does.
+            more["ip_hidden_states"], more["temb"] = self.image_proj(more.pop("ip_adapter_image_embeds"), timestep)
         output = self._run(
             self._program(timestep),
             hidden_states=hidden_states,
@@ -426,7 +442,7 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             pooled_projections=pooled_projections,
             timestep=timestep,
             block_controlnet_hidden_states=block_controlnet_hidden_states,
-            joint_attention_kwargs=joint_attention_kwargs,
+            joint_attention_kwargs=more or None,
             skip_layers=() if skip_layers is None else tuple(map(int, skip_layers)),
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

@@ -423,7 +423,7 @@ def test_what_cannot_be_is_refused(of):
     made, model = of("medium")
     inputs = build_inputs()
     for name in ("ip_adapter_image_embeds", "ip_hidden_states"):
-        with pytest.raises(ValueError, match=f"IP-adapters do not run on pluggable models: leave {name} out"):
+        with pytest.raises(ValueError, match=f"no IP-adapter is loaded: call load_ip_adapter, or leave {name} out"):
             model(**inputs, joint_attention_kwargs={name: [torch.zeros(1)]})
     with pytest.raises(ValueError, match="family sd3 do not come from the timestep alone"):
         model.precompute([500.0])
