@@ -111,6 +111,20 @@ def test_visited_later_and_fused(made, run, same):
             equal(run(model, given), wanted, same)
 
 
+def test_hot_swap(made, run, same):
+    """Another adapter, of another rank, in place of one of the same name, also in what is read later."""
+    folder, stock, given = made
+    smallest = ppcl_rt.load(folder).planner.smallest
+    model, fresh = (ppcl_rt.load(folder, smallest + 0.2 * (1 - smallest)) for _ in range(2))
+    model.enable_lora_hotswap(target_rank=3)
+    model.load_lora_adapter(make_lora(stock, rank=3), adapter_name="one")
+    model.load_lora_adapter(make_lora(stock, rank=2, seed=1), adapter_name="one", hotswap=True)
+    fresh.load_lora_adapter(make_lora(stock, rank=2, seed=1), adapter_name="one")
+    for each in (model, fresh):
+        each.set_ratio(smallest + 0.6 * (1 - smallest))
+    equal(run(model, given), run(fresh, given), same)
+
+
 PIPELINES = {
     "flux": (tiny_flux.pipeline_parts, "FluxPipeline"),
     "sd3": (tiny_sd3.pipeline_parts, "StableDiffusion3Pipeline"),
