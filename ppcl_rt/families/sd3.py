@@ -251,6 +251,8 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
     stock_processor = JointAttnProcessor2_0
     one_context = True
     _no_split_modules = ["PPCLJointTransformerBlock", "PPCLDualAttentionBlock"]
+    # diffusers names none for its class.
+    _repeated_blocks = ["PPCLJointTransformerBlock", "PPCLDualAttentionBlock"]
 
     @register_to_config
     def __init__(

@@ -226,3 +226,17 @@ def test_other_families(make, tmp_path, run, same, graphs):
         for got, wanted in zip(run(compiled, given), run(model, given), strict=True):
             same(got, wanted)
     assert graphs.count == 2
+
+
+@pytest.mark.parametrize("make", [make_flux, make_sd3, make_z_image], ids=["flux", "sd3", "z-image"])
+@pytest.mark.slow
+def test_blocks_and_export_of_other_families(make, tmp_path, run, same, graphs):
+    folder, _, given = make(tmp_path / "checkpoint")
+    model = ppcl_rt.load(folder, 0.8)
+    wanted = run(model, given)
+    with torch.no_grad():
+        exported = torch.export.export(model, (), kwargs={**given, "return_dict": False})
+    model.compile_repeated_blocks(backend=graphs, fullgraph=True)
+    for got in (run(exported.module(), given), run(model, given)):
+        for one, other in zip(got, wanted, strict=True):
+            same(one, other)
