@@ -552,7 +552,8 @@ class MMDiT(Pluggable):
             raise ValueError(
                 "ControlNet residuals are of all tokens, and processes share them: leave one of the two out"
             )
-        calls, first_inputs = program.calls, dict[int, torch.Tensor]()
+        calls = program.calls
+        first_inputs: dict[int, torch.Tensor] = {}
 
         def first_input(number: int, text: torch.Tensor) -> torch.Tensor:
             """What the first block of a text run read, by its number; a cache may have left it out."""
@@ -567,7 +568,7 @@ class MMDiT(Pluggable):
             more: dict[str, Any] = {}
             if known is not None and known[number] is not None:
                 more["modulations"] = known[number]
-            image = _controlled(image, control, range(_end(calls, number), call.interval.first))
+            image = _controlled(image, control, range(end_before(calls, number), call.interval.first))
             if run is not None and run.is_first:
                 first_input(number, text)
             elif run is not None and run.input_map is not None:
@@ -586,11 +587,11 @@ class MMDiT(Pluggable):
         else:
             for number in range(len(calls)):
                 text, image = step(number, text, image)
-        return _controlled(image, control, range(_end(calls, len(calls)), program.plan.depth))
+        return _controlled(image, control, range(end_before(calls, len(calls)), program.plan.depth))
 
 
-def _end(calls: Sequence[BlockCall], number: int) -> int:
-    """The block after those that the calls before one stand for."""
+def end_before(calls: Sequence[BlockCall], number: int) -> int:
+    """The block after those that the calls before a number stand for."""
     return calls[number - 1].interval.last + 1 if number else 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ from torch.nn import functional as F
 from ppcl_rt import ops
 from ppcl_rt.families import original
 from ppcl_rt.families.attending import PPCLAttention, adopt_processor, backend_of, call_attention, must_call
-from ppcl_rt.families.mmdit import sides
+from ppcl_rt.families.mmdit import end_before, sides
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.borrowed import are_borrowed, run_borrowed
 from ppcl_rt.model.exchange import Original, Shapes
@@ -571,12 +570,10 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         image = torch.where(of_image[..., None], self.x_pad_token, self.all_x_embedder[patch](patches))
         text = torch.where(of_text[..., None], self.cap_pad_token, self.cap_embedder(captions))
         before, calls = len(self._refiners()), program.calls
-        # The block after those that the calls before one stand for.
-        ends = [0, *accumulate((call.interval.last + 1 for call in calls), max)]
 
         def step(number: int, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             call = calls[number]
-            text, image = _add(text, image, control, range(ends[number], call.interval.first), before)
+            text, image = _add(text, image, control, range(end_before(calls, number), call.interval.first), before)
             text, image = self._call_block(
                 call,
                 hidden_states=image,
@@ -592,7 +589,7 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         else:
             for number in range(len(calls)):
                 text, image = step(number, text, image)
-        text, image = _add(text, image, control, range(ends[-1], program.plan.depth), before)
+        text, image = _add(text, image, control, range(end_before(calls, len(calls)), program.plan.depth), before)
         output: torch.Tensor = self.all_final_layer[patch](image, c=temb)
         return output
 

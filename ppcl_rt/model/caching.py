@@ -117,6 +117,10 @@ class Caching(nn.Module, CacheMixin):
             for name, step in done.items():
                 manager._state_cache[name] = manager._state_cls()
                 manager._state_cache[name].step_index = step
+        for _, hook in self._cache_hooks():
+            if hasattr(getattr(hook, "state", None), "batch_size"):
+                # FasterCache skips the first call, too, where that lies in its timesteps, and has nothing to take.
+                hook.state.iteration = hook.block_skip_range
 
     def _hook(self, config: Any, program: Program) -> None:
         """Set the hooks of a cache on the blocks of a program."""
@@ -131,17 +135,12 @@ class Caching(nn.Module, CacheMixin):
                 few = f"{type(config).__name__} needs two blocks or more, the plan runs {len(program.calls)}"
                 raise ValueError(f"{few}: set a larger ratio, or disable_cache()") from error
         self._hooked = weakref.ref(program), weakref.WeakSet(call.block for call in program.calls)
-        hooks = [hook for module, hook in self._cache_hooks() if module is not self]
-        if not hooks:
+        if all(module is self for module, _ in self._cache_hooks()):
             self.disable_cache()
             raise ValueError(
                 f"{type(config).__name__} finds nothing to skip in {type(self).__name__}: "
                 "name its blocks or attention in the identifiers of the config, or take FirstBlockCacheConfig"
             )
-        for hook in hooks:
-            if hasattr(hook, "block_skip_range") and hasattr(getattr(hook, "state", None), "batch_size"):
-                # FasterCache skips the first call, too, where that lies in its timesteps, and has nothing to take.
-                hook.state.iteration = hook.block_skip_range
         self._tell_context()
 
     def _unhook(self) -> None:
