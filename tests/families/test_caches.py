@@ -135,14 +135,18 @@ def test_at_a_narrow_plan_it_is_that_of_stock(of, same, kind, family):
     assert not model.is_cache_enabled and not model._forward_pre_hooks
 
 
+# One of each cache and family; the others are for `make full`.
+_USUAL = {("taylorseer", "flux"), ("pyramid", "sd3"), ("faster", "flux"), ("mag", "z-image")}
+_USUAL |= {("first-block", family) for family in MAKERS}
+
+
 @pytest.mark.parametrize(
     "kind, family",
     [
-        *(("first-block", f) for f in MAKERS),
-        ("taylorseer", "flux"),
-        ("pyramid", "sd3"),
-        ("faster", "flux"),
-        ("mag", "z-image"),
+        pytest.param(kind, family, marks=() if (kind, family) in _USUAL else pytest.mark.slow)
+        for kind in CACHES
+        for family in MAKERS
+        if (kind, family) not in {("taylorseer", "z-image"), ("faster", "z-image")}
     ],
 )
 def test_nothing_of_another_plan_is_taken(of, same, kind, family):

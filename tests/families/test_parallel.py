@@ -96,9 +96,14 @@ def test_refusals(tmp_path):
     ulysses = ContextParallelConfig(ulysses_degree=2)
     with pytest.raises(ValueError, match="cp_plan is the model's own here"):
         model.enable_parallelism(config=ulysses, cp_plan={})
-    z_image = ppcl_rt.load(MAKERS["z-image"](tmp_path / "z-image")[0].folder)
-    with pytest.raises(ValueError, match="context parallel does not run on PPCLZImageTransformer2DModel: run one"):
-        z_image.enable_parallelism(config=ulysses)
+    for family in ("sd3", "z-image"):
+        other = ppcl_rt.load(MAKERS[family](tmp_path / family)[0].folder)
+        with pytest.raises(ValueError, match=f"context parallel does not run on {type(other).__name__}: run one"):
+            other.enable_parallelism(config=ulysses)
+        with pytest.raises(ValueError, match=r"(ring attention|context parallel).* not run"):
+            other.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+        with pytest.raises(ValueError, match="tensor parallel does not run here"):
+            other.enable_parallelism(config=SimpleNamespace(tp_degree=2))
     model._parallel_config = ulysses
     with pytest.raises(ValueError, match="with context parallel, the text has no mask"):
         model(**inputs | {"encoder_hidden_states_mask": torch.ones(3, 6)})
