@@ -7,7 +7,7 @@ plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from ppcl_rt.ops.operation import (
     weight_signature,
 )
 from ppcl_rt.ops.quantised import QuantisedLinear
+from ppcl_rt.ops.stacked import let_go, reads_stacks, stacked
 
 
 class Linears(NamedTuple):
@@ -57,6 +58,8 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
             parts += [layout_signature(g.gate), layout_signature(g.index), layout_signature(g.residual)]
             if g.silu_weight is not None:
                 parts += [weight_signature(g.silu_weight), vector_signature(g.silu_bias)]
+            if g.down is not None or g.silu_down is not None:
+                parts.append(weight_signature(*g[9:]))
         return tuple(parts)
 
     def fits(self, call: Linears) -> bool:
@@ -78,24 +81,28 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
                 "contiguous": g.x.is_contiguous(),
             }
             words.append("+".join(flag(on, name) for name, on in flags.items()))
+            if g.rank:
+                words.append(f"rank {g.rank}")
             sizes += [g.x.shape[1], g.x.shape[2], g.out_features or g.weight.shape[0], g.weight.shape[1]]
         return Key(" ".join(words), tuple(sizes))
 
     def implementations(self, call: Linears) -> list[Implementation]:
         x = call.groups[0].x
         target = Target.of(x.device)
-        tiles = Tile.candidates(target, x.dtype, call.activation == "swiglu")
+        rank = max(g.rank for g in call.groups)
+        tiles = Tile.candidates(target, x.dtype, call.activation == "swiglu", rank)
         triton = [Implementation("triton", tuple(tile)) for tile in tiles]
         if any(g.gate is not None and g.residual is not None for g in call.groups):
             return [*triton, *([CUBLAS] if ResidualTile.candidates(target, x.dtype) else []), TORCH]
         # Without a gated residual no small kernel follows, and cuBLAS is the same as plain torch: it is not offered.
         # cuBLASLt needs a bias. On a CPU torch's epilogue is another form of GELU.
-        if call.activation == "gelu" and x.is_cuda and all(g.bias is not None for g in call.groups):
+        if call.activation == "gelu" and x.is_cuda and not rank and all(g.bias is not None for g in call.groups):
             return [CUBLASLT, *triton, TORCH]
-        return [TORCH, *triton] if call.activation == "none" else [*triton, TORCH]
+        # Plain torch takes two more products for an adapter.
+        return [TORCH, *triton] if call.activation == "none" and not rank else [*triton, TORCH]
 
     def run(self, call: Linears, implementation: Implementation) -> list[torch.Tensor]:
-        if implementation == TORCH and eager.suits(call.groups[0].x):
+        if implementation == TORCH and eager.suits(call.groups[0].x) and not any(g.rank for g in call.groups):
             return [eager.linear(g, call.activation) for g in call.groups]
         if implementation == TORCH:
             return [g.reference(call.activation) for g in call.groups]
@@ -134,7 +141,7 @@ LINEARS = _Linears()
 
 
 def _cublas(g: kernels.Linear, add_gated_residual: Callable[..., torch.Tensor]) -> torch.Tensor:
-    y = kernels.linear_reference(*g[:4])
+    y = kernels.linear_reference(*g[:4], down=g.down, up=g.up)
     if g.gate is None or g.residual is None:
         return y if g.residual is None else g.residual + y
     return add_gated_residual(g.residual, g.gate, y, g.index)
@@ -166,7 +173,8 @@ def _fake(x: Any, weight: Any, bias: Any, out_features: Any, *_: Any) -> list[to
 _OP = define_op(
     "linear",
     "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
-    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, str activation) -> Tensor[]",
+    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, Tensor?[] down, Tensor?[] up, "
+    "Tensor?[] silu_down, Tensor?[] silu_up, str activation) -> Tensor[]",
     _run,
     _fake,
 )
@@ -216,13 +224,30 @@ def linears(layers: Sequence[Layer], *, activation: Activation = "none") -> list
     # Adapters are looked for where there is something: taking layers apart takes microseconds.
     if all(layer.adapter is None for layer in layers) and _readable(layers):
         return LINEARS(Linears(tuple([_group(layer) for layer in layers]), activation))
-    if eager.suits(layers[0].x) and backend() != "triton":
+    in_passes = eager.suits(layers[0].x) and backend() != "triton"
+    if in_passes or reads_stacks(layers[0].x):
         bases, branches, silu_branches = zip(*[layer.apart() for layer in layers], strict=True)
         added = [branch for each in (*branches, *silu_branches) for branch in each]
         if _readable(bases, added):
             groups = zip(map(_group, bases), branches, silu_branches, strict=True)
-            return [eager.linear(group, activation, *more) for group, *more in groups]
+            if in_passes:
+                return [eager.linear(group, activation, *more) for group, *more in groups]
+            return LINEARS(Linears(_with_stacks(layers, groups), activation))
+    let_go(module for layer in layers for module in (layer.module, layer.silu_module, layer.adapter))
     return [_through_module(layer, activation) for layer in layers]
+
+
+def _with_stacks(
+    layers: Sequence[Layer], groups: Iterable[tuple[kernels.Linear, tuple[Branch, ...], tuple[Branch, ...]]]
+) -> tuple[kernels.Linear, ...]:
+    """The tensors of layers, with what their adapters add as matrices."""
+    parts, of = [], []
+    for layer, (group, branches, silu_branches) in zip(layers, groups, strict=True):
+        parts.append(group)
+        of += [(layer.adapter or layer.module, branches), (layer.silu_module, silu_branches)]
+    pairs = stacked(of)
+    both = zip(parts, pairs[::2], pairs[1::2], strict=True)
+    return tuple(g._replace(down=d, up=u, silu_down=sd, silu_up=su) for g, (d, u), (sd, su) in both)
 
 
 def _readable(layers: Sequence[Layer], branches: Sequence[Branch] = ()) -> bool:
@@ -274,14 +299,20 @@ def joined(module: Any, inputs: Sequence[Columns], gate: torch.Tensor, residual:
     Returns:
         ``[B, S, N]``, N the rows of the module.
     """
+    base, branches = adapted(module) if reads_stacks(residual) else (module, ())
     replacements = [each.replacement for each in inputs]
-    others = (*(each.x for each in inputs), gate)
-    if not readable(residual, module, *replacements, others=others):
+    others = (*(each.x for each in inputs), gate, *(t for branch in branches for t in branch[:2]))
+    if not readable(residual, base, *replacements, others=others):
+        let_go([module])
         return _joined_through_modules(module, inputs, gate, residual)
-    weight, bias = parameter(module, "weight"), parameter(module, "bias")
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    [(down, up)] = stacked([(module, branches)])
     for each in inputs:
         own = weight[:, each.first :] if each.replacement is None else parameter(each.replacement, "weight")
-        layer = kernels.Linear(each.x, own, bias, module.out_features, gate, None, residual)
+        layer = kernels.Linear(each.x, own, bias, base.out_features, gate, None, residual)
+        if down is not None:
+            # Of all inputs: what stands in for columns does so without the adapter.
+            layer = layer._replace(down=down[:, each.first :], up=up)
         [residual] = LINEARS(Linears((layer,)))
         # With the first product alone.
         bias = None
