@@ -22,8 +22,9 @@ from ppcl_kernels._triton import TensorDescriptor, jit, tl
 from ppcl_kernels.launch import Target, register_limit
 from ppcl_kernels.tiles import cheapest, offered
 
-# Factors of a larger rank would take the registers of a tile.
-MOST_RANK = 64
+# A tile of 256 columns multiplies an eighth more at this rank. At larger ones two thin products of their own take less
+# time, and the registers of a tile do not suffice.
+MOST_RANK = 32
 
 
 class Tile(NamedTuple):

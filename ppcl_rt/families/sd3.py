@@ -425,7 +425,8 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
             pooled_projections=pooled_projections,
             timestep=timestep,
             block_controlnet_hidden_states=block_controlnet_hidden_states,
-            joint_attention_kwargs=joint_attention_kwargs,
+            # Without the scale of adapters, which diffusers takes out of it.
+            joint_attention_kwargs=joint_attention_kwargs or None,
             skip_layers=() if skip_layers is None else tuple(map(int, skip_layers)),
         )
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

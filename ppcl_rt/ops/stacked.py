@@ -35,7 +35,7 @@ class _Stack:
             self.down = down.new_zeros(rank, down.shape[1])
             self.up = up.new_zeros(len(up), rank)
         self.branches: tuple[Branch, ...] = ()
-        self.versions: list[int] = []
+        self.versions: list[tuple[int, int]] = []
 
     def has_room(self, branches: Sequence[Branch]) -> bool:
         """Whether these can be written into it."""
@@ -45,7 +45,8 @@ class _Stack:
 
     def update(self, branches: tuple[Branch, ...]) -> None:
         """Have it be made of these as they are now."""
-        versions = [0 if t.is_inference() else t._version for b in branches for t in (b.down, b.up)]
+        factors = [factor for branch in branches for factor in branch[:2]]
+        versions = [(0 if t.is_inference() else t._version, t.data_ptr()) for t in factors]
         if (
             len(branches) == len(self.branches)
             and all(a.down is b.down and a.up is b.up for a, b in zip(branches, self.branches, strict=True))
@@ -114,6 +115,6 @@ def settled(layer: nn.Module) -> Hashable:
     stack = _STACKS.get(layer)
     if stack is not None and branches and stack.has_room(branches):
         stack.update(branches)
-        return (id(base), id(stack))
+        return (id(base), stack.down.data_ptr(), stack.up.data_ptr(), len(stack.down))
     # The layer is called: its factors and scales are part of the graph.
     return (id(base), *((id(b.down), id(b.up), round(b.scale, 12)) for b in branches))

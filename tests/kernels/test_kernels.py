@@ -328,7 +328,7 @@ def test_swiglu_sizes(dtype, tma, tokens, k, n, kept):
 
 @dtypes
 @paths
-@pytest.mark.parametrize("rank", [1, 16, 17, 64])
+@pytest.mark.parametrize("rank", [1, 16, 17])
 @pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])
 def test_linear_with_adapters(dtype, tma, rank, activation):
     """Two streams with an adapter each, and next to one without; ranks are padded to what tensor cores take."""
@@ -349,7 +349,7 @@ def check_adapted(groups: Sequence[pk.Linear], activation: Activation, tile: Til
         wanted = pk.Linear(*double(tuple(g))).reference(activation)
         without = pk.Linear(*double(tuple(g[:9]))).reference(activation)
         assert g.down is None or (wanted - without).abs().max() > 0.1
-        close(y, wanted, terms=4 * (g.x.shape[-1] + 64), roundings=2, size=2.0)
+        close(y, wanted, terms=4 * (g.x.shape[-1] + 32), roundings=2, size=2.0)
 
 
 def interpreted_tiles(dtype: torch.dtype) -> list[Tile]:
@@ -543,7 +543,7 @@ def test_qkv_tiles(dtype, tma, head_dim, parts):
 
 @dtypes
 @paths
-@pytest.mark.parametrize("rank", [1, 16, 40])
+@pytest.mark.parametrize("rank", [1, 30])
 def test_qkv_with_adapters(dtype, tma, rank):
     """On both streams, on one, and with heads by number."""
     text, image = (stream(t, 40, 3, 16, dtype, s, rank=rank) for t, s in ((5, 10), (35, 40)))
@@ -558,7 +558,7 @@ def test_qkv_with_adapters(dtype, tma, rank):
             without = pk.qkv_projection_reference([pk.Stream(*s[:6]) for s in wide(streams)], heads, 16)
             for out, reference in zip(outputs, wanted, strict=True):
                 # Norms of one head divide by its root mean square, which is rounded values away from 1.
-                close(out, reference, terms=4 * (40 + 64), roundings=3, size=2.0)
+                close(out, reference, terms=4 * (40 + 32), roundings=3, size=2.0)
             assert all((a - b).abs().max() > 0.1 for a, b in zip(wanted[::2], without[::2], strict=True))
 
 
@@ -1021,6 +1021,14 @@ ERRORS = {
         lambda: pk.linear(t(*X), t(*W), activation="swiglu", silu_weight=t(*W), silu_bias=t(8)),
         "silu_bias is",
     ),
+    "one factor": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16)), "one is missing"),
+    "factors of a rank": (lambda: pk.linear(t(*X), t(*W), down=t(3, 16), up=t(9, 3)), "the rank of adapters is 3"),
+    "factors of a large rank": (lambda: pk.linear(t(*X), t(*W), down=t(64, 16), up=t(9, 64)), "from 16 to 32"),
+    "factors of two ranks": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16), up=t(9, 32)), "factors are"),
+    "factors too narrow": (lambda: pk.linear(t(*X), t(*W), down=t(16, 15), up=t(9, 16)), r"wanted \[16, 16\]"),
+    "factors too short": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16), up=t(8, 16)), r"and \[9, 16\]"),
+    "factor strides": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16), up=t(9, 32)[:, :16]), "up has strides"),
+    "factors mixed": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16, **HALF), up=t(9, 16)), "down is torch.float16"),
     "linear three layers": (lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W))] * 3), "one or two layers"),
     "mlp channels": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9), None, 10), "wanted 10 outputs"),
     "mlp down": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 8), None), "the weight holds 16 of 8"),
@@ -1040,6 +1048,11 @@ ERRORS = {
     "qkv rope": (lambda: qkv(rope=t(4, 4, 2)), "rope"),
     "qkv rope width": (lambda: qkv(rope=(t(5, 3), t(5, 3))), "rope"),
     "qkv rope dtype": (lambda: qkv(rope=t(5, 4, 2, **HALF)), "wanted float32"),
+    "qkv factors": (lambda: qkv(downs=(t(16, 16), None, None), ups=(t(8, 16), None, None)), "factors are"),
+    "qkv factor strides": (
+        lambda: qkv(downs=(t(16, 16), t(16, 24)[:, :16], None), ups=(t(16, 16), t(16, 16), None)),
+        "differ in stride",
+    ),
     "qkv no queries": (lambda: qkv(queries=False), "no stream has queries"),
     "qkv head dim": (lambda: pk.qkv_projection([stream(5, 16, 2, 130, torch.float32, 1)], 2, 130), "up to 128"),
     "qkv odd head dim": (lambda: pk.qkv_projection([pk.Stream(t(*X), (t(*W),) * 3)], 1, 9), "even"),

@@ -52,6 +52,8 @@ BATCH, IMAGE, TEXT = 2, 4096, 512
 SMALL_HEADS, SMALL_HEAD_DIM, ODD_TEXT, SMALLER_DIM = 38, 64, 333, 1536
 HEADS, HEAD_DIM, HIDDEN = 24, 128, 12288
 DIM = HEADS * HEAD_DIM
+# Of adapters, where there are some.
+RANK = 16
 # Of the single-stream model.
 SINGLE_HEADS, SINGLE_HIDDEN = 30, 10240
 SINGLE_DIM = SINGLE_HEADS * HEAD_DIM
@@ -276,6 +278,9 @@ def cases(target: Target) -> Iterator[Case]:
             ("map", f"{DIM} to {DIM}, residual"),
         ):
             yield Case("linear", f"{tokens}, {shape}", tile_name(tile), True, partial(_linear, target, tile, what))
+            if what in ("up", "down") and tile in Tile.candidates(target, torch.bfloat16, rank=RANK):
+                launch = partial(_linear, target, tile, what, RANK)
+                yield Case("linear", f"{tokens}, {shape}, rank {RANK}", tile_name(tile), True, launch)
         for what, shape in (
             ("up", f"{DIM} to {HIDDEN}, GELU"),
             ("heads", f"{DIM} of {DIM + HIDDEN} to {DIM}, gate, residual"),
@@ -290,9 +295,13 @@ def cases(target: Target) -> Iterator[Case]:
             if what == "up" and tile not in Tile.candidates(target, torch.bfloat16, two_weights=True):
                 continue
             yield Case("linear", f"{joint}, {shape}", tile_name(tile), True, partial(_gated, target, tile, what))
+            if what == "up" and tile in Tile.candidates(target, torch.bfloat16, two_weights=True, rank=RANK):
+                launch = partial(_gated, target, tile, what, RANK)
+                yield Case("linear", f"{joint}, {shape}, rank {RANK}", tile_name(tile), True, launch)
     for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
         for shape, *options in (
             ("norm, RoPE", True, True, True, False),
+            (f"norm, RoPE, rank {RANK}", True, True, True, False, RANK),
             ("norm, RoPE, no text queries", False, True, True, False),
             ("list of heads", True, True, True, True),
             ("plain", True, False, False, False),
