@@ -11,8 +11,9 @@ fastest.
 """
 
 from ppcl_rt.ops.ada_layer_norm import ada_layer_norm
+from ppcl_rt.ops.joined import Columns, joined
 from ppcl_rt.ops.joint_attention import joint_attention
-from ppcl_rt.ops.linear import Columns, Layer, joined, linears
+from ppcl_rt.ops.linear import Layer, linears
 from ppcl_rt.ops.modules import Branch, Streams, adapted, linear
 from ppcl_rt.ops.operation import OPERATIONS, Operation, drop_prepared_calls
 from ppcl_rt.ops.qkv_projection import ProjectedStream, Projection, qkv_projection

@@ -259,9 +259,9 @@ def qkv_projection(streams: Sequence[ProjectedStream], heads: int, head_dim: int
         added = [t for stream in branches for each in stream for branch in each for t in branch[:2]]
         if readable(inputs[0], *[module for s in bases for module in s.projection], others=(*inputs, *added)):
             call = QKV(tuple(map(_stream, bases)), heads, head_dim, eps)
-            if not in_passes:
+            if not in_passes and all(factor.dtype == inputs[0].dtype for factor in added):
                 return QKV_PROJECTION(call._replace(streams=_with_stacks(call.streams, streams, branches)))
-            if eager.takes_qkv(*call[:3]):
+            if in_passes and eager.takes_qkv(*call[:3]):
                 return eager.qkv_projection(*call, branches)
     let_go(module for s in streams for module in s.projection[:3])
     return _through_modules(streams, heads, head_dim)

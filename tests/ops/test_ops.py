@@ -290,14 +290,9 @@ def test_prepared_calls_follow_their_arguments(monkeypatch, name):
 
 def test_launches_read_adapters_as_they_are_now(monkeypatch):
     """Scales, factors and which adapters are active change between calls; memory stays while there is room in it."""
-    peft = pytest.importorskip("peft")
     monkeypatch.setenv("PPCL_BACKEND", "triton")
     torch.manual_seed(0)
-    holder = nn.ModuleDict({"layer": nn.Linear(D, 32)}).to(DEVICE).requires_grad_(False)
-    for name, rank in (("one", 3), ("two", 5), ("large", 20)):
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"], init_lora_weights=False)
-        peft.inject_adapter_in_model(config, holder, name)
-    layer, x = holder.layer.requires_grad_(False), make(B, IMAGE, D)
+    layer, x = adapted_layer(D, 32, 3, 5, 20), make(B, IMAGE, D)
     launched = []
     monkeypatch.setattr(LINEARS, "prepare", lambda *a: launched.append(a) or type(LINEARS).prepare(LINEARS, *a))
 
@@ -307,26 +302,25 @@ def test_launches_read_adapters_as_they_are_now(monkeypatch):
             close(got, layer(x)[..., :29], 1e-4)
         assert len(launched) == prepared
 
-    layer.set_adapter("one")
     check(1)
-    layer.scaling["one"] = 0.3
+    layer.scaling["0"] = 0.3
     check(1)
     with torch.no_grad():
-        layer.lora_A["one"].weight.mul_(2)
+        layer.lora_A["0"].weight.mul_(2)
     check(1)
-    layer.lora_B["one"].weight.data = torch.randn_like(layer.lora_B["one"].weight)
+    layer.lora_B["0"].weight.data = torch.randn_like(layer.lora_B["0"].weight)
     check(1)
-    layer.set_adapter("two")
+    layer.set_adapter("1")
     check(1)
-    layer.set_adapter(["one", "two"])
+    layer.set_adapter(["0", "1"])
     check(1)
     layer.enable_adapters(False)
     check(2)
     layer.enable_adapters(True)
     check(2)
-    layer.set_adapter("large")
+    layer.set_adapter("2")
     check(3)
-    layer.set_adapter("one")
+    layer.set_adapter("0")
     # A stack never shrinks.
     check(3)
     layer.merge()
@@ -494,6 +488,40 @@ def test_inputs_that_lie_next_to_each_other(monkeypatch, backend, replaced):
         module.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-1]))
     close(ops.joined(layer, inputs, gate, residual), wanted)
     assert seen == [40, *(inputs[number].x.shape[-1] for number in replaced)]
+
+
+def adapted_layer(columns, rows, *ranks):
+    """A linear layer with adapters "0", "1", ... of these ranks, of which the first is active."""
+    peft = pytest.importorskip("peft")
+    holder = nn.ModuleDict({"layer": nn.Linear(columns, rows)}).to(DEVICE)
+    for name, rank in enumerate(ranks):
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, holder, str(name))
+    holder.layer.set_adapter("0")
+    return holder.layer.requires_grad_(False)
+
+
+def test_inputs_that_lie_next_to_each_other_with_an_adapter(monkeypatch):
+    """Each input is multiplied by its own columns of the adapter, also one that another layer multiplies."""
+    torch.manual_seed(0)
+    layer, other = adapted_layer(40, 32, 3), nn.Linear(20, 32, bias=False).to(DEVICE).requires_grad_(False)
+    gate, residual = make(B, 32, seed=1), make(B, IMAGE, 32, seed=2)
+    inputs = [ops.Columns(make(B, IMAGE, 11, seed=3)), ops.Columns(make(B, IMAGE, 20, seed=4), 16, other)]
+    results, ran = [], []
+    monkeypatch.setattr(LINEARS, "prepare", lambda *a: ran.append(a) or type(LINEARS).prepare(LINEARS, *a))
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("PPCL_BACKEND", backend)
+        results.append(ops.joined(layer, inputs, gate, residual))
+    close(*results)
+    assert len(ran) == len(inputs)
+
+
+def test_factors_of_another_dtype_are_called(monkeypatch):
+    """An adapter in float32 next to a weight in float16: peft casts, a kernel would refuse."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    layer, x = adapted_layer(D, 32, 3), make(B, IMAGE, D).half()
+    layer.base_layer.half()
+    close(ops.linears([ops.Layer(layer, x)]), [layer(x)], 1e-3)
 
 
 @pytest.mark.parametrize("bias", [True, False])
