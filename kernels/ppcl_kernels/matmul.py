@@ -84,8 +84,9 @@ class Tile(NamedTuple):
             tiles = (cls(128, 128, 64, 8, 2), cls(64, 64, 64, 4, 2, resident=2))
         else:
             tiles = _TILES_WGMMA if target.wgmma else _TILES_TCGEN05 if target.tcgen05 else _TILES_MMA
-            if two_weights and tiles is _TILES_MMA:
-                # The largest spills 112 bytes on sm_80 where its two products become one.
+            if (two_weights or rank) and tiles is _TILES_MMA:
+                # The largest spills 112 bytes on sm_80 where its two products become one; with one it takes 252 registers
+                # there, which leaves none for an adapter.
                 tiles = tiles[1:]
         ranks = rank * (1 + two_weights)
         return offered("linear", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize, ranks))
