@@ -51,7 +51,7 @@ class Tile(NamedTuple):
     flat: int = 0
 
     def shared_bytes(self, itemsize: int, rank: int = 0) -> int:
-        """Return the shared memory of the operand tiles in flight; with adapters, whose rank counts once a weight."""
+        """Return the shared memory of operand tiles in flight; ``rank`` is the sum of those of the tile's adapters."""
         return self.stages * (self.rows + self.cols + rank) * self.depth * itemsize
 
     @property
@@ -85,10 +85,14 @@ class Tile(NamedTuple):
         else:
             tiles = _TILES_WGMMA if target.wgmma else _TILES_TCGEN05 if target.tcgen05 else _TILES_MMA
             if (two_weights or rank) and tiles is _TILES_MMA:
-                # The largest spills 112 bytes on sm_80 where its two products become one; with one it takes 252 registers
-                # there, which leaves none for an adapter.
+                # On sm_80 the largest spills 112 bytes where its two products become one, and 48 with an adapter.
                 tiles = tiles[1:]
-        ranks = rank * (1 + two_weights)
+            if rank and target.tcgen05:
+                # With an adapter triton 3.9 makes a kernel without instructions of the tile of 256 columns with merged
+                # loops; without them SwiGLU spills 40 bytes at 128 columns.
+                tiles = [tile for tile in tiles if bool(tile.flat) != (tile.cols == 256)]
+        # Without TMA one tile less than stages is in flight, which leaves room for the few rows of adapters.
+        ranks = rank * (1 + two_weights) if target.tma else 0
         return offered("linear", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize, ranks))
 
     @classmethod

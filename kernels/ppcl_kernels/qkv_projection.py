@@ -192,6 +192,7 @@ def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int, rank: int
     else:
         # 64 columns at 8 warps spill 16 bytes on sm_120.
         tiles = (Tile(128, cols, 64, 8 if cols > 64 else 4, 3, parts), Tile(64, cols, 64, 4, 3, parts))
+    rank = rank if target.tma else 0
     return offered("qkv_projection", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize, rank))
 
 

@@ -276,11 +276,10 @@ def _with_stacks(
     pairs = stacked(
         [each for s, added in zip(streams, branches, strict=True) for each in zip(s.projection[:3], added, strict=True)]
     )
-    downs, ups = ([pair[which] for pair in pairs] for which in (0, 1))
-    return tuple(
-        base._replace(downs=tuple(downs[3 * n : 3 * n + 3]), ups=tuple(ups[3 * n : 3 * n + 3]))
-        for n, base in enumerate(bases)
-    )
+    with_adapters = []
+    for base, q, k, v in zip(bases, pairs[::3], pairs[1::3], pairs[2::3], strict=True):
+        with_adapters.append(base._replace(downs=(q[0], k[0], v[0]), ups=(q[1], k[1], v[1])))
+    return tuple(with_adapters)
 
 
 def _apart(s: ProjectedStream) -> tuple[ProjectedStream, tuple[tuple[Branch, ...], ...]]:

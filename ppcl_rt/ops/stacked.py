@@ -45,8 +45,8 @@ class _Stack:
 
     def update(self, branches: tuple[Branch, ...]) -> None:
         """Have it be made of these as they are now."""
-        factors = [factor for branch in branches for factor in branch[:2]]
-        versions = [(0 if t.is_inference() else t._version, t.data_ptr()) for t in factors]
+        tensors = [t for branch in branches for t in branch if isinstance(t, torch.Tensor)]
+        versions = [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
         if (
             len(branches) == len(self.branches)
             and all(a.down is b.down and a.up is b.up for a, b in zip(branches, self.branches, strict=True))
@@ -69,8 +69,11 @@ class _Stack:
 _STACKS: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
 
 
-def is_as_large(scale: float, other: float) -> bool:
+def is_as_large(scale: float | torch.Tensor, other: float | torch.Tensor) -> bool:
     """Whether two scales are the same: one that is multiplied for a call, and divided after it, loses a last place."""
+    if isinstance(scale, torch.Tensor) or isinstance(other, torch.Tensor):
+        # Its number is on the device, and written in place: its version says whether it is another.
+        return scale is other
     return math.isclose(scale, other, rel_tol=1e-12)
 
 
@@ -117,4 +120,5 @@ def settled(layer: nn.Module) -> Hashable:
         stack.update(branches)
         return (id(base), stack.down.data_ptr(), stack.up.data_ptr(), len(stack.down))
     # The layer is called: its factors and scales are part of the graph.
-    return (id(base), *((id(b.down), id(b.up), round(b.scale, 12)) for b in branches))
+    scales = [id(b.scale) if isinstance(b.scale, torch.Tensor) else round(b.scale, 12) for b in branches]
+    return (id(base), *scales, *((id(b.down), id(b.up)) for b in branches))

@@ -301,13 +301,16 @@ def cases(target: Target) -> Iterator[Case]:
     for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
         for shape, *options in (
             ("norm, RoPE", True, True, True, False),
-            (f"norm, RoPE, rank {RANK}", True, True, True, False, RANK),
             ("norm, RoPE, no text queries", False, True, True, False),
             ("list of heads", True, True, True, True),
             ("plain", True, False, False, False),
         ):
             launch = partial(_qkv, target, tile, *options)
             yield Case("qkv_projection", f"{tokens}, H {HEADS}, {shape}", tile_name(tile), True, launch)
+        if tile in tile_candidates(target, torch.bfloat16, HEAD_DIM, RANK):
+            launch = partial(_qkv, target, tile, True, True, True, False, RANK)
+            shape = f"{tokens}, H {HEADS}, norm, RoPE, rank {RANK}"
+            yield Case("qkv_projection", shape, tile_name(tile), True, launch)
         launch = partial(_single_qkv, target, tile)
         yield Case("qkv_projection", f"{joint}, H {HEADS}, norm, RoPE", tile_name(tile), True, launch)
     for tile in AttentionTile.candidates(target, torch.bfloat16, HEAD_DIM):

@@ -300,8 +300,12 @@ def _qkv_cases(setting: Setting) -> Iterator[Case]:
         ("list of heads", 2, odd, True, shape.heads // 2 - 1, True),
         ("no text queries", 1, odd, False, shape.heads, False),
     )
-    for tile in tile_candidates(Target.of(setting.device), setting.dtype, shape.head_dim):
+    target = Target.of(setting.device)
+    adapted = tile_candidates(target, setting.dtype, shape.head_dim, _RANK)
+    for tile in tile_candidates(target, setting.dtype, shape.head_dim):
         for what, batch, tokens, text_queries, heads, listed in forms:
+            if "adapters" in what and tile not in adapted:
+                continue
             make = partial(_qkv, setting, tile, batch, tokens, text_queries, heads, listed, "adapters" in what)
             yield Case("qkv_projection", tuple(tile), _form(what, batch, *tokens), make)
 

@@ -39,7 +39,7 @@ class Weights:
         self._attribute_counts = [*map(len, self._attributes)]
         self._forwards = [(a, a["forward"]) for a in self._attributes if "forward" in a]
         self._adapted = [module for module in self._inside if "lora_A" in module._modules]
-        self._factors = [p for m in self._adapted for name in ("lora_A", "lora_B") for p in _inside(m, name)]
+        self._factors = [t for m in self._adapted for t in _factors_of(m)]
         self._adapters = _adapters_of(self._adapted, self._factors)
         self._settled = [*map(ops.settled, self._adapted)]
         self._hooks: list[Any] = [hooks for m in self._inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -98,11 +98,13 @@ def _values(dicts: list[dict[str, Any]]) -> list[Any]:
     return [*chain.from_iterable(map(dict.values, dicts))]
 
 
-def _inside(module: nn.Module, name: str) -> list[nn.Parameter]:
-    return [*module.get_submodule(name).parameters()]
+def _factors_of(layer: Any) -> list[torch.Tensor]:
+    """The factors of a layer's adapters, and scales that are tensors."""
+    scales = [scale for scale in layer.scaling.values() if isinstance(scale, torch.Tensor)]
+    return [*layer.lora_A.parameters(), *layer.lora_B.parameters(), *scales]
 
 
-def _adapters_of(layers: list[nn.Module], factors: list[nn.Parameter]) -> list[Any]:
+def _adapters_of(layers: list[nn.Module], factors: list[torch.Tensor]) -> list[Any]:
     """What is set of the adapters of layers: scales, which of them are active, and the versions of their factors."""
     own: list[dict[str, Any]] = [layer.__dict__ for layer in layers]
     return [
