@@ -58,7 +58,7 @@ NOT_QUICK = frozenset(
         "test_a_schedule_breaks_the_graph",
         "test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit",
         "test_ada_layer_norm_many_tokens",
-        "test_adapters_and_hooks_are_called",
+        "test_hooked_layers_are_called",
         "test_adapters_are_swapped_without_compiling",
         "test_alignment_is_cka_with_probes_composed_by_hand",
         "test_an_adapter_at_ratio_one",

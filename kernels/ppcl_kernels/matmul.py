@@ -52,7 +52,8 @@ class Tile(NamedTuple):
 
     def shared_bytes(self, itemsize: int, rank: int = 0) -> int:
         """Return the shared memory of operand tiles in flight; ``rank`` is the sum of those of the tile's adapters."""
-        return self.stages * (self.rows + self.cols + rank) * self.depth * itemsize
+        in_flight = self.stages * (self.rows + self.cols + rank) * self.depth
+        return (in_flight + self.cols * rank) * itemsize
 
     @property
     def registers(self) -> int | None:
