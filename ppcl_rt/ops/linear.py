@@ -233,7 +233,7 @@ def linears(layers: Sequence[Layer], *, activation: Activation = "none") -> list
                 return [eager.linear(group, activation, *more) for group, *more in groups]
             if all(branch.down.dtype == layers[0].x.dtype for branch in added):
                 return LINEARS(Linears(_with_stacks(layers, groups), activation))
-    let_go(module for layer in layers for module in (layer.module, layer.silu_module, layer.adapter))
+    let_go([module for layer in layers for module in (layer.module, layer.silu_module, layer.adapter)])
     return [_through_module(layer, activation) for layer in layers]
 
 

@@ -263,7 +263,7 @@ def qkv_projection(streams: Sequence[ProjectedStream], heads: int, head_dim: int
                 return QKV_PROJECTION(call._replace(streams=_with_stacks(call.streams, streams, branches)))
             if in_passes and eager.takes_qkv(*call[:3]):
                 return eager.qkv_projection(*call, branches)
-    let_go(module for s in streams for module in s.projection[:3])
+    let_go([module for s in streams for module in s.projection[:3]])
     return _through_modules(streams, heads, head_dim)
 
 

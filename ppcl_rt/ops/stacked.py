@@ -79,7 +79,7 @@ def is_as_large(scale: float | torch.Tensor, other: float | torch.Tensor) -> boo
 
 def reads_stacks(x: torch.Tensor) -> bool:
     """Whether operations on a tensor read adapters as matrices: where kernels may run, and no code is compiled."""
-    return (x.is_cuda or backend() == "triton") and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and (x.is_cuda or backend() == "triton")
 
 
 def stacked(layers: Sequence[tuple[Any, tuple[Branch, ...]]]) -> list[Pair]:
@@ -106,7 +106,8 @@ def _stack_of(layer: nn.Module, branches: tuple[Branch, ...], rank: int) -> Pair
 
 def let_go(layers: Iterable[Any]) -> None:
     """Hold no matrices of layers: their adapters are others from now on, or the layers are called."""
-    if _STACKS:
+    # Code that is compiled must not see the table.
+    if not torch.compiler.is_compiling() and _STACKS:
         for layer in layers:
             if layer is not None:
                 _STACKS.pop(layer, None)
