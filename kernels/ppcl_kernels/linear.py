@@ -2,7 +2,8 @@
 
 ``y = x W[:n, :k]^T + b[:n]``, then in this order, if asked for: an activation, ``* gate``, ``+ residual``.
 The activation is tanh-GELU, or SwiGLU with a second weight V:
-``y = silu(x V[:n, :k]^T + v[:n]) * (x W[:n, :k]^T + b[:n])``.
+``y = silu(x V[:n, :k]^T + v[:n]) * (x W[:n, :k]^T + b[:n])``. An adapter of either weight adds
+``(x down[:, :k]^T) up[:n]^T`` to its product.
 
 B batch, S tokens, K inputs and N outputs of the weight, of which the first ``k`` and ``n`` are kept. Weights are stored
 in rank order, so a narrower layer is a prefix of a wider one. Eager writes and reads ``[B, S, n]`` again for each
@@ -23,7 +24,7 @@ from ppcl_kernels._check import check_index, check_like, check_modulation, check
 from ppcl_kernels._op import define_op
 from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.matmul import Tile, by_parts, operand, product_tile, product_tiles, takes_tma, work_off
+from ppcl_kernels.matmul import Tile, by_parts, check_factors, operand, product_tile, product_tiles, takes_tma, work_off
 from ppcl_kernels.modulation import per_token
 from ppcl_kernels.prepared import Bound, described, suffixes
 
@@ -44,6 +45,9 @@ class Linear(NamedTuple):
         residual: ``[B, S, n]`` or None.
         silu_weight: with SwiGLU, ``[N, K]``: SiLU of its product multiplies that of ``weight``.
         silu_bias: ``[N]``, added before SiLU, or None.
+        down, up: the factors ``[R, K]`` and ``[N, R]`` of an adapter, whose scale is in one of them, or None. For the
+            kernel R is a power of two, the same of all adapters of a launch (`ppcl_kernels.matmul.padded_rank`).
+        silu_down, silu_up: those of an adapter of ``silu_weight``.
     """
 
     x: torch.Tensor
@@ -56,6 +60,15 @@ class Linear(NamedTuple):
     residual: torch.Tensor | None = None
     silu_weight: torch.Tensor | None = None
     silu_bias: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    silu_down: torch.Tensor | None = None
+    silu_up: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without an adapter."""
+        return max([len(down) for down in (self.down, self.silu_down) if down is not None], default=0)
 
     def reference(self, activation: Activation) -> torch.Tensor:
         """Apply it as `linear_reference` does."""
@@ -75,6 +88,10 @@ def linear_reference(
     residual: torch.Tensor | None = None,
     silu_weight: torch.Tensor | None = None,
     silu_bias: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    silu_down: torch.Tensor | None = None,
+    silu_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply ``x [..., k]`` by the first ``k`` columns and the first ``out_features`` rows of ``weight [N, K]``.
 
@@ -87,17 +104,31 @@ def linear_reference(
         ValueError: ``x`` or ``out_features`` asks for more than the weight holds, or the activation is unknown or does
             not fit the weights.
     """
-    n, k = _widths(x, weight, out_features)
+    n, _ = _widths(x, weight, out_features)
     check_activation(activation, weight, silu_weight)
-    # Slices are views: the other rows and columns are neither read nor multiplied.
-    y = F.linear(x, weight[:n, :k], None if bias is None else bias[:n])
+    y = adapted_product_reference(x, weight, bias, n, down, up)
     if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
     if silu_weight is not None:
-        y = F.silu(F.linear(x, silu_weight[:n, :k], None if silu_bias is None else silu_bias[:n])) * y
+        y = F.silu(adapted_product_reference(x, silu_weight, silu_bias, n, silu_down, silu_up)) * y
     if gate is not None:
         y = per_token(gate, index) * y
     return y if residual is None else residual + y
+
+
+def adapted_product_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+) -> torch.Tensor:
+    """The product alone, of the first ``n`` rows, with what an adapter adds."""
+    k = x.shape[-1]
+    # Slices are views: the other rows and columns are neither read nor multiplied.
+    y = F.linear(x, weight[:n, :k], None if bias is None else bias[:n])
+    return y if down is None or up is None else y + F.linear(F.linear(x, down[:, :k]), up[:n])
 
 
 def check_activation(activation: str, weight: torch.Tensor, silu_weight: torch.Tensor | None) -> None:
@@ -181,23 +212,26 @@ def _finish_swiglu(acc, arguments, place, ROWS: tl.constexpr, COLS: tl.constexpr
 @jit()
 def _work_off_layer(
     start, x, w, bias, gate, index, residual, silu_w, silu_bias, y,
-    S, N, K, stride_x_batch, stride_x_row, stride_w_row, stride_silu_w_row, stride_gate_sample, B,
+    S, N, K, stride_x_batch, stride_x_row, stride_w_row, stride_silu_w_row, stride_gate_sample,
+    down, up, silu_down, silu_up, stride_down_row, B,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
-    TMA: tl.constexpr, GELU: tl.constexpr,
+    TMA: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Work off one layer; COLS are columns of the result."""
     sizes, x_strides = (S, N, K), (stride_x_batch, stride_x_row)
+    adapter = (down, up, stride_down_row)
     if silu_w is None:
         arguments = (bias, gate, index, residual, y, S, N, B, stride_gate_sample, GELU)
         end = work_off(
-            start, x, w, sizes, (x_strides, stride_w_row), B, tl.cdiv(N, COLS), None, product_tile, _finish, arguments,
-            COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+            start, x, w, adapter, sizes, (x_strides, stride_w_row), B, tl.cdiv(N, COLS), None, product_tile, _finish,
+            arguments, COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA, RANK,
         )  # fmt: skip
     else:
         pair = ((bias, silu_bias), gate, index, residual, y, S, N, B, stride_gate_sample, GELU)
         end = work_off(
-            start, x, (w, silu_w), sizes, (x_strides, (stride_w_row, stride_silu_w_row)), B, tl.cdiv(N, COLS), None,
-            product_tiles, _finish_swiglu, pair, COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA,
+            start, x, (w, silu_w), (adapter, (silu_down, silu_up, stride_down_row)), sizes,
+            (x_strides, (stride_w_row, stride_silu_w_row)), B, tl.cdiv(N, COLS), None,
+            product_tiles, _finish_swiglu, pair, COLS, ROWS, COLS, DEPTH, PARTS, FLAT, TMA, RANK,
         )  # fmt: skip
     return end
 
@@ -208,23 +242,27 @@ def _work_off_layer(
 def _linear_kernel(
     x0, w0, bias0, gate0, index0, residual0, silu_w0, silu_bias0, y0,
     S0, N0, K0, stride_x_batch0, stride_x_row0, stride_w_row0, stride_silu_w_row0, stride_gate_sample0,
+    down0, up0, silu_down0, silu_up0, stride_down_row0,
     x1, w1, bias1, gate1, index1, residual1, silu_w1, silu_bias1, y1,
     S1, N1, K1, stride_x_batch1, stride_x_row1, stride_w_row1, stride_silu_w_row1, stride_gate_sample1,
+    down1, up1, silu_down1, silu_up1, stride_down_row1,
     B,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
-    TMA: tl.constexpr, GELU: tl.constexpr,
+    TMA: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr,
 ):
     # fmt: on
     start = _work_off_layer(
         tl.program_id(0), x0, w0, bias0, gate0, index0, residual0, silu_w0, silu_bias0, y0,
-        S0, N0, K0, stride_x_batch0, stride_x_row0, stride_w_row0, stride_silu_w_row0, stride_gate_sample0, B,
-        ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU,
+        S0, N0, K0, stride_x_batch0, stride_x_row0, stride_w_row0, stride_silu_w_row0, stride_gate_sample0,
+        down0, up0, silu_down0, silu_up0, stride_down_row0, B,
+        ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU, RANK,
     )  # fmt: skip
     if y1 is not None:
         _work_off_layer(
             start, x1, w1, bias1, gate1, index1, residual1, silu_w1, silu_bias1, y1,
-            S1, N1, K1, stride_x_batch1, stride_x_row1, stride_w_row1, stride_silu_w_row1, stride_gate_sample1, B,
-            ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU,
+            S1, N1, K1, stride_x_batch1, stride_x_row1, stride_w_row1, stride_silu_w_row1, stride_gate_sample1,
+            down1, up1, silu_down1, silu_up1, stride_down_row1, B,
+            ROWS, COLS, DEPTH, PARTS, FLAT, TMA, GELU, RANK,
         )  # fmt: skip
 
 
@@ -232,6 +270,7 @@ def _linear_kernel(
 _LAYER_ARGUMENTS = (
     "x", "w", "bias", "gate", "index", "residual", "silu_w", "silu_bias", "y",
     "S", "N", "K", "stride_x_batch", "stride_x_row", "stride_w_row", "stride_silu_w_row", "stride_gate_sample",
+    "down", "up", "silu_down", "silu_up", "stride_down_row",
 )
 # fmt: on
 
@@ -241,16 +280,29 @@ def outputs_of(tile: Tile, activation: Activation) -> int:
     return tile.cols // 2 if activation == "swiglu" else tile.cols
 
 
+def _factors(layer: Linear, n: int, k: int, block: tuple[int, int, int], tma: bool) -> list[Any]:
+    """Return the values of the last five of `_LAYER_ARGUMENTS`; the block is columns, rank and depth of a tile."""
+    cols, rank, depth = block
+    values: list[Any] = []
+    for down, up in ((layer.down, layer.up), (layer.silu_down, layer.silu_up)):
+        values.append(None if down is None else operand(down[:, :k], (rank, depth), tma))
+        values.append(None if up is None else operand(up[:n], (cols, rank), tma))
+    # Factors that are not there have no stride, so that without adapters the kernel is the same as it would be.
+    return [*values, next((down.stride(0) for down in (layer.down, layer.silu_down) if down is not None), None)]
+
+
 def launch_linear(
     layers: Sequence[Linear], outputs: Sequence[torch.Tensor], activation: Activation, tile: Tile, target: Target
 ) -> Launch:
     """Return the launch that writes ``outputs`` (contiguous ``[B, S, n]``) of one or two layers."""
-    weights = [w for layer in layers for w in (layer.weight, layer.silu_weight) if w is not None]
+    # Fields 9 to 12 are the factors of adapters.
+    weights = [w for layer in layers for w in (layer.weight, layer.silu_weight, *layer[9:]) if w is not None]
+    rank = max(layer.rank for layer in layers)
     tma = takes_tma(target, *(layer.x for layer in layers), *weights)
     cols = outputs_of(tile, activation)
     batch, tiles, arguments = layers[0].x.shape[0], 0, dict[str, Any]()
     for number in range(2):
-        values: Sequence[Any] = (None,) * 9 + (0,) * 8
+        values: Sequence[Any] = (None,) * 9 + (0,) * 8 + (None,) * 5
         if number < len(layers):
             layer, y, silu = layers[number], outputs[number], layers[number].silu_weight
             tokens, n, k = y.shape[1], y.shape[2], layer.x.shape[2]
@@ -273,6 +325,7 @@ def launch_linear(
                 layer.weight.stride(0),
                 0 if silu is None else silu.stride(0),
                 0 if layer.gate is None else layer.gate.stride(0),
+                *_factors(layer, n, k, (cols, rank, tile.depth), tma),
             )
         arguments.update({f"{name}{number}": value for name, value in zip(_LAYER_ARGUMENTS, values, strict=True)})
     arguments |= {
@@ -284,6 +337,7 @@ def launch_linear(
         "FLAT": bool(tile.flat),
         "TMA": tma,
         "GELU": activation == "gelu",
+        "RANK": rank,
     }
     grid = (min(tiles, target.multiprocessors * tile.resident),)
     return Launch(_linear_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
@@ -299,7 +353,8 @@ def describe_linear(
     target = Target.of(work[0][1].device)
     if tile is None:
         tokens, cols = [y.shape[1] for _, y in work], max(y.shape[2] for _, y in work)
-        tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols, activation == "swiglu")
+        rank = max(layer.rank for layer, _ in work)
+        tile = Tile.choose(target, work[0][1].dtype, tokens, work[0][1].shape[0], cols, activation == "swiglu", rank)
     return launch_linear([layer for layer, _ in work], [y for _, y in work], activation, tile, target)
 
 
@@ -318,14 +373,14 @@ def check_linear(layers: Sequence[Linear], activation: Activation) -> None:
     """Refuse layers that the kernel cannot compute.
 
     Raises:
-        ValueError: wrong device, dtype, shape or stride, more inputs or outputs than the weight holds, or an activation
-            that does not fit the weights.
+        ValueError: wrong device, dtype, shape or stride, more inputs or outputs than the weight holds, an activation
+            that does not fit the weights, or adapters that do not.
     """
     first = layers[0].x
     for layer in layers:
         if layer.x.dim() != 3 or layer.x.shape[0] != first.shape[0]:
             raise ValueError(f"x is {list(layer.x.shape)}, wanted [B, S, k] with the same B in every layer")
-        n, _ = _widths(layer.x, layer.weight, layer.out_features)
+        n, k = _widths(layer.x, layer.weight, layer.out_features)
         check_activation(activation, layer.weight, layer.silu_weight)
         if layer.silu_weight is not None:
             check_weight("silu_weight", layer.silu_weight)
@@ -334,6 +389,7 @@ def check_linear(layers: Sequence[Linear], activation: Activation) -> None:
         for name in ("bias", "silu_bias"):
             if fields[name] is not None:
                 check_shape(name, fields[name], layer.weight.shape[:1])
+        check_factors(n, k, max(each.rank for each in layers), (layer.down, layer.silu_down), layer[10::2])
         check_modulation("gate", layer.gate, layer.x, n, layer.index)
         check_index(layer.index, layer.x)
         if layer.residual is not None:
@@ -350,7 +406,8 @@ def _check_count(layers: Sequence[Linear]) -> None:
 @define_op(
     "linear",
     "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
-    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, str activation, int[]? tile) -> Tensor[]",
+    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, Tensor?[] down, Tensor?[] up, "
+    "Tensor?[] silu_down, Tensor?[] silu_up, str activation, int[]? tile) -> Tensor[]",
 )
 def _linear_op(*arguments):
     *fields, activation, tile = arguments
@@ -405,10 +462,16 @@ def linear(
     residual: torch.Tensor | None = None,
     silu_weight: torch.Tensor | None = None,
     silu_bias: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    silu_down: torch.Tensor | None = None,
+    silu_up: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Apply one linear layer to ``x [B, S, k]``; arguments and errors are those of `Linear` and `grouped_linear`."""
-    layer = Linear(x, weight, bias, out_features, gate, index, residual, silu_weight, silu_bias)
+    layer = Linear(
+        *(x, weight, bias, out_features, gate, index, residual, silu_weight, silu_bias, down, up, silu_down, silu_up)
+    )
     return grouped_linear([layer], activation=activation, tile=tile)[0]
 
 

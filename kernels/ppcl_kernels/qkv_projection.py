@@ -1,6 +1,7 @@
 """Queries, keys and values of both streams, for the heads that are kept, in the joint layout that attention reads.
 
-For each stream and head: ``x W^T + b``, then for q and k ``rms_norm(.) * g`` and RoPE of interleaved pairs.
+For each stream and head: ``x W^T + b``, with ``(x down^T) up^T`` of an adapter, then for q and k ``rms_norm(.) * g``
+and RoPE of interleaved pairs.
 
 B batch, S tokens, D model dimension, H heads of the weights, h heads kept, E head dimension. Eager computes three
 products for each stream, reads and writes q and k twice more for norm and rotation, and copies q, k and v to join the
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ppcl_kernels._check import check_like, check_shape, check_weight, wants_gradient
 from ppcl_kernels._op import define_op
@@ -21,7 +21,8 @@ from ppcl_kernels._triton import jit, tl
 from ppcl_kernels.head_norm import Norms, check_norms
 from ppcl_kernels.heads import MAX_HEAD_DIM, finish_head, head_cols, joint_outputs, norm_rope_reference
 from ppcl_kernels.launch import Launch, Target
-from ppcl_kernels.matmul import Tile, operand, product_tile, takes_tma, work_off
+from ppcl_kernels.linear import adapted_product_reference
+from ppcl_kernels.matmul import MOST_RANK, Tile, check_factors, operand, product_tile, takes_tma, work_off
 from ppcl_kernels.prepared import Bound, described, suffixes
 from ppcl_kernels.rope import Rope, check_rope, rope_arguments, rope_tables, rope_tensors
 from ppcl_kernels.tiles import cheapest, offered
@@ -37,6 +38,8 @@ class Stream(NamedTuple):
         norms: RMSNorm weights of q and k, ``[E]``, or None for no norm.
         rope: the rotation in any form of `ppcl_kernels.rope.Rope`, or None.
         queries: False for a stream whose output is not read: only its keys and values are computed.
+        downs, ups: of q, k and v, the factors ``[R, D]`` and ``[H * E, R]`` of an adapter, or None, as in
+            `ppcl_kernels.linear.Linear`.
     """
 
     x: torch.Tensor
@@ -45,6 +48,13 @@ class Stream(NamedTuple):
     norms: Norms = (None, None)
     rope: Rope | None = None
     queries: bool = True
+    downs: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
+    ups: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
+
+    @property
+    def rank(self) -> int:
+        """R, 0 without adapters."""
+        return max([len(down) for down in self.downs if down is not None], default=0)
 
 
 def qkv_projection_reference(
@@ -62,20 +72,25 @@ def qkv_projection_reference(
     for stream in streams:
         dim = stream.x.shape[-1]
         parts: list[Any] = []
-        for weight, bias in zip(stream.weights, stream.biases, strict=True):
+        for weight, bias, down, up in zip(stream.weights, stream.biases, stream.downs, stream.ups, strict=True):
             if not parts and not stream.queries:
                 parts.append(None)
                 continue
             # Slices are views: the other heads are neither read nor multiplied.
             rows = weight[:, :dim].unflatten(0, (-1, head_dim))
             biases = None if bias is None else bias.unflatten(0, (-1, head_dim))
+            ups = None if up is None else up.unflatten(0, (-1, head_dim))
             if isinstance(heads, torch.Tensor):
                 rows, biases = rows[heads], None if biases is None else biases[heads]
+                ups = None if ups is None else ups[heads]
             elif heads > len(rows):
                 raise ValueError(f"wanted {heads} heads of {head_dim}, the weight holds {len(rows)}")
             else:
                 rows, biases = rows[:heads], None if biases is None else biases[:heads]
-            out = F.linear(stream.x, rows.flatten(0, 1), None if biases is None else biases.flatten())
+            out = adapted_product_reference(
+                *(stream.x, rows.flatten(0, 1), None if biases is None else biases.flatten()),
+                *(len(rows) * head_dim, down, None if ups is None else ups.flatten(0, 1)),
+            )
             parts.append(out.unflatten(-1, (-1, head_dim)))
         raw.append((parts[0], parts[1], parts[2]))
     return norm_rope_reference(raw, [s.norms for s in streams], [s.rope for s in streams], eps)
@@ -94,11 +109,13 @@ _COUNTS = (
 def _qkv_projection_kernel(
     x0, w_q0, w_k0, w_v0, bias_q0, bias_k0, bias_v0, norm_q0, norm_k0, cos0, sin0, S0, q_first0, kv_first0, N0,
     stride_x_batch0, stride_x_row0, stride_w_row0, stride_rope_row0, stride_rope_pair0,
+    down_q0, down_k0, down_v0, up_q0, up_k0, up_v0, stride_down_row0,
     x1, w_q1, w_k1, w_v1, bias_q1, bias_k1, bias_v1, norm_q1, norm_k1, cos1, sin1, S1, q_first1, kv_first1, N1,
     stride_x_batch1, stride_x_row1, stride_w_row1, stride_rope_row1, stride_rope_pair1,
+    down_q1, down_k1, down_v1, up_q1, up_k1, up_v1, stride_down_row1,
     q, k, v, chosen, B, D, heads, q_tokens, kv_tokens, eps,
     E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, QUERIES0: tl.constexpr, QUERIES1: tl.constexpr,
+    TMA: tl.constexpr, QUERIES0: tl.constexpr, QUERIES1: tl.constexpr, RANK: tl.constexpr,
 ):
     start = tl.program_id(0)
     unrotated = (None, None, 0, 0)
@@ -106,38 +123,44 @@ def _qkv_projection_kernel(
     sizes, strides = (S0, N0, D), ((stride_x_batch0, stride_x_row0), stride_w_row0)
     if QUERIES0:
         start = work_off(
-            start, x0, w_q0, sizes, strides, B, heads, chosen, product_tile, finish_head,
+            start, x0, w_q0, (down_q0, up_q0, stride_down_row0), sizes, strides, B, heads, chosen,
+            product_tile, finish_head,
             (bias_q0, norm_q0, rope, q, S0, q_tokens, q_first0, heads, eps, E),
-            E, ROWS, COLS, DEPTH, PARTS, False, TMA,
+            E, ROWS, COLS, DEPTH, PARTS, False, TMA, RANK,
         )
     start = work_off(
-        start, x0, w_k0, sizes, strides, B, heads, chosen, product_tile, finish_head,
+        start, x0, w_k0, (down_k0, up_k0, stride_down_row0), sizes, strides, B, heads, chosen,
+        product_tile, finish_head,
         (bias_k0, norm_k0, rope, k, S0, kv_tokens, kv_first0, heads, eps, E),
-        E, ROWS, COLS, DEPTH, PARTS, False, TMA,
+        E, ROWS, COLS, DEPTH, PARTS, False, TMA, RANK,
     )
     start = work_off(
-        start, x0, w_v0, sizes, strides, B, heads, chosen, product_tile, finish_head,
+        start, x0, w_v0, (down_v0, up_v0, stride_down_row0), sizes, strides, B, heads, chosen,
+        product_tile, finish_head,
         (bias_v0, None, unrotated, v, S0, kv_tokens, kv_first0, heads, eps, E),
-        E, ROWS, COLS, DEPTH, PARTS, False, TMA,
+        E, ROWS, COLS, DEPTH, PARTS, False, TMA, RANK,
     )
     if x1 is not None:
         rope1 = (cos1, sin1, stride_rope_row1, stride_rope_pair1)
         sizes1, strides1 = (S1, N1, D), ((stride_x_batch1, stride_x_row1), stride_w_row1)
         if QUERIES1:
             start = work_off(
-                start, x1, w_q1, sizes1, strides1, B, heads, chosen, product_tile, finish_head,
+                start, x1, w_q1, (down_q1, up_q1, stride_down_row1), sizes1, strides1, B, heads, chosen,
+                product_tile, finish_head,
                 (bias_q1, norm_q1, rope1, q, S1, q_tokens, q_first1, heads, eps, E),
-                E, ROWS, COLS, DEPTH, PARTS, False, TMA,
+                E, ROWS, COLS, DEPTH, PARTS, False, TMA, RANK,
             )
         start = work_off(
-            start, x1, w_k1, sizes1, strides1, B, heads, chosen, product_tile, finish_head,
+            start, x1, w_k1, (down_k1, up_k1, stride_down_row1), sizes1, strides1, B, heads, chosen,
+            product_tile, finish_head,
             (bias_k1, norm_k1, rope1, k, S1, kv_tokens, kv_first1, heads, eps, E),
-            E, ROWS, COLS, DEPTH, PARTS, False, TMA,
+            E, ROWS, COLS, DEPTH, PARTS, False, TMA, RANK,
         )
         work_off(
-            start, x1, w_v1, sizes1, strides1, B, heads, chosen, product_tile, finish_head,
+            start, x1, w_v1, (down_v1, up_v1, stride_down_row1), sizes1, strides1, B, heads, chosen,
+            product_tile, finish_head,
             (bias_v1, None, unrotated, v, S1, kv_tokens, kv_first1, heads, eps, E),
-            E, ROWS, COLS, DEPTH, PARTS, False, TMA,
+            E, ROWS, COLS, DEPTH, PARTS, False, TMA, RANK,
         )
 
 
@@ -145,15 +168,18 @@ _STREAM_ARGUMENTS = (
     "x", "w_q", "w_k", "w_v", "bias_q", "bias_k", "bias_v", "norm_q", "norm_k", "cos", "sin",
     "S", "q_first", "kv_first", "N",
     "stride_x_batch", "stride_x_row", "stride_w_row", "stride_rope_row", "stride_rope_pair",
+    "down_q", "down_k", "down_v", "up_q", "up_k", "up_v", "stride_down_row",
 )
 # fmt: on
 
 
-def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int) -> tuple[Tile, ...]:
-    """Return the tiles worth measuring on a target, best guess first (`ppcl_kernels.tiles.offered`)."""
+def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int, rank: int = 0) -> tuple[Tile, ...]:
+    """Return the tiles worth measuring on a target, best guess first; ``rank`` is that of adapters, 0 for none."""
     cols = head_cols(head_dim)
     parts = 4 if cols >= 64 else 1
     tiles: tuple[Tile, ...]
+    if rank > MOST_RANK:
+        return ()
     if dtype == torch.float32:
         tiles = (Tile(32, cols, 32, 4, 2),)
     elif target.amd:
@@ -166,22 +192,23 @@ def tile_candidates(target: Target, dtype: torch.dtype, head_dim: int) -> tuple[
     else:
         # 64 columns at 8 warps spill 16 bytes on sm_120.
         tiles = (Tile(128, cols, 64, 8 if cols > 64 else 4, 3, parts), Tile(64, cols, 64, 4, 3, parts))
-    return offered("qkv_projection", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize))
+    rank = rank if target.tma else 0
+    return offered("qkv_projection", tiles, target, lambda tile: tile.shared_bytes(dtype.itemsize, rank))
 
 
 def choose_tile(
-    target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, heads: int, head_dim: int
+    target: Target, dtype: torch.dtype, tokens: Sequence[int], batch: int, heads: int, head_dim: int, rank: int = 0
 ) -> Tile:
     """Pick the tile that is cheapest in waves, given the tokens of each stream; all streams have queries."""
 
     def blocks(tile: Tile) -> int:
         return 3 * heads * batch * sum(-(-s // tile.rows) for s in tokens)
 
-    return cheapest("qkv_projection", tile_candidates(target, dtype, head_dim), target, blocks)
+    return cheapest("qkv_projection", tile_candidates(target, dtype, head_dim, rank), target, blocks)
 
 
 def _stream_values(
-    stream: Stream, q_first: int, kv_first: int, head_dim: int, tile: Tile, tma: bool
+    stream: Stream, q_first: int, kv_first: int, head_dim: int, tile: Tile, tma: bool, rank: int
 ) -> tuple[Any, ...]:
     """Return the values of `_STREAM_ARGUMENTS` for a stream; its tokens start at ``q_first`` and ``kv_first``."""
     x, weights = stream.x, stream.weights
@@ -201,6 +228,9 @@ def _stream_values(
         x.stride(1),
         weights[0].stride(0),
         *((0, 0) if cos is None else cos.stride()),
+        *(None if down is None else operand(down[:, : x.shape[2]], (rank, tile.depth), tma) for down in stream.downs),
+        *(None if up is None else operand(up, (tile.cols, rank), tma) for up in stream.ups),
+        next((down.stride(0) for down in stream.downs if down is not None), None),
     )
 
 
@@ -216,15 +246,17 @@ def launch_qkv_projection(
 ) -> Launch:
     """Return the launch that writes joint q, k, v (contiguous ``[B, S, h, E]``) of one or two streams."""
     q, k, v = outputs
-    tma = takes_tma(target, *(s.x for s in streams), *(w for s in streams for w in s.weights))
+    factors = [factor for s in streams for factor in (*s.downs, *s.ups) if factor is not None]
+    tma = takes_tma(target, *(s.x for s in streams), *(w for s in streams for w in s.weights), *factors)
+    rank = max(s.rank for s in streams)
     batch, dim = streams[0].x.shape[0], streams[0].x.shape[2]
     arguments: dict[str, Any] = {}
     tiles = q_first = kv_first = 0
     for number in range(2):
-        values: Sequence[Any] = (None,) * 11 + (0,) * 9
+        values: Sequence[Any] = (None,) * 11 + (0,) * 9 + (None,) * 7
         if number < len(streams):
             s, tokens = streams[number], streams[number].x.shape[1]
-            values = _stream_values(s, q_first, kv_first, head_dim, tile, tma)
+            values = _stream_values(s, q_first, kv_first, head_dim, tile, tma, rank)
             tiles += batch * -(-tokens // tile.rows) * heads * (3 if s.queries else 2)
             q_first += tokens if s.queries else 0
             kv_first += tokens
@@ -247,6 +279,7 @@ def launch_qkv_projection(
         "DEPTH": tile.depth,
         "PARTS": tile.parts,
         "TMA": tma,
+        "RANK": rank,
     }
     grid = (min(tiles, target.multiprocessors * tile.resident),)
     return Launch(_qkv_projection_kernel, grid, arguments, tile.warps, tile.stages, tile.registers)
@@ -267,7 +300,8 @@ def describe_qkv_projection(
     if not work:
         return None
     if tile is None:
-        tile = choose_tile(target, like.dtype, [s.x.shape[1] for s in work], like.shape[0], heads, head_dim)
+        rank = max(s.rank for s in work)
+        tile = choose_tile(target, like.dtype, [s.x.shape[1] for s in work], like.shape[0], heads, head_dim, rank)
     return launch_qkv_projection(work, outputs, heads, chosen, head_dim, eps, Tile(*tile), target)
 
 
@@ -287,8 +321,11 @@ def check_streams(streams: Sequence[Stream], heads: int, chosen: torch.Tensor | 
     for s in streams:
         if s.x.dim() != 3 or s.x.shape[0] != first.shape[0] or s.x.shape[2] != first.shape[2]:
             raise ValueError(f"x is {list(s.x.shape)}, wanted [B, S, D] with the same B and D in every stream")
-        names = ("q", "k", "v", "bias_q", "bias_k", "bias_v")
-        check_like(first, x=s.x, **dict(zip(names, (*s.weights, *s.biases), strict=True)))
+        names = [f"{what}{which}" for what in ("", "bias_", "down_", "up_") for which in "qkv"]
+        check_like(first, x=s.x, **dict(zip(names, (*s.weights, *s.biases, *s.downs, *s.ups), strict=True)))
+        # A list may name any head that the weights hold.
+        rows = s.weights[0].shape[0] if s.weights[0].dim() else 0
+        check_factors(rows, first.shape[2], max(each.rank for each in streams), s.downs, s.ups)
         for weight, bias in zip(s.weights, s.biases, strict=True):
             check_weight("a weight", weight)
             if weight.shape[1] < first.shape[2] or weight.shape != s.weights[0].shape:
@@ -310,7 +347,7 @@ def _check_count(streams: Sequence[Stream]) -> None:
         raise ValueError(f"one launch takes one or two streams, got {len(streams)}")
 
 
-def streams_of(x, weights, biases, norms, tables, queries) -> list[Stream]:
+def streams_of(x, weights, biases, norms, tables, queries, downs, ups) -> list[Stream]:
     """Make streams of the flat lists of an op's schema."""
     return [
         Stream(
@@ -320,6 +357,8 @@ def streams_of(x, weights, biases, norms, tables, queries) -> list[Stream]:
             tuple(norms[2 * n : 2 * n + 2]),
             None if tables[2 * n] is None else (tables[2 * n], tables[2 * n + 1]),
             queries[n],
+            tuple(downs[3 * n : 3 * n + 3]),
+            tuple(ups[3 * n : 3 * n + 3]),
         )
         for n, part in enumerate(x)
     ]
@@ -328,10 +367,11 @@ def streams_of(x, weights, biases, norms, tables, queries) -> list[Stream]:
 @define_op(
     "qkv_projection",
     "(Tensor[] x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, Tensor?[] tables, bool[] queries, "
-    "int heads, Tensor? chosen, int head_dim, float eps, int[]? tile) -> (Tensor, Tensor, Tensor)",
+    "Tensor?[] downs, Tensor?[] ups, int heads, Tensor? chosen, int head_dim, float eps, int[]? tile) "
+    "-> (Tensor, Tensor, Tensor)",
 )
-def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
-    streams = streams_of(x, weights, biases, norms, tables, queries)
+def _qkv_op(x, weights, biases, norms, tables, queries, downs, ups, heads, chosen, head_dim, eps, tile):
+    streams = streams_of(x, weights, biases, norms, tables, queries, downs, ups)
     check_streams(streams, heads, chosen, head_dim)
     outputs = joint_outputs(x[0], [s.x.shape[1] for s in streams], queries, heads, head_dim)
     launch = describe_qkv_projection(streams, outputs, heads, chosen, head_dim, eps, tile)
@@ -341,8 +381,8 @@ def _qkv_op(x, weights, biases, norms, tables, queries, heads, chosen, head_dim,
 
 
 @_qkv_op.register_fake
-def _(x, weights, biases, norms, tables, queries, heads, chosen, head_dim, eps, tile):
-    check_streams(streams_of(x, weights, biases, norms, tables, queries), heads, chosen, head_dim)
+def _(x, weights, biases, norms, tables, queries, downs, ups, heads, chosen, head_dim, eps, tile):
+    check_streams(streams_of(x, weights, biases, norms, tables, queries, downs, ups), heads, chosen, head_dim)
     return joint_outputs(x[0], [part.shape[1] for part in x], queries, heads, head_dim)
 
 
@@ -374,7 +414,7 @@ def qkv_projection(
             Head numbers are not checked, since that would wait for the device.
     """
     _check_count(streams)
-    flat = [t for s in streams for t in (s.x, *s.weights, *s.biases, *s.norms)]
+    flat = [t for s in streams for t in (s.x, *s.weights, *s.biases, *s.norms, *s.downs, *s.ups)]
     if wants_gradient(*flat):
         return qkv_projection_reference(streams, heads, head_dim, eps)
     chosen = heads if isinstance(heads, torch.Tensor) else None
@@ -385,6 +425,8 @@ def qkv_projection(
         [norm for s in streams for norm in s.norms],
         [table for s in streams for table in rope_tables(s.rope, head_dim)],
         [s.queries for s in streams],
+        [down for s in streams for down in s.downs],
+        [up for s in streams for up in s.ups],
         heads if chosen is None else len(chosen),
         chosen,
         head_dim,

@@ -366,7 +366,8 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
             timestep=timestep,
             rope=_in_one_piece(*map(as_real, rotations)),
             modulate_index=modulate_index,
-            attention_kwargs=attention_kwargs,
+            # Without the scale of adapters, which diffusers takes out of it.
+            attention_kwargs=attention_kwargs or None,
             controlnet_block_samples=controlnet_block_samples,
             additional_t_cond=additional_t_cond,
             rows=self._rows(program, self._conditions_of(timestep.to(hidden_states.dtype))),

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ppcl_rt import ops
 from ppcl_rt.files import replacing
 from ppcl_rt.model.adapted_layers import adapts_modulations, cut_to, put_back, set_as, set_scale
 from ppcl_rt.model.block import AdaptedNotLoaded, NotLoaded, PluggableBlock, base_of
@@ -70,6 +71,7 @@ class Adapters(Modulations):
         theirs: Any = super()
         if not self.cuts_adapters:
             theirs.load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
+            ops.let_go(self.modules())
             return
         state, settings = fetched(pretrained_model_name_or_path_or_dict, kwargs)
         start = f"{prefix}." if prefix else ""
@@ -126,8 +128,9 @@ class Adapters(Modulations):
         self._adapters_changed()
 
     def _adapters_changed(self) -> None:
-        """Forget what was made of the layers as they were: graphs, and tables of modulations."""
+        """Forget what was made of the layers as they were: graphs, factors for kernels, tables of modulations."""
         self._graphs.drop_all()
+        ops.let_go(self.modules())
         if self._precomputed is not None:
             self._precomputed.tables = {}
 

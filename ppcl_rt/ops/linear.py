@@ -7,7 +7,7 @@ plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from ppcl_kernels.linear import Activation, prepare_linear
 from ppcl_kernels.matmul import Tile, takes_tma
 from ppcl_rt.ops import eager
 from ppcl_rt.ops.implementation import CUBLAS, CUBLASLT, TORCH, Implementation, Key, backend
-from ppcl_rt.ops.modules import Branch, adapted, has_hooks, is_plain, linear, parameter, readable
+from ppcl_rt.ops.modules import Branch, adapted, linear, parameter, readable
 from ppcl_rt.ops.operation import (
     Operation,
     define_op,
@@ -31,7 +31,7 @@ from ppcl_rt.ops.operation import (
     vector_signature,
     weight_signature,
 )
-from ppcl_rt.ops.quantised import QuantisedLinear
+from ppcl_rt.ops.stacked import let_go, reads_stacks, stacked
 
 
 class Linears(NamedTuple):
@@ -57,6 +57,8 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
             parts += [layout_signature(g.gate), layout_signature(g.index), layout_signature(g.residual)]
             if g.silu_weight is not None:
                 parts += [weight_signature(g.silu_weight), vector_signature(g.silu_bias)]
+            if g.down is not None or g.silu_down is not None:
+                parts.append(weight_signature(*g[9:]))
         return tuple(parts)
 
     def fits(self, call: Linears) -> bool:
@@ -78,24 +80,28 @@ class _Linears(Operation[Linears, list[torch.Tensor]]):
                 "contiguous": g.x.is_contiguous(),
             }
             words.append("+".join(flag(on, name) for name, on in flags.items()))
+            if g.rank:
+                words.append(f"rank {g.rank}")
             sizes += [g.x.shape[1], g.x.shape[2], g.out_features or g.weight.shape[0], g.weight.shape[1]]
         return Key(" ".join(words), tuple(sizes))
 
     def implementations(self, call: Linears) -> list[Implementation]:
         x = call.groups[0].x
         target = Target.of(x.device)
-        tiles = Tile.candidates(target, x.dtype, call.activation == "swiglu")
+        rank = max(g.rank for g in call.groups)
+        tiles = Tile.candidates(target, x.dtype, call.activation == "swiglu", rank)
         triton = [Implementation("triton", tuple(tile)) for tile in tiles]
         if any(g.gate is not None and g.residual is not None for g in call.groups):
             return [*triton, *([CUBLAS] if ResidualTile.candidates(target, x.dtype) else []), TORCH]
         # Without a gated residual no small kernel follows, and cuBLAS is the same as plain torch: it is not offered.
         # cuBLASLt needs a bias. On a CPU torch's epilogue is another form of GELU.
-        if call.activation == "gelu" and x.is_cuda and all(g.bias is not None for g in call.groups):
+        if call.activation == "gelu" and x.is_cuda and not rank and all(g.bias is not None for g in call.groups):
             return [CUBLASLT, *triton, TORCH]
-        return [TORCH, *triton] if call.activation == "none" else [*triton, TORCH]
+        # Plain torch takes two more products for an adapter.
+        return [TORCH, *triton] if call.activation == "none" and not rank else [*triton, TORCH]
 
     def run(self, call: Linears, implementation: Implementation) -> list[torch.Tensor]:
-        if implementation == TORCH and eager.suits(call.groups[0].x):
+        if implementation == TORCH and eager.suits(call.groups[0].x) and not any(g.rank for g in call.groups):
             return [eager.linear(g, call.activation) for g in call.groups]
         if implementation == TORCH:
             return [g.reference(call.activation) for g in call.groups]
@@ -134,7 +140,7 @@ LINEARS = _Linears()
 
 
 def _cublas(g: kernels.Linear, add_gated_residual: Callable[..., torch.Tensor]) -> torch.Tensor:
-    y = kernels.linear_reference(*g[:4])
+    y = kernels.linear_reference(*g[:4], down=g.down, up=g.up)
     if g.gate is None or g.residual is None:
         return y if g.residual is None else g.residual + y
     return add_gated_residual(g.residual, g.gate, y, g.index)
@@ -166,7 +172,8 @@ def _fake(x: Any, weight: Any, bias: Any, out_features: Any, *_: Any) -> list[to
 _OP = define_op(
     "linear",
     "(Tensor[] x, Tensor[] weight, Tensor?[] bias, int[] out_features, Tensor?[] gate, Tensor?[] index, "
-    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, str activation) -> Tensor[]",
+    "Tensor?[] residual, Tensor?[] silu_weight, Tensor?[] silu_bias, Tensor?[] down, Tensor?[] up, "
+    "Tensor?[] silu_down, Tensor?[] silu_up, str activation) -> Tensor[]",
     _run,
     _fake,
 )
@@ -216,13 +223,31 @@ def linears(layers: Sequence[Layer], *, activation: Activation = "none") -> list
     # Adapters are looked for where there is something: taking layers apart takes microseconds.
     if all(layer.adapter is None for layer in layers) and _readable(layers):
         return LINEARS(Linears(tuple([_group(layer) for layer in layers]), activation))
-    if eager.suits(layers[0].x) and backend() != "triton":
+    in_passes = eager.suits(layers[0].x) and backend() != "triton"
+    if in_passes or reads_stacks(layers[0].x):
         bases, branches, silu_branches = zip(*[layer.apart() for layer in layers], strict=True)
         added = [branch for each in (*branches, *silu_branches) for branch in each]
         if _readable(bases, added):
             groups = zip(map(_group, bases), branches, silu_branches, strict=True)
-            return [eager.linear(group, activation, *more) for group, *more in groups]
+            if in_passes:
+                return [eager.linear(group, activation, *more) for group, *more in groups]
+            if all(branch.down.dtype == layers[0].x.dtype for branch in added):
+                return LINEARS(Linears(_with_stacks(layers, groups), activation))
+    let_go([module for layer in layers for module in (layer.module, layer.silu_module, layer.adapter)])
     return [_through_module(layer, activation) for layer in layers]
+
+
+def _with_stacks(
+    layers: Sequence[Layer], groups: Iterable[tuple[kernels.Linear, tuple[Branch, ...], tuple[Branch, ...]]]
+) -> tuple[kernels.Linear, ...]:
+    """The tensors of layers, with what their adapters add as matrices."""
+    parts, of = [], []
+    for layer, (group, branches, silu_branches) in zip(layers, groups, strict=True):
+        parts.append(group)
+        of += [(layer.adapter or layer.module, branches), (layer.silu_module, silu_branches)]
+    pairs = stacked(of)
+    both = zip(parts, pairs[::2], pairs[1::2], strict=True)
+    return tuple(g._replace(down=d, up=u, silu_down=sd, silu_up=su) for g, (d, u), (sd, su) in both)
 
 
 def _readable(layers: Sequence[Layer], branches: Sequence[Branch] = ()) -> bool:
@@ -244,83 +269,6 @@ def _group(layer: Layer) -> kernels.Linear:
         parameter(layer.silu_module, "weight"),
         parameter(layer.silu_module, "bias"),
     )
-
-
-class Columns(NamedTuple):
-    """One of several inputs that lie next to each other in what a linear module reads.
-
-    Attributes:
-        x: ``[B, S, k]``.
-        first: the first of the ``k`` columns of the module's weight that the product is over.
-        replacement: a linear module without a bias that multiplies ``x`` in place of these columns, or None.
-    """
-
-    x: torch.Tensor
-    first: int = 0
-    replacement: Any = None
-
-
-def joined(module: Any, inputs: Sequence[Columns], gate: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Apply a linear module to several inputs next to each other, then ``* gate`` and ``+ residual``.
-
-    Inputs are never written next to each other: each is multiplied by its own columns, and added to what is there.
-
-    Args:
-        module: a linear layer, or what wraps one.
-        inputs: in the order of their columns; columns that no input names are not multiplied.
-        gate: ``[B, N]``.
-        residual: ``[B, S, N]``.
-
-    Returns:
-        ``[B, S, N]``, N the rows of the module.
-    """
-    replacements = [each.replacement for each in inputs]
-    others = (*(each.x for each in inputs), gate)
-    if not readable(residual, module, *replacements, others=others):
-        return _joined_through_modules(module, inputs, gate, residual)
-    weight, bias = parameter(module, "weight"), parameter(module, "bias")
-    for each in inputs:
-        own = weight[:, each.first :] if each.replacement is None else parameter(each.replacement, "weight")
-        layer = kernels.Linear(each.x, own, bias, module.out_features, gate, None, residual)
-        [residual] = LINEARS(Linears((layer,)))
-        # With the first product alone.
-        bias = None
-    return residual
-
-
-def _joined_through_modules(
-    module: Any, inputs: Sequence[Columns], gate: torch.Tensor, residual: torch.Tensor
-) -> torch.Tensor:
-    """As `joined`, for gradients, and for modules that have to be called, on all inputs at once: what is replaced, or
-    left out, is zero there."""
-    own = [each for each in inputs if each.replacement is None]
-    base, branches = adapted(module)
-    is_quantised = type(base) is QuantisedLinear and not has_hooks(base)
-    if is_quantised or is_plain(base):
-        y = inputs[0].x.new_zeros(()) if base.bias is None else base.bias
-        for each in own:
-            if is_quantised:
-                y = y + base.product(each.x, None, each.first)
-            else:
-                y = y + kernels.linear_reference(each.x, base.weight[:, each.first :])
-        for branch in branches:
-            # Of all inputs: what stands in for columns does so without the adapter.
-            y = sum((branch(each.x, len(base.weight), each.first) for each in inputs), y)
-    else:
-        pieces, end = [], 0
-        for each in own:
-            pieces += [_zeros(each.x, each.first - end), each.x]
-            end = each.first + each.x.shape[-1]
-        pieces.append(_zeros(inputs[0].x, module.in_features - end))
-        y = module(torch.cat([piece for piece in pieces if piece.shape[-1]], dim=-1))
-    for each in inputs:
-        if each.replacement is not None:
-            y = y + each.replacement(each.x)
-    return residual + kernels.per_token(gate, None) * y
-
-
-def _zeros(like: torch.Tensor, columns: int) -> torch.Tensor:
-    return like.new_zeros(*like.shape[:-1], columns)
 
 
 def _through_module(layer: Layer, activation: Activation) -> torch.Tensor:

@@ -34,6 +34,7 @@ from ppcl_rt.ops.operation import (
     weight_signature,
 )
 from ppcl_rt.ops.packing import side_by_side
+from ppcl_rt.ops.stacked import let_go, reads_stacks, stacked
 
 # q, k and v [B, S, heads, E] of all streams, their tokens one stream after the other.
 JointQKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -62,13 +63,15 @@ class _QKVProjection(Operation[QKV, JointQKV]):
         return call.streams[0].x
 
     def tensors(self, call: QKV) -> Sequence[torch.Tensor | None]:
-        return [t for s in call.streams for t in (s.x, *s.weights, *s.biases, *s.norms)]
+        return [t for s in call.streams for t in (s.x, *s.weights, *s.biases, *s.norms, *s.downs, *s.ups)]
 
     def signature(self, call: QKV) -> Hashable:
         parts: list[Hashable] = [call.heads, call.head_dim, call.eps]
         for s in call.streams:
             parts += [s.queries, layout_signature(s.x), weight_signature(*s.weights)]
             parts += [vector_signature(*s.biases, *s.norms), _rope_signature(s.rope)]
+            if s.downs[0] is not None or s.downs[1] is not None or s.downs[2] is not None:
+                parts.append(weight_signature(*s.downs, *s.ups))
         return tuple(parts)
 
     def fits(self, call: QKV) -> bool:
@@ -89,21 +92,26 @@ class _QKVProjection(Operation[QKV, JointQKV]):
                 "contiguous": s.x.is_contiguous(),
             }
             words.append("+".join(flag(on, name) for name, on in flags.items()))
+            if s.rank:
+                words.append(f"rank {s.rank}")
             sizes.append(s.x.shape[1])
         return Key(f"{' '.join(words)} {call.head_dim}", (*sizes, x.shape[2], call.heads))
 
     def implementations(self, call: QKV) -> list[Implementation]:
         x = call.streams[0].x
         target = Target.of(x.device)
-        tiles = tile_candidates(target, x.dtype, call.head_dim)
+        rank = max(s.rank for s in call.streams)
+        tiles = tile_candidates(target, x.dtype, call.head_dim, rank)
         triton = [Implementation("triton", tuple(tile)) for tile in tiles]
         if not NormRopeTile.candidates(target, x.dtype):
             return [*triton, TORCH]
-        packed = [PACKED] if all(map(_can_batch, call.streams)) else []
+        # The batched product leaves no room for adapters.
+        packed = [PACKED] if not rank and all(map(_can_batch, call.streams)) else []
         return [*packed, *triton, CUBLAS, TORCH]
 
     def run(self, call: QKV, implementation: Implementation) -> JointQKV:
-        if implementation == TORCH and eager.suits(call.streams[0].x) and eager.takes_qkv(*call[:3]):
+        in_passes = eager.suits(call.streams[0].x) and not any(s.rank for s in call.streams)
+        if implementation == TORCH and in_passes and eager.takes_qkv(*call[:3]):
             return eager.qkv_projection(*call)
         if implementation == TORCH:
             return kernels.qkv_projection_reference(*call)
@@ -134,6 +142,8 @@ class _QKVProjection(Operation[QKV, JointQKV]):
             [n for s in streams for n in s.norms],
             [t for s in streams for t in rope_tables(s.rope, head_dim)],
             [s.queries for s in streams],
+            [down for s in streams for down in s.downs],
+            [up for s in streams for up in s.ups],
             heads,
             head_dim,
             eps,
@@ -167,8 +177,8 @@ def _norm_rope_arguments(call: QKV, implementation: Implementation) -> Any:
 
 def _three_products(s: kernels.Stream, heads: int, head_dim: int) -> Any:
     q, k, v = (
-        kernels.linear_reference(s.x, w, b, heads * head_dim).unflatten(-1, (heads, head_dim))
-        for w, b in zip(s.weights, s.biases, strict=True)
+        kernels.linear_reference(s.x, w, b, heads * head_dim, down=down, up=up).unflatten(-1, (heads, head_dim))
+        for w, b, down, up in zip(s.weights, s.biases, s.downs, s.ups, strict=True)
     )
     return (q if s.queries else None), k, v
 
@@ -184,13 +194,12 @@ def _batched_product(s: kernels.Stream, heads: int, head_dim: int) -> Any:
     return tuple(y.view(3, *s.x.shape[:2], heads, head_dim))
 
 
-def _run(x: Any, weights: Any, biases: Any, norms: Any, tables: Any, queries: Any, *rest: Any) -> JointQKV:
-    return QKV_PROJECTION(QKV(tuple(streams_of(x, weights, biases, norms, tables, queries)), *rest))
+def _run(*arguments: Any) -> JointQKV:
+    return QKV_PROJECTION(QKV(tuple(streams_of(*arguments[:8])), *arguments[8:]))
 
 
-def _fake(
-    x: Any, weights: Any, biases: Any, norms: Any, tables: Any, queries: Any, heads: int, head_dim: int, eps: float
-) -> JointQKV:
+def _fake(*arguments: Any) -> JointQKV:
+    (x, _, _, _, _, queries, _, _), (heads, head_dim, _) = arguments[:8], arguments[8:]
     tokens = [part.shape[1] for part in x]
     query_tokens = sum(count for count, wanted in zip(tokens, queries, strict=True) if wanted)
     q = x[0].new_empty(x[0].shape[0], query_tokens, heads, head_dim)
@@ -200,8 +209,8 @@ def _fake(
 
 _OP = define_op(
     "qkv_projection",
-    "(Tensor[] x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, Tensor?[] tables, bool[] queries, int heads, "
-    "int head_dim, float eps) -> (Tensor, Tensor, Tensor)",
+    "(Tensor[] x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, Tensor?[] tables, bool[] queries, "
+    "Tensor?[] downs, Tensor?[] ups, int heads, int head_dim, float eps) -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )
@@ -244,14 +253,33 @@ def qkv_projection(streams: Sequence[ProjectedStream], heads: int, head_dim: int
     eps: Any = all_eps.pop() if all_eps else 1e-6
     if readable(inputs[0], *[module for s in streams for module in s.projection], others=inputs):
         return QKV_PROJECTION(QKV(tuple(map(_stream, streams)), heads, head_dim, eps))
-    if eager.suits(inputs[0]) and backend() != "triton":
+    in_passes = eager.suits(inputs[0]) and backend() != "triton"
+    if in_passes or reads_stacks(inputs[0]):
         bases, branches = zip(*[_apart(s) for s in streams], strict=True)
         added = [t for stream in branches for each in stream for branch in each for t in branch[:2]]
         if readable(inputs[0], *[module for s in bases for module in s.projection], others=(*inputs, *added)):
             call = QKV(tuple(map(_stream, bases)), heads, head_dim, eps)
-            if eager.takes_qkv(*call[:3]):
+            if not in_passes and all(factor.dtype == inputs[0].dtype for factor in added):
+                return QKV_PROJECTION(call._replace(streams=_with_stacks(call.streams, streams, branches)))
+            if in_passes and eager.takes_qkv(*call[:3]):
                 return eager.qkv_projection(*call, branches)
+    let_go([module for s in streams for module in s.projection[:3]])
     return _through_modules(streams, heads, head_dim)
+
+
+def _with_stacks(
+    bases: Sequence[kernels.Stream],
+    streams: Sequence[ProjectedStream],
+    branches: Sequence[tuple[tuple[Branch, ...], ...]],
+) -> tuple[kernels.Stream, ...]:
+    """The streams over layers without adapters, with what adapters add to q, k and v as matrices."""
+    pairs = stacked(
+        [each for s, added in zip(streams, branches, strict=True) for each in zip(s.projection[:3], added, strict=True)]
+    )
+    with_adapters = []
+    for base, q, k, v in zip(bases, pairs[::3], pairs[1::3], pairs[2::3], strict=True):
+        with_adapters.append(base._replace(downs=(q[0], k[0], v[0]), ups=(q[1], k[1], v[1])))
+    return tuple(with_adapters)
 
 
 def _apart(s: ProjectedStream) -> tuple[ProjectedStream, tuple[tuple[Branch, ...], ...]]:

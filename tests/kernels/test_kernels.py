@@ -16,7 +16,7 @@ import ppcl_kernels as pk
 from ppcl_kernels.heads import head_cols
 from ppcl_kernels.launch import Launch, Target
 from ppcl_kernels.linear import Activation
-from ppcl_kernels.matmul import Tile
+from ppcl_kernels.matmul import Tile, padded_rank
 from ppcl_kernels.qkv_projection import tile_candidates
 
 # The package exports functions with the names of its modules.
@@ -245,7 +245,19 @@ def check_groups(groups: Sequence[pk.Linear], activation: Activation = "none", t
 
 
 def group(
-    batch, tokens, k, n, dtype, seed=0, kept=None, gate="none", bias=True, residual=False, more=0, activation="none"
+    batch,
+    tokens,
+    k,
+    n,
+    dtype,
+    seed=0,
+    kept=None,
+    gate="none",
+    bias=True,
+    residual=False,
+    more=0,
+    activation="none",
+    rank=0,
 ) -> pk.Linear:
     """A layer whose x is a slice of a joint tensor; x and weight have ``more`` columns than are kept."""
     kept = n if kept is None else kept
@@ -255,6 +267,8 @@ def group(
     for matrix, vector in ((w, b), (silu_w, silu_b)):
         amid_nan(matrix, slice(kept), slice(k))
         amid_nan(vector, slice(kept))
+    factors = adapter(n, k + more, kept, k, rank, seed + 7, dtype) if rank else (None, None)
+    silu_factors = adapter(n, k + more, kept, k, rank, seed + 9, dtype) if rank and activation == "swiglu" else None
     return pk.Linear(
         amid_nan(x, slice(None), slice(5, None), slice(k)),
         w,
@@ -265,7 +279,20 @@ def group(
         make(batch, tokens, kept, seed=seed + 4, dtype=dtype) if residual else None,
         silu_w if activation == "swiglu" else None,
         silu_b if activation == "swiglu" and bias else None,
+        *factors,
+        *(silu_factors or ()),
     )
+
+
+def adapter(n, columns, kept, k, rank, seed, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors whose product adds values of size 1; what is not kept is NaN, what they are padded with is zero."""
+    padded = padded_rank(rank)
+    down, up = weight(padded, k + columns, seed, dtype)[:, :columns].contiguous(), weight(n, padded, seed + 1, dtype)
+    amid_nan(down, slice(None), slice(k))
+    amid_nan(up, slice(kept))
+    down[rank:, :k] = 0
+    up[:kept, rank:] = 0
+    return down, up
 
 
 @dtypes
@@ -297,6 +324,32 @@ def test_swiglu_sizes(dtype, tma, tokens, k, n, kept):
     """Counts of tokens and kept channels around the edges of tiles, of which half the columns belong to each weight."""
     with operands(tma):
         check_groups([group(2, tokens, k, n, dtype, kept=kept, more=8, activation="swiglu")], "swiglu")
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize("rank", [1, 16, 17])
+@pytest.mark.parametrize("activation", ["none", "gelu", "swiglu"])
+def test_linear_with_adapters(dtype, tma, rank, activation):
+    """Two streams with an adapter each, and next to one without; ranks are padded to what tensor cores take."""
+    options = {"kept": 41, "more": 8, "activation": activation, "rank": rank}
+    groups = [
+        group(2, 7, 33, 50, dtype, seed=10, **options, gate="sample"),
+        group(2, 35, 40, 50, dtype, seed=30, **options, gate="token", residual=True),
+    ]
+    with operands(tma):
+        for each in (groups, [groups[0], groups[1]._replace(down=None, up=None)]):
+            check_adapted(each, activation, SMALL_TILES[1] if rank == 16 else None)
+
+
+def check_adapted(groups: Sequence[pk.Linear], activation: Activation, tile: Tile | None = None) -> None:
+    """As `check_groups`; what an adapter reads in between is rounded to the dtype as well."""
+    outputs = pk.grouped_linear(groups, activation=activation, tile=tile)
+    for y, g in zip(outputs, groups, strict=True):
+        wanted = pk.Linear(*double(tuple(g))).reference(activation)
+        without = pk.Linear(*double(tuple(g[:9]))).reference(activation)
+        assert g.down is None or (wanted - without).abs().max() > 0.1
+        close(y, wanted, terms=4 * (g.x.shape[-1] + 32), roundings=2, size=2.0)
 
 
 def interpreted_tiles(dtype: torch.dtype) -> list[Tile]:
@@ -414,7 +467,7 @@ def rope_of(
 
 
 def stream(
-    tokens, width, heads, head_dim, dtype, seed, norms=True, biases=True, rope="table", queries=True
+    tokens, width, heads, head_dim, dtype, seed, norms=True, biases=True, rope="table", queries=True, rank=0
 ) -> pk.Stream:
     """A stream of two samples: a slice of a joint tensor, and weights of ``heads`` heads with 8 extra columns."""
     rows = heads * head_dim
@@ -428,12 +481,19 @@ def stream(
         tuple(make(head_dim, seed=seed + n, dtype=dtype) if norms else None for n in (7, 8)),
         rope_of(tokens, head_dim, rope, seed + 9),
         queries,
+        # q and v, as many adapters have them.
+        *zip(
+            *[
+                adapter(rows, width + 8, rows, width, rank, seed + n, dtype) if n != 11 and rank else (None, None)
+                for n in (10, 11, 12)
+            ]
+        ),
     )
 
 
 def wide(streams: Sequence[pk.Stream]) -> list[pk.Stream]:
     """Streams in float64; the reference rotates by float32 tables."""
-    return [pk.Stream(*double(s[:4]), s.rope, s.queries) for s in streams]
+    return [pk.Stream(*double(s[:4]), s.rope, s.queries, *double(s[6:])) for s in streams]
 
 
 def check_qkv(streams, heads, head_dim, tile=None, eps=1e-6) -> None:
@@ -479,6 +539,27 @@ def test_qkv_tiles(dtype, tma, head_dim, parts):
     with operands(tma):
         for one in tile_candidates(Target.of(DEVICE), dtype, head_dim) if tile is None else (tile,):
             check_qkv([text, image], 2, head_dim, one)
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize("rank", [1, 30])
+def test_qkv_with_adapters(dtype, tma, rank):
+    """On both streams, on one, and with heads by number."""
+    text, image = (stream(t, 40, 3, 16, dtype, s, rank=rank) for t, s in ((5, 10), (35, 40)))
+    listed = torch.tensor([2, 0], device=DEVICE).int()
+    with operands(tma):
+        for streams, heads in (
+            ([text, image], 2),
+            ([text._replace(downs=(None,) * 3, ups=(None,) * 3), image], listed),
+        ):
+            outputs = pk.qkv_projection(streams, heads, 16)
+            wanted = pk.qkv_projection_reference(wide(streams), heads, 16)
+            without = pk.qkv_projection_reference([pk.Stream(*s[:6]) for s in wide(streams)], heads, 16)
+            for out, reference in zip(outputs, wanted, strict=True):
+                # Norms of one head divide by its root mean square, which is rounded values away from 1.
+                close(out, reference, terms=4 * (40 + 32), roundings=3, size=2.0)
+            assert all((a - b).abs().max() > 0.1 for a, b in zip(wanted[::2], without[::2], strict=True))
 
 
 @dtypes
@@ -685,10 +766,11 @@ def samples() -> dict[str, tuple]:
     two = ([w, w.clone()], [make(16, seed=4), None])
     tail = ([None, make(4, 16, seed=5)], [None, token], [None, h])
     silu = ([weight(16, 16, 6), weight(16, 16, 7)], [None, make(16, seed=8)])
+    adapters = ([weight(16, 16, 9), None], [weight(16, 16, 10), None], [None, None], [None, None])
     return {
         "ada_layer_norm": (x, make(4, 16), make(4, 16, seed=6), token, 1e-6, [4, 4]),
         "gated_residual": (x, m, h, None, None),
-        "linear": ([x, h], *two, [16, 16], *tail, *silu, "swiglu", None),
+        "linear": ([x, h], *two, [16, 16], *tail, *silu, *adapters, "swiglu", None),
         "mlp": (
             [x, h],
             *two,
@@ -701,7 +783,8 @@ def samples() -> dict[str, tuple]:
         ),
         "qkv_projection": (
             *([s.x for s in qkv], weights, [b for s in qkv for b in s.biases], norms, tables),
-            *([True, True], 2, None, 8, 1e-6, None),
+            *([True, True], [None] * 5 + [weight(16, 16, 9)], [None] * 5 + [weight(16, 16, 10)]),
+            *(2, None, 8, 1e-6, None),
         ),
         "norm_rope": (*(list(part) for part in zip(*raw)), norms, tables, [make(16), None, make(16)] * 2, 1e-6),
         "joint_attention": (q, k, v, None, torch.tensor([3, 7], device=DEVICE), 0.25, None),
@@ -766,6 +849,11 @@ def public_calls() -> dict[str, tuple]:
             lambda *a: pk.linear(*a[:3], 9, activation="swiglu", silu_weight=a[3], silu_bias=a[4]),
             lambda *a: pk.linear_reference(*a[:3], 9, activation="swiglu", silu_weight=a[3], silu_bias=a[4]),
             (x, w, bias, weight(16, 16, 7), make(16, seed=8)),
+        ),
+        "linear with an adapter": (
+            lambda *a: pk.linear(*a[:3], 9, down=a[3], up=a[4]),
+            lambda *a: pk.linear_reference(*a[:3], 9, down=a[3], up=a[4]),
+            (x, w, bias, weight(16, 16, 7), weight(16, 16, 8)),
         ),
         "swiglu mlp": (
             lambda *a: pk.mlp(*a[:5], 7, silu=a[5], silu_bias=a[6]),
@@ -933,6 +1021,14 @@ ERRORS = {
         lambda: pk.linear(t(*X), t(*W), activation="swiglu", silu_weight=t(*W), silu_bias=t(8)),
         "silu_bias is",
     ),
+    "one factor": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16)), "one is missing"),
+    "factors of a rank": (lambda: pk.linear(t(*X), t(*W), down=t(3, 16), up=t(9, 3)), "the rank of adapters is 3"),
+    "factors of a large rank": (lambda: pk.linear(t(*X), t(*W), down=t(64, 16), up=t(9, 64)), "from 16 to 32"),
+    "factors of two ranks": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16), up=t(9, 32)), "factors are"),
+    "factors too narrow": (lambda: pk.linear(t(*X), t(*W), down=t(16, 15), up=t(9, 16)), r"wanted \[16, 16\]"),
+    "factors too short": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16), up=t(8, 16)), r"and \[9, 16\]"),
+    "factor strides": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16), up=t(9, 32)[:, :16]), "up has strides"),
+    "factors mixed": (lambda: pk.linear(t(*X), t(*W), down=t(16, 16, **HALF), up=t(9, 16)), "down is torch.float16"),
     "linear three layers": (lambda: pk.grouped_linear([pk.Linear(t(*X), t(*W))] * 3), "one or two layers"),
     "mlp channels": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 9), None, 10), "wanted 10 outputs"),
     "mlp down": (lambda: pk.mlp(t(*X), t(*W), None, t(16, 8), None), "the weight holds 16 of 8"),
@@ -952,6 +1048,11 @@ ERRORS = {
     "qkv rope": (lambda: qkv(rope=t(4, 4, 2)), "rope"),
     "qkv rope width": (lambda: qkv(rope=(t(5, 3), t(5, 3))), "rope"),
     "qkv rope dtype": (lambda: qkv(rope=t(5, 4, 2, **HALF)), "wanted float32"),
+    "qkv factors": (lambda: qkv(downs=(t(16, 16), None, None), ups=(t(8, 16), None, None)), "factors are"),
+    "qkv factor strides": (
+        lambda: qkv(downs=(t(16, 16), t(16, 24)[:, :16], None), ups=(t(16, 16), t(16, 16), None)),
+        "differ in stride",
+    ),
     "qkv no queries": (lambda: qkv(queries=False), "no stream has queries"),
     "qkv head dim": (lambda: pk.qkv_projection([stream(5, 16, 2, 130, torch.float32, 1)], 2, 130), "up to 128"),
     "qkv odd head dim": (lambda: pk.qkv_projection([pk.Stream(t(*X), (t(*W),) * 3)], 1, 9), "even"),

@@ -38,6 +38,19 @@ def test_takes_tma():
 
 
 @pytest.mark.parametrize("target", [*TARGETS.values(), INTERPRETER], ids=lambda t: t.arch)
+def test_tiles_for_adapters(target):
+    """There are some for ranks that kernels take, and none beyond; those that triton miscompiles are not offered."""
+    for rank in (16, 32):
+        for two_weights in (False, True):
+            tiles = Tile.candidates(target, BF16, two_weights, rank)
+            assert Tile.choose(target, BF16, [4096, 512], 1, 3072, two_weights, rank) in tiles
+            assert set(tiles) <= set(Tile.candidates(target, BF16, two_weights))
+            assert not target.tcgen05 or not any(tile.cols == 256 and tile.flat for tile in tiles)
+        assert choose_tile(target, BF16, [512, 4096], 1, 24, 128, rank) in tile_candidates(target, BF16, 128, rank)
+    assert not Tile.candidates(target, BF16, rank=64) and not tile_candidates(target, BF16, 128, 64)
+
+
+@pytest.mark.parametrize("target", [*TARGETS.values(), INTERPRETER], ids=lambda t: t.arch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
 def test_tiles_fit(target, dtype):
     """A chosen tile is a candidate, and candidates fit: the operands in flight of all resident thread blocks."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loras import make_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppcl_kernels as kernels
@@ -147,7 +148,24 @@ def test_half_precision(made, build_inputs, both):
     assert error <= 1.1 * plain_error
 
 
-def test_adapters_and_hooks_are_called(made, build_inputs, both, run, monkeypatch):
+@pytest.mark.parametrize("fixture", ["compensated", *more("made", "mapped")])
+def test_adapters(fixture, request, build_inputs, both, run, same):
+    """Two adapters at scales of their own, at ratio 1 and narrow, take no launch more than none."""
+    pytest.importorskip("peft")
+    made = request.getfixturevalue(fixture)
+    model, inputs = load(made.folder, plan=two_blocks(made.catalog)), build_inputs()
+    without = run(model, inputs)
+    for name, seed, rank in (("one", 0, 3), ("two", 1, 17)):
+        model.load_lora_adapter(make_lora(made.stock, seed=seed, rank=rank, size=0.1), adapter_name=name)
+    model.set_adapters(["one", "two"], [0.7, -0.4])
+    got, wanted = both(model, inputs)
+    assert (wanted - without).abs().max() > 1e-2
+    same(got, wanted, 2e-5)
+    model.set_plan(made.random_plan(np.random.default_rng(1), legal=True))
+    same(*both(model, inputs), 2e-5)
+
+
+def test_hooked_layers_are_called(made, build_inputs, both, run, monkeypatch):
     """A layer with a hook is called as a module, and the rest of the block runs on kernels."""
     model = load(made.folder, plan=two_blocks(made.catalog))
     called = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import logging
 import pickle
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import attention_backend
+from loras import LAYERS, make_lora
 from recorder import Recorder, Tape
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -22,8 +24,11 @@ from torch.overrides import TorchFunctionMode
 import ppcl_rt
 from ppcl_rt import Interval, PlannedBlock, Schedule, Width
 from ppcl_rt.model.graphs import CUDA, Cuda, Graphs, Meter, Weights, graphs
+from ppcl_rt.ops import eager
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
+# The package exports functions with the names of its modules.
+linear_module, qkv_module = (importlib.import_module(f"ppcl_rt.ops.{name}") for name in ("linear", "qkv_projection"))
 FULL = Width(heads=4, image=128, text=128, modulation=32)
 
 
@@ -322,6 +327,63 @@ def test_stale_weights_are_refused(model, build_inputs, check, change):
     assert check(model, inputs) == 2
     assert old.closed and model.graphs.generation > generation
     assert len(model.graphs.captured) == 1 and model.graphs.captures == 2
+
+
+@pytest.fixture
+def adapted(loaded, monkeypatch):
+    """A model with an adapter on attention and MLPs, which operations read as on a GPU: as matrices, in plain torch."""
+    pytest.importorskip("peft")
+    for module in (linear_module, qkv_module):
+        monkeypatch.setattr(module, "reads_stacks", lambda _: True)
+    monkeypatch.setattr(eager, "suits", lambda _: False)
+    model = copy.deepcopy(loaded)
+    for name, rank in (("one", 3), ("two", 5), ("large", 20)):
+        inside = [layer for layer in LAYERS if "mod" not in layer]
+        model.load_lora_adapter(make_lora(model, inside, (), rank, seed=rank), adapter_name=name)
+    model.set_adapters(["one"], [0.7])
+    model._graphs = Graphs(True, backend=Recorder())
+    return model
+
+
+def test_scales_of_adapters_need_no_other_graph(adapted, build_inputs, run, check):
+    """Scales, also of one call, and factors that are trained, are written to where the graph reads them."""
+    inputs = build_inputs()
+    first = run(adapted, inputs)
+    assert check(adapted, inputs) == 3
+    assert adapted.graphs.captures == 1
+    for change in (
+        lambda: adapted.set_adapters(["one"], [-0.3]),
+        lambda: adapted.set_adapters(["two"], [0.5]),
+        lambda: adapted.set_adapters(["one", "two"], [0.5, 0.7]),
+        lambda: adapted.transformer_blocks[0].attn.to_q.lora_A["one"].weight.mul_(3),
+    ):
+        with torch.no_grad():
+            change()
+        assert check(adapted, inputs) == 3
+        assert not torch.equal(run(adapted, inputs), first)
+    assert check(adapted, inputs, attention_kwargs={"scale": 0.3}) == 3
+    assert check(adapted, inputs) == 3
+    assert adapted.graphs.captures == 1
+
+
+def test_other_adapters_need_another_graph(adapted, build_inputs, check):
+    """Adapters that are off, of a larger rank, loaded or unloaded; and scales of layers that are called."""
+    inputs, captures = build_inputs(), 1
+    assert check(adapted, inputs) == 2
+    for change in (
+        adapted.disable_lora,
+        adapted.enable_lora,
+        lambda: adapted.set_adapters(["large"], [0.5]),
+        lambda: adapted.load_lora_adapter(make_lora(adapted, ["img_mod.1"], (), 2), adapter_name="on modulations"),
+        lambda: adapted.set_adapters(["on modulations"], [0.5]),
+        lambda: adapted.set_adapters(["on modulations"], [0.7]),
+        adapted.fuse_lora,
+        adapted.unload_lora,
+    ):
+        change()
+        captures += 1
+        assert check(adapted, inputs) >= 1
+        assert adapted.graphs.captures == captures, change
 
 
 def test_trim_drops_graphs(model, build_inputs, check):

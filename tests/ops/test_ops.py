@@ -63,6 +63,22 @@ def linear_call(activation="none", gate=False, residual=False, index=False, n=29
     return Linears(tuple(groups), activation)
 
 
+def with_adapters(call):
+    """A call whose second stream has factors of rank 16 beside each weight."""
+
+    def pair(seed, rows=64):
+        return make(16, D, seed=seed) / D**0.5, make(rows, 16, seed=seed + 1) / 4
+
+    if isinstance(call, QKV):
+        text, image = call.streams
+        downs, ups = zip(*(pair(seed, D) for seed in (50, 60, 70)), strict=True)
+        return call._replace(streams=(text, image._replace(downs=downs, ups=ups)))
+    first, second = call.groups
+    (down, up), (silu_down, silu_up) = pair(50), pair(60) if second.silu_weight is not None else (None, None)
+    second = second._replace(down=down, up=up, silu_down=silu_down, silu_up=silu_up)
+    return call._replace(groups=(first, second))
+
+
 CALLS = {
     "ada_layer_norm": lambda: AdaLayerNorm(make(B, IMAGE, D), make(B, D, seed=1), make(B, D, seed=2)),
     "joint_attention": lambda: Attention(*(make(B, TEXT + IMAGE, HEADS, E, seed=n) for n in range(3))),
@@ -76,6 +92,9 @@ CALLS = {
     "q/k/v": lambda: QKV((stream(TEXT, 10), stream(IMAGE, 20)), 2, E),
     "q/k/v, no bias": lambda: QKV((stream(TEXT, 10, bias=False), stream(IMAGE, 20, norm=False, rope=False)), 3, E),
     "q/k/v, one stream": lambda: QKV((stream(IMAGE, 20),), 2, E),
+    "down, adapters": lambda: with_adapters(linear_call(gate=True, residual=True, k=23)),
+    "swiglu, adapters": lambda: with_adapters(linear_call(activation="swiglu")),
+    "q/k/v, adapters": lambda: with_adapters(QKV((stream(TEXT, 10), stream(IMAGE, 20)), 2, E)),
 }
 OPERATION_OF = {
     AdaLayerNorm: ops.OPERATIONS["ada_layer_norm"],
@@ -159,6 +178,27 @@ def test_what_is_offered():
     assert PACKED in QKV_PROJECTION.implementations(CALLS["q/k/v, no bias"]())
     apart = QKV((stream(TEXT, 10), stream(IMAGE, 20, packed=False)), 2, E)
     assert PACKED not in QKV_PROJECTION.implementations(apart)
+    # It has no room for adapters; kernels have, up to a rank.
+    assert PACKED not in QKV_PROJECTION.implementations(CALLS["q/k/v, adapters"]())
+    for call in (CALLS["down, adapters"](), CALLS["q/k/v, adapters"]()):
+        operation, field = OPERATION_OF[type(call)], "groups" if isinstance(call, Linears) else "streams"
+        parts = getattr(call, field)
+        large = [part if not part.rank else _of_rank(part, 128) for part in parts]
+        for each, offered in ((parts, True), (large, False)):
+            listed = operation.implementations(call._replace(**{field: tuple(each)}))
+            assert any(one.kind == "triton" for one in listed) == offered and TORCH in listed
+
+
+def _of_rank(part, rank):
+    """A layer or stream whose factors are padded to a rank."""
+
+    def down(t):
+        return nn.functional.pad(t, (0, 0, 0, rank - len(t)))
+
+    if isinstance(part, kernels.Linear):
+        return part._replace(down=down(part.down), up=nn.functional.pad(part.up, (0, rank - part.up.shape[1])))
+    ups = tuple(nn.functional.pad(t, (0, rank - t.shape[1])) for t in part.ups)
+    return part._replace(downs=tuple(map(down, part.downs)), ups=ups)
 
 
 def test_lt_epilogue(monkeypatch):
@@ -218,6 +258,8 @@ def test_keys_say_what_changes_the_time():
         changed(weight=make(64, D + 1)),
         base._replace(activation="gelu"),
         CALLS["swiglu"](),
+        changed(down=make(16, D), up=make(64, 16)),
+        changed(down=make(32, D), up=make(64, 32)),
     ):
         forms.append(key(call).form)
     assert len(set(forms)) == len(forms), forms
@@ -246,6 +288,45 @@ def test_prepared_calls_follow_their_arguments(monkeypatch, name):
         close(operation(call), operation.run(call, TORCH))
 
 
+def test_launches_read_adapters_as_they_are_now(monkeypatch):
+    """Scales, factors and which adapters are active change between calls; memory stays while there is room in it."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    torch.manual_seed(0)
+    layer, x = adapted_layer(D, 32, 3, 5, 20), make(B, IMAGE, D)
+    launched = []
+    monkeypatch.setattr(LINEARS, "prepare", lambda *a: launched.append(a) or type(LINEARS).prepare(LINEARS, *a))
+
+    def check(prepared):
+        with torch.no_grad():
+            [got] = ops.linears([ops.Layer(layer, x, 29)])
+            close(got, layer(x)[..., :29], 1e-4)
+        assert len(launched) == prepared
+
+    check(1)
+    layer.scaling["0"] = 0.3
+    check(1)
+    with torch.no_grad():
+        layer.lora_A["0"].weight.mul_(2)
+    check(1)
+    layer.lora_B["0"].weight.data = torch.randn_like(layer.lora_B["0"].weight)
+    check(1)
+    layer.set_adapter("1")
+    check(1)
+    layer.set_adapter(["0", "1"])
+    check(1)
+    layer.enable_adapters(False)
+    check(2)
+    layer.enable_adapters(True)
+    check(2)
+    layer.set_adapter("2")
+    check(3)
+    layer.set_adapter("0")
+    # A stack never shrinks.
+    check(3)
+    layer.merge()
+    check(3)
+
+
 def test_prepared_calls_see_new_weights(monkeypatch):
     """Weights are replaced, moved within their parameter, or changed in place: each call reads the current values."""
     monkeypatch.setenv("PPCL_BACKEND", "triton")
@@ -267,14 +348,17 @@ def test_prepared_calls_see_new_weights(monkeypatch):
 
 
 FIXED = {
-    Linears: ("weight", "bias", "silu_weight", "silu_bias"),
-    QKV: ("weights", "biases", "norms"),
+    Linears: ("weight", "bias", "silu_weight", "silu_bias", "down", "up", "silu_down", "silu_up"),
+    QKV: ("weights", "biases", "norms", "downs", "ups"),
     AdaLayerNorm: (),
     Attention: (),
 }
 
 
-@pytest.mark.parametrize("name", ["ada_layer_norm", "masked attention", "edit", "swiglu", "q/k/v"])
+SIGNED = ("ada_layer_norm", "masked attention", "edit", "swiglu", "q/k/v", "swiglu, adapters", "q/k/v, adapters")
+
+
+@pytest.mark.parametrize("name", SIGNED)
 def test_signatures_tell_stale_from_moved(name):
     """A signature depends on the addresses of weights, and only on the layout of activations."""
     call = CALLS[name]()
@@ -404,6 +488,40 @@ def test_inputs_that_lie_next_to_each_other(monkeypatch, backend, replaced):
         module.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-1]))
     close(ops.joined(layer, inputs, gate, residual), wanted)
     assert seen == [40, *(inputs[number].x.shape[-1] for number in replaced)]
+
+
+def adapted_layer(columns, rows, *ranks):
+    """A linear layer with adapters "0", "1", ... of these ranks, of which the first is active."""
+    peft = pytest.importorskip("peft")
+    holder = nn.ModuleDict({"layer": nn.Linear(columns, rows)}).to(DEVICE)
+    for name, rank in enumerate(ranks):
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, holder, str(name))
+    holder.layer.set_adapter("0")
+    return holder.layer.requires_grad_(False)
+
+
+def test_inputs_that_lie_next_to_each_other_with_an_adapter(monkeypatch):
+    """Each input is multiplied by its own columns of the adapter, also one that another layer multiplies."""
+    torch.manual_seed(0)
+    layer, other = adapted_layer(40, 32, 3), nn.Linear(20, 32, bias=False).to(DEVICE).requires_grad_(False)
+    gate, residual = make(B, 32, seed=1), make(B, IMAGE, 32, seed=2)
+    inputs = [ops.Columns(make(B, IMAGE, 11, seed=3)), ops.Columns(make(B, IMAGE, 20, seed=4), 16, other)]
+    results, ran = [], []
+    monkeypatch.setattr(LINEARS, "prepare", lambda *a: ran.append(a) or type(LINEARS).prepare(LINEARS, *a))
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("PPCL_BACKEND", backend)
+        results.append(ops.joined(layer, inputs, gate, residual))
+    close(*results)
+    assert len(ran) == len(inputs)
+
+
+def test_factors_of_another_dtype_are_called(monkeypatch):
+    """An adapter in float32 next to a weight in float16: peft casts, a kernel would refuse."""
+    monkeypatch.setenv("PPCL_BACKEND", "triton")
+    layer, x = adapted_layer(D, 32, 3), make(B, IMAGE, D).half()
+    layer.base_layer.half()
+    close(ops.linears([ops.Layer(layer, x)]), [layer(x)], 1e-3)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -52,6 +52,8 @@ BATCH, IMAGE, TEXT = 2, 4096, 512
 SMALL_HEADS, SMALL_HEAD_DIM, ODD_TEXT, SMALLER_DIM = 38, 64, 333, 1536
 HEADS, HEAD_DIM, HIDDEN = 24, 128, 12288
 DIM = HEADS * HEAD_DIM
+# Of adapters, where there are some.
+RANK = 16
 # Of the single-stream model.
 SINGLE_HEADS, SINGLE_HIDDEN = 30, 10240
 SINGLE_DIM = SINGLE_HEADS * HEAD_DIM
@@ -92,7 +94,12 @@ class Compiled:
     problem: str
 
 
-def _linear(target: Target, tile: Tile, what: str) -> Launch:
+def _factors(n: int, k: int, rank: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Make the two factors of an adapter, None for rank 0."""
+    return (_meta(rank, k), _meta(n, rank)) if rank else (None, None)
+
+
+def _linear(target: Target, tile: Tile, what: str, rank: int = 0) -> Launch:
     n, k = (HIDDEN, DIM) if what == "up" else (DIM, DIM if what == "map" else HIDDEN)
     groups, outputs = [], []
     for tokens in (IMAGE, TEXT):
@@ -100,17 +107,21 @@ def _linear(target: Target, tile: Tile, what: str) -> Launch:
         gate = _modulation() if what in ("down", "edit") else None
         index = _meta(BATCH, tokens, dtype=torch.int64) if what == "edit" else None
         residual = None if what == "up" else y
-        groups.append(Linear(_meta(BATCH, tokens, k), _meta(n, k), _meta(n), n, gate, index, residual))
+        layer = Linear(_meta(BATCH, tokens, k), _meta(n, k), _meta(n), n, gate, index, residual)
+        down, up = _factors(n, k, rank)
+        groups.append(layer._replace(down=down, up=up))
         outputs.append(y)
     return launch_linear(groups, outputs, "gelu" if what == "up" else "none", tile, target)
 
 
-def _gated(target: Target, tile: Tile, what: str) -> Launch:
+def _gated(target: Target, tile: Tile, what: str, rank: int = 0) -> Launch:
     """Make a launch of the single-stream model, whose layers have no biases."""
     n = SINGLE_HIDDEN if what == "up" else SINGLE_DIM
     k = SINGLE_HIDDEN if what == "down" else SINGLE_DIM
     x, weight, y = _meta(BATCH, TEXT + IMAGE, k), _meta(n, k), _meta(BATCH, TEXT + IMAGE, n)
     layer = Linear(x, weight, None, n, silu_weight=weight if what == "up" else None)
+    down, up = _factors(n, k, rank)
+    layer = layer._replace(down=down, up=up, silu_down=down, silu_up=up)
     return launch_linear([layer], [y], "swiglu" if what == "up" else "none", tile, target)
 
 
@@ -134,7 +145,8 @@ def _single_qkv(target: Target, tile: Tile) -> Launch:
     return launch_qkv_projection([stream], outputs, HEADS, None, HEAD_DIM, 1e-6, tile, target)
 
 
-def _qkv(target: Target, tile: Tile, queries: bool, norms: bool, rope: bool, chosen: bool) -> Launch:
+def _qkv(target: Target, tile: Tile, queries: bool, norms: bool, rope: bool, chosen: bool, rank: int = 0) -> Launch:
+    down, up = _factors(DIM, DIM, rank)
     weights, biases = (_meta(DIM, DIM),) * 3, (_meta(DIM),) * 3
     streams = [
         Stream(
@@ -144,6 +156,8 @@ def _qkv(target: Target, tile: Tile, queries: bool, norms: bool, rope: bool, cho
             (_meta(HEAD_DIM),) * 2 if norms else (None, None),
             _meta(tokens, HEAD_DIM // 2, 2, dtype=torch.float32) if rope else None,
             asked,
+            (down,) * 3,
+            (up,) * 3,
         )
         for tokens, asked in ((TEXT, queries), (IMAGE, True))
     ]
@@ -264,6 +278,9 @@ def cases(target: Target) -> Iterator[Case]:
             ("map", f"{DIM} to {DIM}, residual"),
         ):
             yield Case("linear", f"{tokens}, {shape}", tile_name(tile), True, partial(_linear, target, tile, what))
+            if what in ("up", "down") and tile in Tile.candidates(target, torch.bfloat16, rank=RANK):
+                launch = partial(_linear, target, tile, what, RANK)
+                yield Case("linear", f"{tokens}, {shape}, rank {RANK}", tile_name(tile), True, launch)
         for what, shape in (
             ("up", f"{DIM} to {HIDDEN}, GELU"),
             ("heads", f"{DIM} of {DIM + HIDDEN} to {DIM}, gate, residual"),
@@ -278,6 +295,9 @@ def cases(target: Target) -> Iterator[Case]:
             if what == "up" and tile not in Tile.candidates(target, torch.bfloat16, two_weights=True):
                 continue
             yield Case("linear", f"{joint}, {shape}", tile_name(tile), True, partial(_gated, target, tile, what))
+            if what == "up" and tile in Tile.candidates(target, torch.bfloat16, two_weights=True, rank=RANK):
+                launch = partial(_gated, target, tile, what, RANK)
+                yield Case("linear", f"{joint}, {shape}, rank {RANK}", tile_name(tile), True, launch)
     for tile in tile_candidates(target, torch.bfloat16, HEAD_DIM):
         for shape, *options in (
             ("norm, RoPE", True, True, True, False),
@@ -287,6 +307,10 @@ def cases(target: Target) -> Iterator[Case]:
         ):
             launch = partial(_qkv, target, tile, *options)
             yield Case("qkv_projection", f"{tokens}, H {HEADS}, {shape}", tile_name(tile), True, launch)
+        if tile in tile_candidates(target, torch.bfloat16, HEAD_DIM, RANK):
+            launch = partial(_qkv, target, tile, True, True, True, False, RANK)
+            shape = f"{tokens}, H {HEADS}, norm, RoPE, rank {RANK}"
+            yield Case("qkv_projection", shape, tile_name(tile), True, launch)
         launch = partial(_single_qkv, target, tile)
         yield Case("qkv_projection", f"{joint}, H {HEADS}, norm, RoPE", tile_name(tile), True, launch)
     for tile in AttentionTile.candidates(target, torch.bfloat16, HEAD_DIM):

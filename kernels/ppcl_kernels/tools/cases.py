@@ -61,6 +61,10 @@ SMALL = Shape(heads=4, head_dim=128, hidden=768, image=300, text=70, odd_image=1
 TINY = Shape(heads=4, head_dim=8, hidden=72, image=11, text=2, odd_image=5, odd_text=1)
 
 
+# Of adapters.
+_RANK = 16
+
+
 @dataclass(frozen=True)
 class Setting:
     """Device, dtype and shape that cases are made for."""
@@ -196,12 +200,17 @@ def _linear_cases(setting: Setting) -> Iterator[Case]:
         ("up swiglu", 1, whole, shape.hidden),
         ("up swiglu, half the channels", 2, odd, shape.hidden // 2),
         ("down gate index residual, half the channels", 2, odd, shape.hidden // 2),
+        ("up swiglu, adapters", 2, odd, shape.hidden // 2),
+        ("down gate residual, adapters", 1, whole, shape.hidden),
     )
     target = Target.of(setting.device)
     with_two = Tile.candidates(target, setting.dtype, two_weights=True)
+    adapted = [Tile.candidates(target, setting.dtype, two, _RANK) for two in (False, True)]
     for tile in Tile.candidates(target, setting.dtype):
         for what, batch, tokens, channels in forms:
-            if "swiglu" not in what or tile in with_two:
+            if ("swiglu" not in what or tile in with_two) and (
+                "adapters" not in what or tile in adapted["swiglu" in what]
+            ):
                 make = partial(_linear, setting, tile, what, batch, tokens, channels)
                 yield Case("linear", tuple(tile), _form(what, batch, *tokens), make)
 
@@ -214,7 +223,8 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
         if activation != "none":
             x, weight = make.normal(batch, count, shape.dim), make.weight(shape.hidden, shape.dim)
             silu = make.weight(shape.hidden, shape.dim) if activation == "swiglu" else None
-            groups.append(Linear(x, weight, make.normal(shape.hidden), channels, silu_weight=silu))
+            layer = Linear(x, weight, make.normal(shape.hidden), channels, silu_weight=silu)
+            groups.append(_with_factors(make, layer) if "adapters" in what else layer)
             continue
         inputs = channels or shape.dim
         x, residual = make.normal(batch, count, inputs), make.normal(batch, count, shape.dim)
@@ -222,7 +232,8 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
         weight = make.weight(shape.dim, shape.hidden if channels else shape.dim, inputs)
         index = make.index(batch, count) if "index" in what else None
         gate = make.modulation(batch if index is None else 2 * batch) if "gate" in what else None
-        groups.append(Linear(x, weight, make.normal(shape.dim), None, gate, index, residual))
+        layer = Linear(x, weight, make.normal(shape.dim), None, gate, index, residual)
+        groups.append(_with_factors(make, layer) if "adapters" in what else layer)
 
     def exact() -> Iterator[torch.Tensor]:
         for g in groups:
@@ -236,7 +247,17 @@ def _linear(setting: Setting, tile: Tile, what: str, batch: int, tokens: Sequenc
 
     # SwiGLU multiplies two products, each of size 1 with its own error.
     terms = groups[0].x.shape[2] * (4 if activation == "swiglu" else 1)
-    return Work(lambda: grouped_linear(groups, activation=activation, tile=tile), exact, 1, terms, prepare)
+    # What is between the two factors of an adapter is rounded too.
+    roundings = 2 if "adapters" in what else 1
+    return Work(lambda: grouped_linear(groups, activation=activation, tile=tile), exact, roundings, terms, prepare)
+
+
+def _with_factors(make: _Maker, layer: Linear) -> Linear:
+    """The layer with an adapter for each weight; its products have values of size 1, as those of the weights have."""
+    (n, k), inputs = layer.weight.shape, layer.x.shape[2]
+    pairs = [(make.weight(_RANK, k, inputs), make.weight(n, _RANK)) for _ in range(2)]
+    layer = layer._replace(down=pairs[0][0], up=pairs[0][1])
+    return layer if layer.silu_weight is None else layer._replace(silu_down=pairs[1][0], silu_up=pairs[1][1])
 
 
 def _three(make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,8 +265,15 @@ def _three(make: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
     return make(), make(), make()
 
 
-def _streams(setting: Setting, batch: int, tokens: Sequence[int], queries: Sequence[bool]) -> list[Stream]:
+def _streams(
+    setting: Setting, batch: int, tokens: Sequence[int], queries: Sequence[bool], adapted: bool = False
+) -> list[Stream]:
     make, shape = _Maker(setting), setting.shape
+    downs, ups = (
+        (_three(lambda: make.weight(_RANK, shape.dim)), _three(lambda: make.weight(shape.dim, _RANK)))
+        if adapted
+        else ((None,) * 3,) * 2
+    )
     return [
         Stream(
             make.normal(batch, count, shape.dim),
@@ -254,6 +282,8 @@ def _streams(setting: Setting, batch: int, tokens: Sequence[int], queries: Seque
             (1 + make.normal(shape.head_dim, scale=0.1), 1 + make.normal(shape.head_dim, scale=0.1)),
             make.rope(count),
             asked,
+            downs,
+            ups,
         )
         for count, asked in zip(tokens, queries, strict=True)
     ]
@@ -265,20 +295,32 @@ def _qkv_cases(setting: Setting) -> Iterator[Case]:
     # Name, samples, tokens, whether the text has queries, how many heads, whether they are given by number.
     forms = (
         ("all heads", 1, whole, True, shape.heads, False),
+        ("half the heads, adapters", 2, odd, True, shape.heads // 2, False),
         ("half the heads", 2, odd, True, shape.heads // 2, False),
         ("list of heads", 2, odd, True, shape.heads // 2 - 1, True),
         ("no text queries", 1, odd, False, shape.heads, False),
     )
-    for tile in tile_candidates(Target.of(setting.device), setting.dtype, shape.head_dim):
+    target = Target.of(setting.device)
+    adapted = tile_candidates(target, setting.dtype, shape.head_dim, _RANK)
+    for tile in tile_candidates(target, setting.dtype, shape.head_dim):
         for what, batch, tokens, text_queries, heads, listed in forms:
-            make = partial(_qkv, setting, tile, batch, tokens, text_queries, heads, listed)
+            if "adapters" in what and tile not in adapted:
+                continue
+            make = partial(_qkv, setting, tile, batch, tokens, text_queries, heads, listed, "adapters" in what)
             yield Case("qkv_projection", tuple(tile), _form(what, batch, *tokens), make)
 
 
 def _qkv(
-    setting: Setting, tile: Tile, batch: int, tokens: Sequence[int], text_queries: bool, heads: int, listed: bool
+    setting: Setting,
+    tile: Tile,
+    batch: int,
+    tokens: Sequence[int],
+    text_queries: bool,
+    heads: int,
+    listed: bool,
+    adapted: bool,
 ) -> Work:
-    streams, head_dim = _streams(setting, batch, tokens, (text_queries, True)), setting.shape.head_dim
+    streams, head_dim = _streams(setting, batch, tokens, (text_queries, True), adapted), setting.shape.head_dim
     chosen: int | torch.Tensor = heads
     if listed:
         chosen = torch.randperm(setting.shape.heads, device=setting.device)[:heads].to(torch.int32)
@@ -292,7 +334,7 @@ def _qkv(
         return _prepared(launch, streams, chosen, moved=(moved, _elsewhere(chosen)))
 
     call = partial(qkv_projection, streams, chosen, head_dim, tile=tile)
-    return Work(call, exact, 1, setting.shape.dim, prepare)
+    return Work(call, exact, 2 if adapted else 1, setting.shape.dim, prepare)
 
 
 def _norm_rope_cases(setting: Setting) -> Iterator[Case]:

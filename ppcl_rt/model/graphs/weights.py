@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppcl_rt import ops
+
 
 class Weights:
     """The modules that a forward reads, as they are when this is made.
@@ -36,6 +38,10 @@ class Weights:
         self._attributes = [module.__dict__ for module in self._inside]
         self._attribute_counts = [*map(len, self._attributes)]
         self._forwards = [(a, a["forward"]) for a in self._attributes if "forward" in a]
+        self._adapted = [module for module in self._inside if "lora_A" in module._modules]
+        self._factors = [t for m in self._adapted for t in _factors_of(m)]
+        self._adapters = _adapters_of(self._adapted, self._factors)
+        self._settled = [*map(ops.settled, self._adapted)]
         self._hooks: list[Any] = [hooks for m in self._inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def unchanged(self) -> bool:
@@ -53,7 +59,21 @@ class Weights:
             and [*map(torch.Tensor.data_ptr, self.tensors)] == self._addresses
             and [*map(len, self._attributes)] == self._attribute_counts
             and all(attributes.get("forward") is forward for attributes, forward in self._forwards)
+            and (not self._adapted or self._adapters_settled())
         )
+
+    def _adapters_settled(self) -> bool:
+        """Whether the graph reads what adapters add now: scales and factors are written to where it reads them.
+
+        Not where the number of adapters, or their ranks, do not fit there, nor for layers that are called.
+        """
+        # Taking layers apart takes microseconds each: only where something changed.
+        adapters = _adapters_of(self._adapted, self._factors)
+        if adapters != self._adapters:
+            if [*map(ops.settled, self._adapted)] != self._settled:
+                return False
+            self._adapters = adapters
+        return True
 
     def obstacle(self, device: torch.device) -> str:
         """Say why no graph can hold these modules; an empty string if one can."""
@@ -61,7 +81,8 @@ class Weights:
             kind = type(module)
             if reason := hooks_of(module):
                 return reason
-            if not kind.__module__.startswith(self._known_packages):
+            can_be_read = "lora_A" in module._modules and ops.adapted(module)[0] is not module
+            if not can_be_read and not kind.__module__.startswith(self._known_packages):
                 return f"a {kind.__name__} of {kind.__module__.partition('.')[0]} among the layers"
             if "_compiled_call_impl" in module.__dict__:
                 return "compiled layers"
@@ -75,6 +96,23 @@ class Weights:
 
 def _values(dicts: list[dict[str, Any]]) -> list[Any]:
     return [*chain.from_iterable(map(dict.values, dicts))]
+
+
+def _factors_of(layer: Any) -> list[torch.Tensor]:
+    """The factors of a layer's adapters, and scales that are tensors."""
+    scales = [scale for scale in layer.scaling.values() if isinstance(scale, torch.Tensor)]
+    return [*layer.lora_A.parameters(), *layer.lora_B.parameters(), *scales]
+
+
+def _adapters_of(layers: list[nn.Module], factors: list[torch.Tensor]) -> list[Any]:
+    """What is set of the adapters of layers: scales, which of them are active, and the versions of their factors."""
+    own: list[dict[str, Any]] = [layer.__dict__ for layer in layers]
+    return [
+        [dict(each["scaling"]) for each in own],
+        [each["_active_adapter"] for each in own],
+        [(each["_disable_adapters"], *each["merged_adapters"]) for each in own],
+        [0 if t.is_inference() else t._version for t in factors],
+    ]
 
 
 def hooks_of(module: nn.Module) -> str:
