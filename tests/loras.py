@@ -1,4 +1,6 @@
-"""Random adapters of the tiny model."""
+"""Random adapters of the tiny model, and the model with one in its weights."""
+
+import copy
 
 import torch
 
@@ -19,3 +21,14 @@ def make_lora(stock, layers=LAYERS, outside=OUTSIDE, rank=3, seed=0, size=0.15):
         state[f"transformer.{path}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * size
         state[f"transformer.{path}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * size
     return state
+
+
+def merged(model, state, scale=1.0):
+    """A stock model with an adapter added to its weights."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, down in state.items():
+            if name.endswith("lora_A.weight"):
+                path = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+                model.get_submodule(path).weight += scale * state[name.replace("lora_A", "lora_B")] @ down
+    return model

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from fixtures import DIM, SPEC, Made
-from loras import LAYERS, OUTSIDE, make_lora
+from loras import LAYERS, OUTSIDE, make_lora, merged
 from safetensors.torch import load_file, save_file
 
 import ppcl_rt
 from ppcl_rt import Width
 
 pytest.importorskip("peft")
-
-
-def merged(model, state, scale=1.0):
-    """A stock model with an adapter added to its weights."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, down in state.items():
-            if name.endswith("lora_A.weight"):
-                path = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
-                model.get_submodule(path).weight += scale * state[name.replace("lora_A", "lora_B")] @ down
-    return model
 
 
 def test_at_ratio_one_it_is_that_of_the_teacher(made, build_inputs, run, same):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from loras import make_lora, merged
+from safetensors.torch import save_file
 
 import ppcl_rt
 from ppcl_rt import Interval, PlannedBlock, Schedule, Width
@@ -68,6 +70,23 @@ def test_pipeline_at_lower_ratios(made, draw, stock_pictures):
     close(pictures, draw(made.reference(model.planner.plan(0.7))))
     model.set_ratio(1.0)
     close(draw(model), stock_pictures)
+
+
+def test_an_adapter_through_the_pipeline(made, draw, parts, tmp_path, stock_pictures):
+    """`load_lora_weights`, `set_adapters`, the scale of a call, `fuse_lora`: as with the adapter in stock weights."""
+    pytest.importorskip("peft")
+    state, model = make_lora(made.stock, size=0.1), ppcl_rt.load(made.folder)
+    save_file(state, tmp_path / "style.safetensors")
+    pipe = QwenImagePipeline(**{**parts, "scheduler": FlowMatchEulerDiscreteScheduler()}, transformer=model)
+    pipe.load_lora_weights(tmp_path, weight_name="style.safetensors", adapter_name="style")
+    pipe.set_adapters(["style"], [0.5])
+    half = draw(merged(made.stock, state, 0.5))
+    assert np.abs(half - stock_pictures).max() > 1e-3
+    close(draw(model, pipe=pipe), half)
+    close(draw(model, pipe=pipe, attention_kwargs={"scale": 0.5}), draw(merged(made.stock, state, 0.25)))
+    pipe.fuse_lora(adapter_names=["style"])
+    pipe.unload_lora_weights()
+    close(draw(model, pipe=pipe), half)
 
 
 def test_pipeline_with_schedule(made, draw, stock_pictures):

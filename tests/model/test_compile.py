@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from fixtures import CONFIG
+from loras import make_lora, merged
 
 import ppcl_rt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-from test_lora import make_lora, merged
 from test_lora_families import make_flux, make_sd3, make_z_image
 
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from fixtures import SPEC
+from loras import LAYERS, make_lora, merged
 
 import ppcl_rt
 from ppcl_rt.convert.export import export
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
-from test_lora import LAYERS, make_lora, merged
 
 pytest.importorskip("peft")
 
