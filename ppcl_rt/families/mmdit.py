@@ -19,6 +19,7 @@ from ppcl_rt import ops
 from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.pluggable import Pluggable
+from ppcl_rt.model.offloading import arrive
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
@@ -510,6 +511,7 @@ class MMDiT(Pluggable):
             image = _controlled(image, control, range(next_block, call.interval.first))
             text_input = None
             if call.text_run is not None and call.text_run.is_first:
+                arrive(call.block)
                 first_input = call.block.text_input(text, temb, call.width, **more)
             elif call.text_run is not None and call.text_run.input_map is not None:
                 text_input = first_input + call.text_run.input_map(first_input)

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from ppcl_rt.model.exchange import Exchange
-from ppcl_rt.model.folder import CheckpointFolder
 from ppcl_rt.model.graphs import Graphs
+from ppcl_rt.model.offloadable import Offloadable
 from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.ops.implementation import backend
 
 
-class Pluggable(CheckpointFolder, Exchange):
+class Pluggable(Offloadable, Exchange):
     """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
 
     The family's class comes first, then this mixin, then diffusers' class. It sets the class attributes below and
@@ -59,9 +59,10 @@ class Pluggable(CheckpointFolder, Exchange):
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
         self._catalog = self._source = self._planner = self._current = self._precomputed = None
-        self._quantisation = None
+        self._quantisation = self._casting = None
         self._programs, self._times, self._adapters, self._fused = {}, {}, {}, {}
         self._fused_for_good = ()
+        self._followed = None
         self._graphs = Graphs()
         self.students = nn.ModuleDict()
         self.text_runs = nn.ModuleDict()
@@ -83,6 +84,7 @@ class Pluggable(CheckpointFolder, Exchange):
         """Walk a program, or replay the graph of an earlier walk."""
         if torch.compiler.is_compiling():
             return self._walk(program, **inputs)
+        self.follow(program)
         output: torch.Tensor = self._graphs.run(
             functools.partial(self._walk, program),
             inputs,

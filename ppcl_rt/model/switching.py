@@ -14,6 +14,7 @@ import torch
 
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.fitting import Room, fitted, room_of
+from ppcl_rt.model.offloading import weights_at_hand
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.model.residency import READING, Residency
 from ppcl_rt.model.running import Running
@@ -215,7 +216,8 @@ class Switching(Residency):
             # Another thread may have been faster.
             program = self._programs.get(plan)
             if program is None:
-                self.make_resident(plan)
+                with weights_at_hand(self):
+                    self.make_resident(plan)
                 program = Program(plan, tuple(self._call(plan, planned) for planned in plan.blocks))
                 # Inside the lock: a `trim` in between would leave a program over blocks that are gone.
                 self._programs[plan] = program
