@@ -18,8 +18,8 @@ import ppcl_kernels as kernels
 from ppcl_rt import ops
 from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call
 from ppcl_rt.model.block import PluggableBlock
-from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.offloading import arrive
+from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream

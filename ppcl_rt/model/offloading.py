@@ -6,11 +6,12 @@ hooks taken off first, and what was read gets them. A block is moved by itself, 
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,22 @@ def lies_on_disk(model: nn.Module) -> bool:
     return settings is not None and settings.offload_to_disk_path is not None
 
 
+def refuse_on_disk(model: nn.Module, what: str) -> None:
+    """Refuse what needs all weights at once.
+
+    Args:
+        what: they cannot do: "be saved".
+
+    Raises:
+        ValueError: group offload keeps them in files.
+    """
+    if lies_on_disk(model):
+        raise ValueError(
+            f"weights that group offload keeps on disk cannot {what}: do that first, or offload without "
+            "offload_to_disk_path"
+        )
+
+
 def put_on(module: nn.Module, settings: Any, whole: bool) -> None:
     """Offload a block, or a dict of layers, as the rest of its model.
 
@@ -138,7 +155,7 @@ def arrive(block: nn.Module) -> None:
             hook.group.stream.synchronize()
 
 
-def trace_anew(model: nn.Module) -> None:
+def trace_anew(model: Any) -> None:
     """Have diffusers find out again, in the next forward, which group is moved while which one runs."""
     from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 
@@ -151,9 +168,9 @@ def trace_anew(model: nn.Module) -> None:
                 # What was moved ahead and will not run goes back.
                 hook.group.offload_()
             for name in (_PREFETCH, _TRACKER):
-                module._diffusers_hook.remove_hook(name, recurse=False)
-    registry: Any = model._diffusers_hook
-    registry.register_hook(LazyPrefetchGroupOffloadingHook(), _PREFETCH)
+                registry: Any = module._diffusers_hook
+                registry.remove_hook(name, recurse=False)
+    model._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), _PREFETCH)
 
 
 def folder_for(model: nn.Module, given: str | Path) -> str:
@@ -177,15 +194,13 @@ def weights_at_hand(model: nn.Module) -> Iterator[None]:
     if hook is None:
         yield
         return
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_module
-
-    remove_hook_from_module(model, recurse=True)
+    accelerate: Any = importlib.import_module("accelerate")
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
     try:
         yield
     finally:
         # As pipelines do.
-        cpu_offload(model, hook.execution_device, offload_buffers=bool(model._parameters))
+        accelerate.cpu_offload(model, hook.execution_device, offload_buffers=bool(model._parameters))
 
 
 class Like(NamedTuple):
@@ -216,3 +231,25 @@ def treat_as_others(model: Any, module: nn.Module, path: str, whole: bool) -> No
     settings = settings_of(model)
     if settings is not None:
         put_on(module, settings, whole)
+
+
+def one_device(given: Mapping[str, Any]) -> Any:
+    """The device that ``device_map`` and what goes with it ask for, None where they ask for none.
+
+    Raises:
+        ValueError: they spread a model over several devices, or over the host or a disk.
+    """
+    asked = given.get("device_map")
+    if isinstance(asked, Mapping) and set(asked) == {""}:
+        asked = asked[""]
+    strategies = isinstance(asked, Mapping) or asked in ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+    more = [name for name in ("max_memory", "offload_folder") if given.get(name) is not None]
+    if strategies or more:
+        said = f"device_map={asked!r}" if strategies else f"{more[0]}={given[more[0]]!r}"
+        raise ValueError(
+            f"{said} would spread a transformer over devices: one device is taken here; where it is too small, choose "
+            "a ratio, quantize, or load and then enable_group_offload"
+        )
+    if asked is not None and given.get("device") is not None:
+        raise ValueError("device and device_map say the same: give one of them")
+    return asked
