@@ -248,6 +248,7 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
     gguf_architecture = "sd3"
     lora_loader = "SD3LoraLoaderMixin"
     stock_processor = JointAttnProcessor2_0
+    one_context = True
     _no_split_modules = ["PPCLJointTransformerBlock", "PPCLDualAttentionBlock"]
 
     @register_to_config

@@ -289,6 +289,7 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
     depth_settings = ("n_refiner_layers", "n_refiner_layers", "n_layers")
     condition = "adaln_input"
     after_blocks = "all_final_layer.2-1"
+    one_context = True
     _no_split_modules = ["PPCLZImageTransformerBlock"]
     _repeated_blocks = ["PPCLZImageTransformerBlock"]
 
@@ -456,8 +457,7 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
                 divide or that have no positions, or images and captions of different numbers.
         """
         self._refuse(x, cap_feats, siglip_feats, image_noise_mask, patch_size, f_patch_size)
-        # Schedules go by noise that falls.
-        program = self._program(1 - t)
+        program = self._program(self.noise_of({"t": t}))
         tokens, sizes, grids = zip(*(self._patchify_image(each, patch_size, f_patch_size) for each in x), strict=True)
         lengths = _Lengths(list(map(len, cap_feats)), list(map(len, tokens)))
         text, image = lengths.most
@@ -477,6 +477,10 @@ class PPCLZImageTransformer2DModel(Pluggable, ZImageTransformer2DModel):
         )
         images = self.unpatchify(list(output.unbind()), list(sizes), patch_size, f_patch_size)
         return Transformer2DModelOutput(sample=images) if return_dict else (images,)
+
+    def noise_of(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `Caching.noise_of`: ``t`` rises."""
+        return None if arguments.get("t") is None else 1 - arguments["t"]
 
     def _refuse(
         self, x: Any, cap_feats: Any, siglip_feats: Any, image_noise_mask: Any, patch_size: int, f_patch_size: int

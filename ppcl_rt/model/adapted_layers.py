@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.factors import Factors
@@ -29,6 +30,9 @@ def put_back(block: PluggableBlock, part: Part, factors: Factors | None, layer: 
         nothing = (torch.zeros(layer.r[name], part.columns), torch.zeros(part.rows, layer.r[name]))
         factors = Factors(*nothing, layer.lora_alpha[name] / layer.r[name])
     down, up = (held[name].weight.detach().to(factors.down) for held in (layer.lora_A, layer.lora_B))
+    # `enable_lora_hotswap` makes room for adapters of a higher rank.
+    more = len(down) - len(factors.down)
+    factors = factors._replace(down=F.pad(factors.down, (0, 0, 0, more)), up=F.pad(factors.up, (0, more)))
     if part.axis is None:
         return factors._replace(down=down, up=up)
     index = held_index(part, block.held.get(part.path, block.counts_of(part, block.spec.full)), block.orders)
@@ -43,10 +47,16 @@ def adapts_modulations(call: BlockCall) -> bool:
     return any("lora_A" in call.block.get_submodule(path)._modules for path in parts)
 
 
-def set_alpha(layer: Any, name: str, alpha: float) -> None:
-    """Have a layer add ``alpha / r`` times the product of an adapter's factors."""
-    layer.lora_alpha[name], layer.use_rslora[name] = alpha, False
-    layer.scaling[name] = alpha / layer.r[name]
+def set_scale(layer: Any, name: str, scale: float) -> None:
+    """Have a layer add ``scale`` times the product of an adapter's factors."""
+    # As peft counts it: the rank that the layer was made for, which a hot-swapped adapter need not have.
+    layer.lora_alpha[name], layer.use_rslora[name] = scale * layer.r[name], False
+    now = layer.scaling.get(name)
+    if isinstance(now, torch.Tensor):
+        # Made by `enable_lora_hotswap`: compiled code reads this very tensor.
+        now.fill_(scale)
+    else:
+        layer.scaling[name] = scale
 
 
 def set_as(layer: Any, other: Any, name: str) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ppcl_rt.files import replacing
-from ppcl_rt.model.adapted_layers import adapts_modulations, cut_to, put_back, set_alpha, set_as
+from ppcl_rt.model.adapted_layers import adapts_modulations, cut_to, put_back, set_as, set_scale
 from ppcl_rt.model.block import AdaptedNotLoaded, NotLoaded, PluggableBlock, base_of
 from ppcl_rt.model.factors import DOWN, UP, Factors, fetched, mean_of, named_by_peft, paired
 from ppcl_rt.model.modulations import Modulations
@@ -92,13 +92,13 @@ class Adapters(Modulations):
                 for block, at in self._homes():
                     for part, each in self._on(block, at, factors):
                         layer: Any = block.get_submodule(part.path)
-                        set_alpha(layer, name, each.alpha)
+                        set_scale(layer, name, each.scale)
                         # peft goes by the weight's dtype, which in eight bits is none to compute in.
                         for factor in (layer.lora_A[name], layer.lora_B[name]):
                             factor.to(like(self).dtype)
                 for path, each in factors.items():
                     if not self._in_blocks(path):
-                        set_alpha(self.get_submodule(path), name, each.alpha)
+                        set_scale(self.get_submodule(path), name, each.scale)
         self._adapters_changed()
 
     def _check(self, factors: Mapping[str, Factors]) -> None:
@@ -239,7 +239,7 @@ class Adapters(Modulations):
                 inject_adapter_in_model(config, block, name, state_dict=state)
                 del block.peft_config
                 layer = block.get_submodule(part.path)
-                set_alpha(layer, name, each.alpha)
+                set_scale(layer, name, each.scale)
                 new.append(layer)
             base: Any = base_of(layer)
             layer.in_features, layer.out_features = base.in_features, base.out_features

@@ -133,8 +133,14 @@ class PluggableBlock(nn.Module):
 
     def replaced(self, name: str, count: int) -> nn.Module | None:
         """The layer that stands in for an output at a count, None where there is none."""
-        replacement = self.spec.replacement(name, count)
-        return self.replacements._modules.get(replacement)
+        if not torch.compiler.is_compiling():
+            return self.replacements._modules.get(self.spec.replacement(name, count))
+        # In compiled code a count may be a symbol, of which no name can be made.
+        for key, replacement in self.replacements._modules.items():
+            of, _, at = key.rpartition("_")
+            if of == name and at.isdigit() and int(at) == count:
+                return replacement
+        return None
 
     def first_column(self, output: Output) -> int:
         """Where the columns of an output begin in its part, as the part is held: other groups may lie before them."""
@@ -231,6 +237,8 @@ def shared_copy(module: M) -> M:
     """
     copy = module.__class__.__new__(module.__class__)
     copy.__dict__.update(module.__dict__)
+    # diffusers' book of hooks, which are forwards of the module that it is of; one with hooks is bound, and not copied.
+    copy.__dict__.pop("_diffusers_hook", None)
     for name, value in module.__dict__.items():
         if isinstance(value, types.MethodType) and value.__self__ is module:
             # diffusers leaves a module's own forward among the attributes.

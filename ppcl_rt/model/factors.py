@@ -30,11 +30,6 @@ class Factors(NamedTuple):
     up: torch.Tensor
     scale: float = 1.0
 
-    @property
-    def alpha(self) -> float:
-        """The scale as peft counts it, times the rank."""
-        return self.scale * len(self.down)
-
     def times(self, scale: float) -> Factors:
         """So much of it."""
         return self._replace(scale=scale * self.scale)

@@ -76,7 +76,7 @@ class Offloadable(CheckpointFolder):
     @contextmanager
     def _without_blocks(self) -> Iterator[None]:
         """Have the model be without blocks, students and maps."""
-        homes: list[nn.Module] = [self.get_submodule(path) for path in (*self.block_lists, "students", "text_runs")]
+        homes: list[nn.Module] = [*self._lists.values(), self.students, self.text_runs]
         held = [home._modules for home in homes]
         for home in homes:
             home.__dict__["_modules"] = {}

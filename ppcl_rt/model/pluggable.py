@@ -8,20 +8,43 @@ loads and saves; this file runs a program: it replays a CUDA graph, or calls the
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from ppcl_rt.model.block import PluggableBlock
+from ppcl_rt.model.caching import Caching
 from ppcl_rt.model.exchange import Exchange
 from ppcl_rt.model.graphs import Graphs
 from ppcl_rt.model.offloadable import Offloadable
 from ppcl_rt.model.program import BlockCall, Program
+from ppcl_rt.model.residency import Home
 from ppcl_rt.ops.implementation import backend
 
+# Graphs that a compiled block may have, one for each width: what torch allows all functions together.
+_MOST_GRAPHS = 256
 
-class Pluggable(Offloadable, Exchange):
+
+class _ByPlace(NamedTuple):
+    """A block call that takes its arguments by place, as checkpointing passes them.
+
+    Not a function in a function: diffusers asks for its ``__call__``, which Dynamo finds on objects alone.
+    """
+
+    call: BlockCall
+    names: tuple[str, ...]
+
+    def __call__(self, *values: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output: tuple[torch.Tensor, torch.Tensor] = self.call.block(
+            **dict(zip(self.names, values, strict=True)), width=self.call.width
+        )
+        return output
+
+
+class Pluggable(Caching, Offloadable, Exchange):
     """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
 
     The family's class comes first, then this mixin, then diffusers' class. It sets the class attributes below and
@@ -36,6 +59,8 @@ class Pluggable(Offloadable, Exchange):
     # Of diffusers' classes.
     _gradient_checkpointing_func: Any
     gradient_checkpointing: bool
+    # How blocks are compiled, None where they are not.
+    _compiling: tuple[tuple[Any, ...], dict[str, Any]] | None
     condition: ClassVar[str] = "temb"
     after_blocks: ClassVar[str] = "norm_out"
 
@@ -59,13 +84,37 @@ class Pluggable(Offloadable, Exchange):
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
         self._catalog = self._source = self._planner = self._current = self._precomputed = None
-        self._quantisation = self._casting = None
+        self._quantisation = self._casting = self._compiling = None
         self._programs, self._times, self._adapters, self._fused = {}, {}, {}, {}
         self._fused_for_good = ()
         self._followed = None
         self._graphs = Graphs()
+        self._lists = {path: getattr(self, path) for path in self.block_lists}
         self.students = nn.ModuleDict()
         self.text_runs = nn.ModuleDict()
+        if self.resident_blocks():
+            # Built by hand: it runs all of them. Compiled code could not look that up in its first forward.
+            self.set_plan(self.catalog.largest)
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each block, as diffusers does, now and when it is read.
+
+        Args:
+            args, kwargs: of ``torch.compile``. Blocks of another width are another graph, of which torch allows 8 for a
+                function: here 256 unless ``recompile_limit`` says otherwise, where ``torch.compile`` has it.
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs = {"recompile_limit": _MOST_GRAPHS, **kwargs}
+        theirs: Any = super()
+        theirs.compile_repeated_blocks(*args, **kwargs)
+        self._compiling = (args, kwargs)
+
+    def complete(self, block: PluggableBlock, home: Home) -> None:
+        """As `Residency.complete`; a block that is new, or has grown to another object, is compiled as the others."""
+        super().complete(block, home)
+        if self._compiling is not None and "_compiled_call_impl" not in block.__dict__:
+            args, kwargs = self._compiling
+            block.compile(*args, **kwargs)
 
     def _walk(self, program: Program, **inputs: Any) -> torch.Tensor:
         """Run a program; all that it reads is in ``inputs``, in `_reads` and in `_graph_settings`."""
@@ -100,17 +149,11 @@ class Pluggable(Offloadable, Exchange):
         """Run a block, with gradient checkpointing where that is on."""
         if not (torch.is_grad_enabled() and self.gradient_checkpointing):
             return call.block(**arguments, width=call.width)
-        # Checkpointing passes arguments by place.
-        names = tuple(arguments)
-
-        def block(*values: Any) -> Any:
-            return call.block(**dict(zip(names, values, strict=True)), width=call.width)
-
-        return self._gradient_checkpointing_func(block, *arguments.values())
+        return self._gradient_checkpointing_func(_ByPlace(call, tuple(arguments)), *arguments.values())
 
     def _reads(self, program: Program) -> Iterator[nn.Module]:
         """The modules that a program reads: its own, and those outside the blocks."""
-        homes = [self.get_submodule(path) for path in (*self.block_lists, "students", "text_runs")]
+        homes = [*self._lists.values(), self.students, self.text_runs]
         yield from (child for child in self.children() if all(child is not home for home in homes))
         for call in program.calls:
             yield call.block

@@ -95,6 +95,8 @@ class Residency(nn.Module):
     family: ClassVar[str]
     reference: ClassVar[Tokens]
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    # These lists by path: others (caches) may put lists of theirs in their place for a while.
+    _lists: dict[str, nn.ModuleList]
     students: nn.ModuleDict
     text_runs: nn.ModuleDict
     config: Any
@@ -158,7 +160,7 @@ class Residency(nn.Module):
 
     def blocks(self) -> tuple[Any, ...]:
         """The blocks of the teacher that are resident, over all lists, in the order in which they run."""
-        return tuple(block for path in self.block_lists for block in self.get_submodule(path)._modules.values())
+        return tuple(block for modules in self._lists.values() for block in modules._modules.values())
 
     def resident_blocks(self) -> tuple[Any, ...]:
         """The blocks of the teacher and the students that are resident."""
@@ -175,9 +177,7 @@ class Residency(nn.Module):
         if planned.student:
             return Home(self.students, planned.interval.key, f"students.{planned.interval.key}.")
         path, number = self.catalog.architecture.place(planned.interval.first)
-        modules = self.get_submodule(path)
-        assert isinstance(modules, nn.ModuleList), "the blocks of a teacher live in lists"
-        return Home(modules, str(number), f"{path}.{number}.")
+        return Home(self._lists[path], str(number), f"{path}.{number}.")
 
     # Reading.
 
@@ -299,7 +299,7 @@ class Residency(nn.Module):
         wanted = {(id(home.modules), home.key) for plan in plans for home in map(self.home, plan.blocks)}
         runs = {run.key for plan in plans for run in plan.text_runs}
         with weights_at_hand(self):
-            for modules in (*map(self.get_submodule, self.block_lists), self.students):
+            for modules in (*self._lists.values(), self.students):
                 _drop(modules, [key for key in modules._modules if (id(modules), key) not in wanted])
             _drop(self.text_runs, [key for key in self.text_runs if key not in runs])
         self._graphs.drop_all()
@@ -325,7 +325,7 @@ class Residency(nn.Module):
     def drop_factored(self) -> None:
         """Drop the weights of factored parts (`PluggableBlock.drop_factored`); call it with `READING` held."""
         left: dict[PluggableBlock, PluggableBlock] = {}
-        homes: list[Any] = [*map(self.get_submodule, self.block_lists), self.students]
+        homes: list[Any] = [*self._lists.values(), self.students]
         for modules in homes:
             for key, block in modules._modules.items():
                 without: Any = block if is_bound(block) else shared_copy(block)

@@ -74,9 +74,13 @@ _CLOCKS: ContextVar[tuple[_Clock, ...]] = ContextVar("ppcl_clocks", default=())
 
 def _runner() -> Any:
     """The task of asyncio that runs now, or else the thread."""
+    return running_task() or threading.current_thread()
+
+
+def running_task() -> asyncio.Task[Any] | None:
+    """The task of asyncio that runs now in this thread."""
     try:
-        task = asyncio.current_task()
+        return asyncio.current_task()
     except RuntimeError:
         # There is no event loop in this thread.
-        task = None
-    return task or threading.current_thread()
+        return None

@@ -17,7 +17,7 @@ from ppcl_rt.model.fitting import Room, fitted, room_of
 from ppcl_rt.model.offloading import like, weights_at_hand
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.model.residency import READING, Residency
-from ppcl_rt.model.running import Running
+from ppcl_rt.model.running import Running, running_task
 from ppcl_rt.model.times import block_times
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.budget import Budget, costs
@@ -31,6 +31,20 @@ _log = logging.getLogger(__name__)
 # Programs chosen by `at`, by the identity of the model. A context variable, so that threads and tasks do not see each
 # other's.
 _CHOSEN: ContextVar[Mapping[int, Program]] = ContextVar("ppcl_chosen", default=MappingProxyType({}))
+
+
+class _InThread(threading.local):
+    """The same for a thread, for guards of compiled code: Dynamo reads no context variable.
+
+    Attributes:
+        programs: None stands for what an `at` in a task of asyncio chose, because tasks take turns in a thread.
+    """
+
+    def __init__(self) -> None:
+        self.programs: Mapping[int, Program | None] = {}
+
+
+_IN_THREAD = _InThread()
 # Held while milliseconds are measured: two measurements at once would slow each other down. Taken before `READING`.
 _MEASURING = threading.RLock()
 # Programs that are remembered; one is a tuple of references, a few kilobytes.
@@ -142,11 +156,13 @@ class Switching(Residency):
             raise ValueError("at() takes a ratio, budgets or a plan: give one of them")
         choice: Choice = plan if plan is not None else Budget.of(ratio, **budgets)
         program = self.prepare(self.plan_of(choice))
-        token = _CHOSEN.set({**_CHOSEN.get(), id(self): program})
+        token, before = _CHOSEN.set({**_CHOSEN.get(), id(self): program}), _IN_THREAD.programs
+        _IN_THREAD.programs = {**before, id(self): None if running_task() else program}
         try:
             yield self
         finally:
             _CHOSEN.reset(token)
+            _IN_THREAD.programs = before
 
     def plan_of(self, choice: Choice) -> Plan:
         """The plan for a ratio or budget; a plan itself.
@@ -288,6 +304,8 @@ class Switching(Residency):
 
     def _program(self, timestep: torch.Tensor | None = None) -> Program:
         """The program that runs now; ``timestep`` moves the clock of a schedule on."""
+        if torch.compiler.is_compiling():
+            return self._compiled_program(timestep)
         chosen = _CHOSEN.get().get(id(self))
         if chosen is not None:
             # Its blocks may have grown since. If they were dropped, it still holds them.
@@ -303,3 +321,17 @@ class Switching(Residency):
             if self._current is None:
                 self._current = program
         return program
+
+    def _compiled_program(self, timestep: torch.Tensor | None) -> Program:
+        """`_program` as compiled code has it: guards compare what was set; a schedule and tasks break the graph."""
+        program = _IN_THREAD.programs.get(id(self), self._current)
+        if isinstance(program, Program):
+            return program.latest
+        return _looked_up(self, timestep)
+
+
+@torch.compiler.disable(
+    reason="a schedule, or `at` in a task of asyncio, is looked up on the host: compile_repeated_blocks"
+)
+def _looked_up(model: Switching, timestep: torch.Tensor | None) -> Program:
+    return model._program(timestep)

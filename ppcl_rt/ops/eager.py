@@ -42,7 +42,7 @@ def add_branches(y: torch.Tensor, x: torch.Tensor, branches: Sequence[Branch]) -
     flat, columns = y.view(-1, y.shape[-1]), x.shape[-1]
     for branch in branches:
         down = F.linear(x, branch.down[:, :columns]).view(len(flat), -1)
-        flat.addmm_(down, branch.up[: y.shape[-1]].t(), alpha=branch.scale)
+        flat.addmm_(down, branch.up[: y.shape[-1]].t(), alpha=float(branch.scale))
 
 
 def linear(

@@ -59,12 +59,12 @@ class Branch(NamedTuple):
     Attributes:
         down: ``[r, columns]``.
         up: ``[rows, r]``.
-        scale: of the adapter as it is set now.
+        scale: of the adapter as it is set now; a tensor of one number after diffusers' `enable_lora_hotswap`.
     """
 
     down: torch.Tensor
     up: torch.Tensor
-    scale: float
+    scale: float | torch.Tensor
 
     def __call__(self, x: torch.Tensor, rows: int, first: int = 0) -> torch.Tensor:
         """``[..., rows]``, the first of them, for ``x [..., k]``, which stands at the columns from ``first`` on."""

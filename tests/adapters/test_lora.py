@@ -253,9 +253,12 @@ def test_a_new_adapter_on_narrow_blocks(mapped, build_inputs, run, same):
     same(run(model, given), wanted)
 
 
-def test_hot_swap(mapped, build_inputs, run, same):
-    one, two, given = make_lora(mapped.stock), make_lora(mapped.stock, seed=1), build_inputs()
+@pytest.mark.parametrize(("room", "rank"), [(None, 3), (None, 2), (4, 2), (4, 4)])
+def test_hot_swap(mapped, build_inputs, run, same, room, rank):
+    one, two, given = make_lora(mapped.stock), make_lora(mapped.stock, rank=rank, seed=1), build_inputs()
     model, fresh = ppcl_rt.load(mapped.folder, 0.6), ppcl_rt.load(mapped.folder, 0.6)
+    if room is not None:
+        model.enable_lora_hotswap(target_rank=room)
     model.load_lora_adapter(one, adapter_name="one")
     model.load_lora_adapter(two, adapter_name="one", hotswap=True)
     fresh.load_lora_adapter(two, adapter_name="one")

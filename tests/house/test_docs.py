@@ -218,6 +218,17 @@ def test_paths_between_backticks_exist(document):
         assert importable(dotted), f"{document}: there is no {dotted}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_tests_that_prose_names_exist(document):
+    """Tests such as `tests/model/test_compile.py::test_export`; in tables the folder `tests` may be left out."""
+    for path, function in re.findall(r"`(?:tests/)?([\w/]+\.py)::(test_\w+)`", (ROOT / document).read_text()):
+        file = ROOT / "tests" / path
+        # Some prose names a file without its folder, after another of the same folder.
+        found = [file] if file.exists() else list((ROOT / "tests").glob(f"*/{path}"))
+        assert len(found) == 1, f"{document}: there is no {path}, or more than one"
+        assert f"def {function}(" in found[0].read_text(), f"{document}: {path} has no {function}"
+
+
 def importable(dotted: str) -> bool:
     """Whether a dotted name is a module, or an attribute of one."""
     parts = dotted.split(".")

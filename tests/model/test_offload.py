@@ -1,4 +1,4 @@
-"""Offload, casting for storage and placement, at any ratio and after changing it: the same result, and nothing more moved.
+"""Offload, casting for storage and placement, at any ratio and after changing it: the same result, nothing more moved.
 
 A CPU offloads to itself. Files are real, and what is not in memory is NaN (torch fills empty memory with it), so that
 whoever reads a weight that was not brought shows.
@@ -18,7 +18,7 @@ import ppcl_rt
 from ppcl_rt.model.offloading import hook_of
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "families")]
-from test_quantised import make_flux, make_sd3, make_z_image
+from test_quantised import make_flux, make_sd3, make_z_image  # noqa: E402 - it lies in a folder of tests
 
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
