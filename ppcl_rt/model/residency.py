@@ -214,20 +214,18 @@ class Residency(nn.Module):
         """The block of a plan, with what it needs and the model did not hold yet."""
         home, to = self.home(planned), like(self)
         block = home.block if home.block is not None else self._empty_block(source, planned, home.prefix)
-        new = [
-            (missing, missing.tensor.to(device=to.device, dtype=to.dtype))
-            for missing in missing_tensors(
-                source, block, home.prefix, planned.width, not_updated, fresh=home.block is None
-            )
-        ]
+        missing = missing_tensors(source, block, home.prefix, planned.width, not_updated, fresh=home.block is None)
+        # What was read in another dtype goes as soon as it is cast: a block of it is a tenth of a small model.
+        new = [each._replace(tensor=each.tensor.to(device=to.device, dtype=to.dtype)) for each in missing]
         if not new:
             return block
         if home.block is not None:
             take_off(block)
             if not is_bound(block):
                 block = shared_copy(block)
-        for missing, tensor in new:
-            assign(block, missing, tensor.requires_grad_(to.requires_grad))
+        while new:
+            each = new.pop(0)
+            assign(block, each, each.tensor.requires_grad_(to.requires_grad))
         self.complete(block, home)
         lay_side_by_side(block)
         block.train(self.training)

@@ -6,6 +6,7 @@ whoever reads a weight that was not brought shows.
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,14 +71,22 @@ def check(folder, given, ratios, how, at, run, same, **more):
     return model
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("how", list(HOW))
+@pytest.mark.parametrize(
+    ("how", "quantize"),
+    [
+        *(("leaf", "int8"), ("block", None), ("leaf-disk", None), ("block-disk", "int8")),
+        *(("sequential", "int8"), ("model", None)),
+    ],
+)
 def test_every_ratio(mapped, how, quantize, build_inputs, run, same, tmp_path):
     check(mapped.folder, build_inputs(), RATIOS["qwen"], HOW[how], tmp_path, run, same, quantize=quantize)
 
 
-@pytest.mark.parametrize("how", ["leaf-disk", "block-disk", "sequential"])
-@pytest.mark.parametrize("make", [make_flux, make_sd3, make_z_image], ids=["flux", "sd3", "z-image"])
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [(make_flux, "leaf-disk"), (make_sd3, "block-disk"), (make_z_image, "leaf-disk"), (make_flux, "sequential")],
+    ids=["flux", "sd3", "z-image", "flux-sequential"],
+)
 def test_other_families(make, how, run, same, tmp_path):
     folder, given = make(tmp_path / "checkpoint")
     check(folder, given, RATIOS["other"], HOW[how], tmp_path / "files", run, same)
@@ -118,6 +127,7 @@ def test_streams_follow_the_plan(mapped, build_inputs, run, same, monkeypatch):
     monkeypatch.setattr(
         theirs, "_apply_group_offloading", lambda m, config: apply(m, replace(config, stream=torch.cpu.Stream()))
     )
+    monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda self: None, raising=False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     given = build_inputs()
     model = check(mapped.folder, given, RATIOS["qwen"], HOW["block"], None, run, same)
@@ -141,6 +151,7 @@ def test_a_folder_of_files_serves_several_models(made, build_inputs, run, same, 
         HOW["block-disk"](model, tmp_path)
         same(run(model, given), wanted)
     del model
+    gc.collect()
     assert not list(tmp_path.iterdir())
 
 
@@ -162,8 +173,10 @@ def test_casting_goes_along(mapped, build_inputs, run, same, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = ppcl_rt.load(tmp_path / "saved", 1.0)
     same(run(again, given), run(ppcl_rt.load(mapped.folder, 1.0), given))
+    plain = ppcl_rt.load(mapped.folder, 1.0)
+    plain.enable_layerwise_casting(torch.bfloat16, torch.float32)
     with pytest.raises(ValueError, match="cast for storage cannot be saved as a plan: load without layerwise casting"):
-        fresh.save_plan(tmp_path / "no")
+        plain.save_plan(tmp_path / "no")
 
 
 @pytest.mark.parametrize("how", ["leaf", "sequential", "model"])
