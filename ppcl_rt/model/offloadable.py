@@ -90,14 +90,19 @@ class Offloadable(CheckpointFolder):
             for home, modules in zip(homes, held, strict=True):
                 home.__dict__["_modules"] = modules
 
-    def follow(self, program: Program) -> None:
-        """Have groups be moved ahead in the order in which a program that is about to run needs them."""
+    def follow(self, program: Program) -> Any:
+        """Have groups be moved ahead in the order in which a program that is about to run needs them.
+
+        Returns:
+            The hook of diffusers that finds out the order, None where it is known or nothing is moved ahead.
+        """
         if program is self._followed or "_diffusers_hook" not in self.__dict__:
-            return
+            return None
         top = hook_of(self, "group_offloading")
-        if top is not None and top.config.stream is not None:
-            trace_anew(self)
-            self._followed = program
+        if top is None or top.config.stream is None:
+            return None
+        self._followed = program
+        return trace_anew(self)
 
     def enable_layerwise_casting(
         self,

@@ -155,8 +155,12 @@ def arrive(block: nn.Module) -> None:
             hook.group.stream.synchronize()
 
 
-def trace_anew(model: Any) -> None:
-    """Have diffusers find out again, in the next forward, which group is moved while which one runs."""
+def trace_anew(model: Any) -> Any:
+    """Have diffusers find out again, in what runs next, which group is moved while which one runs.
+
+    Returns:
+        The hook that finds out, whose ``post_forward`` is to be called after it: the model is in a forward already.
+    """
     from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 
     for module in model.modules():
@@ -170,7 +174,9 @@ def trace_anew(model: Any) -> None:
             for name in (_PREFETCH, _TRACKER):
                 registry: Any = module._diffusers_hook
                 registry.remove_hook(name, recurse=False)
-    model._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), _PREFETCH)
+    tracing = LazyPrefetchGroupOffloadingHook()
+    model._diffusers_hook.register_hook(tracing, _PREFETCH)
+    return tracing
 
 
 def folder_for(model: nn.Module, given: str | Path) -> str:

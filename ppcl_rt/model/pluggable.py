@@ -133,7 +133,7 @@ class Pluggable(Caching, Offloadable, Exchange):
         """Walk a program, or replay the graph of an earlier walk."""
         if torch.compiler.is_compiling():
             return self._walk(program, **inputs)
-        self.follow(program)
+        tracing = self.follow(program)
         output: torch.Tensor = self._graphs.run(
             functools.partial(self._walk, program),
             inputs,
@@ -143,6 +143,8 @@ class Pluggable(Caching, Offloadable, Exchange):
             conditions=lambda: self._graph_settings(program),
             obstacle=functools.partial(self._obstacle, program),
         )
+        if tracing is not None:
+            tracing.post_forward(self, None)
         return output
 
     def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
