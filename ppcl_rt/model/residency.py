@@ -219,12 +219,10 @@ class Residency(nn.Module):
         new = [each._replace(tensor=each.tensor.to(device=to.device, dtype=to.dtype)) for each in missing]
         if not new:
             return block
-        if home.block is not None:
-            take_off(block)
-            if not is_bound(block):
-                block = shared_copy(block)
-        while new:
-            each = new.pop(0)
+        take_off(block)
+        if home.block is not None and not is_bound(block):
+            block = shared_copy(block)
+        for each in new:
             assign(block, each, each.tensor.requires_grad_(to.requires_grad))
         self.complete(block, home)
         lay_side_by_side(block)
@@ -276,8 +274,7 @@ class Residency(nn.Module):
             layer.weight = nn.Parameter(weight, requires_grad=to.requires_grad)
             layer.bias = nn.Parameter(bias, requires_grad=to.requires_grad)
             maps[name] = layer
-        maps.train(self.training)
-        treat_as_others(self, maps, f"text_runs.{run.key}.", whole=False)
+        treat_as_others(self, maps.train(self.training), f"text_runs.{run.key}.", whole=False)
         return maps
 
     def _resident_maps(self) -> dict[str, nn.Module]:
@@ -297,8 +294,8 @@ class Residency(nn.Module):
         wanted = {(id(home.modules), home.key) for plan in plans for home in map(self.home, plan.blocks)}
         runs = {run.key for plan in plans for run in plan.text_runs}
         with weights_at_hand(self):
-            for modules in (*self._lists.values(), self.students):
-                _drop(modules, [key for key in modules._modules if (id(modules), key) not in wanted])
+            for held in (*self._lists.values(), self.students):
+                _drop(held, [key for key in held._modules if (id(held), key) not in wanted])
             _drop(self.text_runs, [key for key in self.text_runs if key not in runs])
         self._graphs.drop_all()
 
