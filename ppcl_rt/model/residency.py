@@ -215,7 +215,6 @@ class Residency(nn.Module):
         home, to = self.home(planned), like(self)
         block = home.block if home.block is not None else self._empty_block(source, planned, home.prefix)
         missing = missing_tensors(source, block, home.prefix, planned.width, not_updated, fresh=home.block is None)
-        # What was read in another dtype goes as soon as it is cast: a block of it is a tenth of a small model.
         new = [each._replace(tensor=each.tensor.to(device=to.device, dtype=to.dtype)) for each in missing]
         if not new:
             return block
