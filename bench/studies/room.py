@@ -19,6 +19,7 @@ from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_rt.families.sd3 import PPCLSD3Transformer2DModel
 from ppcl_rt.families.z_image import PPCLZImageTransformer2DModel
 from ppcl_rt.model.fitting import room_of
+from ppcl_rt.planning.costs import Bytes
 
 
 class _Pipeline(NamedTuple):
@@ -114,6 +115,10 @@ def main() -> None:
         transformer = made.transformer()
     for name, part in {**parts, "transformer": transformer}.items():
         print(f"{name}: {sum(parameter.numel() for parameter in part.parameters()) / 1e9:.3f}e9 parameters")
+    catalog = transformer.catalog
+    eight = ppcl_rt.Quantisation(format="int8")
+    for said, weights in (("bfloat16", Bytes(2)), ("int8", Bytes(2, eight))):
+        print(f"dense transformer in {said}: {weights.of(catalog.architecture, catalog.largest) / 1e9:.3g} GB")
     for fit in args.fit:
         for offload in (None, "model"):
             budget = ppcl_rt.Budget.of(

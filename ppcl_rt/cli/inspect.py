@@ -20,6 +20,7 @@ from ppcl_rt.cli.options import (
     Checkpoint,
     Device,
     DType,
+    Quantize,
     Ratio,
     budget_of,
     float_of,
@@ -95,6 +96,7 @@ def plan(
     ratio: Ratio = None,
     amounts: Amounts = NO_AMOUNTS,
     dtype: DType = None,
+    quantize: Quantize = None,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
     picture: Annotated[Path | None, typer.Option(help="draw what the plan removes into this PNG")] = None,
@@ -105,7 +107,7 @@ def plan(
     with contextlib.ExitStack() as files:
         # Both are opened before anything is written: a bad path leaves no other file.
         plan_file, picture_file = (files.enter_context(writing(path)) if path else None for path in (out, picture))
-        found = planned(checkpoint, asked, float_of(dtype), device)
+        found = planned(checkpoint, asked, float_of(dtype), device, quantize=quantize)
         catalog, made, room = found.planner.catalog, found.plan, found.room
         loss = found.planner.loss(made)
         if plan_file is not None:

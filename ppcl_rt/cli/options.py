@@ -26,6 +26,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Device = Annotated[str, typer.Option(help="torch device")]
 DType = Annotated[str | None, typer.Option(help="of the weights, for --memory: float32; else as they are stored")]
 
+Quantize = Annotated[str | None, typer.Option(help="weights of blocks in eight bits: int8, float8, float8-dynamic")]
+
 # What several budgets are where none is asked for.
 _RATIOS = "1,0.7,0.5,0.35"
 
@@ -123,7 +125,7 @@ def budget_of(default: float, ratio: float | None, amounts: Amounts) -> Budget:
     return Budget.of(ratio, **amounts._asdict())
 
 
-def budgets_of(checkpoint: str, ratios: str | None, amounts: Amounts) -> list[Budget]:
+def budgets_of(checkpoint: str, ratios: str | None, amounts: Amounts, quantize: str | None = None) -> list[Budget]:
     """One budget for each ratio and each amount; every option takes several with commas between.
 
     Without any, ratios 1, 0.7, 0.5 and 0.35. Models are loaded in float32.
@@ -146,15 +148,25 @@ def budgets_of(checkpoint: str, ratios: str | None, amounts: Amounts) -> list[Bu
     if amounts.fit is None and (amounts.pipeline or amounts.offload):
         raise ValueError("--pipeline and --offload go with --fit")
     source, _, planner = opened(checkpoint)
+    weights = bytes_of(planner.catalog, torch.float32, quantize)
     for budget in asked:
         if budget.latency is None:
-            limited, _ = without_fit(budget, source, planner, torch.float32)
-            planner.plan_within(limited, lambda: Bytes(torch.float32.itemsize), no_times)
+            limited, _ = without_fit(budget, source, planner, torch.float32, weights)
+            planner.plan_within(limited, lambda: weights, no_times)
     return asked
 
 
+def bytes_of(catalog: ppcl_rt.Catalog, dtype: torch.dtype, quantize: str | None) -> Bytes:
+    """How bytes of weights are counted.
+
+    Raises:
+        ValueError: no such format.
+    """
+    return Bytes(dtype.itemsize, ppcl_rt.Quantisation.of(quantize), catalog.compensated)
+
+
 def without_fit(
-    budget: Budget, source: ppcl_rt.Checkpoint, planner: ppcl_rt.Planner, dtype: torch.dtype
+    budget: Budget, source: ppcl_rt.Checkpoint, planner: ppcl_rt.Planner, dtype: torch.dtype, weights: Bytes
 ) -> tuple[Budget, ppcl_rt.Room | None]:
     """The budget with ``memory`` in place of ``fit``, and what the rest of the pipeline takes; no weights are read.
 
@@ -165,7 +177,7 @@ def without_fit(
         return budget, None
     catalog = planner.catalog
     room = room_of(budget, registry.model_class(catalog.family), source.config, dtype, catalog.reference)
-    return fitted(budget, room, planner, Bytes(dtype.itemsize)), room
+    return fitted(budget, room, planner, weights), room
 
 
 def float_of(name: str | None) -> torch.dtype | None:

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 
 import ppcl_rt
-from ppcl_rt.cli.options import check_device, no_times, opened, without_fit
+from ppcl_rt.cli.options import bytes_of, check_device, no_times, opened, without_fit
 from ppcl_rt.convert.whole import whole_blocks
 from ppcl_rt.planning.budget import Budget, costs
-from ppcl_rt.planning.costs import Bytes
 from ppcl_rt.planning.milliseconds import Times
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.planner import Planner
@@ -36,24 +35,30 @@ class Planned(NamedTuple):
 
 
 def planned(
-    checkpoint: str, asked: Budget, dtype: torch.dtype | None = None, device: str = "cpu", whole: bool = False
+    checkpoint: str,
+    asked: Budget,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    whole: bool = False,
+    quantize: str | None = None,
 ) -> Planned:
     """Plan for a budget. Weights are read only where milliseconds are asked for.
 
     Args:
+        quantize: how weights of blocks are held, as `ppcl_rt.load` takes it.
         whole: take whole blocks and students at full width alone.
 
     Raises:
         ValueError: no plan is within the budget, or the checkpoint has no catalog.
     """
     source, catalog, planner = opened(checkpoint)
-    limited, room = without_fit(asked, source, planner, dtype or source.dtype)
-    weights = Bytes((dtype or source.dtype).itemsize)
+    weights = bytes_of(catalog, dtype or source.dtype, quantize)
+    limited, room = without_fit(asked, source, planner, dtype or source.dtype, weights)
     times: Callable[[ppcl_rt.Tokens], Times] = no_times
     if limited.latency is not None:
         check_device(device)
         smallest = planner.plan(planner.smallest_in_digits)
-        times = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device).times
+        times = ppcl_rt.load(checkpoint, plan=smallest, dtype=dtype, device=device, quantize=quantize).times
 
     def within(other: Planner) -> Plan:
         return other.plan_within(limited, lambda: weights, times)

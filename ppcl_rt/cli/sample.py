@@ -20,6 +20,7 @@ from ppcl_rt.cli.options import (
     Checkpoint,
     Device,
     PlanFile,
+    Quantize,
     Ratio,
     Ratios,
     budget_of,
@@ -49,12 +50,13 @@ def sample(
     plan: PlanFile = None,
     dense_steps: Annotated[int, typer.Option(min=0, help="first denoising steps that run dense")] = 0,
     seed: int = 0,
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """Draw pictures at a ratio (1, unless another is asked for), within other budgets, or at a plan."""
     asked = budget_of(1.0, ratio, amounts)
     with writing(out) as partial:
-        model, task = _load(checkpoint, asked, plan, device)
+        model, task = _load(checkpoint, asked, plan, device, quantize)
         task.check(prompt)
         if dense_steps:
             model.set_schedule(Schedule.warm(dense_steps, model.plan))
@@ -71,14 +73,15 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts, spread evenly over their kinds")] = 2000,
     seed: int = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """Judge samples within several budgets, one after the other, and say what each costs."""
     with writing(json_file) if json_file else contextlib.nullcontext() as partial:
-        asked = budgets_of(checkpoint, ratios, amounts)
+        asked = budgets_of(checkpoint, ratios, amounts, quantize)
         results = []
         for budget in asked:
-            model, task = _load(checkpoint, budget, None, device)
+            model, task = _load(checkpoint, budget, None, device, quantize)
             done = {**_asked(budget), **_costs(model, task), **task.judge(model, prompts, seed)}
             results.append(done)
             print(f"{budget}: strict {done['strict']:.3f}  soft {done['soft']:.3f}  {done['ms']:.1f} ms", flush=True)
@@ -95,14 +98,15 @@ def demo(
     amounts: Amounts = NO_AMOUNTS,
     prompts: Annotated[int, typer.Option(min=1, help="unseen prompts to judge")] = 250,
     seed: int = 0,
+    quantize: Quantize = None,
     device: Device = "cpu",
 ) -> None:
     """Draw the same prompts and seeds within several budgets, and print what each costs and scores."""
     with writing(out) as partial:
-        asked = budgets_of(checkpoint, ratios, amounts)
+        asked = budgets_of(checkpoint, ratios, amounts, quantize)
         rows, results = [], []
         for budget in asked:
-            model, task = _load(checkpoint, budget, None, device)
+            model, task = _load(checkpoint, budget, None, device, quantize)
             rows.append(task.sample(model, task.demo_prompts, seed))
             results.append({**_asked(budget), **_costs(model, task), **task.judge(model, prompts, seed)})
             print(f"{budget}: drawn and judged", flush=True)
@@ -111,12 +115,13 @@ def demo(
     print(f"wrote {out}")
 
 
-def _load(checkpoint: str, asked: Budget, plan: Path | None, device: str) -> tuple[Any, Task]:
+def _load(checkpoint: str, asked: Budget, plan: Path | None, device: str, quantize: str | None) -> tuple[Any, Task]:
     """A model in float32 (scores are compared across machines), and its task."""
     check_device(device)
     chosen = Plan.read(plan) if plan is not None else None
     budgets = asked.model_dump(exclude={"ratio"}, exclude_none=True)
-    model = ppcl_rt.load(checkpoint, asked.ratio or 1.0, plan=chosen, dtype=torch.float32, device=device, **budgets)
+    how: dict[str, Any] = {"dtype": torch.float32, "device": device, "quantize": quantize}
+    model = ppcl_rt.load(checkpoint, asked.ratio or 1.0, plan=chosen, **how, **budgets)
     return model, task_of(model.catalog)
 
 

@@ -21,6 +21,7 @@ from ppcl_rt import ops
 from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call, parallel_of
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.borrowed import are_borrowed, run_borrowed
+from ppcl_rt.model.offloading import arrive
 from ppcl_rt.model.parallel import check_heads
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import BlockCall, Program
@@ -559,6 +560,7 @@ class MMDiT(Pluggable):
             """What the first block of a text run read, by its number; a cache may have left it out."""
             if number not in first_inputs:
                 more = {} if known is None or known[number] is None else {"modulations": known[number]}
+                arrive(calls[number].block)
                 first_inputs[number] = calls[number].block.text_input(text, temb, calls[number].width, **more)
             return first_inputs[number]
 

@@ -30,6 +30,7 @@ from ppcl_rt.model.adapted_layers import adapts_modulations, cut_to, put_back, s
 from ppcl_rt.model.block import AdaptedNotLoaded, NotLoaded, PluggableBlock, base_of
 from ppcl_rt.model.factors import DOWN, UP, Factors, fetched, mean_of, named_by_peft, paired
 from ppcl_rt.model.modulations import Modulations
+from ppcl_rt.model.offloading import like, refuse_on_disk
 from ppcl_rt.model.program import Program
 from ppcl_rt.model.residency import READING, Home
 from ppcl_rt.planning.adapted import Taken, taken
@@ -68,6 +69,7 @@ class Adapters(Modulations):
         Raises:
             ValueError: it is more than products of two factors, or adds to layers that the dense model has not.
         """
+        refuse_on_disk(self, "take adapters")
         theirs: Any = super()
         if not self.cuts_adapters:
             theirs.load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
@@ -95,7 +97,7 @@ class Adapters(Modulations):
                         set_scale(layer, name, each.scale)
                         # peft goes by the weight's dtype, which in eight bits is none to compute in.
                         for factor in (layer.lora_A[name], layer.lora_B[name]):
-                            factor.to(next(self.parameters()).dtype)
+                            factor.to(like(self).dtype)
                 for path, each in factors.items():
                     if not self._in_blocks(path):
                         set_scale(self.get_submodule(path), name, each.scale)
@@ -120,6 +122,7 @@ class Adapters(Modulations):
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Add a new adapter, to train it; as diffusers' class does, on the layers of the plan that is set."""
+        refuse_on_disk(self, "take adapters")
         if self.cuts_adapters:
             for block, _ in self._homes():
                 self._make_room(block, block.spec.parts)
@@ -186,10 +189,10 @@ class Adapters(Modulations):
         cut = {path: (each.down, each.up) for path, each in factors.items() if not self._in_blocks(path)}
         for block, prefix in self._homes():
             cut |= {prefix + part.path: cut_to(block, part, each) for part, each in self._on(block, prefix, factors)}
-        like = next(self.parameters())
+        to = like(self)
         state = {path + DOWN: down for path, (down, _) in cut.items()}
         state |= {path + UP: up for path, (_, up) in cut.items()}
-        return {name: tensor.to(like) for name, tensor in state.items()}
+        return {name: tensor.to(to.device, to.dtype) for name, tensor in state.items()}
 
     def _make_room(self, block: PluggableBlock, parts: Iterable[Part]) -> None:
         """Put what peft takes for a linear layer where a part is not loaded."""
@@ -227,11 +230,11 @@ class Adapters(Modulations):
         """Put an adapter into a block that is not in the model yet; returns the layers that did not have it."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        like, new, mine = next(self.parameters()), [], list(self._on(block, prefix, factors))
+        to, new, mine = like(self), [], list(self._on(block, prefix, factors))
         self._make_room(block, [part for part, _ in mine])
         for part, each in mine:
             layer: Any = block.get_submodule(part.path)
-            down, up = (factor.to(like) for factor in cut_to(block, part, each))
+            down, up = (factor.to(to.device, to.dtype) for factor in cut_to(block, part, each))
             is_new = name not in getattr(layer, "lora_A", ())
             if is_new:
                 config = LoraConfig(r=len(down), target_modules=[part.path], init_lora_weights=False)

@@ -165,8 +165,7 @@ class PluggableBlock(nn.Module):
             product: torch.Tensor = whole(x)
             return product
         down, up = self.factor(self.spec.shared_factor(group)), self.factor(part)
-        shared = F.linear(x, down.weight[:rank], down.bias[:rank])
-        product = F.linear(shared, up.weight[:, :rank], up.bias)
+        product = ops.linear(up, ops.linear(down, x, rank))
         for branch in ops.adapted(whole)[1]:
             # One vector a sample: it costs nothing.
             product = product + branch(x, product.shape[-1])

@@ -17,6 +17,7 @@ from ppcl_rt.files import refusing_briefly
 from ppcl_rt.messages import say_once
 from ppcl_rt.model.block import without_adapters
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
+from ppcl_rt.model.offloading import is_cast, like, one_device, weights_at_hand
 from ppcl_rt.model.opening import Opening
 from ppcl_rt.model.program import Program
 from ppcl_rt.model.quantising import check_device, quantised_names, understood
@@ -138,8 +139,8 @@ class CheckpointFolder(Opening):
         Raises:
             ValueError: also where an argument asks for what this class cannot do.
         """
-        if kwargs.get("device_map") is not None:
-            raise ValueError("from_pretrained here takes no device_map: load first, then place the model")
+        if (device := one_device(kwargs)) is not None:
+            kwargs = {**kwargs, "device": device}
         if kwargs.get("quantization_config") is not None:
             if kwargs.get("quantize") is not None:
                 raise ValueError("quantize and quantization_config say the same: give one of them")
@@ -193,10 +194,12 @@ class CheckpointFolder(Opening):
                 f"weights held as {self._quantisation.format} cannot be saved as a plan: load without quantize, save "
                 "the plan, and load that with quantize"
             )
+        if self._casting is not None:
+            raise ValueError("weights cast for storage cannot be saved as a plan: load without layerwise casting")
         plan, whole = self.plan, self.catalog
         loss = self.planner.loss(plan)
         only = OnePlan(blocks=plan.blocks, text_runs=plan.text_runs, loss=loss if math.isfinite(loss) else None)
-        with READING:
+        with READING, weights_at_hand(self):
             program = self.prepare(plan)
             held = {name: tensor.detach().cpu() for name, tensor in self._of_program(program)}
         origin = {"base_model": whole.base_model, "license": whole.license}
@@ -257,15 +260,16 @@ class CheckpointFolder(Opening):
         Sketches, which are no weights, keep theirs.
         """
         self.check_saved_whole()
-        quantised = quantised_names(self)
-        held = {
-            name: tensor.detach().cpu()
-            for name, tensor in without_adapters(self.state_dict()).items()
-            if name not in quantised
-        }
+        rounded = quantised_names(self) if self._source is None else quantised_names(self) | self._cast_names()
+        with weights_at_hand(self):
+            held = {
+                name: tensor.detach().cpu()
+                for name, tensor in without_adapters(self.state_dict()).items()
+                if name not in rounded
+            }
         if self._source is None:
             return held
-        dtype = next(iter(held.values())).dtype
+        dtype = like(self).dtype
         blocks = self._blocks_by_prefix()
 
         def now(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -279,6 +283,12 @@ class CheckpointFolder(Opening):
 
         with self._source.kept_open():
             return {name: now(name, self._source.read(name)) for name in self._source.names}
+
+    def _cast_names(self) -> set[str]:
+        """Names, as without adapters, of what layerwise casting holds rounded."""
+        cast = {path: layer for path, layer in self.named_modules() if is_cast(layer)}
+        names = (f"{path}.{name}" for path, layer in cast.items() for name, _ in layer.named_parameters())
+        return {name.replace(".base_layer.", ".") for name in names}
 
     def stored_state(self) -> dict[str, torch.Tensor]:
         """`full_state` as the checkpoint stores it: factors in the place of weights that they still give."""

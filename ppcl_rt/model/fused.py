@@ -12,6 +12,7 @@ from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.model.adapters import Adapters
 from ppcl_rt.model.block import AdaptedNotLoaded, PluggableBlock, base_of
 from ppcl_rt.model.factors import Factors
+from ppcl_rt.model.offloading import refuse_on_disk
 from ppcl_rt.model.residency import READING, Home
 from ppcl_rt.planning.width import LINEAR_MAP
 
@@ -152,8 +153,9 @@ class Fusing(Adapters):
         """Refuse to save what a checkpoint has no room for.
 
         Raises:
-            ValueError: adapters are fused into modulations of a low rank.
+            ValueError: adapters are fused into modulations of a low rank, or weights lie in files of group offload.
         """
+        refuse_on_disk(self, "be saved")
         if any(name.endswith("_fused") for block in self.resident_blocks() for name in block.replacements):
             raise ValueError(
                 "adapters are fused into modulations of a low rank, and a checkpoint has no place for that: call "

@@ -179,7 +179,8 @@ class Modulations(Switching):
                 return None
             raise ValueError(f"no modulations of timestep {timestep.tolist()}: precompute it, or keep the weights")
         rows = self._table(program, precomputed).rows
-        return rows[places[0] : places[0] + 1] if len(set(places)) == 1 else rows[places]
+        # Under offload the table was made where the weights rest.
+        return (rows[places[0] : places[0] + 1] if len(set(places)) == 1 else rows[places]).to(timestep.device)
 
     @torch.no_grad()
     def _table(self, program: Program, precomputed: Precomputed) -> _Table:

@@ -19,8 +19,8 @@ from ppcl_rt.model.block import PluggableBlock, refuse_layer_skips
 from ppcl_rt.model.borrowed import are_borrowed
 from ppcl_rt.model.caching import Caching
 from ppcl_rt.model.exchange import Exchange
-from ppcl_rt.model.folder import CheckpointFolder
 from ppcl_rt.model.graphs import Graphs
+from ppcl_rt.model.offloadable import Offloadable
 from ppcl_rt.model.parallel import ContextParallel
 from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.model.residency import Home
@@ -46,7 +46,7 @@ class _ByPlace(NamedTuple):
         return output
 
 
-class Pluggable(Caching, ContextParallel, CheckpointFolder, Exchange):
+class Pluggable(Caching, ContextParallel, Offloadable, Exchange):
     """Mixin for a transformer whose blocks can be left out, stood in for and narrowed.
 
     The family's class comes first, then this mixin, then diffusers' class. It sets the class attributes below and
@@ -86,9 +86,10 @@ class Pluggable(Caching, ContextParallel, CheckpointFolder, Exchange):
     def become_pluggable(self) -> None:
         """Set up; the last thing that the family's ``__init__`` calls."""
         self._catalog = self._source = self._planner = self._current = self._precomputed = None
-        self._quantisation = self._compiling = None
+        self._quantisation = self._casting = self._compiling = None
         self._programs, self._times, self._adapters, self._fused = {}, {}, {}, {}
         self._fused_for_good = ()
+        self._followed = None
         self._graphs = Graphs()
         self._lists = {path: getattr(self, path) for path in self.block_lists}
         self.students = nn.ModuleDict()
@@ -134,6 +135,7 @@ class Pluggable(Caching, ContextParallel, CheckpointFolder, Exchange):
         """Walk a program, or replay the graph of an earlier walk."""
         if torch.compiler.is_compiling():
             return self._walk(program, **inputs)
+        tracing = self.follow(program)
         output: torch.Tensor = self._graphs.run(
             functools.partial(self._walk, program),
             inputs,
@@ -143,6 +145,8 @@ class Pluggable(Caching, ContextParallel, CheckpointFolder, Exchange):
             conditions=lambda: self._graph_settings(program),
             obstacle=functools.partial(self._obstacle, program),
         )
+        if tracing is not None:
+            tracing.post_forward(self, None)
         return output
 
     def _call_block(self, call: BlockCall, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

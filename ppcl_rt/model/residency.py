@@ -18,6 +18,7 @@ from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, shared_copy, without_adapters
 from ppcl_rt.model.graphs import Graphs
+from ppcl_rt.model.offloading import Casting, like, take_off, treat_as_others, weights_at_hand
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
 from ppcl_rt.ops.packing import pack
 from ppcl_rt.ops.quantised import QuantisedLinear
@@ -103,6 +104,7 @@ class Residency(nn.Module):
     _quantisation: Quantisation | None
     _source: ComposedCheckpoint | None
     _graphs: Graphs
+    _casting: Casting | None
 
     # What a family provides.
 
@@ -210,24 +212,22 @@ class Residency(nn.Module):
 
     def _read_block(self, source: Checkpoint, planned: PlannedBlock, not_updated: Collection[Stream]) -> PluggableBlock:
         """The block of a plan, with what it needs and the model did not hold yet."""
-        home, like = self.home(planned), next(self.parameters())
+        home, to = self.home(planned), like(self)
         block = home.block if home.block is not None else self._empty_block(source, planned, home.prefix)
-        new = [
-            (missing, missing.tensor.to(device=like.device, dtype=like.dtype))
-            for missing in missing_tensors(
-                source, block, home.prefix, planned.width, not_updated, fresh=home.block is None
-            )
-        ]
+        missing = missing_tensors(source, block, home.prefix, planned.width, not_updated, fresh=home.block is None)
+        new = [each._replace(tensor=each.tensor.to(device=to.device, dtype=to.dtype)) for each in missing]
         if not new:
             return block
+        take_off(block)
         if home.block is not None and not is_bound(block):
             block = shared_copy(block)
-        for missing, tensor in new:
-            assign(block, missing, tensor.requires_grad_(like.requires_grad))
+        for each in new:
+            assign(block, each, each.tensor.requires_grad_(to.requires_grad))
         self.complete(block, home)
         lay_side_by_side(block)
         block.train(self.training)
         home.put(block)
+        treat_as_others(self, block, home.prefix, whole=True)
         self._graphs.drop_all()
         return block
 
@@ -256,7 +256,7 @@ class Residency(nn.Module):
     def _read_text_run(self, run: Interval) -> nn.ModuleDict:
         if self._source is None:
             raise ValueError(f"text run {run} was dropped and there is no checkpoint to read it from")
-        like, maps = next(self.parameters()), nn.ModuleDict()
+        to, maps = like(self), nn.ModuleDict()
         shared = self._resident_maps()
         for name in text_maps(run, self.catalog.architecture.depth):
             path = self._source.stored_path(f"text_runs.{run.key}.{name}")
@@ -266,14 +266,15 @@ class Residency(nn.Module):
                 continue
             with self._source.kept_open():
                 weight, bias = (
-                    self._source.read(f"text_runs.{run.key}.{name}.{which}").to(device=like.device, dtype=like.dtype)
+                    self._source.read(f"text_runs.{run.key}.{name}.{which}").to(device=to.device, dtype=to.dtype)
                     for which in ("weight", "bias")
                 )
             layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            layer.weight = nn.Parameter(weight, requires_grad=like.requires_grad)
-            layer.bias = nn.Parameter(bias, requires_grad=like.requires_grad)
+            layer.weight = nn.Parameter(weight, requires_grad=to.requires_grad)
+            layer.bias = nn.Parameter(bias, requires_grad=to.requires_grad)
             maps[name] = layer
-        return maps.train(self.training)
+        treat_as_others(self, maps.train(self.training), f"text_runs.{run.key}.", whole=False)
+        return maps
 
     def _resident_maps(self) -> dict[str, nn.Module]:
         """The maps of text runs that are resident, by where they lie in the checkpoint."""
@@ -290,10 +291,11 @@ class Residency(nn.Module):
         """Drop blocks, students and maps that none of these plans runs; call it with `READING` held."""
         plans = list(plans)
         wanted = {(id(home.modules), home.key) for plan in plans for home in map(self.home, plan.blocks)}
-        for modules in (*self._lists.values(), self.students):
-            _drop(modules, [key for key in modules._modules if (id(modules), key) not in wanted])
         runs = {run.key for plan in plans for run in plan.text_runs}
-        _drop(self.text_runs, [key for key in self.text_runs if key not in runs])
+        with weights_at_hand(self):
+            for held in (*self._lists.values(), self.students):
+                _drop(held, [key for key in held._modules if (id(held), key) not in wanted])
+            _drop(self.text_runs, [key for key in self.text_runs if key not in runs])
         self._graphs.drop_all()
 
     def drop_wide(self, plan: Plan) -> None:

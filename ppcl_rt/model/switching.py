@@ -14,6 +14,7 @@ import torch
 
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.fitting import Room, fitted, room_of
+from ppcl_rt.model.offloading import like, weights_at_hand
 from ppcl_rt.model.program import BlockCall, Program, TextRunRole
 from ppcl_rt.model.residency import READING, Residency
 from ppcl_rt.model.running import Running, running_task
@@ -78,7 +79,7 @@ class Switching(Residency):
     @property
     def byte_cost(self) -> Bytes:
         """How the bytes of this model's weights are counted."""
-        return Bytes(next(self.parameters()).element_size(), self._quantisation)
+        return Bytes(like(self).dtype.itemsize, self._quantisation, self.catalog.compensated)
 
     @property
     def plan(self) -> Plan:
@@ -192,7 +193,7 @@ class Switching(Residency):
         return self._room(Budget.of(fit=fit, **more))
 
     def _room(self, budget: Budget) -> Room:
-        return room_of(budget, type(self), self.config, next(self.parameters()).dtype, self.catalog.reference)
+        return room_of(budget, type(self), self.config, like(self).dtype, self.catalog.reference)
 
     def costs(self, plan: Plan | None = None, shape: Tokens | None = None, latency: bool = False) -> dict[str, float]:
         """What a plan costs here: ``ratio``, ``params``, ``flops``, ``memory`` in bytes and, if asked, ``latency``.
@@ -231,7 +232,8 @@ class Switching(Residency):
             # Another thread may have been faster.
             program = self._programs.get(plan)
             if program is None:
-                self.make_resident(plan)
+                with weights_at_hand(self):
+                    self.make_resident(plan)
                 program = Program(plan, tuple(self._call(plan, planned) for planned in plan.blocks))
                 # Inside the lock: a `trim` in between would leave a program over blocks that are gone.
                 self._programs[plan] = program

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ppcl_rt.planning.architecture import Architecture, Tokens
-from ppcl_rt.planning.block_spec import Stream, Weights
+from ppcl_rt.planning.block_spec import BlockSpec, Stream, Weights
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.milliseconds import BlockTimes, Times
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.quantisation import SCALE_BYTES, Quantisation
-from ppcl_rt.planning.width import Width
+from ppcl_rt.planning.width import LINEAR_MAP, Width
 
 Currency = Literal["params", "flops", "memory", "latency"]
 
@@ -88,10 +88,12 @@ class Bytes(Cost):
     Attributes:
         each: of one parameter that is not quantised.
         quantisation: which weights are held in one byte a number and a scale a row; None where none is.
+        compensated: whether layers stand in for outputs at narrower counts (`Catalog.compensated`).
     """
 
     each: int
     quantisation: Quantisation | None = None
+    compensated: bool = False
     currency = "memory"
     unit = "bytes"
 
@@ -110,11 +112,26 @@ class Bytes(Cost):
         self, architecture: Architecture, block: int, group: str, count: int, not_updated: Collection[Stream]
     ) -> float:
         """See `Cost`."""
+        spec = architecture.spec(block)
         whole = self.each * Params().group(architecture, block, group, count, not_updated)
+        whole += self._held_beside(spec, group, count, not_updated)
         if self.quantisation is None:
             return whole
-        takes = self.quantisation.takes
-        return whole - self._saved(architecture.spec(block).group_weights(takes, group, count, not_updated))
+        return whole - self._saved(spec.group_weights(self.quantisation.takes, group, count, not_updated))
+
+    def _held_beside(self, spec: BlockSpec, group: str, count: int, not_updated: Collection[Stream]) -> float:
+        """What is held and does not run: the columns of a shared output that a replacement stands in for, and scales.
+
+        Adapters of the output read these columns.
+        """
+        replaced = count < spec.groups[group].count and (self.compensated or count == LINEAR_MAP)
+        total = 0
+        for output in spec.outputs_of(group) if replaced else ():
+            if output.shared and spec.runs(output.part, not_updated):
+                eight_bits = self.quantisation is not None and self.quantisation.takes(output.part)
+                columns = count * output.segment.unit * (1 if eight_bits else self.each)
+                total += output.part.rows * (columns + (SCALE_BYTES if eight_bits else 0))
+        return total
 
     def run(self, architecture: Architecture, run: Interval) -> float:
         """See `Cost`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,43 @@ def test_the_planner_counts_the_bytes_that_are_held(mapped, compensated, dtype):
                 assert loaded.plan == model.plan and loaded.resident_bytes == model.resident_bytes
 
 
+@pytest.mark.parametrize("make", [make_flux, make_sd3, make_z_image], ids=["flux", "sd3", "z-image"])
+def test_the_planner_counts_for_every_family(make, tmp_path):
+    """Also what outputs hold that share a layer: columns that a replacement stands in for, and its scales."""
+    folder, _ = make(tmp_path / "checkpoint")
+    for quantize in (None, "int8"):
+        for ratio in (1.0, 0.8):
+            model = ppcl_rt.load(folder, ratio, quantize=quantize, dtype=torch.bfloat16)
+            assert model.resident_bytes == model.costs()["memory"]
+
+
+def test_fit_of_a_quantised_model_that_is_offloaded(made):
+    """Eight bits and model offload together: what is left holds more of the model."""
+    dense = ppcl_rt.load(made.folder)
+    how = {"shape": (16, 12), "offload": "model"}
+    fit = dense.room(1e9, **how).rest + 0.6 * dense.resident_bytes
+    model, plain = (ppcl_rt.load(made.folder, fit=fit, quantize=q, **how) for q in ("int8", None))
+    assert model.resident_bytes == model.costs()["memory"] <= 0.6 * dense.resident_bytes
+    assert model.costs()["params"] > plain.costs()["params"]
+
+
+def test_the_program_takes_quantize(ppcl, made):
+    """``ppcl plan --quantize`` counts eight bits, and refuses formats that there are not."""
+    status, out, _ = ppcl("plan", made.folder, "--ratio", 0.6, "--quantize", "int8", "--json")
+    assert status == 0
+    model = ppcl_rt.load(made.folder, 0.6, quantize="int8")
+    assert json.loads(out)["granted"]["memory"] == model.resident_bytes
+    status, _, err = ppcl("plan", made.folder, "--quantize", "int4")
+    assert status == 2 and 'quantize is one of "int8"' in err
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.7, 0.5])
+def test_round_trip_at_every_ratio(mapped, ratio, build_inputs, run, tmp_path):
+    given, model = build_inputs(), ppcl_rt.load(mapped.folder, ratio, quantize="int8")
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(run(ppcl_rt.load(tmp_path / "saved", ratio, quantize="int8"), given), run(model, given))
+
+
 def test_what_stays_as_it_is(made):
     model = ppcl_rt.load(made.folder, quantize="int8")
     held = {path.split(".", 2)[2] for path in layers_of(model)}
@@ -204,7 +242,7 @@ def test_adapters_beside_it(made, build_inputs, run, same, dtype):
     model = ppcl_rt.load(made.folder, 0.6, quantize="int8", dtype=dtype)
     without = run(model, given)
     model.load_lora_adapter(state, adapter_name="one")
-    for ratio in (0.6, 1.0):
+    for ratio in (0.6, 0.5, 1.0):
         model.set_ratio(ratio)
         dense = None
         if dtype == torch.float32:
