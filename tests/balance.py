@@ -60,7 +60,6 @@ NOT_QUICK = frozenset(
         "test_ada_layer_norm_many_tokens",
         "test_adapters_are_swapped_without_compiling",
         "test_alignment_is_cka_with_probes_composed_by_hand",
-        "test_an_adapter_at_ratio_one",
         "test_attention_laws",
         "test_commands",
         "test_compiles_without_a_break",

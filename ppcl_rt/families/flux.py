@@ -392,10 +392,10 @@ class PPCLFluxTransformer2DModel(MMDiT, FluxTransformer2DModel):
     def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
         """See `Residency.activation_bytes`.
 
-        Of the forward: the inputs, the text as the first block got it, and the rotations. Of a block the larger of what
-        a double block holds (`two_stream_numbers`) and a single block does. With N tokens of both streams, counted over
-        the batch, streams of width D, heads of D channels together, MLPs of 4 D, and f numbers of the dtype in a
-        float32, that is: the streams as they came, next to each other, and normed (3 N D), and
+        Of the forward: the inputs, the text of the first block of a text run, and the rotations. Of a block the larger
+        of what a double block holds (`two_stream_numbers`) and a single block does. With N tokens of both streams,
+        counted over the batch, streams of width D, heads of D channels together, MLPs of 4 D, and f numbers of the
+        dtype in a float32, that is: the streams as they came, next to each other, and normed (3 N D), and
 
         - in attention, while k is rotated in plain torch: q, k and v as projected (3 N D), q done and k normed
           (2 N D), and three float32 copies of k (3 f N D);

@@ -287,8 +287,9 @@ class PPCLQwenImageTransformer2DModel(MMDiT, QwenImageTransformer2DModel):
     def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
         """See `Residency.activation_bytes`.
 
-        Of the forward: the inputs, the text as the first block got it, two copies of the rotations, the key mask, and
-        where tokens choose between two modulations, their index; and what a block holds (`two_stream_numbers`).
+        Of the forward: the inputs, the text of the first block of a text run, two copies of the rotations, the key
+        mask, and where tokens choose between two modulations, their index; and what a block holds
+        (`two_stream_numbers`).
 
         Fused kernels hold less. Adapters, ControlNet and what an attention backend allocates are not counted.
         """

@@ -355,7 +355,7 @@ class PPCLSD3Transformer2DModel(MMDiT, SD3Transformer2DModel):
     def activation_bytes(cls, config: Mapping[str, Any], tokens: Tokens, itemsize: int) -> int:
         """See `Residency.activation_bytes`.
 
-        Of the forward: the inputs, and the text as the first block got it; and what a block holds
+        Of the forward: the inputs, and the text of the first block of a text run; and what a block holds
         (`two_stream_numbers`, not rotated), where a block of dual attention has three modulations more. Its second
         attention holds less than the MLPs.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ppcl_rt import ops
+from ppcl_rt.ops.packing import pack
 from ppcl_rt.planning.block_spec import BlockSpec, Output, Part
 from ppcl_rt.planning.quantisation import Format, Quantisation
 from ppcl_rt.planning.width import LINEAR_MAP, Width
@@ -267,3 +268,9 @@ def shared_copy(module: M) -> M:
     if isinstance(copy, PluggableBlock):
         copy.held = dict(copy.held)
     return copy
+
+
+def lay_side_by_side(block: Any) -> None:
+    """Keep next to each other in memory what one batched product makes (`PluggableBlock.side_by_side`)."""
+    for paths in block.side_by_side:
+        pack(*map(block.get_submodule, paths))

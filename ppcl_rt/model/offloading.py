@@ -6,9 +6,11 @@ hooks taken off first, and what was read gets them. A block is moved by itself, 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import re
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -237,6 +239,17 @@ def treat_as_others(model: Any, module: nn.Module, path: str, whole: bool) -> No
     settings = settings_of(model)
     if settings is not None:
         put_on(module, settings, whole)
+
+
+def give_back() -> None:
+    """Give memory that was let go of back to the system, where the C library can (glibc).
+
+    Weights that are kept lie among those that were read, cast and let go of: without this, loading in bfloat16 what
+    lies on disk in float32 takes a fifth more than it keeps (`bench/studies/host_memory.py`).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def one_device(given: Mapping[str, Any]) -> Any:

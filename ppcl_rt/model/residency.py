@@ -16,11 +16,10 @@ from torch import nn
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
 from ppcl_rt.checkpoint.reader import Checkpoint
-from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, shared_copy, without_adapters
+from ppcl_rt.model.block import NotLoaded, PluggableBlock, is_bound, lay_side_by_side, shared_copy, without_adapters
 from ppcl_rt.model.graphs import Graphs
-from ppcl_rt.model.offloading import Casting, like, take_off, treat_as_others, weights_at_hand
+from ppcl_rt.model.offloading import Casting, give_back, like, take_off, treat_as_others, weights_at_hand
 from ppcl_rt.model.tensors import assign, missing_tensors, rank_order
-from ppcl_rt.ops.packing import pack
 from ppcl_rt.ops.quantised import QuantisedLinear
 from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import Stream
@@ -201,6 +200,7 @@ class Residency(nn.Module):
                 if self._source is not None:
                     with self._source.kept_open():
                         after = self._read_block(self._source, planned, plan.not_updated(planned))
+                    give_back()
                     if before is not None and after is not before:
                         grown[before] = after
                 elif before is None:
@@ -342,9 +342,3 @@ class Residency(nn.Module):
         """Load, as any module; captured graphs go."""
         self._graphs.drop_all()
         return super().load_state_dict(*args, **kwargs)
-
-
-def lay_side_by_side(block: Any) -> None:
-    """Keep next to each other in memory what one batched product makes (`PluggableBlock.side_by_side`)."""
-    for paths in block.side_by_side:
-        pack(*map(block.get_submodule, paths))

@@ -75,8 +75,10 @@ def test_a_forward_holds_what_the_formula_says(name, tokens, dtype, monkeypatch)
         assert held(model, tokens) <= said
         monkeypatch.setattr(eager, "suits", lambda x: False)
     here = held(model, tokens)
-    # It counts what is small twice: 1.13 times at 15 + 7 tokens, elsewhere 1.00 to 1.09 times.
-    assert here <= said <= (1.15 if tokens.image == 15 else 1.1) * here
+    # It counts what the first block of a text run read, which the dense plan has not, and what is small twice: 1.16
+    # times at 15 + 7 tokens, 1.13 times with more text than image, elsewhere 1.00 to 1.09 times.
+    most = 1.16 if tokens.image == 15 else 1.14 if tokens.image < tokens.text else 1.1
+    assert here <= said <= most * here
 
 
 PARTS = {"flux": tiny_flux.pipeline_parts, "sd3-sd3": tiny_sd3.pipeline_parts, "z-image": tiny_z_image.pipeline_parts}

@@ -169,6 +169,7 @@ def test_adapters_are_swapped_without_compiling(mapped, plans, build_inputs, run
     assert graphs.count == 1
 
 
+@pytest.mark.slow
 def test_an_adapter_at_ratio_one(made, build_inputs, run, same, graphs):
     pytest.importorskip("peft")
     state, given = make_lora(made.stock), build_inputs()

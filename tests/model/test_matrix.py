@@ -32,7 +32,7 @@ PAIRS = tuple(
     for r, ratio in enumerate(RATIOS)
     for w, weights in enumerate(WEIGHTS)
 )
-# Three denoising steps: the cache answers for the second and third, of a schedule for the third.
+# Denoising steps: the cache answers for the second, of a schedule for the third.
 TIMESTEPS = (1.0, 0.9, 0.8)
 
 
@@ -129,8 +129,10 @@ def test_the_cells_of_every_day_cover_every_pair():
 )
 def test_a_cell(made, half, exported, adapters, build_inputs, same, cell):
     ratio, weights, hooks, mode = cell
-    given = [{**build_inputs(seed=n), "timestep": torch.full((3,), t)} for n, t in enumerate(TIMESTEPS)]
-    runs = {"ratio 1": "d" * 3, "ratio 0.5": "h" * 3, "schedule": "dhh"}[ratio]
+    # Without a schedule the second step shows all that a third would.
+    runs = {"ratio 1": "dd", "ratio 0.5": "hh", "schedule": "dhh"}[ratio]
+    timesteps = TIMESTEPS[: len(runs)]
+    given = [{**build_inputs(seed=n), "timestep": torch.full((3,), t)} for n, t in enumerate(timesteps)]
     wanted = []
     for name, steps in itertools.groupby(zip(runs, given, strict=True), key=lambda each: each[0]):
         of = {"d": "dense", "h": "half"}[name]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernel_races.presets import Preset, Setting
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
-from ppcl_rt.model.residency import lay_side_by_side
+from ppcl_rt.model.block import lay_side_by_side
 from ppcl_rt.ops.implementation import TORCH
 from ppcl_rt.ops.operation import Operation
 from ppcl_rt.planning.width import LINEAR_MAP, Width

@@ -19,7 +19,7 @@ from model_races.plans import Planned, catalog_of, plan_of
 from model_races.presets import Preset
 from model_races.real_rope import RealRope
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel, PPCLQwenImageTransformerBlock
-from ppcl_rt.model.residency import lay_side_by_side
+from ppcl_rt.model.block import lay_side_by_side
 from ppcl_rt.model.tensors import has_units
 from ppcl_rt.planning.plan import Plan, text_maps
 from ppcl_rt.planning.width import LINEAR_MAP, Width
