@@ -111,6 +111,27 @@ def test_visited_later_and_fused(made, run, same):
             equal(run(model, given), wanted, same)
 
 
+def test_a_new_adapter_on_narrow_blocks(made, run, same):
+    """Trained a step on what is resident, it goes along when blocks grow."""
+    from peft import LoraConfig
+
+    folder, _, given = made
+    smallest = ppcl_rt.load(folder).planner.smallest
+    model = ppcl_rt.load(folder, smallest + 0.3 * (1 - smallest))
+    before = run(model, given)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], lora_alpha=4))
+    trained = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    for _ in range(2):
+        output = model(**given, return_dict=False)[0]
+        sum(each.square().mean() for each in output).backward()
+        torch.optim.SGD(trained, 1.0).step()
+    narrow, wanted = model.plan, run(model, given)
+    assert max((one - other).abs().max() for one, other in zip(before, wanted, strict=True)) > 1e-3
+    model.set_ratio(1.0)
+    model.set_plan(narrow)
+    equal(run(model, given), wanted, same)
+
+
 def test_hot_swap(made, run, same):
     """Another adapter, of another rank, in place of one of the same name, also in what is read later."""
     folder, stock, given = made

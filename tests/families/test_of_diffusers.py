@@ -46,9 +46,9 @@ def test_a_seed_draws_the_weights_of_the_stock_class(name):
 
 
 @pytest.mark.parametrize("size", ["10GB", "20KB"])
-def test_variants(size, tmp_path):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_variants(name, size, tmp_path):
     """`save_pretrained` names files as diffusers does for a variant; both classes read them, and only as that."""
-    name = "QwenImageTransformer2DModel"
     model, folder = built(name), tmp_path / "saved"
     model.save_pretrained(folder, variant="fp16", max_shard_size=size)
     files = sorted(path.name for path in folder.glob("*.safetensors*"))

@@ -82,13 +82,21 @@ def test_every_ratio(mapped, how, quantize, build_inputs, run, same, tmp_path):
     check(mapped.folder, build_inputs(), RATIOS["qwen"], HOW[how], tmp_path, run, same, quantize=quantize)
 
 
+FAMILIES = {"flux": make_flux, "sd3": make_sd3, "z-image": make_z_image}
+# One or two of each family; the others are for `make full`.
+USUAL = {("flux", "leaf-disk"), ("sd3", "block-disk"), ("z-image", "leaf-disk"), ("flux", "sequential")}
+
+
 @pytest.mark.parametrize(
-    ("make", "how"),
-    [(make_flux, "leaf-disk"), (make_sd3, "block-disk"), (make_z_image, "leaf-disk"), (make_flux, "sequential")],
-    ids=["flux", "sd3", "z-image", "flux-sequential"],
+    ("family", "how"),
+    [
+        pytest.param(family, how, marks=() if (family, how) in USUAL else pytest.mark.slow)
+        for family in FAMILIES
+        for how in HOW
+    ],
 )
-def test_other_families(make, how, run, same, tmp_path):
-    folder, given = make(tmp_path / "checkpoint")
+def test_other_families(family, how, run, same, tmp_path):
+    folder, given = FAMILIES[family](tmp_path / "checkpoint")
     check(folder, given, RATIOS["other"], HOW[how], tmp_path / "files", run, same)
 
 
@@ -177,6 +185,19 @@ def test_casting_goes_along(mapped, build_inputs, run, same, tmp_path):
     plain.enable_layerwise_casting(torch.bfloat16, torch.float32)
     with pytest.raises(ValueError, match="cast for storage cannot be saved as a plan: load without layerwise casting"):
         plain.save_plan(tmp_path / "no")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+def test_casting_of_other_families(family, run, same, tmp_path):
+    folder, given = FAMILIES[family](tmp_path / "checkpoint")
+    model, fresh = ppcl_rt.load(folder, 0.8), ppcl_rt.load(folder, 1.0)
+    for each in (model, fresh):
+        each.enable_layerwise_casting(torch.bfloat16, torch.float32)
+        each.set_ratio(1.0)
+    same(flat(run(model, given)), flat(run(fresh, given)))
+    plain = flat(run(ppcl_rt.load(folder, 1.0), given))
+    assert (flat(run(fresh, given)) - plain).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("how", ["leaf", "sequential", "model"])
