@@ -16,8 +16,6 @@ APART = ("kernels/test_aot.py", "kernels/test_kernels.py", "laws/test_backends.p
 # last runs while the other worker has nothing left. The order of all other groups does not matter.
 FIRST = (
     "cli/test_cli.py",
-    "model/test_matrix.py",
-    "model/test_compile.py",
     "train/engine/test_trust.py",
     "families/test_sd3.py",
     "train/engine/test_distributed.py",
@@ -43,6 +41,9 @@ FIRST = (
     "test_fuzz.py",
     "train/data/test_data.py",
 )
+# Groups that run when all others have begun: after code was compiled in a process, calls there may hold on to their
+# arguments longer, and tests that count the bytes of a forward find more.
+LAST = ("model/test_matrix.py", "model/test_compile.py")
 # What `make quick` leaves out, and `make test` runs: most cases of a second and more on one core, and tests that start
 # processes.
 NOT_QUICK = frozenset(
@@ -164,15 +165,15 @@ def _mark_more_of_a_matrix(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort the longest groups to the front."""
+    """Sort the longest groups to the front, and those that others cannot follow to the end."""
     # On a GPU the kernels' tests are quick.
     if os.environ.get("TRITON_INTERPRET") == "1":
         _mark_more_of_a_matrix(items)
     if config.getoption("--quick"):
         _leave_out_long(config, items)
-    rank = {name: number for number, name in enumerate(FIRST)}
+    rank = {name: number for number, name in enumerate(FIRST)} | dict.fromkeys(LAST, len(FIRST) + 1)
     # A stable sort: a file's tests stay in their order.
-    items.sort(key=lambda item: rank.get(group_of(item.nodeid), len(rank)))
+    items.sort(key=lambda item: rank.get(group_of(item.nodeid), len(FIRST)))
 
 
 # Optional: a python without pytest-xdist (a GPU run's) does not know this hook.

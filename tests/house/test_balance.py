@@ -14,7 +14,7 @@ def functions(path: str) -> set[str]:
 
 def test_groups_are_files_or_functions_of_files_that_are_split():
     assert len(set(balance.FIRST)) == len(balance.FIRST)
-    for group in balance.FIRST:
+    for group in (*balance.FIRST, *balance.LAST):
         path, _, function = group.partition("::")
         assert bool(function) == (path in balance.APART) and (not function or function in functions(path)), group
 
