@@ -16,8 +16,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from ppcl_rt import ops
 from ppcl_rt.messages import say_once
 from ppcl_rt.model.block import has_forward_around
+from ppcl_rt.model.parallel import check_heads
 
 _log = logging.getLogger(__name__)
 
@@ -105,3 +107,17 @@ def backend_of(attn: Any) -> Any:
 def parallel_of(attn: Any) -> Any:
     """How processes share the attention of a module (`ContextParallel`); None where they do not."""
     return getattr(attn.processor, "_parallel_config", None)
+
+
+def attend(
+    attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`ops.joint_attention` with the backend of a module, and among the processes that share its tokens.
+
+    Raises:
+        ValueError: these processes do not divide the heads of ``q [B, S, heads, E]``.
+    """
+    parallel = parallel_of(attn)
+    if parallel is not None:
+        check_heads(q.shape[2], parallel)
+    return ops.joint_attention(q, k, v, key_mask=key_mask, backend=backend_of(attn), parallel=parallel)

@@ -31,7 +31,7 @@ from diffusers.utils import apply_lora_scale
 
 from ppcl_rt import ops
 from ppcl_rt.families import original
-from ppcl_rt.families.attending import CalledAttention, backend_of, call_attention, must_call, parallel_of
+from ppcl_rt.families.attending import CalledAttention, attend, call_attention, must_call
 from ppcl_rt.families.mmdit import (
     Attending,
     Control,
@@ -48,7 +48,6 @@ from ppcl_rt.families.mmdit import (
     two_stream_spec,
 )
 from ppcl_rt.model.exchange import Original, Shapes
-from ppcl_rt.model.parallel import check_heads
 from ppcl_rt.model.program import Program
 from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment, Stream
@@ -248,10 +247,7 @@ class PPCLFluxSingleTransformerBlock(ModulatedBlock, FluxSingleTransformerBlock)
         projection = ops.Projection(attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         stream = ops.ProjectedStream(normed, projection, rope)
         q, k, v = ops.qkv_projection([stream], width["heads"], self.spec.head_dim)
-        parallel = parallel_of(attn)
-        if parallel is not None:
-            check_heads(width["heads"], parallel)
-        return ops.joint_attention(q, k, v, key_mask=None, backend=backend_of(attn), parallel=parallel)
+        return attend(attn, q, k, v)
 
 
 # diffusers' caches look blocks up by their exact class. Both return (text, image).

@@ -18,11 +18,10 @@ from torch import nn
 
 import ppcl_kernels as kernels
 from ppcl_rt import ops
-from ppcl_rt.families.attending import adopt_processor, backend_of, call_attention, must_call, parallel_of
+from ppcl_rt.families.attending import adopt_processor, attend, backend_of, call_attention, must_call
 from ppcl_rt.model.block import PluggableBlock
 from ppcl_rt.model.borrowed import are_borrowed, run_borrowed
 from ppcl_rt.model.offloading import arrive
-from ppcl_rt.model.parallel import check_heads
 from ppcl_rt.model.pluggable import Pluggable
 from ppcl_rt.model.program import BlockCall, Program
 from ppcl_rt.planning.architecture import Tokens
@@ -318,10 +317,7 @@ class TwoStreamBlock(ModulatedBlock):
             width["heads"],
             self.spec.head_dim,
         )
-        parallel = parallel_of(self.attn)
-        if parallel is not None:
-            check_heads(width["heads"], parallel)
-        joint = ops.joint_attention(q, k, v, key_mask=inputs.key_mask, backend=backend_of(self.attn), parallel=parallel)
+        joint = attend(self.attn, q, k, v, inputs.key_mask)
         tokens = inputs.text.shape[1]
         return {"text": joint[:, :tokens], "image": joint[:, tokens:]}
 

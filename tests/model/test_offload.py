@@ -18,8 +18,8 @@ from diffusers.hooks import group_offloading as theirs
 import ppcl_rt
 from ppcl_rt.model.offloading import hook_of
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "families")]
-from test_quantised import make_flux, make_sd3, make_z_image  # noqa: E402 - it lies in a folder of tests
+sys.path.insert(0, str(Path(__file__).parent))
+from test_quantised import make_flux, make_sd3, make_z_image
 
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
