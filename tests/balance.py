@@ -171,7 +171,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _mark_more_of_a_matrix(items)
     if config.getoption("--quick"):
         _leave_out_long(config, items)
-    rank = {name: number for number, name in enumerate(FIRST)} | dict.fromkeys(LAST, len(FIRST) + 1)
+    # `make full` counts no bytes, and these are its longest.
+    place = -1 if config.option.markexpr == "slow" else len(FIRST) + 1
+    rank = {name: number for number, name in enumerate(FIRST)} | dict.fromkeys(LAST, place)
     # A stable sort: a file's tests stay in their order.
     items.sort(key=lambda item: rank.get(group_of(item.nodeid), len(FIRST)))
 
