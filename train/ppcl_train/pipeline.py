@@ -42,12 +42,12 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("teacher", teacher.OUTPUT, teacher.train),
+    Stage("width", width.OUTPUT, width.prune),
     Stage("select", select.OUTPUT, select.select),
     Stage("students", students.OUTPUT, students.distil, parallel=True),
-    Stage("width", width.OUTPUT, width.prune),
+    Stage("compress", compress.OUTPUT, compress.compress),
     Stage("recover", recover.OUTPUT, recover.recover, parallel=True),
     Stage("refine", recover.REFINED, recover.refine, parallel=True),
-    Stage("compress", compress.OUTPUT, compress.compress),
     Stage("measure", measure.OUTPUT, measure.measure),
     Stage("pack", pack.OUTPUT, pack.pack),
 )

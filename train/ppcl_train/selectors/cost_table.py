@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl_rt import Architecture, Catalog, Interval, LegalWidths, Planner, Streams, Student
+from ppcl_rt import Architecture, Catalog, Interval, Planner, Streams, Student
 from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_rt.planning.legal import Start
 from ppcl_train.config.settings import RunConfig
@@ -209,12 +209,18 @@ class _Trial:
             self.schedule.step()
 
 
-def select(run: RunConfig, folder: Path) -> None:
+def select(run: RunConfig, folder: Path, others: Catalog) -> None:
     """Measure every candidate and choose; writes ``table.json``, a candidate at a time, then ``selected.json``.
+
+    Only students that some plan takes are chosen: each is trained at length, and closed forms save most of the same for
+    less.
 
     A candidate costs ``len(starts) * trial_steps + steps - trial_steps`` steps of one block (`measure_candidate`).
     Candidates are trained one after the other: at 12 blocks x 96 a step of 64 samples runs at 60 GFLOP/s of one core,
     so training several at once would gain nothing.
+
+    Args:
+        others: the measured catalog of all other choices, which plans may take instead.
 
     Raises:
         ValueError: the model has too few blocks for any candidate, or a loss is not finite.
@@ -239,7 +245,7 @@ def select(run: RunConfig, folder: Path) -> None:
         write_json(path, table.model_dump(mode="json"))
         position = f"{len(table.candidates)}/{len(intervals)}"
         log(candidate=str(interval), done=position, start=line.start, loss=line.loss)
-    choices = choices_by_ratio(model.catalog, table.candidates, config.ratio_step, config.least_ratio)
+    choices = choices_by_ratio(others, table.candidates, config.ratio_step, config.least_ratio)
     write_json(path, table.model_copy(update={"choices": choices}).model_dump(mode="json"))
     starts = {candidate.interval: candidate.start for candidate in table.candidates}
     chosen = {interval for choice in choices for interval in choice.intervals}
@@ -301,11 +307,14 @@ def measure_candidate(
 
 
 def choices_by_ratio(
-    dense: Catalog, candidates: Sequence[Candidate], ratio_step: float, least_ratio: float
+    others: Catalog, candidates: Sequence[Candidate], ratio_step: float, least_ratio: float
 ) -> tuple[Choice, ...]:
     """Plan at every multiple of ``ratio_step`` below 1, down to ``least_ratio`` or the smallest plan.
 
-    Depth is chosen alone: all blocks and students run at full width.
+    A student that is narrower is taken to lose as much more as the first block of its interval would.
+
+    Args:
+        others: the measured catalog of all choices but students.
 
     Returns:
         From the largest ratio to the smallest, each choice that differs from the one before it.
@@ -315,11 +324,11 @@ def choices_by_ratio(
             interval=each.interval,
             start=each.start,
             loss=max(each.loss, LEAST_LOSS),
-            widths=LegalWidths.only(dense.spec(each.interval.first).full),
+            widths=others.blocks[each.interval.first],
         )
         for each in candidates
     ]
-    catalog = dense.model_copy(update={"students": tuple(students)})
+    catalog = others.model_copy(update={"students": tuple(students)})
     choices: list[Choice] = []
     for plan in reversed(Planner(catalog).plans(ratio_step, least_ratio)):
         intervals = tuple(planned.interval for planned in plan.blocks if planned.student)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.engine.files import read_tensors, write_json, write_tensors
+from ppcl_train.engine.files import stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
-from ppcl_train.stages import compress
-from ppcl_train.stages.draft import open_draft, write_draft
+from ppcl_train.stages import recover
+from ppcl_train.stages.assembly import assembled, opened
 from ppcl_train.stages.sensitivities import sensitivities
 
 OUTPUT = "sensitivities.json"
@@ -21,10 +21,10 @@ MEASURED = ("blocks", "students", "text_runs", "edges", "sketch")
 def measure(run: RunConfig, folder: Path) -> None:
     """Measure the recovered checkpoint.
 
-    Writes ``draft/`` in the storage dtype, ``sketches.safetensors`` and, last, ``sensitivities.json``.
+    Writes ``sketches.safetensors`` and, last, ``sensitivities.json``.
     """
-    tensors = read_tensors(folder / compress.OUTPUT)
-    write_draft(run, folder, tensors, narrower=True, dtype=run.storage)
-    measured, sketches = sensitivities(open_draft(run, folder), run, Log(folder, "measure"))
+    # In the storage dtype: losses are of what is stored.
+    source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
+    measured, sketches = sensitivities(opened(run, source), run, Log(folder, "measure"))
     write_tensors(folder / SKETCHES, sketches, {"samples": run.measure.samples})
     write_json(folder / OUTPUT, measured.model_dump(mode="json", include=set(MEASURED)))

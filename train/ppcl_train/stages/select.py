@@ -5,15 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ppcl_rt import Catalog
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.files import read_content, stored_in, write_json
+from ppcl_train.engine.log import Log
 from ppcl_train.selectors import cost_table, eq5, selection
+from ppcl_train.stages import width
+from ppcl_train.stages.assembly import assembled, opened
+from ppcl_train.stages.sensitivities import sensitivities
 
 OUTPUT = selection.OUTPUT
-
-# By the setting ``select``.
-SELECTORS: dict[str, Callable[[RunConfig, Path], None]] = {"table": cost_table.select, "eq5": eq5.select}
+# What the closed forms lose, each alone: what a student has to be better than.
+_COSTS = "costs.json"
 
 
 def select(run: RunConfig, folder: Path) -> None:
     """Choose the intervals that get students, with the selector that the config names; writes ``selected.json``."""
-    SELECTORS[run.select](run, folder)
+    _SELECTORS[run.select](run, folder)
+
+
+def _by_table(run: RunConfig, folder: Path) -> None:
+    log = Log(folder, "select")
+    if not (folder / _COSTS).exists():
+        model = opened(run, assembled(run, folder, stored_in(folder / width.OUTPUT)))
+        measured, _ = sensitivities(model, run, log)
+        write_json(folder / _COSTS, measured.model_dump(mode="json"))
+    cost_table.select(run, folder, Catalog.model_validate(read_content(folder / _COSTS)))
+
+
+# By the setting ``select``.
+_SELECTORS: dict[str, Callable[[RunConfig, Path], None]] = {"table": _by_table, "eq5": eq5.select}
