@@ -8,8 +8,9 @@ from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.files import stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.stages import recover
-from ppcl_train.stages.assembly import assembled, opened
+from ppcl_train.stages.assembly import assembled
 from ppcl_train.stages.sensitivities import sensitivities
+from ppcl_train.stages.trained import opened_as_factors
 
 OUTPUT = "sensitivities.json"
 # The sketches, rows in the order of the catalog's choices.
@@ -25,6 +26,7 @@ def measure(run: RunConfig, folder: Path) -> None:
     """
     # In the storage dtype: losses are of what is stored.
     source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
-    measured, sketches = sensitivities(opened(run, source), run, Log(folder, "measure"))
+    model, _ = opened_as_factors(run, source)
+    measured, sketches = sensitivities(model, run, Log(folder, "measure"))
     write_tensors(folder / SKETCHES, sketches, {"samples": run.measure.samples})
     write_json(folder / OUTPUT, measured.model_dump(mode="json", include=set(MEASURED)))

@@ -27,7 +27,7 @@ from ppcl_train.stages import compress, width
 from ppcl_train.stages.assembly import assembled, opened
 from ppcl_train.stages.sensitivities import sensitivities
 from ppcl_train.stages.taken import listed, taken
-from ppcl_train.stages.trained import Trained
+from ppcl_train.stages.trained import opened_as_factors
 
 OUTPUT = "recovered.safetensors"
 REFINED = "refined.safetensors"
@@ -51,7 +51,8 @@ class _Costs(NamedTuple):
 
     def measure(self, run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Log) -> None:
         """Measure every choice that some tensors make."""
-        measured, sketches = sensitivities(opened(run, assembled(run, folder, start)), run, log)
+        model, _ = opened_as_factors(run, assembled(run, folder, start))
+        measured, sketches = sensitivities(model, run, log)
         write_tensors(folder / self.sketches, sketches, {})
         write_json(folder / self.catalog, measured.model_dump(mode="json"))
 
@@ -142,9 +143,7 @@ def _trained(
         everything: train the teacher's blocks too, with the dense plan among the plans.
     """
     world, source = join(), assembled(run, folder, start)
-    trained = Trained(source, everything)
-    model = opened(run, source, trained.add_block)
-    trained.add_outside(model)
+    model, trained = opened_as_factors(run, source, everything)
     parameters = trained.parameters
     # The dense plan runs nothing that is trained, so a second model is needed only where the teacher's blocks are.
     teacher = opened(run, assembled(run, folder, {})) if everything else model

@@ -11,8 +11,9 @@ from ppcl_train.engine.files import read_content, stored_in, write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.selectors import cost_table, eq5, selection
 from ppcl_train.stages import width
-from ppcl_train.stages.assembly import assembled, opened
+from ppcl_train.stages.assembly import assembled
 from ppcl_train.stages.sensitivities import sensitivities
+from ppcl_train.stages.trained import opened_as_factors
 
 OUTPUT = selection.OUTPUT
 # What the closed forms lose, each alone: what a student has to be better than.
@@ -27,7 +28,7 @@ def select(run: RunConfig, folder: Path) -> None:
 def _by_table(run: RunConfig, folder: Path) -> None:
     log = Log(folder, "select")
     if not (folder / _COSTS).exists():
-        model = opened(run, assembled(run, folder, stored_in(folder / width.OUTPUT)))
+        model, _ = opened_as_factors(run, assembled(run, folder, stored_in(folder / width.OUTPUT)))
         measured, _ = sensitivities(model, run, log)
         write_json(folder / _COSTS, measured.model_dump(mode="json"))
     cost_table.select(run, folder, Catalog.model_validate(read_content(folder / _COSTS)))
