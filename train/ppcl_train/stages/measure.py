@@ -26,7 +26,7 @@ def measure(run: RunConfig, folder: Path) -> None:
     """
     # In the storage dtype: losses are of what is stored.
     source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
-    model, _ = opened_as_factors(run, source)
+    model, _ = opened_as_factors(run, source, trains=False)
     measured, sketches = sensitivities(model, run, Log(folder, "measure"))
     write_tensors(folder / SKETCHES, sketches, {"samples": run.measure.samples})
     write_json(folder / OUTPUT, measured.model_dump(mode="json", include=set(MEASURED)))

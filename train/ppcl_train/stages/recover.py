@@ -51,7 +51,7 @@ class _Costs(NamedTuple):
 
     def measure(self, run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Log) -> None:
         """Measure every choice that some tensors make."""
-        model, _ = opened_as_factors(run, assembled(run, folder, start))
+        model, _ = opened_as_factors(run, assembled(run, folder, start), trains=False)
         measured, sketches = sensitivities(model, run, log)
         write_tensors(folder / self.sketches, sketches, {})
         write_json(folder / self.catalog, measured.model_dump(mode="json"))

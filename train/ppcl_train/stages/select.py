@@ -28,7 +28,7 @@ def select(run: RunConfig, folder: Path) -> None:
 def _by_table(run: RunConfig, folder: Path) -> None:
     log = Log(folder, "select")
     if not (folder / _COSTS).exists():
-        model, _ = opened_as_factors(run, assembled(run, folder, stored_in(folder / width.OUTPUT)))
+        model, _ = opened_as_factors(run, assembled(run, folder, stored_in(folder / width.OUTPUT)), trains=False)
         measured, _ = sensitivities(model, run, log)
         write_json(folder / _COSTS, measured.model_dump(mode="json"))
     cost_table.select(run, folder, Catalog.model_validate(read_content(folder / _COSTS)))
