@@ -21,6 +21,7 @@ from ppcl_train.families import base as families
 from ppcl_train.families.base import Encoder
 from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
 from ppcl_train.pipeline import config_of as stored_config
+from ppcl_train.pipeline import work as take_jobs
 
 app = typer.Typer(help="Make a pluggable checkpoint, in stages that resume where they were stopped.")
 
@@ -81,6 +82,12 @@ def run(
     run_stages(_begin(preset, out, teacher, set, select), out)
     if join().is_main:
         print(f"wrote {out / 'checkpoint'}")
+
+
+@app.command()
+def work(out: Out = Path("runs/scenes")) -> None:
+    """Help a run that another process has begun: measure and select together with it, until it ends."""
+    take_jobs(out)
 
 
 @app.command()

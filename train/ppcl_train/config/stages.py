@@ -207,12 +207,10 @@ class CompressConfig(Frozen):
             stores everything whole.
         student_share: of what training changed in a student's layer: the most that truncation takes back, as squared
             output.
-        samples: calibration samples that outputs are compared on.
     """
 
     share: float = Field(0.05, ge=0, lt=1)
     student_share: float = Field(0.01, gt=0, lt=1)
-    samples: PositiveInt = 512
 
 
 class MeasureConfig(Frozen):

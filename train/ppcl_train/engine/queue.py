@@ -20,6 +20,8 @@ from ppcl_train.engine import digests
 from ppcl_train.engine.files import read_note, read_tensors, write_tensors
 from ppcl_train.engine.lock import attended, claimed, delete, is_attended
 
+# Of the run folder: the results of all jobs of all stages, and the locks of those that are being done.
+RESULTS = "results"
 # Seconds between two looks for what other processes have done, or have left undone.
 _PAUSE = 0.1
 
@@ -54,26 +56,28 @@ Do = Callable[[Job], Result]
 
 
 class Queue:
-    """Jobs, in the order in which they are taken, and the folder of their results.
+    """Jobs, and the folder of their results.
+
+    Args:
+        folder: the run folder.
 
     Attributes:
-        folder: results and locks lie in it.
-        jobs: each name once.
+        jobs: in the order in which they are taken, each name once.
     """
 
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
-        self.folder, self.jobs = folder, tuple(jobs)
+        self._folder, self.jobs = folder / RESULTS, tuple(jobs)
         self._digest = digests.of_values([job.name for job in self.jobs])[:16]
 
     @property
     def _open_file(self) -> Path:
-        return self.folder / f"{self._digest}.open"
+        return self._folder / f"{self._digest}.open"
 
     def _file(self, job: Job) -> Path:
-        return self.folder / f"{job.name}.safetensors"
+        return self._folder / f"{job.name}.safetensors"
 
     def _lock_file(self, name: str) -> Path:
-        return self.folder / f"{name}.{self._digest}.lock"
+        return self._folder / f"{name}.{self._digest}.lock"
 
     def is_done(self, job: Job) -> bool:
         """Whether the result of a job is there."""
@@ -95,10 +99,10 @@ class Queue:
             ValueError: processes work at another queue of the folder: they measure something else, or with other
                 versions. And what ``do`` raises: what was done before is kept.
         """
-        others = [file for file in self.folder.glob("*.open") if file != self._open_file and is_attended(file)]
+        others = [file for file in self._folder.glob("*.open") if file != self._open_file and is_attended(file)]
         if others:
             raise ValueError(
-                f"processes at {self.folder} make other results than this one would: start all of them with the same "
+                f"processes at {self._folder} make other results than this one would: start all of them with the same "
                 "settings, versions and kind of device"
             )
         with attended(self._open_file):
@@ -146,5 +150,5 @@ class Queue:
 
 
 def work_under_way(folder: Path) -> str | None:
-    """Name what processes work at in a folder of results now; None for nothing."""
-    return next((file.stem for file in sorted(folder.glob("*.open")) if is_attended(file)), None)
+    """Name the queue that processes of a run folder work at now; None for none."""
+    return next((file.stem for file in sorted((folder / RESULTS).glob("*.open")) if is_attended(file)), None)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ppcl_rt import Architecture, Catalog, Interval, LegalWidths, Planner, Streams, Student
+from ppcl_rt import Architecture, Catalog, Interval, Planner, Streams, Student
 from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_rt.planning.legal import Start
 from ppcl_train.config.settings import RunConfig
@@ -38,8 +38,6 @@ from ppcl_train.selectors import selection
 from ppcl_train.selectors.selection import Selected
 
 OUTPUT = "table.json"
-# Of the run folder: results of the candidates.
-RESULTS = "candidates"
 # Rises when a result of the same teacher, batches and settings would be another.
 _VERSION = 1
 
@@ -168,8 +166,11 @@ class _Trial:
             self.schedule.step()
 
 
-def select(run: RunConfig, folder: Path) -> None:
+def select(run: RunConfig, folder: Path, others: Catalog) -> None:
     """Measure every candidate and choose; writes ``table.json``, then ``selected.json``.
+
+    Only students that some plan takes are chosen: each is trained at length, and closed forms save most of the same for
+    less.
 
     A candidate costs ``len(starts) * trial_steps + steps - trial_steps`` steps of one block (`measure_candidate`).
     Candidates are trained one after the other: at 12 blocks x 96 a step of 64 samples runs at 60 GFLOP/s of one core,
@@ -177,14 +178,17 @@ def select(run: RunConfig, folder: Path) -> None:
 
     Every process of a world calls this.
 
+    Args:
+        others: the measured catalog of all other choices, which plans may take instead.
+
     Raises:
         ValueError: the model has too few blocks for any candidate, or a loss is not finite.
     """
-    log, config, world = Log(folder, "select"), run.table, join()
-    table, catalog = measured(run, folder, log)
-    if not world.is_main:
+    log, config = Log(folder, "select"), run.table
+    table = measured(run, folder, log)
+    if not join().is_main:
         return
-    choices = choices_by_ratio(catalog, table.candidates, config.ratio_step, config.least_ratio)
+    choices = choices_by_ratio(others, table.candidates, config.ratio_step, config.least_ratio)
     write_json(folder / OUTPUT, table.model_copy(update={"choices": choices}).model_dump(mode="json"))
     starts = {candidate.interval: candidate.start for candidate in table.candidates}
     chosen = {interval for choice in choices for interval in choice.intervals}
@@ -192,8 +196,8 @@ def select(run: RunConfig, folder: Path) -> None:
     selection.write(folder, [Selected(interval, starts[interval]) for interval in chosen])
 
 
-def measured(run: RunConfig, folder: Path, log: Log) -> tuple[Table, Catalog]:
-    """Measure every candidate, together with all processes that call this; returns the dense catalog too.
+def measured(run: RunConfig, folder: Path, log: Callable[..., None]) -> Table:
+    """Measure every candidate, together with all processes that call this.
 
     Raises:
         ValueError: as `select`.
@@ -206,21 +210,23 @@ def measured(run: RunConfig, folder: Path, log: Log) -> tuple[Table, Catalog]:
     measured_on = HeldStreams(model, calibration.measured(run, config.samples, _CALIBRATION))
     loss = StudentLoss(measured_on, config.bands)
     shared = _shared_digest(run, model, trained_on, measured_on)
+
+    def job(interval: Interval) -> Job:
+        digest = digests.of_values(shared, interval.key)[:16]
+        return Job(f"candidate-{interval.key}-{digest}", f"first-{interval.first}")
+
     # By their first block, so that the streams that a process holds move on from block to block.
-    jobs = {
-        Job(f"{interval.key}-{digests.of_values(shared, interval.key)[:16]}", f"first-{interval.first}"): interval
-        for interval in sorted(intervals)
-    }
+    jobs = {job(interval): interval for interval in sorted(intervals)}
 
     def measure(job: Job) -> Result:
         line = measure_candidate(run, model, trained_on, loss, jobs[job])
         log(candidate=str(line.interval), start=line.start, loss=line.loss)
-        return Result({}, line.model_dump(mode="json"))
+        return Result({}, {"line": line.model_dump(mode="json")})
 
-    results = Queue(folder / RESULTS, list(jobs)).work(measure, log)
-    found = {interval: result.note for interval, result in zip(jobs.values(), results, strict=True)}
+    results = Queue(folder, list(jobs)).work(measure, log)
+    found = {interval: result.note["line"] for interval, result in zip(jobs.values(), results, strict=True)}
     lines = tuple(Candidate.model_validate(found[interval]) for interval in intervals)
-    return Table(edges=loss.edges, shares=loss.shares, candidates=lines), model.catalog
+    return Table(edges=loss.edges, shares=loss.shares, candidates=lines)
 
 
 def _shared_digest(run: RunConfig, model: Any, *held: HeldStreams) -> str:
@@ -285,11 +291,14 @@ def measure_candidate(
 
 
 def choices_by_ratio(
-    dense: Catalog, candidates: Sequence[Candidate], ratio_step: float, least_ratio: float
+    others: Catalog, candidates: Sequence[Candidate], ratio_step: float, least_ratio: float
 ) -> tuple[Choice, ...]:
     """Plan at every multiple of ``ratio_step`` below 1, down to ``least_ratio`` or the smallest plan.
 
-    Depth is chosen alone: all blocks and students run at full width.
+    A student that is narrower is taken to lose as much more as the first block of its interval would.
+
+    Args:
+        others: the measured catalog of all choices but students.
 
     Returns:
         From the largest ratio to the smallest, each choice that differs from the one before it.
@@ -299,11 +308,11 @@ def choices_by_ratio(
             interval=each.interval,
             start=each.start,
             loss=max(each.loss, LEAST_LOSS),
-            widths=LegalWidths.only(dense.spec(each.interval.first).full),
+            widths=others.blocks[each.interval.first],
         )
         for each in candidates
     ]
-    catalog = dense.model_copy(update={"students": tuple(students)})
+    catalog = others.model_copy(update={"students": tuple(students)})
     choices: list[Choice] = []
     for plan in reversed(Planner(catalog).plans(ratio_step, least_ratio)):
         intervals = tuple(planned.interval for planned in plan.blocks if planned.student)

@@ -27,8 +27,6 @@ from ppcl_train.engine.queue import Job, Queue, Result
 from ppcl_train.losses.sketching import sketch_for
 from ppcl_train.losses.velocity_error import LEAST_LOSS, Target, VelocityError
 
-# Of the run folder: results of all jobs, of all stages.
-RESULTS = "results"
 # Rises when a result of the same tensors, batches and settings would be another.
 _VERSION = 1
 _BANDS, _SKETCHES = "bands", "sketches"
@@ -62,12 +60,12 @@ class _Measuring:
         for choice in sorted(self.choices, key=entry):
             own = digests.of_values(_VERSION, shared, self._own_digests(choice), choice.kind, *self._what(choice))
             group = f"{choice.kind}-{choice.interval.first if choice.kind == 'text_run' else choice.interval.key}"
-            found[Job("-".join(map(str, [choice.kind, *self._what(choice), own[:16]])), group)] = choice
+            found[Job("-".join([choice.kind, *self._what(choice), own[:16]]), group)] = choice
         return found
 
     @staticmethod
-    def _what(choice: Choice) -> list[str | int]:
-        return [choice.interval.key, *([choice.group, choice.units] if choice.group else [])]
+    def _what(choice: Choice) -> list[str]:
+        return [choice.interval.key, *([choice.group, str(choice.units)] if choice.group else [])]
 
     def _shared_digest(self) -> str:
         """What all results depend on: the teacher, the batches, what is made of predictions, and the sketch."""
@@ -154,7 +152,7 @@ def sensitivities(
     """
     measuring = _Measuring(model, run)
     jobs = measuring.jobs()
-    results = Queue(folder / RESULTS, list(jobs)).work(lambda job: measuring.measure(jobs[job]), log)
+    results = Queue(folder, list(jobs)).work(lambda job: measuring.measure(jobs[job]), log)
     found = dict(zip(jobs.values(), results, strict=True))
     rows = [found[choice].tensors[_SKETCHES] for choice in measuring.choices]
     stacked = torch.stack(rows) if rows else torch.zeros(0, len(TENSORS), measuring.sketch.size, dtype=torch.float16)

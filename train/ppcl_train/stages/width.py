@@ -13,23 +13,24 @@ timesteps), one pass of the teacher for all blocks:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppcl_rt import LINEAR_MAP, Interval
+from ppcl_rt import LINEAR_MAP
 from ppcl_rt.convert.low_rank import Inputs, LowRank
 from ppcl_train.closed_form.block_statistics import BlockStatistics
+from ppcl_train.closed_form.compression import store_as_factors
 from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.closed_form.text_runs import fit_text_runs
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration, streams
-from ppcl_train.engine.files import read_tensors, write_tensors
+from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
-from ppcl_train.stages.draft import legal_counts, open_draft, write_draft
+from ppcl_train.stages.assembly import assembled, legal_counts, opened
 
 OUTPUT = "width.safetensors"
 # Timesteps at which modulations are fitted, spread evenly: a sampler begins at 1, where training draws hardly any.
@@ -37,21 +38,20 @@ _TIMESTEPS = 512
 
 
 def prune(run: RunConfig, folder: Path) -> None:
-    """Find what all blocks and students run at narrower widths; writes ``width.safetensors``."""
+    """Find what the teacher's blocks run at narrower widths; writes ``width.safetensors``."""
     log, config = Log(folder, "width"), run.width
-    write_draft(run, folder, read_tensors(folder / "students.safetensors"))
-    model = open_draft(run, folder)
+    model = opened(run, assembled(run, folder, {}))
     architecture = model.catalog.architecture
     read_by_modulations = modulation_inputs(run, model)
     # Prefix of tensor names, block, and number of the teacher's block whose input it reads.
     runnable = [("{}.{}".format(*architecture.place(n)), block, n) for n, block in enumerate(model.blocks())]
-    runnable += [(f"students.{key}", block, Interval.of_key(key).first) for key, block in model.students.items()]
     tensors: dict[str, torch.Tensor] = {}
     done = 0
     for portion in portions(runnable, config.blocks_at_once):
         statistics = observe(run, model, portion, config.samples)
         for prefix, _, first in portion:
             compressed = compress_block(run, statistics[prefix], read_by_modulations.get(architecture.kind(first)))
+            store_as_factors(run, statistics[prefix], compressed)
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in compressed.items()}
         done += len(portion)
         log(narrowed=done, of=len(runnable))
@@ -108,7 +108,7 @@ def modulation_inputs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
 
 def compress_block(
     run: RunConfig, statistics: BlockStatistics, read_by_modulations: torch.Tensor | None
-) -> Mapping[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Compute the rank orders (``order.*``) and the replacements at narrower widths (``replacements.*``) of one block.
 
     Args:
