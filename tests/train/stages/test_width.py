@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ppcl_train.stages.draft import legal_counts
 from torch import nn
 
 from ppcl_rt import Architecture, BlockList, Catalog, Interval, LegalWidths, Planner, Student, Tokens
@@ -21,6 +20,7 @@ from ppcl_train.config.settings import with_changes
 from ppcl_train.config.stages import EndToEndConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.stages import teacher
+from ppcl_train.stages.assembly import legal_counts
 from ppcl_train.stages.recover import Plans, random_plan
 from ppcl_train.stages.width import compress_block, modulation_inputs
 

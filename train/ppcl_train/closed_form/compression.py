@@ -35,7 +35,11 @@ def moments(gram: torch.Tensor, centred: bool) -> tuple[torch.Tensor, torch.Tens
 
 
 def truncated(
-    matrix: torch.Tensor, second: torch.Tensor | None, most: float, dtype: torch.dtype
+    matrix: torch.Tensor,
+    second: torch.Tensor | None,
+    most: float,
+    dtype: torch.dtype,
+    most_rank: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Find the two factors of least rank whose product is near enough to a matrix on some inputs.
 
@@ -47,6 +51,7 @@ def truncated(
         second: second moments C of the inputs ``[columns, columns]``; None for the identity.
         most: the largest mean squared error of the output, summed over its entries.
         dtype: that factors are stored in.
+        most_rank: the largest rank, whatever error that leaves; None for any.
 
     Returns:
         ``[rows, r]`` and ``[r, columns]``; None where two factors would not be smaller than the matrix.
@@ -57,6 +62,7 @@ def truncated(
     # Ascending: what is lost by leaving out the first n.
     lost = values.clip(min=0).cumsum(0)
     rank = max(1, int((lost > most).sum()))
+    rank = rank if most_rank is None else min(rank, most_rank)
     if rank * sum(matrix.shape) >= matrix.numel():
         return None
     up = vectors[:, -rank:].flip(1)
@@ -76,6 +82,7 @@ def truncated_map(
     bias: torch.Tensor | None,
     share: float,
     dtype: torch.dtype,
+    most_rank: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Find the factors of a linear map that add at most a share of the error that the map itself makes.
 
@@ -84,10 +91,10 @@ def truncated_map(
         rows: of the fit that are the map's.
         weight, bias: of the map.
         share: of its error.
-        dtype: that factors are stored in.
+        dtype, most_rank: as of `truncated`.
     """
     second, _ = moments(fit.gram, centred=bias is not None)
-    return truncated(weight, second, share * fit.error(weight, bias, rows), dtype)
+    return truncated(weight, second, share * fit.error(weight, bias, rows), dtype, most_rank)
 
 
 def student_as_factors(
@@ -118,7 +125,7 @@ def student_as_factors(
         if part.path in statistics.inputs:
             second, _ = moments(statistics.inputs[part.path].gram, centred=False)
         energy = change.square().sum().item() if second is None else output_error(change, second)
-        factors = truncated(change, second, run.compress.student_share * energy, dtype)
+        factors = truncated(change, second, run.compress.student_share * energy, dtype, run.compress.most_rank)
         if _store(tensors, part.path, factors) and factors is not None:
             block.get_submodule(part.path).weight.copy_(composed(base, *factors))
 
@@ -149,7 +156,7 @@ def store_as_factors(run: RunConfig, statistics: BlockStatistics, tensors: dict[
             columns = weight.shape[1]
             change = weight.to(second) - whole[:, :columns]
             error = output_error(torch.cat([change, -whole[:, columns:]], 1), second)
-            factors = truncated(change, second[:columns, :columns], share * error, dtype)
+            factors = truncated(change, second[:columns, :columns], share * error, dtype, run.compress.most_rank)
             if _store(tensors, path, factors) and bias is not None and factors is not None:
                 up, down = (factor.to(change) for factor in factors)
                 # The bias makes up for the mean of what was left out.
@@ -175,7 +182,8 @@ def map_as_factors(run: RunConfig, fit: LeastSquares, rows: slice, path: str, te
     """
     if share := run.compress.share:
         weight, bias = tensors[f"{path}.weight"], tensors.get(f"{path}.bias")
-        _store(tensors, path, truncated_map(fit, rows, weight, bias, share, getattr(torch, run.storage)))
+        dtype, most_rank = getattr(torch, run.storage), run.compress.most_rank
+        _store(tensors, path, truncated_map(fit, rows, weight, bias, share, dtype, most_rank))
 
 
 def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:

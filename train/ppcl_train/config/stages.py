@@ -147,6 +147,11 @@ class WidthConfig(Frozen):
     ridge: PositiveFloat = 1e-4
     blocks_at_once: PositiveInt = 64
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether blocks run at full width alone: there is nothing to solve for."""
+        return not (self.heads or self.channels or self.maps or self.ranks) and self.longest_text_run == 1
+
 
 class EndToEndConfig(LoopConfig):
     """Training end to end on the teacher's prediction, under a plan drawn anew at every step.
@@ -207,10 +212,13 @@ class CompressConfig(Frozen):
             stores everything whole.
         student_share: of what training changed in a student's layer: the most that truncation takes back, as squared
             output.
+        most_rank: the largest rank, whatever error that leaves to recovery: it bounds what recovery holds. None for
+            any.
     """
 
     share: float = Field(0.05, ge=0, lt=1)
     student_share: float = Field(0.01, gt=0, lt=1)
+    most_rank: PositiveInt | None = None
 
 
 class MeasureConfig(Frozen):

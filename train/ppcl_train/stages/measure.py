@@ -13,8 +13,9 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.stages import recover
-from ppcl_train.stages.assembly import assembled, opened
+from ppcl_train.stages.assembly import assembled
 from ppcl_train.stages.sensitivities import sensitivities
+from ppcl_train.stages.trained import opened_as_factors
 
 OUTPUT = "sensitivities.json"
 # The sketches, rows in the order of the catalog's choices.
@@ -38,4 +39,4 @@ def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> tuple[C
     """Measure together with all processes that call this; returns what `sensitivities` does."""
     # In the storage dtype: losses are of what is stored.
     source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
-    return sensitivities(opened(run, source), run, folder, log)
+    return sensitivities(opened_as_factors(run, source)[0], run, folder, log)

@@ -17,8 +17,9 @@ from ppcl_train.engine.files import read_content, read_tensors, stored_in, write
 from ppcl_train.engine.log import Log
 from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.stages import measure, recover
-from ppcl_train.stages.assembly import assembled, opened
+from ppcl_train.stages.assembly import assembled
 from ppcl_train.stages.taken import listed
+from ppcl_train.stages.trained import opened_as_factors
 
 # Written last, into the checkpoint: what made it.
 OUTPUT = "checkpoint/run.json"
@@ -86,7 +87,7 @@ def _measured(
     run: RunConfig, source: ConvertedCheckpoint, catalog: Catalog, plans: Sequence[Plan], log: Log
 ) -> dict[Plan, tuple[float, ...]]:
     """The losses of plans in each band, which are not those that were predicted."""
-    error, found = VelocityError(opened(run, source), run), dict[Plan, tuple[float, ...]]()
+    error, found = VelocityError(opened_as_factors(run, source)[0], run), dict[Plan, tuple[float, ...]]()
     for number, plan in enumerate(plans):
         found[plan] = error.of(plan)
         if number % _LOGGED == 0:

@@ -27,7 +27,7 @@ from ppcl_train.stages import compress, width
 from ppcl_train.stages.assembly import assembled, opened
 from ppcl_train.stages.sensitivities import sensitivities
 from ppcl_train.stages.taken import listed, taken
-from ppcl_train.stages.trained import Trained
+from ppcl_train.stages.trained import opened_as_factors
 
 OUTPUT = "recovered.safetensors"
 REFINED = "refined.safetensors"
@@ -51,7 +51,7 @@ class _Costs(NamedTuple):
 
     def measure(self, run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Log) -> None:
         """Measure every choice that some tensors make; every process of a world calls this."""
-        measured, sketches = sensitivities(opened(run, assembled(run, folder, start)), run, folder, log)
+        measured, sketches = _measured(run, folder, start, log)
         if join().is_main:
             write_tensors(folder / self.sketches, sketches, {})
             write_json(folder / self.catalog, measured.model_dump(mode="json"))
@@ -99,7 +99,14 @@ def refine(run: RunConfig, folder: Path) -> None:
 def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> None:
     """Measure what recovery or refinement begins with, together with all processes that call this."""
     start = stored_in(folder / OUTPUT) if (folder / OUTPUT).exists() else _before_recovery(folder)
-    sensitivities(opened(run, assembled(run, folder, start)), run, folder, log)
+    _measured(run, folder, start, log)
+
+
+def _measured(
+    run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Callable[..., None]
+) -> tuple[Catalog, dict[str, torch.Tensor]]:
+    model, _ = opened_as_factors(run, assembled(run, folder, start))
+    return sensitivities(model, run, folder, log)
 
 
 def _end_to_end(
@@ -152,9 +159,7 @@ def _trained(
         everything: train the teacher's blocks too, with the dense plan among the plans.
     """
     world, source = join(), assembled(run, folder, start)
-    trained = Trained(source, everything)
-    model = opened(run, source, trained.add_block)
-    trained.add_outside(model)
+    model, trained = opened_as_factors(run, source, everything)
     parameters = trained.parameters
     # The dense plan runs nothing that is trained, so a second model is needed only where the teacher's blocks are.
     teacher = opened(run, assembled(run, folder, {})) if everything else model

@@ -12,8 +12,9 @@ from ppcl_train.engine.files import read_content, stored_in, write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.selectors import cost_table, eq5, selection
 from ppcl_train.stages import width
-from ppcl_train.stages.assembly import assembled, opened
+from ppcl_train.stages.assembly import assembled
 from ppcl_train.stages.sensitivities import sensitivities
+from ppcl_train.stages.trained import opened_as_factors
 
 OUTPUT = selection.OUTPUT
 # What the closed forms lose, each alone: what a student has to be better than.
@@ -37,7 +38,7 @@ def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> None:
 
 
 def _closed_forms(run: RunConfig, folder: Path, log: Callable[..., None]) -> Catalog:
-    model = opened(run, assembled(run, folder, stored_in(folder / width.OUTPUT)))
+    model, _ = opened_as_factors(run, assembled(run, folder, stored_in(folder / width.OUTPUT)))
     return sensitivities(model, run, folder, log)[0]
 
 

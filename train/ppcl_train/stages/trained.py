@@ -18,6 +18,8 @@ from torch.nn.utils import parametrize
 from ppcl_rt.checkpoint.converted import ConvertedCheckpoint, Stored
 from ppcl_rt.model.tensors import held_index
 from ppcl_rt.planning.block_spec import Part
+from ppcl_train.config.settings import RunConfig
+from ppcl_train.stages.assembly import opened
 
 
 class _Place(NamedTuple):
@@ -44,6 +46,7 @@ class _Difference(nn.Module):
     """``base + up @ down``, as a parametrization of a weight whose own parameters are the factors.
 
     Args:
+        dtype: of the weight.
         factors: ``up [rows, r]`` and ``down [r, columns]``, in float32, in stock order.
         place: of the units in the weight; None where it has none.
         frozen: the base; it is held here, next to the factors, so that processes can share it as them.
@@ -52,13 +55,14 @@ class _Difference(nn.Module):
 
     def __init__(
         self,
+        dtype: torch.dtype,
         factors: tuple[torch.Tensor, torch.Tensor],
         place: _Place | None = None,
         frozen: torch.Tensor | None = None,
         computed: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._factors, self._place, self._computed = factors, place, computed
+        self._dtype, self._factors, self._place, self._computed = dtype, factors, place, computed
         self.base = None if frozen is None else nn.Parameter(frozen, requires_grad=False)
 
     def forward(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -69,7 +73,8 @@ class _Difference(nn.Module):
             down = self._place.held(down)
         product = up @ down
         base = self.base if self._computed is None else self._computed()
-        return product if base is None else base + product
+        weight = product if base is None else base + product
+        return weight.to(self._dtype)
 
     def right_inverse(self, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors: `register_parametrization` makes them its parameters."""
@@ -181,12 +186,24 @@ class Trained:
         frozen = self._source.base_of(path) if computed is None else None
         if frozen is not None:
             frozen = (frozen if place is None else place.held(frozen)).to(weight)
-        made = _Difference((up, down), place, frozen, computed)
+        made = _Difference(weight.dtype, (up, down), place, frozen, computed)
         parametrize.register_parametrization(layer, "weight", made, unsafe=True)
         held = layer.parametrizations.weight
         for which, factor in (("up", held.original0), ("down", held.original1)):
             factor.requires_grad_(True)
             self.parameters[f"{stored}.{which}"] = factor
+
+
+def opened_as_factors(run: RunConfig, source: ConvertedCheckpoint, everything: bool = False) -> tuple[Any, Trained]:
+    """Load a model whose layers are held as they are stored; one block at a time is whole.
+
+    Returns:
+        The model, and what can be trained of it (`Trained`).
+    """
+    trained = Trained(source, everything)
+    model = opened(run, source, trained.add_block)
+    trained.add_outside(model)
+    return model, trained
 
 
 def _place(part: Part, block: Any) -> _Place:

@@ -40,6 +40,9 @@ _TIMESTEPS = 512
 def prune(run: RunConfig, folder: Path) -> None:
     """Find what the teacher's blocks run at narrower widths; writes ``width.safetensors``."""
     log, config = Log(folder, "width"), run.width
+    if config.is_empty:
+        write_tensors(folder / OUTPUT, {}, {"samples": 0})
+        return
     model = opened(run, assembled(run, folder, {}))
     architecture = model.catalog.architecture
     read_by_modulations = modulation_inputs(run, model)
