@@ -38,6 +38,17 @@ def entry(choice: Choice) -> int:
     return max(0, choice.interval.first - (choice.kind == "text_run"))
 
 
+def plan_with(catalog: Catalog, choice: Choice) -> Plan:
+    """The dense plan with one choice made."""
+    dense = [(n, catalog.spec(n).full) for n in range(catalog.architecture.depth)]
+    if choice.kind == "text_run":
+        return catalog.compose(dense, text_runs=[choice.interval])
+    full = catalog.spec(choice.interval.first).full
+    width = full.replace(**{choice.group: choice.units}) if choice.group else full
+    planned = PlannedBlock(interval=choice.interval, width=width, student=choice.kind == "student")
+    return catalog.compose([each for each in dense if each[0] not in choice.interval], [planned])
+
+
 class _Measuring:
     """Measures choices of a model, those of one block next to each other."""
 
@@ -111,29 +122,19 @@ class _Measuring:
         held = [block.replacements[name] for name in names if name in block.replacements]
         return found + [digests.of_module(layer) for layer in held]
 
-    def plan(self, choice: Choice) -> Plan:
-        """The dense plan with one choice made."""
-        if choice.kind == "text_run":
-            return self.error.with_text_run(choice.interval)
-        full = self.catalog.spec(choice.interval.first).full
-        width = full.replace(**{choice.group: choice.units}) if choice.group else full
-        return self.error.with_block(
-            PlannedBlock(interval=choice.interval, width=width, student=choice.kind == "student")
-        )
-
     def measure(self, choice: Choice) -> Result:
         """Measure a choice; a narrower count of a student against the student at full width."""
         block = entry(choice)
         self._held.hold(*([block] if block else []))
         against = self._of_student(choice.interval, block) if choice.kind == "student" and choice.group else ()
-        change = self.error.change(self.plan(choice), against, self._held, block)
+        change = self.error.change(plan_with(self.catalog, choice), against, self._held, block)
         rows = torch.from_numpy(change.sketches.astype(np.float16))
         return Result({_BANDS: torch.tensor(change.bands, dtype=torch.float64), _SKETCHES: rows}, {})
 
     def _of_student(self, interval: Interval, block: int) -> Sequence[Target]:
         if self._student is None or self._student[0] != interval:
             self._student = None
-            whole = self.plan(Choice("student", interval))
+            whole = plan_with(self.catalog, Choice("student", interval))
             self._student = interval, self.error.predictions(whole, self._held, block)
         return self._student[1]
 
