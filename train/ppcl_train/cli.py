@@ -22,6 +22,7 @@ from ppcl_train.families import base as families
 from ppcl_train.families.base import Encoder
 from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
 from ppcl_train.pipeline import config_of as stored_config
+from ppcl_train.pipeline import work as take_jobs
 from ppcl_train.preflight import report
 
 app = typer.Typer(help="Make a pluggable checkpoint, in stages that resume where they were stopped.")
@@ -110,6 +111,12 @@ def preflight(
     else:
         report.show(report.rows(settings, machine), machine)
     print(report.fitting(report.check(settings, machine)), file=sys.stderr if as_json else None)
+
+
+@app.command()
+def work(out: Out = Path("runs/scenes")) -> None:
+    """Help a run that another process has begun: measure and select together with it, until it ends."""
+    take_jobs(out)
 
 
 @app.command()

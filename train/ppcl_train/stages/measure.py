@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from ppcl_rt import Catalog
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.stages import recover
@@ -20,13 +25,18 @@ MEASURED = ("blocks", "students", "text_runs", "edges", "sketch")
 
 
 def measure(run: RunConfig, folder: Path) -> None:
-    """Measure the recovered checkpoint.
+    """Measure the recovered checkpoint; every process of a world calls this.
 
     Writes ``sketches.safetensors`` and, last, ``sensitivities.json``.
     """
+    measured, sketches = take_part(run, folder, Log(folder, "measure"))
+    if join().is_main:
+        write_tensors(folder / SKETCHES, sketches, {"samples": run.measure.samples})
+        write_json(folder / OUTPUT, measured.model_dump(mode="json", include=set(MEASURED)))
+
+
+def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> tuple[Catalog, dict[str, torch.Tensor]]:
+    """Measure together with all processes that call this; returns what `sensitivities` does."""
     # In the storage dtype: losses are of what is stored.
     source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
-    model, _ = opened_as_factors(run, source, trains=False)
-    measured, sketches = sensitivities(model, run, Log(folder, "measure"))
-    write_tensors(folder / SKETCHES, sketches, {"samples": run.measure.samples})
-    write_json(folder / OUTPUT, measured.model_dump(mode="json", include=set(MEASURED)))
+    return sensitivities(opened_as_factors(run, source, trains=False)[0], run, folder, log)

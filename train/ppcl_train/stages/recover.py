@@ -6,7 +6,7 @@ PPCL stage 3.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,11 +50,11 @@ class _Costs(NamedTuple):
     first_seed: int
 
     def measure(self, run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Log) -> None:
-        """Measure every choice that some tensors make."""
-        model, _ = opened_as_factors(run, assembled(run, folder, start), trains=False)
-        measured, sketches = sensitivities(model, run, log)
-        write_tensors(folder / self.sketches, sketches, {})
-        write_json(folder / self.catalog, measured.model_dump(mode="json"))
+        """Measure every choice that some tensors make; every process of a world calls this."""
+        measured, sketches = _measured(run, folder, start, log)
+        if join().is_main:
+            write_tensors(folder / self.sketches, sketches, {})
+            write_json(folder / self.catalog, measured.model_dump(mode="json"))
 
     def read(self, folder: Path, config: EndToEndConfig) -> tuple[Catalog, list[Plan]]:
         """The catalog without what no plan takes, which is neither trained nor kept; and the plans."""
@@ -82,15 +82,31 @@ def recover(run: RunConfig, folder: Path) -> None:
     are trained, the teacher's own included, with the dense plan among the plans. Every process of a world calls this;
     the processes share each batch.
     """
-    start = stored_in(folder / width.OUTPUT) | stored_in(folder / compress.OUTPUT)
-    config = run.recover
+    config, start = run.recover, _before_recovery(folder)
     _end_to_end(run, folder, Log(folder, "recover"), config, _CLOSED_FORMS, start, OUTPUT, config.kept_steps)
+
+
+def _before_recovery(folder: Path) -> dict[str, Stored]:
+    return stored_in(folder / width.OUTPUT) | stored_in(folder / compress.OUTPUT)
 
 
 def refine(run: RunConfig, folder: Path) -> None:
     """Train the same once more, under the plans that will answer budgets; writes ``refined.safetensors``."""
     start = stored_in(folder / OUTPUT)
     _end_to_end(run, folder, Log(folder, "refine"), run.refine, _RECOVERED, start, REFINED)
+
+
+def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> None:
+    """Measure what recovery or refinement begins with, together with all processes that call this."""
+    start = stored_in(folder / OUTPUT) if (folder / OUTPUT).exists() else _before_recovery(folder)
+    _measured(run, folder, start, log)
+
+
+def _measured(
+    run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Callable[..., None]
+) -> tuple[Catalog, dict[str, torch.Tensor]]:
+    model, _ = opened_as_factors(run, assembled(run, folder, start), trains=False)
+    return sensitivities(model, run, folder, log)
 
 
 def _end_to_end(
@@ -108,7 +124,7 @@ def _end_to_end(
         if world.is_main:
             write_tensors(folder / output, {name: each.read() for name, each in start.items()}, {"steps": 0})
         return
-    if world.is_main and not (folder / costs.catalog).exists():
+    if not (folder / costs.catalog).exists():
         costs.measure(run, folder, start, log)
     world.wait()
     worthwhile, planned = costs.read(folder, config)
