@@ -2,7 +2,7 @@
 
     python bench/studies/closed_form.py runs/scenes [--prompts 2000]
 
-Reads the teacher and the closed forms (``width.safetensors``) of a run folder, as they were before recovery. Nothing
+Reads the teacher and the closed forms (``width.json``) of a run folder, as they were before recovery. Nothing
 but the MLP channels changes.
 """
 
@@ -33,7 +33,7 @@ def _half_of_channels(spec: BlockSpec) -> Width:
 def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:
     """Print the velocity error, and the scores next to those of the teacher."""
     run = pipeline.config_of(run_folder)
-    width = {n: t for n, t in read_tensors(run_folder / "width.safetensors").items() if not n.startswith("students.")}
+    width = {n: t for n, t in read_tensors(run_folder / "width.json").items() if not n.startswith("students.")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copyfile(run_folder / "teacher.safetensors", folder / "teacher.safetensors")

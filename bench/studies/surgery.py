@@ -131,7 +131,9 @@ def main(
     print(f"one at a time: {single:.1f} s, {single / chunked:.0f} times as long")
     print(f"{same} of {len(removed)} units go in the same place of the order")
     print(f"squared error of the outputs at {counts[-1]} units: {errors[0]:.12g} and {errors[1]:.12g}")
-    print(f"largest difference of a weight: {float((got - wanted).abs().max() / wanted.abs().max()):.1e} of the largest")
+    print(
+        f"largest difference of a weight: {float((got - wanted).abs().max() / wanted.abs().max()):.1e} of the largest"
+    )
 
 
 if __name__ == "__main__":

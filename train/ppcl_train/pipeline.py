@@ -44,7 +44,7 @@ STAGES = (
     Stage("teacher", teacher.OUTPUT, teacher.train),
     Stage("select", select.OUTPUT, select.select),
     Stage("students", students.OUTPUT, students.distil, parallel=True),
-    Stage("width", width.OUTPUT, width.prune),
+    Stage("width", width.OUTPUT, width.prune, parallel=True),
     Stage("recover", recover.OUTPUT, recover.recover, parallel=True),
     Stage("refine", recover.REFINED, recover.refine, parallel=True),
     Stage("compress", compress.OUTPUT, compress.compress),

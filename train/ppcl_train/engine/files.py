@@ -53,11 +53,14 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a file.
+    """Read all tensors of a file, or of the files that a list names (`engine.parts`).
 
     Raises:
-        ValueError: the file is missing, cut or altered.
+        ValueError: a file is missing, cut or altered.
     """
+    if path.suffix == ".json":
+        files = (read_tensors(path.parent / name) for name in read_content(path)["files"])
+        return {name: tensor for held in files for name, tensor in held.items()}
     with _whole(path):
         return load_file(path)
 

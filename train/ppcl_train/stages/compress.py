@@ -18,8 +18,9 @@ from ppcl_rt.checkpoint.composed import Bases, ComposedCheckpoint, composed
 from ppcl_rt.model.tensors import held_index
 from ppcl_train.closed_form.block_statistics import BlockStatistics
 from ppcl_train.closed_form.compression import moments, output_error, truncated, truncated_map
-from ppcl_train.closed_form.text_runs import observe_text_runs
+from ppcl_train.closed_form.text_runs import later_blocks, observe_text_runs
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.data.passes import Passes
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.stages import recover
@@ -70,14 +71,17 @@ class _Compressor:
         runnable = [("{}.{}".format(*architecture.place(n)), block, n) for n, block in enumerate(model.blocks())]
         runnable += [(f"students.{key}", block, Interval.of_key(key).first) for key, block in model.students.items()]
         read = modulation_inputs(self.run, model)
-        for portion in portions(runnable, self.run.width.blocks_at_once):
-            statistics = observe(self.run, model, portion, samples)
+        runnable.sort(key=lambda each: each[2])
+        passes = Passes(self.run, model, samples)
+        for portion, _ in portions(runnable, self.run.width.blocks_at_once):
+            statistics = observe(passes, portion)
             for prefix, _, first in portion:
                 if prefix.startswith("students."):
                     self._student(prefix, statistics[prefix], read.get(architecture.kind(first)))
                 self._replacements(prefix, statistics[prefix])
         if model.catalog.text_runs:
-            for path, fit, rows in observe_text_runs(self.run, model, samples).maps(architecture.depth):
+            reach = later_blocks(model, self.run.width.longest_text_run)
+            for path, fit, rows in observe_text_runs(passes, reach).maps(architecture.depth):
                 if f"{path}.weight" in self.tensors:
                     weight, bias = self.tensors[f"{path}.weight"], self.tensors[f"{path}.bias"]
                     self._store(path, truncated_map(fit, rows, weight, bias, self.share, self.dtype))

@@ -81,7 +81,7 @@ def recover(run: RunConfig, folder: Path) -> None:
     are trained, the teacher's own included, with the dense plan among the plans. Every process of a world calls this;
     the processes share each batch.
     """
-    start = read_tensors(folder / "students.safetensors") | read_tensors(folder / "width.safetensors")
+    start = read_tensors(folder / "students.safetensors") | read_tensors(folder / "width.json")
     config = run.recover
     _end_to_end(run, folder, Log(folder, "recover"), config, _CLOSED_FORMS, start, OUTPUT, config.kept_steps)
 
