@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python bench/studies/measuring.py examples/scenes --samples 32
 
-Prints seconds for each way, of the clock and of the processor (of the process that took longest, which is what the clock
-would show on a machine with nothing else to do); and how far losses are from those of whole forwards.
+Prints seconds for each way, of the clock and of the processor (of the process that took longest, which is what the
+clock would show on a machine with nothing else to do); and how far losses are from those of whole forwards.
 """
 
 from __future__ import annotations

@@ -140,8 +140,10 @@ class WidthConfig(Frozen):
         longest_text_run: blocks of the longest text run (PPCL eq. 8); 1 for none.
         samples: calibration samples.
         ridge: share of the mean variance that is added to the variance of each input.
-        blocks_at_once: blocks whose Gram matrices are in memory together; the next ones take another pass of the
-            teacher.
+        blocks_at_once: blocks whose Gram matrices are in memory together, and first blocks of text runs whose
+            regressions are; the next ones take another pass of the teacher.
+        kept_bytes: the most bytes on disk, a process, for the streams that enter the block which the next pass begins
+            with; 0, or too few, and each pass begins at the first block.
     """
 
     heads: tuple[Share, ...] = (0.84, 0.67, 0.5)
@@ -152,6 +154,7 @@ class WidthConfig(Frozen):
     samples: PositiveInt = 4096
     ridge: PositiveFloat = 1e-4
     blocks_at_once: PositiveInt = 64
+    kept_bytes: int = Field(40_000_000_000, ge=0)
 
     @property
     def is_empty(self) -> bool:
