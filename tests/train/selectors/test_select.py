@@ -270,7 +270,7 @@ def test_students_that_closed_forms_beat_are_not_chosen(measured, model):
     """Half of all channels for nothing: no plan needs a student down to what they save."""
     found = table.read(measured)
     full = model.catalog.spec(0).full
-    counts = {group: (units, 1) if group in ("image", "text") else (units,) for group, units in full.items()}
+    counts = {group: (units, 1) if group in ("heads", "image", "text") else (units,) for group, units in full.items()}
     widths = {group: tuple(LegalCount(n, 0.0 if n == of[0] else 1e-9) for n in of) for group, of in counts.items()}
     others = model.catalog.model_copy(update={"blocks": (LegalWidths(widths),) * 4})
     smallest = min(others.ratio(plan) for plan in Planner(others).plans(0.02))
