@@ -2,7 +2,7 @@
 
     python bench/studies/closed_form.py runs/scenes [--prompts 2000]
 
-Reads the teacher and the closed forms (``width.safetensors``) of a run folder, as they were before recovery. Nothing
+Reads the teacher and the closed forms (``width.json``) of a run folder, as they were before recovery. Nothing
 but the MLP channels changes.
 """
 
@@ -30,7 +30,7 @@ def _half_of_channels(spec: BlockSpec) -> Width:
 def main(run_folder: Path, prompts: Annotated[int, typer.Option(min=5)] = 2000, seed: int = 1) -> None:
     """Print the velocity error, and the scores next to those of the teacher."""
     run = pipeline.config_of(run_folder)
-    model = opened(run, assembled(run, run_folder, stored_in(run_folder / "width.safetensors")))
+    model = opened(run, assembled(run, run_folder, stored_in(run_folder / "width.json")))
     catalog = model.catalog
     depth = catalog.architecture.depth
     plan = catalog.compose((n, _half_of_channels(catalog.spec(n))) for n in range(depth))

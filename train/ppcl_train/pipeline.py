@@ -48,10 +48,10 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("teacher", teacher.OUTPUT, teacher.train),
-    Stage("width", width.OUTPUT, width.prune),
+    Stage("width", width.OUTPUT, width.prune, parallel=True),
     Stage("select", select.OUTPUT, select.select, parallel=True, take_part=select.take_part),
     Stage("students", students.OUTPUT, students.distil, parallel=True),
-    Stage("compress", compress.OUTPUT, compress.compress),
+    Stage("compress", compress.OUTPUT, compress.compress, parallel=True),
     Stage("recover", recover.OUTPUT, recover.recover, parallel=True, take_part=recover.take_part),
     Stage("refine", recover.REFINED, recover.refine, parallel=True, take_part=recover.take_part),
     Stage("measure", measure.OUTPUT, measure.measure, parallel=True, take_part=measure.take_part),

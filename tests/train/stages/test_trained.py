@@ -30,7 +30,7 @@ def begun(tmp_path_factory):
     write_tensors(folder / "random.safetensors", dict(model.named_parameters()), {})
     pipeline.begin(RUN, folder, folder / "random.safetensors")
     pipeline.run_stages(RUN, folder, last="compress")
-    return folder, stored_in(folder / "width.safetensors") | stored_in(folder / "compressed.safetensors")
+    return folder, stored_in(folder / "width.json") | stored_in(folder / "compressed.json")
 
 
 def training(folder, tensors, everything=False):

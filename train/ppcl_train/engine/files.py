@@ -55,21 +55,27 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a file.
+    """Read all tensors of a file, or of the files that a list names (`engine.parts`).
 
     Raises:
-        ValueError: the file is missing, cut or altered.
+        ValueError: a file is missing, cut or altered.
     """
+    if path.suffix == ".json":
+        files = (read_tensors(path.parent / name) for name in read_content(path)["files"])
+        return {name: tensor for held in files for name, tensor in held.items()}
     with _whole(path):
         return load_file(path)
 
 
 def stored_in(path: Path) -> dict[str, Stored]:
-    """List the tensors of a file, which are read when they are asked for.
+    """List the tensors of a file, or of all files that a JSON file lists, which are read when they are asked for.
 
     Raises:
-        ValueError: the file is missing, cut or altered.
+        ValueError: a file is missing, cut or altered.
     """
+    if path.suffix == ".json":
+        files = (stored_in(path.parent / name) for name in read_content(path)["files"])
+        return {name: each for listed in files for name, each in listed.items()}
 
     def read(name: str) -> torch.Tensor:
         with _whole(path), safe_open(path, framework="pt") as file:

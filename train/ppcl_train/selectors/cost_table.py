@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,9 @@ def select(run: RunConfig, folder: Path, others: Catalog) -> None:
     choices = choices_by_ratio(others, table.candidates, config.ratio_step, config.least_ratio)
     write_json(folder / OUTPUT, table.model_copy(update={"choices": choices}).model_dump(mode="json"))
     starts = {candidate.interval: candidate.start for candidate in table.candidates}
-    chosen = {interval for choice in choices for interval in choice.intervals}
+    # Those that most plans take come first.
+    taken = Counter(interval for choice in choices for interval in choice.intervals)
+    chosen = [interval for interval, _ in taken.most_common(config.most_students)]
     log(students=len(chosen), intervals=" ".join(map(str, sorted(chosen))))
     selection.write(folder, [Selected(interval, starts[interval]) for interval in chosen])
 

@@ -39,4 +39,4 @@ def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> tuple[C
     """Measure together with all processes that call this; returns what `sensitivities` does."""
     # In the storage dtype: losses are of what is stored.
     source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
-    return sensitivities(opened_as_factors(run, source)[0], run, folder, log)
+    return sensitivities(opened_as_factors(run, source, trains=False)[0], run, folder, log)

@@ -87,7 +87,7 @@ def _measured(
     run: RunConfig, source: ConvertedCheckpoint, catalog: Catalog, plans: Sequence[Plan], log: Log
 ) -> dict[Plan, tuple[float, ...]]:
     """The losses of plans in each band, which are not those that were predicted."""
-    error, found = VelocityError(opened_as_factors(run, source)[0], run), dict[Plan, tuple[float, ...]]()
+    error, found = VelocityError(opened_as_factors(run, source, trains=False)[0], run), dict[Plan, tuple[float, ...]]()
     for number, plan in enumerate(plans):
         found[plan] = error.of(plan)
         if number % _LOGGED == 0:

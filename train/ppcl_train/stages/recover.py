@@ -105,7 +105,7 @@ def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> None:
 def _measured(
     run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Callable[..., None]
 ) -> tuple[Catalog, dict[str, torch.Tensor]]:
-    model, _ = opened_as_factors(run, assembled(run, folder, start))
+    model, _ = opened_as_factors(run, assembled(run, folder, start), trains=False)
     return sensitivities(model, run, folder, log)
 
 

@@ -38,7 +38,7 @@ def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> None:
 
 
 def _closed_forms(run: RunConfig, folder: Path, log: Callable[..., None]) -> Catalog:
-    model, _ = opened_as_factors(run, assembled(run, folder, stored_in(folder / width.OUTPUT)))
+    model, _ = opened_as_factors(run, assembled(run, folder, stored_in(folder / width.OUTPUT)), trains=False)
     return sensitivities(model, run, folder, log)[0]
 
 

@@ -71,7 +71,7 @@ class _Difference(nn.Module):
             up = self._place.held(up)
         elif self._place is not None:
             down = self._place.held(down)
-        product = up @ down
+        product = up.float() @ down.float()
         base = self.base if self._computed is None else self._computed()
         weight = product if base is None else base + product
         return weight.to(self._dtype)
@@ -87,14 +87,15 @@ class Trained:
     Args:
         source: what the model is read from.
         everything: train the teacher's own blocks, and what lies outside of them, too.
+        trains: whether it will be trained; else nothing is in more bits than the model computes in.
 
     Attributes:
         parameters: in float32 whatever the model computes in: steps are too small for a coarser dtype.
     """
 
-    def __init__(self, source: ConvertedCheckpoint, everything: bool = False) -> None:
+    def __init__(self, source: ConvertedCheckpoint, everything: bool = False, trains: bool = True) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
-        self._source, self._everything = source, everything
+        self._source, self._everything, self._trains = source, everything, trains
         self._places: dict[str, _Place] = {}
         self._taken: set[str] = set()
 
@@ -167,8 +168,9 @@ class Trained:
             if name == "weight" and f"{stored}.up" in self._source.stored_names and not whole:
                 self._add_factors(path, stored, layer, place, computed)
                 continue
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+            if self._trains:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
             self.parameters[f"{stored}.{name}"] = parameter
             if place is not None and (place.axis == 0 or name == "weight"):
                 self._places[f"{stored}.{name}"] = place
@@ -182,7 +184,8 @@ class Trained:
         computed: Callable[[], torch.Tensor] | None,
     ) -> None:
         weight = layer.weight
-        up, down = (self._source.read_stored(f"{stored}.{f}").to(weight.device).float() for f in ("up", "down"))
+        dtype = torch.float32 if self._trains else weight.dtype
+        up, down = (self._source.read_stored(f"{stored}.{f}").to(weight.device, dtype) for f in ("up", "down"))
         frozen = self._source.base_of(path) if computed is None else None
         if frozen is not None:
             frozen = (frozen if place is None else place.held(frozen)).to(weight)
@@ -190,17 +193,22 @@ class Trained:
         parametrize.register_parametrization(layer, "weight", made, unsafe=True)
         held = layer.parametrizations.weight
         for which, factor in (("up", held.original0), ("down", held.original1)):
-            factor.requires_grad_(True)
+            factor.requires_grad_(self._trains)
             self.parameters[f"{stored}.{which}"] = factor
 
 
-def opened_as_factors(run: RunConfig, source: ConvertedCheckpoint, everything: bool = False) -> tuple[Any, Trained]:
+def opened_as_factors(
+    run: RunConfig, source: ConvertedCheckpoint, everything: bool = False, trains: bool = True
+) -> tuple[Any, Trained]:
     """Load a model whose layers are held as they are stored; one block at a time is whole.
 
+    Args:
+        everything, trains: as of `Trained`.
+
     Returns:
-        The model, and what can be trained of it (`Trained`).
+        The model, and what can be trained of it.
     """
-    trained = Trained(source, everything)
+    trained = Trained(source, everything, trains)
     model = opened(run, source, trained.add_block)
     trained.add_outside(model)
     return model, trained
