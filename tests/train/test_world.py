@@ -33,6 +33,7 @@ def alone(tmp_path_factory):
 def begun(folder, alone):
     """A run folder that has come to the stage *select*."""
     folder.mkdir()
+    shutil.copytree(alone / "width", folder / "width")
     for name in (pipeline.CONFIG, teacher.OUTPUT, width.OUTPUT):
         shutil.copyfile(alone / name, folder / name)
     return folder
