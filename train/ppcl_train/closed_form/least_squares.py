@@ -49,7 +49,7 @@ class LeastSquares:
         root = torch.ones_like(x[:, 0], dtype=dtype) if weight is None else weight.to(dtype).sqrt()
         with _exact(x.device):
             for portion in (slice(start, start + _ROWS) for start in range(0, len(x), _ROWS)):
-                self._add(*(each[portion].to(dtype) for each in (x, y)), root[portion, None])
+                self._add(x[portion].to(dtype), y[portion].to(dtype), root[portion, None])
 
     def _add(self, x: torch.Tensor, y: torch.Tensor, root: torch.Tensor) -> None:
         assert self.shifts is not None, "`add` sets them"
