@@ -21,7 +21,7 @@ from ppcl_train.config.stages import EndToEndConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.passes import Passes
 from ppcl_train.stages import teacher
-from ppcl_train.stages.draft import legal_counts
+from ppcl_train.stages.assembly import legal_counts
 from ppcl_train.stages.recover import Plans, random_plan
 from ppcl_train.stages.width import compress_block, modulation_inputs
 

@@ -12,7 +12,6 @@ from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.parts import Parts
-from ppcl_train.selectors import selection
 from ppcl_train.stages import teacher, width
 
 SMALL = with_changes(
@@ -78,8 +77,6 @@ def prepare(model, tmp_path_factory):
     def folder(name):
         path = tmp_path_factory.mktemp("width") / name
         write_tensors(path / "teacher.safetensors", model, {})
-        write_tensors(path / "students.safetensors", {}, {})
-        selection.write(path, [])
         return path
 
     return folder

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ppcl_rt import Interval, Streams
+from ppcl_train.closed_form.compression import map_as_factors
 from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import streams
@@ -106,7 +107,7 @@ def fit_text_runs(
     """Fit maps of text runs (`Plan.text_runs`) in one pass of the teacher; args as of `observe_text_runs`.
 
     Returns:
-        ``text_runs.{first}.z_{n}.weight`` ``[D, D]`` and ``.bias`` ``[D]`` for what block n reads, and
+        ``text_runs.{first}.z_{n}.weight`` ``[D, D]``, or its factors, and ``.bias`` ``[D]`` for what block n reads, and
         ``text_runs.{first}.text_{last}`` for how the text goes on after a run.
     """
     fits = observe_text_runs(passes, reach, following)
@@ -115,4 +116,5 @@ def fit_text_runs(
     for path, fit, rows in fits.maps(passes.model.catalog.architecture.depth):
         weight, bias = solved[id(fit)]
         maps[f"{path}.weight"], maps[f"{path}.bias"] = weight[rows].clone(), bias[rows].clone()
+        map_as_factors(run, fit, rows, path, maps)
     return maps

@@ -13,25 +13,25 @@ timesteps), one pass of the teacher for a portion of blocks (`data.passes`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from ppcl_rt import LINEAR_MAP, Interval, Streams
+from ppcl_rt import LINEAR_MAP, Streams
 from ppcl_rt.convert.low_rank import Inputs, LowRank
 from ppcl_train.closed_form.block_statistics import BlockStatistics, pass_by
+from ppcl_train.closed_form.compression import store_as_factors
 from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.closed_form.text_runs import fit_text_runs, later_blocks
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.passes import Passes
 from ppcl_train.engine.distributed import World, join
-from ppcl_train.engine.files import read_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.parts import Parts
-from ppcl_train.stages.draft import legal_counts, open_draft, write_draft
+from ppcl_train.stages.assembly import assembled, legal_counts, opened
 
 Item = TypeVar("Item")
 
@@ -42,24 +42,23 @@ _TIMESTEPS = 512
 
 # Prefix of tensor names, block, and number of the teacher's block whose input it reads.
 Runnable = tuple[str, Any, int]
+# The settings, prefix and statistics of a block, and what its modulations read -> its tensors, by name inside of it.
+Make = Callable[[RunConfig, str, BlockStatistics, "torch.Tensor | None"], dict[str, torch.Tensor]]
 
 
 def prune(run: RunConfig, folder: Path) -> None:
-    """Find what blocks run at narrower widths, and the maps of text runs; every process takes a share of the blocks.
+    """Find what blocks run at narrower widths, and maps of text runs; every process takes a share of the blocks.
 
     Writes a file for each block, and for each block that text runs begin with, into ``width/``, and last of all
     ``width.json``, which lists them. What is there is not made again. The result is that of one process bit for bit.
     """
     log, world = Log(folder, "width"), join()
-    if world.is_main:
-        write_draft(run, folder, read_tensors(folder / "students.safetensors"))
-    world.wait()
-    model = open_draft(run, folder)
-    architecture = model.catalog.architecture
-    runnable = [("{}.{}".format(*architecture.place(n)), block, n) for n, block in enumerate(model.blocks())]
-    runnable += [(f"students.{key}", block, Interval.of_key(key).first) for key, block in model.students.items()]
-    parts = Parts(folder / "width")
-    names = narrow(run, model, runnable, parts, log, world)
+    parts, names = Parts(folder / "width"), list[str]()
+    if not run.width.is_empty:
+        model = opened(run, assembled(run, folder, {}))
+        architecture = model.catalog.architecture
+        runnable = [("{}.{}".format(*architecture.place(n)), block, n) for n, block in enumerate(model.blocks())]
+        names += narrow(run, model, runnable, parts, log, world)
     if run.width.longest_text_run > 1:
         names += map_text_runs(run, model, parts, log, world)
     world.wait()
@@ -67,12 +66,30 @@ def prune(run: RunConfig, folder: Path) -> None:
         parts.list_in(folder / OUTPUT, names, {"samples": run.width.samples})
 
 
-def narrow(run: RunConfig, model: Any, runnable: list[Runnable], parts: Parts, log: Log, world: World) -> list[str]:
-    """Compute what some blocks run at narrower widths (`compress_block`), each into a file of its own.
+def closed_forms(
+    run: RunConfig, statistics: BlockStatistics, read_by_modulations: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """What a block runs at narrower widths (`compress_block`), as factors where these are smaller and near enough."""
+    tensors = compress_block(run, statistics, read_by_modulations)
+    store_as_factors(run, statistics, tensors)
+    return tensors
+
+
+def narrow(
+    run: RunConfig,
+    model: Any,
+    runnable: list[Runnable],
+    parts: Parts,
+    log: Log,
+    world: World,
+    make: Make = lambda run, prefix, statistics, read: closed_forms(run, statistics, read),
+) -> list[str]:
+    """Compute what some blocks run at narrower widths, each into a file of its own.
 
     Args:
         model: the dense model.
         runnable: the blocks.
+        make: computes the tensors of a block, by name inside of it.
 
     Returns:
         The names of all files.
@@ -87,7 +104,7 @@ def narrow(run: RunConfig, model: Any, runnable: list[Runnable], parts: Parts, l
         statistics = observe(passes, portion, following[2] if following else 0, run.width.maps)
         for prefix, _, first in portion:
             # Taken out: the sums of a block are of no use any more, and the largest thing in memory.
-            made = compress_block(run, statistics.pop(prefix), read_by_modulations.get(kind(first)))
+            made = make(run, prefix, statistics.pop(prefix), read_by_modulations.get(kind(first)))
             parts.write(prefix, {f"{prefix}.{name}": tensor for name, tensor in made.items()})
         log(narrowed=sum(name in parts for name in names), of=len(names))
     passes.end()
@@ -177,7 +194,7 @@ def modulation_inputs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
 
 def compress_block(
     run: RunConfig, statistics: BlockStatistics, read_by_modulations: torch.Tensor | None
-) -> Mapping[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Compute the rank orders (``order.*``) and the replacements at narrower widths (``replacements.*``) of one block.
 
     Args:
