@@ -3,7 +3,7 @@
 A portion needs the teacher no further than its last block. What enters the block that the next portion begins with is
 kept on disk: the next pass goes on from there. With 60 blocks, 8 a portion, all passes together run 60 blocks a sample,
 in the place of 284 from the first block to the last of each portion, and of 480 through the whole teacher. At
-Qwen-Image's size a sample's streams take 26 MB in bfloat16 (4,300 tokens x 3,072), twice while a pass runs.
+4,300 tokens x 3,072 a sample's streams take 26 MB in bfloat16, twice while a pass runs.
 """
 
 from __future__ import annotations
