@@ -41,7 +41,10 @@ class Passes:
         self.model, self._run, self._samples, self._folder = model, run, samples, folder
 
     def over(self, numbers: range, following: int) -> Iterator[tuple[Inputs, Callable[[streams.Step], None]]]:
-        """Yield every batch, and with it a function that walks some blocks: its argument runs each of them.
+        """Yield every batch, and with it a function that walks some blocks.
+
+        Its argument runs a block: each of these, and before them those after the last one whose input was kept. What
+        is kept is what it returns, so passes that shall go on from one another run blocks in the same way.
 
         Args:
             numbers: of the blocks.
@@ -54,11 +57,10 @@ class Passes:
     def _walk(self, number: int, batch: Inputs, numbers: range, following: int, step: streams.Step) -> None:
         state, context = streams.enter(self.model, batch)
         first, state = self._kept(number, numbers.start, state)
-        blocks = self.model.blocks()
         for n in range(first, numbers.stop):
             if n == following:
                 self._keep(number, n, state, len(batch.x))
-            state = step(n, state, context) if n in numbers else streams.run_block(blocks[n], state, context)
+            state = step(n, state, context)
         if following == numbers.stop:
             self._keep(number, following, state, len(batch.x))
 
