@@ -23,6 +23,7 @@ from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.engine.optimisers import adamw, adamw_class, autocast, take_step
+from ppcl_train.engine.sharding import Sharding
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.selection import Selected
@@ -206,7 +207,7 @@ def distil(run: RunConfig, folder: Path) -> None:
         # Not diffusers' `to`, which warns of modules that it would keep in float32; there are none here.
         nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
-        world.shard(teacher)
+        Sharding(world).add(teacher)
     teacher.to(world.device)
     teacher_streams = TeacherStreams(run, folder, teacher, division)
 
