@@ -63,7 +63,7 @@ def group(use: str) -> Any:
     All of them are made in `join`.
     """
     patience = {"saving": _WRITING, "waiting": _PATIENCE, "calling": timeout() / 4}
-    return dist.newgroup(backend="gloo", timeout=patience[use])
+    return dist.new_group(backend="gloo", timeout=patience[use])
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def join() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_processgroup("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout())
         for use in ("saving", "waiting", "calling"):
             group(use)
         # The threads of the group must end before the interpreter does, or the process aborts.

@@ -65,10 +65,11 @@ class LoopState:
         note = {
             "step": done,
             "of": of,
-            "plain": world.union(self._optimiser_state(tensors=False)),
+            "plain": dict(sorted(world.union(self._optimiser_state(tensors=False)).items())),
             "losses": world.union({name: asdict(loss) for name, loss in self.losses.items()}),
         }
-        saves.write(done, self._tensors(), note)
+        # In one order, whether or not an optimiser was put back: a resumed run leaves the same bytes.
+        saves.write(done, dict(sorted(self._tensors().items())), note)
 
     def restore(self, saves: Saves, state: Path) -> int:
         """Put a saved state in place; returns the number of steps done.

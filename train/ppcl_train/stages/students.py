@@ -135,6 +135,8 @@ class TeacherStreams:
     def __init__(self, run: RunConfig, folder: Path, teacher: Any, division: Division) -> None:
         self._run, self._config, self._teacher, self._division = run, run.students, teacher, division
         peers = division.peers
+        # A batch that cannot be shared is refused now, not in the first step.
+        peers.share(run.students.batch)
         self._cache = StreamCache(folder / "states" / f"{peers.rank}-{peers.size}")
         self._cached = self._fill_cache() if self._config.cache_bytes else 0
 
