@@ -16,6 +16,7 @@ from ppcl_train.closed_form.cka import linear_cka
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration, streams
+from ppcl_train.data.prefix import HeldStreams
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.log import Log
@@ -191,8 +192,8 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
 
 
 def loss_of(model):
-    traced = table.TracedBatches(model, calibration.batches(TINY, 24, 77))
-    return table.StudentLoss(model, traced, bands=3), traced
+    held = HeldStreams(model, calibration.batches(TINY, 24, 77))
+    return table.StudentLoss(held, bands=3), held
 
 
 def test_a_perfect_student_costs_nothing(model):
@@ -206,7 +207,7 @@ def test_a_perfect_student_costs_nothing(model):
 
 
 def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
-    loss, traced = loss_of(model)
+    loss, held = loss_of(model)
     for interval in (Interval(0, 1), Interval(0, 2), Interval(2, 3)):
         student = selection.new_student(model.transformer_blocks, Selected(interval, "average"))
         whole = copy.deepcopy(model)
@@ -214,7 +215,7 @@ def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
         for n in range(interval.first + 1, interval.last + 1):
             idle(whole.transformer_blocks[n])
         error, scale = torch.zeros(3), torch.zeros(3)
-        for given in traced.inputs:
+        for given in held.batches:
             with torch.no_grad():
                 clean, dense = (given.clean(each(**given.call)[0]) for each in (whole, model))
             for band in range(3):
@@ -281,10 +282,10 @@ def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tm
         assert (folder / name).read_bytes() == (measured / name).read_bytes()
 
 
-def test_a_candidate_that_diverges_is_named(tmp_path, teacher_file):
+def test_a_candidate_that_diverges_is_named(tmp_path, teacher_file, model):
     config = with_changes(TINY, {"table.lr": 1e30, "table.warmup": 0})
     with pytest.raises(ValueError, match=r"candidate 0\.\.1 from its first block .* step 1: lower table\.lr"):
-        table.select(config, begun(config, tmp_path / "run", teacher_file))
+        table.select(config, begun(config, tmp_path / "run", teacher_file), model.catalog)
 
 
 def test_settings_of_the_selection_are_checked(model):
@@ -310,21 +311,21 @@ def test_select_is_short_for_the_setting(tmp_path):
 
 
 def test_a_teacher_in_bfloat16_is_measured_with_students_in_float32(model):
-    loss, traced = loss_of(model)
+    loss, held = loss_of(model)
     rough = copy.deepcopy(model).to(torch.bfloat16)
     inputs = []
-    for given in traced.inputs:
+    for given in held.batches:
         call = {
             name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in given.call.items()
         }
         inputs.append(dataclasses.replace(given, call=call))
-    seen = table.TracedBatches(rough, inputs)
+    seen = HeldStreams(rough, inputs)
     attempt = table._Trial(TINY, rough.blocks(), Selected(Interval(0, 1), "first"))
     attempt.train(seen, range(2))
     assert all(parameter.dtype == torch.float32 for parameter in attempt.student.parameters())
     student = selection.new_student(model.transformer_blocks, Selected(Interval(0, 1), "first"))
     # bfloat16 rounds to 2^-9; both errors are relative to the same velocity.
-    assert sum(table.StudentLoss(rough, seen, 3).by_band(Interval(0, 1), student)) == pytest.approx(
+    assert sum(table.StudentLoss(seen, 3).by_band(Interval(0, 1), student)) == pytest.approx(
         sum(loss.by_band(Interval(0, 1), student)), rel=0.1
     )

@@ -58,19 +58,30 @@ class BlockStatistics:
             to its stream on what the stream is without it.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, maps: bool = True) -> None:
+        """Begin with no data.
+
+        Args:
+            block: at full width.
+            maps: whether the regressions of maps are wanted; they take another run of the block.
+        """
         self.block, spec = block, block.spec
         self.inputs = {output.part.path: LeastSquares(output.part.columns) for output in spec.outputs}
-        self._mapped = [output for output in spec.outputs if spec.groups[output.segment.group].mappable]
+        self._mapped = [output for output in spec.outputs if maps and spec.groups[output.segment.group].mappable]
         self.maps = {output.name: LeastSquares(spec.dim, spec.dim) for output in self._mapped}
 
     @torch.no_grad()
-    def add(self, state: Streams, batch: Inputs, context: dict[str, Any]) -> None:
-        """Add what the block computes from the teacher's streams.
+    def add(self, state: Streams, batch: Inputs, context: dict[str, Any]) -> Streams:
+        """Run the block on the teacher's streams and add what it computes.
+
+        Regressions of maps take a second run, in which the block's MLPs put out nothing.
 
         Args:
             state: what enters the block.
             context: keyword arguments that the block is called with.
+
+        Returns:
+            What the block returns: of a block of the teacher, what enters the next one.
         """
         rows = _Rows(batch)
 
@@ -83,11 +94,13 @@ class BlockStatistics:
             for path, stream in passing.items()
         ]
         after = _run(self.block, state, context, hooks)
-        before = _run(self.block, state, context, [self._silence(output) for output in self._mapped])
+        if self._mapped:
+            before = _run(self.block, state, context, [self._silence(output) for output in self._mapped])
         for output in self._mapped:
             stream = output.part.stream
             x, y = _passing(before, stream), _passing(after, stream)
             self.maps[output.name].add(rows.of(x, stream), rows.of(y - x, stream), rows.weights(x, stream))
+        return after
 
     def _silence(self, output: Output) -> Any:
         """Make an output put out zero: a block whose MLPs do returns what its MLPs read."""
@@ -126,11 +139,7 @@ class BlockStatistics:
 
     def linear_map(self, output: Output, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Solve for the map that replaces an output; its bias is zero where the output has none of its own."""
-        fit = self.maps[output.name]
-        if not output.biased:
-            fit.gram = without_constant(fit.gram)
-            fit.cross[:, -1] = 0
-        return fit.solve(ridge)
+        return self.maps[output.name].solve(ridge, output.biased)
 
 
 def without_constant(gram: torch.Tensor) -> torch.Tensor:
