@@ -108,9 +108,10 @@ def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path, changes):
     assert same(train(tmp_path / "stopped", config), whole)
     states = [newest_state(tmp_path / name) for name in ("whole", "stopped")]
     # Averages, moments and running means too. (Notes in the headers of the files come in any order.)
-    assert same(*map(tensors_of, states)) and (states[0] / "note.json").read_bytes() == (
-        states[1] / "note.json"
-    ).read_bytes()
+    assert (
+        same(*map(tensors_of, states))
+        and (states[0] / "note.json").read_bytes() == (states[1] / "note.json").read_bytes()
+    )
     # One state, and nothing that is half written.
     assert [path.name for path in (tmp_path / "stopped" / "students.state").iterdir()] == [states[1].name]
 

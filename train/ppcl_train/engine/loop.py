@@ -7,9 +7,11 @@ at any moment and started again therefore ends with the same weights, bit for bi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import LoopConfig
@@ -88,7 +90,7 @@ def train_loop(
 
     with view(log.stage, config.steps, first, state.losses, world) as show, tracker(run, log, first, world) as track:
         for step in range(first, config.steps):
-            losses = _backpropagate(config, step, step_loss, next(iter(parameters.values())).device.type)
+            losses = _backpropagate(config, step, step_loss, parameters)
             for name, loss in losses.items():
                 if wrong := state.losses.setdefault(name, WatchedLoss()).take(loss):
                     raise fail(f"the loss{' of ' if name else ''}{name} {wrong}", step)
@@ -125,12 +127,15 @@ def _report(means: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _backpropagate(
-    config: LoopConfig, step: int, step_loss: Callable[[int], Losses], device_type: str
+    config: LoopConfig, step: int, step_loss: Callable[[int], Losses], parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
     """Run the batches of a step; returns the mean of every loss by name."""
+    first = next(iter(parameters.values()))
+    # Casts of shards would be casts of whole blocks, kept to the end of the step.
+    casting = partial(autocast, config.precision, first.device.type, keeps_casts=not isinstance(first, DTensor))
     losses: dict[str, list[float]] = {}
     for number in range(step * config.accumulate, (step + 1) * config.accumulate):
-        with autocast(config.precision, device_type):
+        with casting():
             found = step_loss(number)
         for name, loss in (found if isinstance(found, Mapping) else {"": found}).items():
             losses.setdefault(name, []).append(float(loss))
