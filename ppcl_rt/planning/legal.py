@@ -74,6 +74,13 @@ class LegalWidths(RootModel[dict[str, tuple[LegalCount, ...]]]):
         return Width({group: legal[0].units for group, legal in self.root.items()})
 
 
+def starting_blocks(interval: Interval, start: Start) -> tuple[int, ...]:
+    """The blocks of an interval that a student with some start is a copy of, or the mean of."""
+    first, last = interval.first, interval.last
+    starts = {"first": (first,), "middle": ((first + last) // 2,), "last": (last,)}
+    return starts.get(start, tuple(interval))
+
+
 class Student(Frozen):
     """A block distilled to stand in for an interval.
 
@@ -94,9 +101,7 @@ class Student(Frozen):
     @property
     def copied_from(self) -> tuple[int, ...]:
         """The teacher's blocks that it is a copy of, or the mean of."""
-        first, last = self.interval.first, self.interval.last
-        starts = {"first": (first,), "middle": ((first + last) // 2,), "last": (last,)}
-        return starts.get(self.start, tuple(self.interval))
+        return starting_blocks(self.interval, self.start)
 
 
 class TextRun(Frozen):

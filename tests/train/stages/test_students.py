@@ -241,3 +241,17 @@ def test_a_cache_that_holds_nothing_is_refused(tmp_path):
     prepare(tmp_path)
     with pytest.raises(ValueError, match="does not hold one batch"):
         students.distil(with_changes(TINY, {"students.cache_bytes": 1000}), tmp_path)
+
+
+def test_students_in_groups_are_those_that_are_trained_together(tmp_path):
+    """One group after the other, each with passes of the teacher of its own."""
+    assert [len(group) for group in students.in_groups(INTERVALS, 2)] == [1, 2, 2]
+    found = []
+    for at_once in (8, 2):
+        run, folder = with_changes(TINY, {"students.at_once": at_once}), tmp_path / str(at_once)
+        prepare(folder, config=run)
+        students.distil(run, folder)
+        found.append(read_tensors(folder / students.OUTPUT))
+    together, apart = found
+    assert together.keys() == apart.keys() and len({name.split(".")[1] for name in together}) == len(INTERVALS)
+    assert all(torch.equal(tensor, apart[name]) for name, tensor in together.items())

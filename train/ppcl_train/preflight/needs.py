@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ppcl_train.config.stages import LoopConfig
+from ppcl_train.config.stages import EndToEndConfig, LoopConfig
 from ppcl_train.preflight.sizes import Sizes
 
 # Bytes of a parameter in training: its float32 value and its gradient.
@@ -177,14 +177,13 @@ def compress(sizes: Sizes, processes: int) -> Needs:
     return Needs(device, flops, shared=False, leaves=4 * count * (sizes.stored(sizes.largest_block) + block))
 
 
-def _recovery(sizes: Sizes, processes: int, config: LoopConfig, kept_steps: int = 0) -> Needs:
-    shards = processes if getattr(config, "shard", False) else 1
-    checkpointing = getattr(config, "checkpointing", False)
+def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig, kept_steps: int = 0) -> Needs:
+    shards = processes if config.shard else 1
     numbers = trained_numbers(sizes) + (sizes.params if kept_steps else 0)
     batch = math.ceil(config.batch / processes)
     saved = sizes.architecture.depth * sizes.streams(batch)
     per_block = sizes.backward(batch, config.precision)
-    activations = saved + per_block if checkpointing else sizes.architecture.depth * per_block
+    activations = saved + per_block if config.checkpointing else sizes.architecture.depth * per_block
     device = {
         "teacher": _teacher(sizes, shards) * (2 if kept_steps else 1),
         "what is trained": numbers * (_VALUE + _GRADIENT + _moments(config)) / shards,
@@ -192,7 +191,7 @@ def _recovery(sizes: Sizes, processes: int, config: LoopConfig, kept_steps: int 
     }
     steps = config.steps + kept_steps
     # The teacher, the plan forward and backward, and once more forward where activations are computed again.
-    flops = config.batch * config.accumulate * steps * sizes.flops * (1 + 3 + checkpointing)
+    flops = config.batch * config.accumulate * steps * sizes.flops * (1 + 3 + config.checkpointing)
     measuring = _measuring(sizes)
     state = numbers * (_VALUE + _moments(config))
     return Needs(device, flops + measuring.flops, host=measuring.host, leaves=4 * numbers, during=2 * state)

@@ -133,7 +133,6 @@ _REMEDIES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "recover.shard": _on,
         "recover.checkpointing": _on,
         "recover.batch": _halved(),
-        "recover.eight_bit": _on,
         "compress.most_rank": _halved(16),
     },
     "measure": {"batch": _halved(2), "compress.most_rank": _halved(16)},

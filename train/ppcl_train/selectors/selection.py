@@ -13,7 +13,7 @@ from torch import nn
 
 from ppcl_rt import Interval
 from ppcl_rt.planning.frozen import Frozen, read_json
-from ppcl_rt.planning.legal import Start
+from ppcl_rt.planning.legal import Start, starting_blocks
 from ppcl_train.engine.files import read_content, write_json
 
 OUTPUT = "selected.json"
@@ -24,6 +24,11 @@ class Selected(NamedTuple):
 
     interval: Interval
     start: Start
+
+    @property
+    def copied_from(self) -> tuple[int, ...]:
+        """Numbers of the blocks whose mean the student begins as."""
+        return starting_blocks(self.interval, self.start)
 
 
 class _Selection(Frozen):
@@ -47,13 +52,7 @@ def new_student(blocks: Sequence[nn.Module], selected: Selected) -> nn.Module:
     Returns:
         The student, trainable, in float32 whatever the teacher computes in: steps are too small for a coarser dtype.
     """
-    interval = selected.interval
-    numbers = {
-        "first": [interval.first],
-        "middle": [(interval.first + interval.last) // 2],
-        "last": [interval.last],
-        "average": list(interval),
-    }[selected.start]
+    numbers = selected.copied_from
     student = copy.deepcopy(blocks[numbers[0]])
     with torch.no_grad():
         for name, parameter in student.named_parameters():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_rt import Interval, Streams
+from ppcl_rt.checkpoint.converted import Stored
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import StudentsConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.stream_cache import StreamCache
-from ppcl_train.data.teacher_file import load_teacher
+from ppcl_train.data.teacher_file import find_teacher, load_teacher
 from ppcl_train.engine.distributed import ALONE, World, join, owners
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
@@ -189,7 +191,8 @@ def distil(run: RunConfig, folder: Path) -> None:
     No student reads the output of another, so any subset of students can be plugged in, and one teacher pass a step
     feeds all of them. A student learns while the teacher waits at the end of the student's interval, and takes its
     optimiser's step at once: activations and gradients of one student at a time are in memory. (With ``accumulate``,
-    the gradients of all students are, from batch to batch.)
+    the gradients of all students are, from batch to batch.) More students than ``at_once`` are trained in groups, one
+    after the other.
 
     Every process of a world calls this.
 
@@ -205,19 +208,44 @@ def distil(run: RunConfig, folder: Path) -> None:
             write_tensors(folder / OUTPUT, {}, {"steps": 0})
         return
     teacher = load_teacher(run, folder)
-    division = Division.of(config, world, selected)
-    kind = adamw_class(config, log)
-    learners = {}
-    for each in division.own:
-        student = selection.new_student(teacher.blocks(), each).to(world.device)
-        learners[each.interval] = Learner(student, config, run.magnitude, division.peers, kind)
     if config.precision == "bf16":
         # Not diffusers' `to`, which warns of modules that it would keep in float32; there are none here.
         nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
         Sharding(world).add(teacher)
     teacher.to(world.device)
-    teacher_streams = TeacherStreams(run, folder, teacher, division)
+    divisions = [Division.of(config, world, group) for group in in_groups(selected, config.at_once)]
+    teacher_streams = TeacherStreams(run, folder, teacher, divisions[0])
+    log(students=len(selected), intervals=" ".join(str(each.interval) for each in selected))
+    trained: dict[str, torch.Tensor] = {}
+    for number, division in enumerate(divisions):
+        part = Log(folder, "students" if len(divisions) == 1 else f"students.{number}")
+        trained |= world.gather(_train(run, folder, part, teacher, teacher_streams, division))
+    if world.is_main:
+        write_tensors(folder / OUTPUT, trained, {"steps": config.steps})
+    # Every process has read its last batch before the cache is deleted.
+    world.wait()
+    if world.is_main:
+        teacher_streams.delete_cache()
+
+
+def in_groups(selected: Sequence[Selected], most: int) -> list[Sequence[Selected]]:
+    """Divide students into groups of at most so many, as equal as can be."""
+    count = -(-len(selected) // most)
+    bounds = [len(selected) * n // count for n in range(count + 1)]
+    return [selected[first:end] for first, end in itertools.pairwise(bounds)]
+
+
+def _train(
+    run: RunConfig, folder: Path, log: Log, teacher: Any, teacher_streams: TeacherStreams, division: Division
+) -> dict[str, torch.Tensor]:
+    """Train a group of students; returns the tensors of those that this process has trained, on the CPU."""
+    config, world = run.students, division.world
+    kind, stored = adamw_class(config, log), find_teacher(run, folder).tensors
+    learners = {}
+    for each in division.own:
+        student = _new_student(teacher, stored, each).to(world.device)
+        learners[each.interval] = Learner(student, config, run.magnitude, division.peers, kind)
 
     def step_loss(number: int) -> dict[str, float]:
         losses = teacher_streams.learn(number, learners)
@@ -227,7 +255,6 @@ def distil(run: RunConfig, folder: Path) -> None:
         for learner in learners.values():
             learner.average()
 
-    log(students=len(selected), intervals=" ".join(str(each.interval) for each in selected))
     trained = train_loop(
         run,
         config,
@@ -242,10 +269,17 @@ def distil(run: RunConfig, folder: Path) -> None:
         world=world,
         before_update=average,
     )
-    gathered = world.gather(trained)
-    if world.is_main:
-        write_tensors(folder / OUTPUT, gathered, {"steps": config.steps})
-    # Every process has read its last batch before the cache is deleted.
-    world.wait()
-    if world.is_main:
-        teacher_streams.delete_cache()
+    return {name: tensor.cpu() for name, tensor in trained.items()}
+
+
+def _new_student(teacher: Any, stored: Mapping[str, Stored], selected: Selected) -> nn.Module:
+    """As `selection.new_student`, out of the teacher's files: in memory its blocks may be spread over processes."""
+    architecture, numbers = teacher.catalog.architecture, selected.copied_from
+    student: nn.Module = teacher.meta_block(architecture.kind(numbers[0]))
+    prefixes = ["{}.{}".format(*architecture.place(n)) for n in numbers]
+    state = {
+        name: torch.stack([stored[f"{prefix}.{name}"].read().float() for prefix in prefixes]).mean(0)
+        for name in student.state_dict()
+    }
+    student.load_state_dict(state, assign=True)
+    return student.requires_grad_(True)
