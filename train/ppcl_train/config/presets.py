@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.config.stages import (
+    CompressConfig,
     MeasureConfig,
     ProbesConfig,
     RecoverConfig,
@@ -34,24 +37,69 @@ _QWEN_IMAGE = RunConfig(
     teacher=TeacherConfig(pretrained="Qwen/Qwen-Image", dtype="bfloat16", drop_caption=0.1),
     # Gram matrices take 75 MB for each block and stream, whatever the number of samples.
     probes=ProbesConfig(samples=1024, batch=8, precision="bf16"),
-    # The streams of a sample take 1.6 GB in bfloat16 (61 x 4,200 tokens x 3,072). 16 samples are held to train on,
-    # and 8 to measure on, twice each for the guidance.
-    table=TableConfig(batches=4, batch=4, samples=8, lr=4e-4, least_ratio=0.35),
+    # The streams of a sample between two blocks take 26 MB in bfloat16 (4,300 tokens x 3,072).
+    table=TableConfig(batches=4, batch=4, samples=8, lr=4e-4, least_ratio=0.35, most_students=8),
     # AdamW has betas (0.9, 0.95) as everywhere. The paper compares directions alone (magnitude 0), as
     # select = "eq5" does.
-    students=StudentsConfig(steps=6000, batch=8, lr=1e-4, warmup=100, precision="bf16", magnitude=1.0),
+    students=StudentsConfig(
+        steps=6000, batch=8, lr=1e-4, warmup=100, precision="bf16", magnitude=1.0, shard_teacher=True
+    ),
     # The paper's 2,000 steps of width and 1,000 of fine-tuning, both end to end here. The paper also tunes the kept
     # blocks (`kept_steps`); here they are left as they are, so that ratio 1 stays the stock model.
-    recover=RecoverConfig(steps=3000, batch=8, lr=1e-5, weight_decay=0.02, warmup=50, precision="bf16"),
+    recover=RecoverConfig(
+        steps=3000, batch=8, lr=1e-5, weight_decay=0.02, warmup=50, precision="bf16", shard=True, checkpointing=True
+    ),
+    # Whole, the layers of all counts and the maps of text runs would be 14 billion numbers more in training.
+    compress=CompressConfig(most_rank=512),
     # A Gram matrix of 12,288 channels takes 1.2 GB in float64, and a block has two: few blocks at once, in several
     # passes.
-    width=WidthConfig(heads=(20 / 24, 16 / 24, 12 / 24), ranks=(256, 64, 16), samples=512, blocks_at_once=8),
+    width=WidthConfig(
+        heads=(20 / 24, 16 / 24, 12 / 24), ranks=(256, 64, 16), samples=512, blocks_at_once=6, longest_text_run=3
+    ),
     # Of 50 timesteps, all are measured at, some of them twice.
     measure=MeasureConfig(samples=64, spacing=0.02, other_spacing=0.1),
     # As the model is published: 50 steps, a guidance of 4, a space as the negative prompt. The shift is that of
     # 4,096 tokens, exp(0.69).
     sampler=Sampler(steps=50, shift=2.0, terminal=0.02, guidance=4.0, negative=" "),
 )
+
+# What one GPU of 80 GB and a weekend have time for: a few counts of each group, two students at a time, layers of low
+# rank, and 200 to 5,000 images of one's own or that the teacher draws.
+_ONE_GPU: dict[str, Any] = {
+    "batch": 4,
+    "width.heads": [16 / 24],
+    "width.channels": [0.5, 0.25],
+    "width.maps": False,
+    "width.ranks": [64],
+    "width.longest_text_run": 1,
+    "width.blocks_at_once": 6,
+    "width.samples": 256,
+    "compress.most_rank": 256,
+    "table.lengths": [2, 3, 4],
+    "table.starts": ["first", "last", "average"],
+    "table.batch": 2,
+    "table.batches": 8,
+    "table.most_students": 4,
+    "students.steps": 2000,
+    "students.batch": 4,
+    "students.at_once": 2,
+    "students.checkpointing": True,
+    "students.shard_teacher": False,
+    "recover.steps": 2000,
+    "recover.batch": 4,
+    "recover.shard": False,
+    "measure.samples": 32,
+    "measure.spacing": 0.05,
+    "measure.candidates": 2,
+}
+# Modulations, widths and maps in closed form, and nothing that is trained: what closed forms leave is what there is.
+_CLOSED_FORM: dict[str, Any] = {
+    **_ONE_GPU,
+    "table.most_students": 0,
+    "recover.steps": 0,
+    "refine.steps": 0,
+    "measure.candidates": 1,
+}
 
 # FLUX.1-dev, with the settings of Qwen-Image but for what follows from the model. It was distilled for guidance: its
 # sampler calls it once a denoising step, under the prompt alone, so no captions are dropped. The streams of a sample
@@ -120,7 +168,10 @@ PRESETS = {
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
     ),
     "qwen-image": _QWEN_IMAGE,
+    "qwen-image-1gpu": with_changes(_QWEN_IMAGE, _ONE_GPU),
+    "closed-form": with_changes(_QWEN_IMAGE, _CLOSED_FORM),
     "flux": _FLUX,
+    "flux-1gpu": with_changes(_FLUX, _ONE_GPU),
     # FLUX.1-schnell: four denoising steps, and a scheduler that shifts nothing.
     "flux-schnell": with_changes(
         _FLUX,

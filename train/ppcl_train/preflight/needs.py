@@ -115,6 +115,8 @@ def select(sizes: Sizes, processes: int) -> Needs:
     run, table = sizes.run, sizes.run.table
     depth, block = sizes.architecture.depth, sizes.block_params(sizes.largest_block)
     base = {"teacher": _teacher(sizes)}
+    if run.select == "table" and table.most_students == 0:
+        return Needs({}, 0.0)
     if run.select != "table":
         probes = run.probes
         grams = 2 * depth * 3 * 8 * (sizes.architecture.dim + 1) ** 2
@@ -140,9 +142,11 @@ def select(sizes: Sizes, processes: int) -> Needs:
 
 def students(sizes: Sizes, processes: int) -> Needs:
     """The stage *students*: those of one group at a time, with their moments; gradients of one of them."""
+    if not sizes.most_students:
+        return Needs({}, 0.0)
     config = sizes.run.students
     block = sizes.block_params(sizes.largest_block)
-    at_once = min(config.at_once, sizes.architecture.depth // 2)
+    at_once = min(config.at_once, sizes.most_students)
     mine = math.ceil(at_once / processes) if config.parallel == "intervals" else at_once
     groups = math.ceil(sizes.most_students / at_once)
     batch = config.batch if config.parallel == "intervals" else math.ceil(config.batch / processes)
@@ -206,6 +210,8 @@ def trained_numbers(sizes: Sizes) -> float:
 
 def recover(sizes: Sizes, processes: int) -> Needs:
     """The stage *recover*."""
+    if not sizes.run.recover.steps + sizes.run.recover.kept_steps:
+        return Needs({}, 0.0)
     return _recovery(sizes, processes, sizes.run.recover, sizes.run.recover.kept_steps)
 
 

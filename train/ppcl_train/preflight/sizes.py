@@ -8,6 +8,7 @@ at once are counted.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import find_pretrained
 from ppcl_train.engine.live_bytes import LiveBytes
 from ppcl_train.engine.optimisers import autocast
+from ppcl_train.families import base as families
 from ppcl_train.stages.assembly import legal_counts
 
 
@@ -52,9 +54,8 @@ class Sizes:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
-        self._model = registry.model_class(run.task)
-        self._settings = self._settings_of(run)
-        self.architecture: Architecture = self._described(self._settings).catalog.architecture
+        self._settings = json.dumps(self._settings_of(run))
+        self.architecture, self._config = _described(run.task, self._settings)
         self.tokens = Tokens(*registry.reference(run.task))
         self.itemsize = getattr(torch, run.teacher.dtype).itemsize
 
@@ -69,10 +70,6 @@ class Sizes:
             return {name: value for name, value in described.items() if not name.startswith("_")}
         # The defaults of diffusers' class are the published model's.
         return {}
-
-    def _described(self, settings: Mapping[str, Any]) -> Any:
-        with torch.device("meta"):
-            return self.run.family.build(settings)
 
     # Parameters.
 
@@ -211,11 +208,10 @@ class Sizes:
 
     def forward(self, batch: int) -> int:
         """The most bytes that a forward of the teacher holds next to its weights, without gradients."""
-        settings = self._described(self._settings).config
-        found: int = self._model.activation_bytes(settings, self.tokens._replace(batch=batch), self.itemsize)
+        tokens = self.tokens._replace(batch=batch)
+        found: int = registry.model_class(self.run.task).activation_bytes(self._config, tokens, self.itemsize)
         return found
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - a handful of sizes, which live as long as the program
     def backward(self, batch: int, precision: Literal["no", "bf16"]) -> int:
         """The most bytes that a block with all its parameters in training holds at once, next to its weights.
 
@@ -223,19 +219,37 @@ class Sizes:
             batch: samples.
             precision: as in `LoopConfig`.
         """
-        before = torch.get_default_dtype()
-        try:
-            # Weights that are trained are in float32.
-            torch.set_default_dtype(torch.float32)
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                shallow = self.run.family.build({**self._settings, **dict.fromkeys(self._model.depth_settings, 1)})
-                block, call = _first_call(shallow, shallow.example(self.tokens._replace(batch=batch)))
-                with LiveBytes() as live, autocast(precision, "cpu", keeps_casts=False):
-                    out = block(**call)
-                    sum(stream.float().square().sum() for stream in out).backward()
-        finally:
-            torch.set_default_dtype(before)
-        return live.peak
+        return _backward(self.run.task, self._settings, self.tokens._replace(batch=batch), precision)
+
+
+# Asked for over and over while a setting is looked for that makes a stage fit.
+
+
+@functools.lru_cache(maxsize=16)
+def _described(task: str, settings: str) -> tuple[Architecture, Mapping[str, Any]]:
+    """The architecture and the config of a family's class with some settings, as JSON."""
+    with torch.device("meta"):
+        model = families.of(task).build(json.loads(settings))
+    return model.catalog.architecture, dict(model.config)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward(task: str, settings: str, tokens: Tokens, precision: Literal["no", "bf16"]) -> int:
+    """See `Sizes.backward`."""
+    family, before = families.of(task), torch.get_default_dtype()
+    one_each = dict.fromkeys(registry.model_class(task).depth_settings, 1)
+    try:
+        # Weights that are trained are in float32.
+        torch.set_default_dtype(torch.float32)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            shallow = family.build({**json.loads(settings), **one_each})
+            block, call = _first_call(shallow, shallow.example(tokens))
+            with LiveBytes() as live, autocast(precision, "cpu", keeps_casts=False):
+                out = block(**call)
+                sum(stream.float().square().sum() for stream in out).backward()
+    finally:
+        torch.set_default_dtype(before)
+    return live.peak
 
 
 def _first_call(model: Any, given: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

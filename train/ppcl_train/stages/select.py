@@ -44,6 +44,11 @@ def _closed_forms(run: RunConfig, folder: Path, log: Callable[..., None]) -> Cat
 
 def _by_table(run: RunConfig, folder: Path) -> None:
     log, world = Log(folder, "select"), join()
+    if run.table.most_students == 0:
+        # Nothing has to be measured to choose nothing.
+        if world.is_main:
+            selection.write(folder, [])
+        return
     if not (folder / _COSTS).exists():
         measured = _closed_forms(run, folder, log)
         if world.is_main:
