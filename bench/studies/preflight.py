@@ -1,0 +1,156 @@
+"""What preflight predicts of every stage against what it really takes: resident memory, for models of some sizes.
+
+    OMP_NUM_THREADS=2 python bench/studies/preflight.py OUT --sizes 384x8 --sizes 768x8 --sizes 1536x6
+
+Each size is a whole run of the task scenes with a random teacher, few steps and few samples, a process a stage.
+Measured is the resident memory that is not a file's (``RssAnon``), above what it is after imports, every 10
+milliseconds; and what the run folder holds on disk. Writes ``preflight.json`` next to the run folders, a size at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ppcl_rt.files import write_json
+from ppcl_train import pipeline
+from ppcl_train.config.presets import PRESETS
+from ppcl_train.config.settings import RunConfig, with_changes
+from ppcl_train.engine.files import write_tensors
+from ppcl_train.preflight.needs import STAGES
+from ppcl_train.preflight.sizes import Sizes
+
+HEAD = 64
+
+
+def settings_of(dim: int, depth: int) -> RunConfig:
+    """A run of scenes of a width and a depth."""
+    scenes = PRESETS["scenes"]
+    shape: dict[str, Any] = {"num_layers": depth, "num_attention_heads": dim // HEAD, "attention_head_dim": HEAD}
+    shape["axes_dims_rope"] = [16, 24, 24]
+    return with_changes(
+        scenes,
+        {
+            "teacher.architecture": {**scenes.teacher.architecture, **shape},
+            "teacher.compile": False,
+            "tracker": "none",
+            "batch": 8,
+            "table.lengths": [2],
+            "table.steps": 2,
+            "table.trial_steps": 1,
+            "table.starts": ["first"],
+            "table.batches": 1,
+            "table.batch": 4,
+            "table.samples": 4,
+            "table.most_students": 2,
+            "table.ratio_step": 0.1,
+            "students.steps": 2,
+            "students.batch": 8,
+            "width.heads": [0.5],
+            "width.channels": [0.5],
+            "width.ranks": [16],
+            "width.samples": 16,
+            "width.blocks_at_once": 2,
+            "width.longest_text_run": 2,
+            "compress.most_rank": 64,
+            "recover.steps": 2,
+            "recover.batch": 8,
+            "recover.spacing": 0.1,
+            "refine.steps": 2,
+            "refine.batch": 8,
+            "refine.spacing": 0.1,
+            "refine.other_spacing": 0.5,
+            "measure.samples": 4,
+            "measure.spacing": 0.2,
+            "measure.other_spacing": 0.5,
+            "measure.candidates": 1,
+        },
+    )
+
+
+def resident() -> int:
+    """Bytes of this process in memory that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+def run_stage(folder: Path, stage: str) -> None:
+    """Run one stage in this process; prints the bytes above the baseline."""
+    config, peak, done = pipeline.config_of(folder), 0, threading.Event()
+    # What the first operations of torch allocate once.
+    torch.nn.functional.linear(torch.randn(8, 8), torch.randn(8, 8, requires_grad=True)).sum().backward()
+    baseline = resident()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.monotonic()
+    pipeline.run_stages(config, folder, last=stage)
+    seconds = time.monotonic() - started
+    done.set()
+    watcher.join()
+    print(json.dumps({"peak": max(0, peak - baseline), "seconds": seconds}))
+
+
+def measured(folder: Path, config: RunConfig) -> dict[str, dict[str, float]]:
+    """Run all stages, each in a process of its own; returns bytes and seconds by stage."""
+    pipeline.begin(config, folder)
+    torch.manual_seed(0)
+    model = config.family.build(config.teacher.architecture)
+    write_tensors(folder / "teacher.safetensors", dict(model.named_parameters()), {})
+    del model
+    found = {}
+    for stage in STAGES:
+        command = [sys.executable, __file__, str(folder), "--stage", stage]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[stage] = json.loads(said.splitlines()[-1])
+        found[stage]["disk"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return found
+
+
+def main(
+    out: Path,
+    sizes: Annotated[list[str] | None, typer.Option(help="width x blocks")] = None,
+    stage: Annotated[str | None, typer.Option(help="run this stage of the run folder OUT alone")] = None,
+) -> None:
+    """Compare; prints a table."""
+    if stage is not None:
+        return run_stage(out, stage)
+    results: list[dict[str, Any]] = []
+    table = Table("model", "stage", "predicted MB", "measured MB", "ratio", "seconds", "disk MB")
+    for size in sizes or ["384x8"]:
+        dim, depth = map(int, size.split("x"))
+        config = settings_of(dim, depth)
+        shapes, found = Sizes(config), measured(out / size, config)
+        for name, needs_of in STAGES.items():
+            needs = needs_of(shapes, 1)
+            predicted, real = needs.peak + sum(needs.host.values()), found[name]["peak"]
+            if name == "teacher":
+                # It is given, and not trained.
+                continue
+            results.append(
+                {"size": size, "params": shapes.params, "stage": name, "predicted": predicted, **found[name]}
+            )
+            row = (f"{predicted / 1e6:.0f}", f"{real / 1e6:.0f}", f"{real / max(predicted, 1):.2f}")
+            seconds, disk = found[name]["seconds"], found[name]["disk"]
+            table.add_row(f"{size}, {shapes.params / 1e6:.0f}M", name, *row, f"{seconds:.0f}", f"{disk / 1e6:.0f}")
+        write_json(out / "preflight.json", {"rows": results})
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
