@@ -4,7 +4,7 @@
 
 Each size is a whole run of the task scenes with a random teacher, few steps and few samples, a process a stage.
 Measured is the resident memory that is not a file's (``RssAnon``), above what it is after imports, every 10
-milliseconds; and what the run folder holds on disk. Writes ``preflight.json`` next to the run folders, a size at a time.
+milliseconds; and what the run folder holds on disk. Writes ``preflight.json`` next to the run folders.
 """
 
 from __future__ import annotations
