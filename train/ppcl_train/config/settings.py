@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_rt.files import one_line
 from ppcl_rt.planning.catalog import LONGEST_LICENSE, LONGEST_MODEL
@@ -32,9 +32,12 @@ class DataConfig(Frozen):
     Attributes:
         cache: a folder that ``ppcl train cache`` or ``generate`` filled; None makes samples anew for every batch, for
             families that can make them.
+        workers: processes that make or read the batches of a training loop ahead, for each process that trains; 0: each
+            is made when it is needed; None: 4 with a GPU, 0 on a CPU. Batches do not depend on it.
     """
 
     cache: str | None = None
+    workers: NonNegativeInt | None = None
 
 
 class RunConfig(Frozen):

@@ -17,10 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ppcl_rt.files import one_line
+from ppcl_train.data import seeds
+from ppcl_train.data.seeds import Purpose, Seed, Stage
 from ppcl_train.families.base import Picture, Unreadable
 from ppcl_train.scenes.language import training_caption
 from ppcl_train.scenes.rendering import render
@@ -281,7 +282,7 @@ class MadeScenes:
             yield Captioned(f"scene {number}", partial(self._open, number))
 
     def _open(self, number: int) -> tuple[Picture, str]:
-        rng = np.random.default_rng((self.seed, number))
+        rng = seeds.generator(self.seed, Seed(Stage.CACHE, number), Purpose.PICTURE)
         caption = training_caption(rng)
         return render(caption, rng), str(caption)
 

@@ -7,7 +7,7 @@ in `ppcl_rt.families.registry`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -131,13 +131,12 @@ class Family(Protocol):
             ValueError: embeddings of this family come from a cache.
         """
 
-    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
-        """Make samples, on the CPU; the seed alone decides them.
+    def make(self, draws: Sequence[np.random.Generator], dropped: Sequence[bool]) -> Samples:
+        """Make samples, on the CPU.
 
         Args:
-            size: how many.
-            seed: (of the run, of the batch).
-            drop: share of the captions that is replaced by the empty prompt.
+            draws: one generator a sample, which alone decides it.
+            dropped: of each sample, whether its caption is replaced by the empty prompt.
 
         Raises:
             ValueError: samples of this family come from a cache.

@@ -5,9 +5,11 @@ Prompts are embedded, and latents packed, by diffusers' pipeline itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -111,7 +113,7 @@ class CachedFamily:
         """See `Family.embed`; only a pipeline can."""
         raise ValueError(f"{self.name} reads embeddings from a cache: make one with `ppcl train cache`")
 
-    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
+    def make(self, draws: Sequence[np.random.Generator], dropped: Sequence[bool]) -> Samples:
         """See `Family.make`; there are none without a cache."""
         raise ValueError(f"{self.name} reads a cache: make one with `ppcl train cache`, then --set data.cache=FOLDER")
 

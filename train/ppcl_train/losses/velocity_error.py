@@ -32,6 +32,7 @@ from ppcl_rt.planning.legal import Sketch
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration
 from ppcl_train.data.calibration import Inputs
+from ppcl_train.data.seeds import Seed
 from ppcl_train.losses.sketching import Sketcher
 
 # Losses of choices are recorded as at least this, so that a change that measures as free is still told from the dense
@@ -105,7 +106,7 @@ class VelocityError:
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, run: RunConfig, sketch: Sketch | None = None, seed: int = calibration.MEASURE
+        self, model: Any, run: RunConfig, sketch: Sketch | None = None, seed: Seed = calibration.MEASURE
     ) -> None:
         self._model = model
         self.edges = band_edges(run.measure.bands)

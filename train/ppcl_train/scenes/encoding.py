@@ -81,6 +81,16 @@ def training_batch(
     rng = np.random.default_rng(seed)
     captions = tuple(training_caption(rng, shares) for _ in range(size))
     images = np.stack([render(caption, rng, apart) for caption in captions])
-    dropped = rng.random(size) < drop
+    return _batch(captions, images, (rng.random(size) < drop).tolist())
+
+
+def training_pairs(draws: Sequence[np.random.Generator], dropped: Sequence[bool]) -> Batch:
+    """Make training pairs, each from its own generator; where ``dropped``, the caption becomes the empty prompt."""
+    captions = tuple(training_caption(rng) for rng in draws)
+    images = np.stack([render(caption, rng) for caption, rng in zip(captions, draws, strict=True)])
+    return _batch(captions, images, dropped)
+
+
+def _batch(captions: tuple[Caption, ...], images: np.ndarray, dropped: Sequence[bool]) -> Batch:
     embeddings, mask = encode(["" if gone else str(caption) for gone, caption in zip(dropped, captions, strict=True)])
     return Batch(to_tokens(images), embeddings, mask, captions)

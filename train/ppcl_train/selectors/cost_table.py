@@ -24,6 +24,7 @@ from ppcl_rt.planning.legal import Start
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.calibration import Inputs
+from ppcl_train.data.seeds import Seed, Stage
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, write_json
@@ -37,7 +38,7 @@ from ppcl_train.selectors.selection import Selected
 OUTPUT = "table.json"
 
 # Seeds of the batches that losses are measured on; the short distillations see others.
-_CALIBRATION = calibration.PROBES + 1_000_000
+_CALIBRATION = Seed(Stage.TABLE)
 
 
 class Candidate(Frozen):

@@ -18,7 +18,9 @@ from ppcl_rt import Catalog, Interval, LegalWidths, Plan, PlannedBlock, Planner,
 from ppcl_rt.planning.sketch import TENSORS
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import EndToEndConfig
-from ppcl_train.data import calibration
+from ppcl_train.data import calibration, seeds
+from ppcl_train.data.loading import Batches
+from ppcl_train.data.seeds import Purpose, Seed
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, write_json, write_tensors
 from ppcl_train.engine.log import Log
@@ -40,13 +42,13 @@ class _Costs(NamedTuple):
     Attributes:
         catalog, sketches: names of the files in the run folder.
         by_sketches: plan by the sketches, for all budgets; else by sums of losses, for ratios.
-        first_seed: of the batches that are trained on.
+        first_seed: of the first batch that are trained on.
     """
 
     catalog: str
     sketches: str
     by_sketches: bool
-    first_seed: int
+    first_seed: Seed
 
     def measure(self, run: RunConfig, folder: Path, start: Mapping[str, torch.Tensor], log: Log) -> None:
         """Measure every choice that some tensors make."""
@@ -136,6 +138,10 @@ def _end_to_end(
         )
 
 
+def _chance(run: RunConfig, seed: Seed) -> random.Random:
+    return random.Random(seeds.generator(run.seed, seed, Purpose.PLAN).bytes(16))
+
+
 def _of_draft(catalog: Catalog, model: Any) -> Catalog:
     """The catalog with the checksums of a draft: plans name the weights that run them."""
     return Catalog.model_validate({**catalog.model_dump(mode="json"), "checksums": model.catalog.checksums})
@@ -155,7 +161,7 @@ def _train(
     teacher: Any,
     plans: Plans,
     parameters: Mapping[str, nn.Parameter],
-    first_seed: int,
+    first_seed: Seed,
     dense: bool,
 ) -> None:
     """Train parameters of a model in place, on the velocity error of its plans.
@@ -171,12 +177,13 @@ def _train(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
+    batches = Batches(run, config.batch, first_seed, config.steps * config.accumulate, world.share(config.batch))
+
     def step_loss(number: int) -> float:
-        seed = first_seed + number
-        batch = calibration.inputs(run, config.batch, seed).part(world.share(config.batch))
+        batch = batches(number)
         with torch.no_grad(), teacher.at(plan=model.catalog.dense):
             target = Target.of(batch, teacher(**batch.call)[0])
-        with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed), dense)):
+        with model.at(plan=plans.draw(_chance(run, first_seed + number), dense)):
             error = target.squared_error(model(**batch.call)[0]).sum()
         # Over all processes, so that gradients average to those of the whole batch, however the batch is shared.
         total_error, total = world.mean(torch.stack([error.detach(), target.clean.square().sum()]))

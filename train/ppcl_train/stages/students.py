@@ -16,6 +16,7 @@ from ppcl_rt import Interval, Streams
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import StudentsConfig
 from ppcl_train.data import calibration, streams
+from ppcl_train.data.loading import Batches
 from ppcl_train.data.stream_cache import StreamCache
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.distributed import ALONE, World, join, owners
@@ -133,17 +134,11 @@ class TeacherStreams:
 
     def __init__(self, run: RunConfig, folder: Path, teacher: Any, division: Division) -> None:
         self._run, self._config, self._teacher, self._division = run, run.students, teacher, division
-        peers = division.peers
+        peers, config = division.peers, run.students
+        share, count = peers.share(config.batch), config.steps * config.accumulate
+        self._batch = Batches(run, config.batch, calibration.STUDENTS, count, share)
         self._cache = StreamCache(folder / "states" / f"{peers.rank}-{peers.size}")
         self._cached = self._fill_cache() if self._config.cache_bytes else 0
-
-    def _batch(self, number: int) -> calibration.Inputs:
-        """Make this process's share of a batch."""
-        peers, batch = (
-            self._division.peers,
-            calibration.inputs(self._run, self._config.batch, calibration.STUDENTS + number),
-        )
-        return batch.part(peers.share(self._config.batch)).to(self._division.world.device)
 
     def _fill_cache(self) -> int:
         """Write the streams of as many batches as fit; returns how many.
