@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ PROBES, STUDENTS, RECOVER, WIDTH, MEASURE, CHECK, REFINE = (
 )
 
 
-class Drawn(NamedTuple):
+@dataclass(frozen=True)
+class Drawn:
     """What chance decides of a batch, on the CPU.
 
     Attributes:
@@ -52,6 +53,12 @@ class Drawn(NamedTuple):
     samples: Samples
     t: torch.Tensor
     noise: torch.Tensor
+
+    def pin_memory(self) -> Drawn:
+        """Return the same in memory that a GPU reads by itself; torch's loader calls this."""
+        samples = self.samples
+        latents, embeddings, mask = (each.pin_memory() for each in (samples.latents, samples.embeddings, samples.mask))
+        return Drawn(Samples(latents, embeddings, mask, samples.shape), self.t.pin_memory(), self.noise.pin_memory())
 
     def mixed(self) -> torch.Tensor:
         """Mix latents with noise, each at its own timestep: ``x_t``."""

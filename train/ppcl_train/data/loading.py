@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -37,25 +38,34 @@ class Batches:
         workers = run.data.workers
         if workers is None:
             workers = _WORKERS_OF_A_GPU if self._device.type == "cuda" else 0
-        self._numbers, self._ahead = _Numbers(count), iter(())
-        self._loader = workers and DataLoader(
-            _Draws(run, size, first, share),
-            batch_size=None,
-            sampler=self._numbers,
-            num_workers=workers,
-            pin_memory=self._device.type == "cuda",
-            persistent_workers=True,
-        )
+        self._numbers = _Numbers(count)
+        self._ahead: Iterator[Drawn] = iter(())
+        self._loader: DataLoader[Drawn] | None = None
+        if workers:
+            self._loader = DataLoader(
+                _Draws(run, size, first, share),
+                batch_size=None,
+                collate_fn=_as_it_is,
+                sampler=self._numbers,
+                num_workers=workers,
+                pin_memory=self._device.type == "cuda",
+                persistent_workers=True,
+            )
 
     def __call__(self, number: int) -> Inputs:
         """Return a batch on this process's device."""
-        if not self._loader:
+        if self._loader is None:
             return calibration.inputs(self._run, self._size, self._first + number, share=self._share)
         if number != self._numbers.following:
             self._numbers.following = number
             self._ahead = iter(self._loader)
         self._numbers.following += 1
         return calibration.made(self._run, next(self._ahead)).to(self._device)
+
+
+def _as_it_is(drawn: Any) -> Any:
+    """Leave a batch alone: torch would make lists of tuples."""
+    return drawn
 
 
 class _Numbers(Sampler[int]):
