@@ -147,7 +147,9 @@ def test_tokens_are_thinned_evenly_and_keep_both_ends():
 
 def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
     # A heavy ridge leaves something to be learnt; least squares alone is the optimum on what it has seen.
-    config = with_changes(EQ5, {"probes.ridge": 1.0, "probes.steps": 60, "probes.lr": 3e-3, "probes.batch": 16})
+    # Judged on 64 samples, where the error falls by 14 %; on 8 it falls by 9 or by 15 %, as they are drawn.
+    tuning = {"batch": 64, "probes.ridge": 1.0, "probes.steps": 40, "probes.lr": 3e-3, "probes.batch": 16}
+    config = with_changes(EQ5, tuning)
     fitted = probes.fit_probes(config, model)
     before = probes.probe_error(config, model, fitted)
     started = {name: tensor.clone() for name, tensor in fitted.items()}

@@ -115,6 +115,15 @@ class RunConfig(Frozen):
                     raise ValueError(f"a teacher in {self.teacher.dtype} wants {name}.precision=bf16, not no")
         return self
 
+    @model_validator(mode="after")
+    def _teacher_is_held(self) -> RunConfig:
+        if self.teacher.held_otherwise and self.students.shard_teacher:
+            raise ValueError(
+                "students.shard_teacher spreads exact weights over processes: leave out teacher.quantize and "
+                "teacher.offload, or shard_teacher"
+            )
+        return self
+
     @property
     def family(self) -> families.Family:
         """The family that ``task`` names."""

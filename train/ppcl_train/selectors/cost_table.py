@@ -222,6 +222,8 @@ def select(run: RunConfig, folder: Path) -> None:
     """
     log, config = Log(folder, "select"), run.table
     model = load_teacher(run, folder).to(join().device)
+    if run.teacher.held_otherwise:
+        log(teacher_weights="exact", because="candidates are copies of its blocks")
     intervals = candidate_intervals(model.catalog.architecture, config.lengths)
     trained_on = TracedBatches(
         model, (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))

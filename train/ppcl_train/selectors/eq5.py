@@ -22,7 +22,7 @@ from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.loading import Batches
 from ppcl_train.data.seeds import Seed, Stage
-from ppcl_train.data.teacher_file import load_teacher
+from ppcl_train.data.teacher_file import load_teacher, only_read
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_tensors, write_json, write_tensors
 from ppcl_train.engine.log import Log
@@ -77,7 +77,7 @@ def select(run: RunConfig, folder: Path) -> None:
         ValueError: the fine-tuning diverges.
     """
     log, config = Log(folder, "select"), run.probes
-    model = load_teacher(run, folder).to(join().device)
+    model = only_read(run, load_teacher(run, folder), log)
     fitted, tuned = folder / "probes.start.safetensors", folder / "probes.safetensors"
     if not fitted.exists():
         write_tensors(fitted, fit_probes(run, model), {"samples": config.samples})

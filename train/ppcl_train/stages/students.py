@@ -18,7 +18,7 @@ from ppcl_train.config.stages import StudentsConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.loading import Batches
 from ppcl_train.data.stream_cache import StreamCache
-from ppcl_train.data.teacher_file import load_teacher
+from ppcl_train.data.teacher_file import load_teacher, only_read
 from ppcl_train.engine.distributed import ALONE, World, join, owners
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
@@ -202,7 +202,8 @@ def distil(run: RunConfig, folder: Path) -> None:
         nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
         world.shard(teacher)
-    teacher.to(world.device)
+    # Students have copied the exact blocks by now.
+    teacher = only_read(run, teacher, log)
     teacher_streams = TeacherStreams(run, folder, teacher, division)
 
     def step_loss(number: int) -> dict[str, float]:
