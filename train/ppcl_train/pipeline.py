@@ -21,7 +21,7 @@ from ppcl_train.engine.files import read_note, state_files, write_json
 from ppcl_train.engine.lock import in_use, locked
 from ppcl_train.engine.log import Log, read_log
 from ppcl_train.engine.provenance import making
-from ppcl_train.stages import compress, measure, pack, recover, select, students, teacher, width
+from ppcl_train.stages import compress, measure, pack, pictures, recover, select, students, teacher, width
 
 
 class Stage(NamedTuple):
@@ -50,6 +50,7 @@ STAGES = (
     Stage("compress", compress.OUTPUT, compress.compress),
     Stage("measure", measure.OUTPUT, measure.measure),
     Stage("pack", pack.OUTPUT, pack.pack),
+    Stage("pictures", pictures.OUTPUT, pictures.draw),
 )
 
 CONFIG = "config.json"

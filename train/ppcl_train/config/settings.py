@@ -14,6 +14,7 @@ from ppcl_train.config.stages import (
     CompareConfig,
     CompressConfig,
     MeasureConfig,
+    PicturesConfig,
     ProbesConfig,
     RecoverConfig,
     RefineConfig,
@@ -82,6 +83,7 @@ class RunConfig(Frozen):
     refine: RefineConfig = RefineConfig()
     compress: CompressConfig = CompressConfig()
     measure: MeasureConfig = MeasureConfig()
+    pictures: PicturesConfig = PicturesConfig()
     compare: CompareConfig = CompareConfig()
     sampler: Sampler = Sampler()
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ppcl_rt.families import registry
+from ppcl_train.scenes.sampling import Sampler
 
 # What a transformer puts out: the clean image x_0, the velocity noise - x_0, or the opposite of it, x_0 - noise.
 Predicts = Literal["clean", "velocity", "opposite"]
@@ -75,6 +76,14 @@ class Encoder(Protocol):
 
         Raises:
             Unreadable: as `embed`.
+        """
+
+    def pictures(
+        self, model: Any, prompts: Sequence[str], size: tuple[int, int], seed: int, sampler: Sampler
+    ) -> list[Image.Image]:
+        """Draw pictures of ``size`` (width, height) with a model, which need not be the pipeline's own.
+
+        The noise of a picture depends on the seed and on the number of its prompt, not on the model.
         """
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ppcl_rt.files import one_line
 from ppcl_train.families.base import ImageShape, Picture, Predicts, Samples
+from ppcl_train.scenes.sampling import Sampler
 
 
 class PipelineEncoder:
@@ -86,6 +87,26 @@ class PipelineEncoder:
             output_type="latent",
         ).images
         return drawn[0], (1, height // self.multiple, width // self.multiple)
+
+    def pictures(
+        self, model: Any, prompts: Sequence[str], size: tuple[int, int], seed: int, sampler: Sampler
+    ) -> list[Image.Image]:
+        """See `Encoder.pictures`; the scheduler is the pipeline's own."""
+        self.pipe.register_modules(transformer=model)
+        width, height = size
+        drawn = []
+        for number, prompt in enumerate(prompts):
+            # The pipeline takes no other generator. Its 32 bits tell a few prompts apart, and that is all they must.
+            noise = torch.Generator().manual_seed(seed * len(prompts) + number)
+            drawn += self.pipe(
+                prompt,
+                **self.guiding(sampler.guidance, sampler.negative),
+                width=width,
+                height=height,
+                num_inference_steps=sampler.steps,
+                generator=noise,
+            ).images
+        return drawn
 
 
 class CachedFamily:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ppcl_train.scenes.language import CELL, CELLS, GRID, MAX_TOKENS, SIDE, Caption, training_caption, words_of
 from ppcl_train.scenes.rendering import render
@@ -66,6 +67,11 @@ def to_images(tokens: torch.Tensor) -> np.ndarray:
     """Join tokens ``[N, 16, 48]`` to images ``[N, 16, 16, 3]``; the inverse of `to_tokens`."""
     cells = tokens.detach().float().cpu().reshape(-1, GRID, GRID, CELL, CELL, 3).transpose(2, 3)
     return cells.reshape(-1, SIDE, SIDE, 3).numpy()
+
+
+def to_pictures(tokens: torch.Tensor) -> list[Image.Image]:
+    """Make pictures of tokens ``[N, 16, 48]`` in [-1, 1]."""
+    return [Image.fromarray(pixels) for pixels in ((to_images(tokens) + 1) / 2 * 255 + 0.5).astype(np.uint8)]
 
 
 def training_batch(
