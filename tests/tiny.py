@@ -34,7 +34,6 @@ TINY = with_changes(
         "width.samples": 48,
         "measure.samples": 8,
         "measure.spacing": 0.25,
-        "compress.samples": 16,
         "measure.other_spacing": 0.5,
         "batch": 16,
         "save_every": 2,

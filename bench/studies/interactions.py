@@ -10,7 +10,9 @@ neither planning nor training has seen. A checkpoint without sketches is measure
 from __future__ import annotations
 
 import random
+import tempfile
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -39,7 +41,8 @@ def sketched(checkpoint: str, model: Any, run: RunConfig) -> tuple[Catalog, dict
         catalog, tensors = model.catalog, {name: source.read(name) for name in (PLAN, SCORE)}
     else:
         begun = time.perf_counter()
-        catalog, tensors = sensitivities(model, run, lambda **_: None)
+        with tempfile.TemporaryDirectory() as folder:
+            catalog, tensors = sensitivities(model, run, Path(folder), lambda **_: None)
         print(f"measured {len(tensors[PLAN])} choices in {time.perf_counter() - begun:.0f} s", flush=True)
     # Without the measured frontier, which would answer in the place of the planner.
     return catalog.model_copy(update={"frontier": ()}), {name: rows.numpy() for name, rows in tensors.items()}

@@ -122,9 +122,13 @@ class ComposedCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, variant: str | None = None) -> None:
         super().__init__(folder, variant)
+        self._compose()
+
+    def _compose(self) -> None:
+        """Find out which of the tensors that are stored are factors, and which are maps of several text runs."""
         self._bases = Bases(self.catalog) if self.catalog is not None else None
         # Name that a model knows -> name in the checkpoint, for tensors that lie there as they are.
-        self._whole = {name: name for name in super().names}
+        self._whole = {name: name for name in self._stored}
         # Name that a model knows -> path of the two factors in the checkpoint.
         self._factored: dict[str, str] = {}
         runs = self.catalog.text_runs if self.catalog is not None else ()
@@ -161,6 +165,14 @@ class ComposedCheckpoint(Checkpoint):
         """Where a layer lies in the checkpoint: two maps of text runs that lie in one place are one map."""
         name = f"{path}.weight"
         return self._factored.get(name) or self._path(self._whole.get(name, name))
+
+    def base_of(self, path: str) -> torch.Tensor | None:
+        """What the weight of a layer is stored as a difference to, in float32; None for zero."""
+        return None if self._bases is None else self._bases.base(path, self.read)
+
+    def replaced_by(self, path: str) -> Replaced | None:
+        """What a layer stands in for at a count; None for any other layer."""
+        return None if self._bases is None else self._bases.replaced.get(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the files' headers.

@@ -1,14 +1,15 @@
-"""Checkpoints in other layouts, read as a checkpoint of one plan: nothing is written, and nothing held."""
+"""Checkpoints that lie elsewhere: in other layouts, or in pieces. Nothing is written, and nothing held."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ppcl_rt.checkpoint.composed import ComposedCheckpoint
+from ppcl_rt.checkpoint.headers import Header
 from ppcl_rt.checkpoint.reader import Checkpoint
 from ppcl_rt.planning.catalog import Catalog
 
@@ -34,13 +35,22 @@ class Stored(NamedTuple):
         """One of a checkpoint folder."""
         return cls(source.shape(name), lambda: source.read(name))
 
+    def rounded(self, dtype: torch.dtype) -> Stored:
+        """The same, read in a dtype if it is of floats."""
+
+        def read() -> torch.Tensor:
+            tensor = self.read()
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        return Stored(self.shape, read)
+
 
 class ConvertedCheckpoint(ComposedCheckpoint):
-    """What lies in another layout, under the names that a checkpoint of ours has.
+    """What lies in another layout, or in several places, under the names that a checkpoint of ours has.
 
     Attributes:
-        folder: where the source lies.
-        config, catalog: as of `Checkpoint`.
+        folder: where the source lies, as messages name it.
+        config, catalog: as of `Checkpoint`; the catalog has no checksums.
         notes: what a person who converts it should know, a line each.
     """
 
@@ -55,8 +65,13 @@ class ConvertedCheckpoint(ComposedCheckpoint):
         # Not `Checkpoint.__init__`, which reads a folder of our layout.
         self.folder, self.config, self.catalog, self.notes = folder, dict(config), catalog, notes
         self._tensors = dict(tensors)
-        self._bases, self._factored = None, {}
-        self._whole = {name: name for name in self._tensors}
+        self._stored = {name: name for name in tensors}
+        self._files = {name: Header(folder, stored.shape, "") for name, stored in tensors.items()}
+        self._compose()
+
+    def stored(self, names: Iterable[str]) -> dict[str, Stored]:
+        """Tensors as they lie there, by their names there."""
+        return {name: self._tensors[name] for name in names}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor.
@@ -64,15 +79,10 @@ class ConvertedCheckpoint(ComposedCheckpoint):
         Raises:
             ValueError: there is no such tensor.
         """
-        if name not in self._tensors:
+        if name not in self and name not in self._stored:
             raise ValueError(f"{self.folder} holds no {name}: fetch it again")
-        return self._tensors[name].shape
+        return super().shape(name)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor.
-
-        Raises:
-            ValueError: it is missing or cannot be read.
-        """
-        self.shape(name)
-        return self._tensors[name].read()
+    def read_stored(self, stored: str) -> torch.Tensor:
+        """See `Checkpoint.read_stored`."""
+        return self._tensors[stored].read()

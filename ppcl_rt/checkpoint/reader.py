@@ -110,6 +110,11 @@ class Checkpoint:
         """Names of all tensors."""
         return tuple(self._stored)
 
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of all tensors as they lie in the files: of factors, where `names` has their product."""
+        return tuple(self._stored)
+
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
@@ -171,7 +176,10 @@ class Checkpoint:
             ValueError: missing, or altered since the catalog was made.
         """
         self.shape(name)
-        stored = self._stored[name]
+        return self.read_stored(self._stored[name])
+
+    def read_stored(self, stored: str) -> torch.Tensor:
+        """Read one tensor as it lies in the files, by its name there."""
         path = self._files[stored].path
         try:
             tensor: torch.Tensor = self._opened(path).get_tensor(stored)

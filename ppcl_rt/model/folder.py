@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +15,7 @@ from ppcl_rt.checkpoint.places import locate
 from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.files import refusing_briefly
 from ppcl_rt.messages import say_once
-from ppcl_rt.model.block import without_adapters
+from ppcl_rt.model.block import PluggableBlock, without_adapters
 from ppcl_rt.model.graphs import Graphs, Mode, check_mode
 from ppcl_rt.model.offloading import is_cast, like, one_device, weights_at_hand
 from ppcl_rt.model.opening import Opening
@@ -99,9 +99,53 @@ class CheckpointFolder(Opening):
         model.quantise_what_is_read(quantisation)
         model.set_plan(plan if plan is not None else model.plan_of(budget))
         if resident == "all":
-            for every in model._everything():
-                model.prepare(every)
+            model.hold_everything()
         return model.eval()
+
+    @classmethod
+    def of_source(
+        cls: type[Self],
+        source: ComposedCheckpoint,
+        dtype: torch.dtype,
+        device: str | torch.device | None = None,
+        held: Callable[[str, PluggableBlock], None] | None = None,
+    ) -> Self:
+        """Make a model that holds everything of an opened checkpoint, frozen; its largest plan is set.
+
+        Args:
+            source: opened, or in memory (`ConvertedCheckpoint`).
+            dtype, device: of the weights.
+            held: as in `hold_everything`.
+        """
+        model = cls.without_blocks(source, dtype, device).requires_grad_(False)
+        model.hold_everything(held)
+        model.set_plan(model.catalog.largest)
+        return model.eval()
+
+    def hold_everything(self, held: Callable[[str, PluggableBlock], None] | None = None) -> None:
+        """Read every block, student and text run at each of its counts.
+
+        Args:
+            held: called with each block and student as soon as it holds all that it ever will, and with what the names
+                of its tensors begin with. Processes that share a model let go there of what others hold, so that one
+                block at a time is whole.
+        """
+        catalog, depth = self.catalog, self.catalog.architecture.depth
+        if catalog.only is not None:
+            self.prepare(catalog.largest)
+            return
+        blocks = [(Interval(n, n), widths, False) for n, widths in enumerate(catalog.blocks)]
+        blocks += [(student.interval, student.widths, True) for student in catalog.students]
+        for interval, widths, student in blocks:
+            for nth in range(max(len(widths.of(group)) for group in widths.groups)):
+                width = Width({g: widths.of(g)[min(nth, len(widths.of(g)) - 1)].units for g in widths.groups})
+                planned = PlannedBlock(interval=interval, width=width, student=student)
+                self.prepare(Plan(checkpoint=catalog.fingerprint, depth=depth, blocks=(planned,)))
+            home = self.home(planned)
+            if held is not None:
+                held(home.prefix, home.block)
+        for run in catalog.text_runs:
+            self.prepare(catalog.compose([(n, catalog.spec(n).full) for n in run.interval], text_runs=[run.interval]))
 
     def set_graphs(self, mode: Mode) -> None:
         """Replay forwards as CUDA graphs from now on.
@@ -115,22 +159,6 @@ class CheckpointFolder(Opening):
         check_mode(mode)
         self._graphs.drop_all()
         self._graphs = Graphs(mode)
-
-    def _everything(self) -> Iterator[Plan]:
-        """Plans that between them need every tensor: each block and student at each of its counts."""
-        catalog, depth = self.catalog, self.catalog.architecture.depth
-        yield catalog.largest
-        if catalog.only is not None:
-            return
-        blocks = [(Interval(n, n), widths, False) for n, widths in enumerate(catalog.blocks)]
-        blocks += [(student.interval, student.widths, True) for student in catalog.students]
-        for interval, widths, student in blocks:
-            for nth in range(max(len(widths.of(group)) for group in widths.groups)):
-                width = Width({g: widths.of(g)[min(nth, len(widths.of(g)) - 1)].units for g in widths.groups})
-                planned = PlannedBlock(interval=interval, width=width, student=student)
-                yield Plan(checkpoint=catalog.fingerprint, depth=depth, blocks=(planned,))
-        for run in catalog.text_runs:
-            yield catalog.compose([(n, catalog.spec(n).full) for n in run.interval], text_runs=[run.interval])
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

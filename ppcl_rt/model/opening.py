@@ -52,7 +52,7 @@ class Opening(Fusing):
         """
         # Without memory: sizes that the file's headers contradict would take any amount of it.
         with torch.device("meta"):
-            described = cls._built(source)
+            described = cls.described(source)
         outer = described.state_dict()
         for name, tensor in outer.items():
             if source.shape(name) != tuple(tensor.shape):
@@ -83,7 +83,7 @@ class Opening(Fusing):
             raise ValueError(f"{source.folder} is of family {catalog.family}, not {cls.family}")
         if catalog.architecture != architecture:
             raise ValueError(f"{source.folder}: the catalog describes another architecture than config.json")
-        model = cls._built(source)
+        model = cls.described(source)
         model._catalog, model._source = catalog, source
         check_tensors(source, catalog, {kind: _shapes(model.meta_block(kind)) for kind in architecture.kinds})
         with source.kept_open():
@@ -95,8 +95,12 @@ class Opening(Fusing):
         return model
 
     @classmethod
-    def _built(cls: type[Self], source: Checkpoint) -> Self:
-        """The class as ``config.json`` describes it, its lists of blocks empty."""
+    def described(cls: type[Self], source: Checkpoint) -> Self:
+        """The class as ``config.json`` describes it, its lists of blocks empty.
+
+        Raises:
+            ValueError: it describes none.
+        """
         # diffusers' notes are no settings, and no checksum covers them: one that names settings would drop these.
         settings = {key: value for key, value in source.config.items() if not key.startswith("_")}
         init, _, _ = cls.extract_init_dict(settings)

@@ -15,8 +15,7 @@ from ppcl_rt.convert.slim import Slimming, slim
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data.teacher_file import load_teacher
-from ppcl_train.selectors import selection
-from ppcl_train.stages import draft, teacher
+from ppcl_train.stages import assembly, teacher
 
 ORIGIN = Origin("a/b", "apache-2.0")
 
@@ -80,7 +79,7 @@ def test_it_is_made_slim_and_exported(source, tmp_path, build_inputs, run, same)
 
 
 def test_it_is_trained_from(source, tmp_path, build_inputs, run, same):
-    """As far as the draft, which a run goes on with: the teacher is the model, and the catalog has its origin."""
+    """The teacher of a run is the model, and the catalog that the run goes on with has its origin."""
     folder, wanted = source
     run_of = with_changes(PRESETS["qwen-image"], {"teacher.pretrained": str(folder), "storage": "float32"})
     run_of = with_changes(run_of, {"base_model": None, "license": None})
@@ -89,7 +88,5 @@ def test_it_is_trained_from(source, tmp_path, build_inputs, run, same):
     rounded = {name: tensor.bfloat16() for name, tensor in wanted.state_dict().items()}
     held = load_teacher(run_of, tmp_path).state_dict()
     assert set(held) == set(rounded) and all(torch.equal(held[name], rounded[name]) for name in rounded)
-    selection.write(tmp_path, [])
-    catalog = draft.write_draft(run_of, tmp_path, {}, dtype="float32")
+    catalog = assembly.assembled(run_of, tmp_path, {}).catalog
     assert (catalog.base_model, catalog.license) == ORIGIN
-    assert read_origin(tmp_path / "draft") == ORIGIN

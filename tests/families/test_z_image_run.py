@@ -42,7 +42,6 @@ SMALL = {
     "recover.batch": 2,
     "measure.samples": 4,
     "measure.spacing": 0.25,
-    "compress.samples": 16,
     "measure.other_spacing": 0.5,
 }
 

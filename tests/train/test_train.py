@@ -18,11 +18,13 @@ from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.teacher_file import load_teacher
-from ppcl_train.engine.files import read_content, read_tensors
+from ppcl_train.engine.files import read_content, read_tensors, stored_in
+from ppcl_train.engine.queue import RESULTS
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors.eq5 import find_intervals
 from ppcl_train.stages import teacher
+from ppcl_train.stages.assembly import assembled, opened
 from ppcl_train.stages.sensitivities import sensitivities
 
 
@@ -146,12 +148,11 @@ def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finish
     assert compensated < 0.8 * (plain(**given.call)[0] - dense).square().mean()
 
 
-def test_a_draft_that_a_kill_left_broken_is_made_again(finished, tmp_path):
+def test_the_last_stages_run_again_leave_the_same_bytes(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for name in ("sensitivities.json", "checkpoint/run.json"):
         (folder / name).unlink()
-    (folder / "draft" / "config.json").write_text("{")
     pipeline.run_stages(TINY, folder)
     again, before = (read_tensors(f / "checkpoint/diffusion_pytorch_model.safetensors") for f in (folder, finished))
     assert again.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in again.items())
@@ -201,14 +202,14 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_state(tmp_path):
     assert not (tmp_path / "teacher.safetensors").exists()
 
 
-def test_the_stage_measure_keeps_a_sketch_of_every_choice_in_order(finished):
+def test_the_stage_measure_keeps_a_sketch_of_every_choice_in_order(finished, tmp_path):
     """Rows of the packed checkpoint are those that its choices have when they are measured again, one by one."""
     source = ppcl_rt.Checkpoint(finished / "checkpoint")
     catalog = source.catalog
     model = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32, resident="all")
     assert catalog.sketch is not None and (catalog.sketch.size, catalog.sketch.bands) == (1024, 4)
     rows = [Sketches.of(source.read(name).numpy(), catalog).rows for name in TENSORS]
-    again, tensors = sensitivities(model, TINY, lambda **_: None)
+    again, tensors = sensitivities(model, TINY, tmp_path, lambda **_: None)
     known = list(measured(catalog))
     assert [each.choice for each in known] == list(choices(again)) and {c.choice.kind for c in known} >= {"block"}
     losses = np.array([[each.loss for each in measured(which)] for which in (catalog, again)])
@@ -222,13 +223,13 @@ def test_the_stage_measure_keeps_a_sketch_of_every_choice_in_order(finished):
         assert each.loss == pytest.approx(max(sum(each.bands), 1e-14), rel=1e-12)
 
 
-def test_counts_of_a_student_lose_what_they_change_of_the_student(finished):
+def test_counts_of_a_student_lose_what_they_change_of_the_student(finished, tmp_path):
     """Neither the student alone nor the count alone: their difference, which is what a sketch of it sums."""
-    model = ppcl_rt.load(finished / "draft", dtype=torch.float32, resident="all")
+    model = opened(TINY, assembled(TINY, finished, stored_in(finished / "refined.safetensors")))
     torch.manual_seed(0)
     for parameter in model.requires_grad_(False).parameters():
         nn.init.normal_(parameter, std=0.2)
-    catalog, error = sensitivities(model, TINY, lambda **_: None)[0], VelocityError(model, TINY)
+    catalog, error = sensitivities(model, TINY, tmp_path, lambda **_: None)[0], VelocityError(model, TINY)
     student = catalog.students[0]
     full = error.with_block(PlannedBlock(interval=student.interval, width=student.widths.full, student=True))
     count = student.widths.of("image")[1]
@@ -237,3 +238,31 @@ def test_counts_of_a_student_lose_what_they_change_of_the_student(finished):
     assert sum(error.change(full).bands) == pytest.approx(student.loss, rel=1e-9)
     assert sum(error.change(narrow, error.predictions(full)).bands) == pytest.approx(count.loss, rel=1e-9)
     assert count.loss != pytest.approx(sum(error.change(narrow).bands) - student.loss, rel=1e-3)
+
+
+def test_what_was_measured_is_measured_again_only_where_it_changed(finished, tmp_path):
+    model = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32, resident="all").requires_grad_(False)
+
+    def measured_anew():
+        """The choices whose results were not there; and all losses."""
+        before = {path.name for path in (tmp_path / RESULTS).glob("*.safetensors")}
+        catalog, _ = sensitivities(model, TINY, tmp_path, lambda **_: None)
+        names = {path.name for path in (tmp_path / RESULTS).glob("*.safetensors")} - before
+        losses = {each.choice: each.loss for each in measured(catalog)}
+        return {name.rpartition("-")[0] for name in names}, losses
+
+    every, losses = measured_anew()
+    assert len(every) == len(losses) == len(list(choices(model.catalog))) and measured_anew() == (set(), losses)
+    block, student = model.blocks()[1], model.catalog.students[0].interval.key
+    replaced = next(name for name in block.replacements if name.startswith("mlp_image_"))
+    block.replacements[replaced].weight.mul_(1.5)
+    units = replaced.rpartition("_")[2]
+    again, others = measured_anew()
+    assert again == {f"block-1-1-image-{units}"}
+    assert {choice.interval for choice in losses if losses[choice] != others[choice]} == {Interval(1, 1)}
+    # A student's narrower counts are measured against it.
+    next(model.students[student].parameters()).mul_(1.5)
+    assert measured_anew()[0] == {name for name in every if name.startswith(f"student-{student}")}
+    # All losses are against the teacher.
+    next(block.parameters()).mul_(1.001)
+    assert measured_anew()[0] == every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from ppcl_train.families import base as families
 from ppcl_train.families.base import Encoder
 from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
 from ppcl_train.pipeline import config_of as stored_config
+from ppcl_train.pipeline import work as take_jobs
+from ppcl_train.preflight import report
 
 app = typer.Typer(help="Make a pluggable checkpoint, in stages that resume where they were stopped.")
 
@@ -77,11 +80,44 @@ def run(
     teacher: Teacher = None,
     select: Select = None,
     set: Set = None,
+    unchecked: Annotated[bool, typer.Option(help="begin even if preflight says that it does not fit")] = False,
 ) -> None:
-    """Run all stages that are not done yet."""
-    run_stages(_begin(preset, out, teacher, set, select), out)
+    """Run all stages that are not done yet, after a look at whether they fit this machine."""
+    settings = _begin(preset, out, teacher, set, select)
+    if not unchecked and join().is_main:
+        print(report.fitting(report.check(settings, report.Machine.here(out))))
+    run_stages(settings, out)
     if join().is_main:
         print(f"wrote {out / 'checkpoint'}")
+
+
+@app.command()
+def preflight(
+    preset: Preset = "scenes",
+    set: Set = None,
+    gpus: Annotated[int, typer.Option(min=1, help="of a node")] = 1,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    memory: Annotated[str, typer.Option(help="of a GPU")] = "80GB",
+    host_memory: Annotated[str | None, typer.Option(help="of a node; not asked about by default")] = None,
+    disk: Annotated[str | None, typer.Option(help="free for the run; not asked about by default")] = None,
+    tflops: Annotated[float, typer.Option(help="sustained, of a GPU, in the teacher's dtype")] = 400.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say what every stage takes, in bytes and hours, and whether it fits; nothing is read but a config."""
+    settings = config_of(preset, set)
+    host, free = (None if text is None else float(caching.bytes_of(text)) for text in (host_memory, disk))
+    machine = report.Machine(gpus, nodes, float(caching.bytes_of(memory)), host, free, tflops)
+    if as_json:
+        print(json.dumps(report.as_rows(report.rows(settings, machine)), indent=1))
+    else:
+        report.show(report.rows(settings, machine), machine)
+    print(report.fitting(report.check(settings, machine)), file=sys.stderr if as_json else None)
+
+
+@app.command()
+def work(out: Out = Path("runs/scenes")) -> None:
+    """Help a run that another process has begun: measure and select together with it, until it ends."""
+    take_jobs(out)
 
 
 @app.command()

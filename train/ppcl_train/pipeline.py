@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
+import functools
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,8 +21,9 @@ from ppcl_train.data.teacher_file import check_teacher, extract_teacher
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_note, state_files, write_json
 from ppcl_train.engine.lock import in_use, locked
-from ppcl_train.engine.log import Log, read_log
+from ppcl_train.engine.log import Log, read_log, say
 from ppcl_train.engine.provenance import making
+from ppcl_train.engine.queue import work_under_way
 from ppcl_train.stages import compress, measure, pack, pictures, recover, select, students, teacher, width
 
 
@@ -32,28 +35,33 @@ class Stage(NamedTuple):
         output: the file that it writes last, in the run folder.
         run: runs it, or goes on with it.
         parallel: whether all processes run it; the other stages run in the process of rank 0 alone.
+        take_part: takes jobs of the queue that it works at now, in a process that does not run it; None where it has
+            no queue. Called with a function that takes what a `Log` does.
     """
 
     name: str
     output: str
     run: Callable[[RunConfig, Path], None]
     parallel: bool = False
+    take_part: Callable[[RunConfig, Path, Callable[..., None]], Any] | None = None
 
 
 STAGES = (
     Stage("teacher", teacher.OUTPUT, teacher.train),
-    Stage("select", select.OUTPUT, select.select),
+    Stage("width", width.OUTPUT, width.prune, parallel=True),
+    Stage("select", select.OUTPUT, select.select, parallel=True, take_part=select.take_part),
     Stage("students", students.OUTPUT, students.distil, parallel=True),
-    Stage("width", width.OUTPUT, width.prune),
-    Stage("recover", recover.OUTPUT, recover.recover, parallel=True),
-    Stage("refine", recover.REFINED, recover.refine, parallel=True),
-    Stage("compress", compress.OUTPUT, compress.compress),
-    Stage("measure", measure.OUTPUT, measure.measure),
+    Stage("compress", compress.OUTPUT, compress.compress, parallel=True),
+    Stage("recover", recover.OUTPUT, recover.recover, parallel=True, take_part=recover.take_part),
+    Stage("refine", recover.REFINED, recover.refine, parallel=True, take_part=recover.take_part),
+    Stage("measure", measure.OUTPUT, measure.measure, parallel=True, take_part=measure.take_part),
     Stage("pack", pack.OUTPUT, pack.pack),
     Stage("pictures", pictures.OUTPUT, pictures.draw),
 )
 
 CONFIG = "config.json"
+# Seconds between two looks of `work` for a queue.
+_LOOK = 0.5
 
 
 def begin(config: RunConfig, folder: Path, teacher_file: Path | None = None) -> None:
@@ -132,6 +140,30 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
                 state.unlink()
             if stage.name == last:
                 return
+
+
+def work(folder: Path) -> None:
+    """Take jobs of the stages that another process runs, as long as one runs stages of this folder.
+
+    Raises:
+        ValueError: nobody runs stages of this folder, or results would be others than those of the processes that do.
+    """
+    config, before = config_of(folder), None
+    if not in_use(folder):
+        raise ValueError(f"nobody works at {folder}: start `ppcl train run --out {folder}` first")
+    while in_use(folder):
+        now, stage = work_under_way(folder), next((stage for stage in STAGES if not is_done(stage, folder)), None)
+        if now in (None, before) or stage is None or stage.take_part is None:
+            time.sleep(_LOOK)
+            continue
+        try:
+            with making(config, stage.name):
+                stage.take_part(config, folder, functools.partial(say, stage.name))
+        except (OSError, SafetensorError, ValueError):
+            # The stage may have ended, and what it worked on be gone.
+            if work_under_way(folder) == now:
+                raise
+        before = now
 
 
 class Progress(NamedTuple):

@@ -29,9 +29,8 @@ from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_note, write_tensors
 from ppcl_train.families import base as family
 from ppcl_train.scenes import encoding, judging, language, rendering
-from ppcl_train.selectors import selection
 from ppcl_train.stages import teacher
-from ppcl_train.stages.draft import open_draft, write_draft
+from ppcl_train.stages.assembly import assembled, opened
 
 if find_spec("webdataset") is None or find_spec("datasets") is None:
     pytest.skip("needs the train extra", allow_module_level=True)
@@ -267,7 +266,7 @@ def test_a_cache_of_something_else_is_refused(images, encoder, cache, tmp_path):
     # The same again does nothing.
     assert cached(captioned.Folder(images), folder, encoder).samples == 8 and files(folder) == before
     with pytest.raises(ValueError, match=r"cache of qwen-image, the run's task is scenes"):
-        calibration.inputs(with_changes(PRESETS["scenes"], {"data.cache": str(folder)}), 1, 0)
+        calibration.inputs(with_changes(PRESETS["scenes"], {"data.cache": str(folder)}), 1, calibration.CHECK)
     (folder / "00001.safetensors").write_bytes(before["00001.safetensors"][:-1])
     with pytest.raises(ValueError, match=r"00001\.safetensors is missing or not whole"):
         shards.Shards(folder)
@@ -573,13 +572,12 @@ def test_a_pretrained_teacher_runs_on_cached_batches(cache, qwen_folder, tmp_pat
     batch = calibration.inputs(half, 2, calibration.CHECK)
     assert batch.x.dtype == torch.float32 and batch.call["hidden_states"].dtype == torch.bfloat16
     assert load_teacher(half, tmp_path / "half")(**batch.call)[0].dtype == torch.bfloat16
-    # A draft of it is a checkpoint that names no judge.
-    selection.write(tmp_path, [])
-    catalog = write_draft(run, tmp_path, {})
-    assert catalog.task is None
+    # A checkpoint of it names no judge.
+    source = assembled(run, tmp_path, {})
+    assert source.catalog.task is None
     with torch.no_grad():
         assert torch.allclose(
-            open_draft(run, tmp_path)(
+            opened(run, source)(
                 **batch.call
                 | {"hidden_states": batch.x, "encoder_hidden_states": batch.call["encoder_hidden_states"].float()}
             )[0],

@@ -202,7 +202,6 @@ def test_the_pipeline_runs_in_two_processes_and_recovers_what_one_does(tmp_path)
         "width.longest_text_run": 2,
         "measure.samples": 4,
         "measure.spacing": 0.25,
-        "compress.samples": 16,
         "measure.other_spacing": 0.5,
         "recover.steps": 4,
         "recover.batch": 3,
@@ -219,7 +218,7 @@ def test_the_pipeline_runs_in_two_processes_and_recovers_what_one_does(tmp_path)
     shutil.copytree(two, one)
     (one / "recovered.safetensors").unlink()
     pipeline.run_stages(config, one, last="recover")
-    start = read_tensors(two / "students.safetensors") | read_tensors(two / "width.safetensors")
+    start = read_tensors(two / "students.safetensors") | read_tensors(two / "width.json")
     shared, alone = (
         {
             name: tensor

@@ -33,7 +33,6 @@ SETTINGS = {
     "recover.batch": 4,
     "measure.samples": 16,
     "measure.spacing": 0.25,
-    "compress.samples": 16,
     "measure.other_spacing": 0.5,
     "batch": 16,
     "storage": "float32",

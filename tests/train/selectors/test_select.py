@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ppcl_rt import Interval
+from ppcl_rt import Interval, LegalCount, LegalWidths, Planner
 from ppcl_train import cli, pipeline
 from ppcl_train.closed_form.cka import linear_cka
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration, streams
+from ppcl_train.data.prefix import HeldStreams
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.log import Log
@@ -50,6 +51,11 @@ TINY = with_changes(
     },
 )
 EQ5 = with_changes(TINY, {"select": "eq5"})
+# Students are the only choice that there is.
+ALONE = with_changes(
+    TINY,
+    {"width.heads": [], "width.channels": [], "width.maps": False, "width.ranks": [], "width.longest_text_run": 1},
+)
 # This block of the teacher below does nothing, so a student can stand in for it and a neighbour without any loss.
 IDLE = 2
 
@@ -94,8 +100,8 @@ def reference(tmp_path_factory, teacher_file):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, teacher_file):
     """A run with a cost table, up to its selection."""
-    folder = begun(TINY, tmp_path_factory.mktemp("table"), teacher_file)
-    pipeline.run_stages(TINY, folder, last="select")
+    folder = begun(ALONE, tmp_path_factory.mktemp("table"), teacher_file)
+    pipeline.run_stages(ALONE, folder, last="select")
     return folder
 
 
@@ -193,8 +199,8 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
 
 
 def loss_of(model):
-    traced = table.TracedBatches(model, calibration.batches(TINY, 24, calibration.CHECK))
-    return table.StudentLoss(model, traced, bands=3), traced
+    held = HeldStreams(model, calibration.batches(TINY, 24, calibration.CHECK))
+    return table.StudentLoss(held, bands=3), held
 
 
 def test_a_perfect_student_costs_nothing(model):
@@ -208,7 +214,7 @@ def test_a_perfect_student_costs_nothing(model):
 
 
 def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
-    loss, traced = loss_of(model)
+    loss, held = loss_of(model)
     for interval in (Interval(0, 1), Interval(0, 2), Interval(2, 3)):
         student = selection.new_student(model.transformer_blocks, Selected(interval, "average"))
         whole = copy.deepcopy(model)
@@ -216,7 +222,7 @@ def test_a_cost_is_the_error_of_the_whole_model_with_the_student_in_it(model):
         for n in range(interval.first + 1, interval.last + 1):
             idle(whole.transformer_blocks[n])
         error, scale = torch.zeros(3), torch.zeros(3)
-        for given in traced.inputs:
+        for given in held.batches:
             with torch.no_grad():
                 clean, dense = (given.clean(each(**given.call)[0]) for each in (whole, model))
             for band in range(3):
@@ -262,8 +268,24 @@ def test_the_planner_is_not_asked_below_the_least_ratio(measured, model):
     assert table.choices_by_ratio(model.catalog, found.candidates, 0.02, least_ratio=0.8) == found.choices[:1]
 
 
+def test_students_that_closed_forms_beat_are_not_chosen(measured, model):
+    """Half of all channels for nothing: no plan needs a student down to what they save."""
+    found = table.read(measured)
+    full = model.catalog.spec(0).full
+    counts = {group: (units, 1) if group in ("heads", "image", "text") else (units,) for group, units in full.items()}
+    widths = {group: tuple(LegalCount(n, 0.0 if n == of[0] else 1e-9) for n in of) for group, of in counts.items()}
+    others = model.catalog.model_copy(update={"blocks": (LegalWidths(widths),) * 4})
+    smallest = min(others.ratio(plan) for plan in Planner(others).plans(0.02))
+    assert smallest < 0.7
+    for least, first in ((smallest + 0.01, None), (0.0, smallest)):
+        choices = table.choices_by_ratio(others, found.candidates, 0.02, least_ratio=least)
+        assert (choices == ()) if first is None else (choices[0].ratio < first)
+    alone = table.choices_by_ratio(model.catalog, found.candidates, 0.02, least_ratio=0.0)
+    assert alone[0].ratio > smallest
+
+
 def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tmp_path, teacher_file, monkeypatch):
-    folder, once, asked = begun(TINY, tmp_path / "run", teacher_file), table.measure_candidate, []
+    folder, once, asked = begun(ALONE, tmp_path / "run", teacher_file), table.measure_candidate, []
 
     def killed(*args):
         asked.append(args[-1])
@@ -274,19 +296,19 @@ def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tm
     monkeypatch.setattr(table, "measure_candidate", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run_stages(TINY, folder, last="select")
+            pipeline.run_stages(ALONE, folder, last="select")
         assert not (folder / selection.OUTPUT).exists()
-    pipeline.run_stages(TINY, folder, last="select")
+    pipeline.run_stages(ALONE, folder, last="select")
     # What was measured before a kill is not measured again: two kills, two candidates asked for twice.
     assert len(asked) == 5 + 2
     for name in (table.OUTPUT, selection.OUTPUT):
         assert (folder / name).read_bytes() == (measured / name).read_bytes()
 
 
-def test_a_candidate_that_diverges_is_named(tmp_path, teacher_file):
+def test_a_candidate_that_diverges_is_named(tmp_path, teacher_file, model):
     config = with_changes(TINY, {"table.lr": 1e30, "table.warmup": 0})
     with pytest.raises(ValueError, match=r"candidate 0\.\.1 from its first block .* step 1: lower table\.lr"):
-        table.select(config, begun(config, tmp_path / "run", teacher_file))
+        table.select(config, begun(config, tmp_path / "run", teacher_file), model.catalog)
 
 
 def test_settings_of_the_selection_are_checked(model):
@@ -312,21 +334,21 @@ def test_select_is_short_for_the_setting(tmp_path):
 
 
 def test_a_teacher_in_bfloat16_is_measured_with_students_in_float32(model):
-    loss, traced = loss_of(model)
+    loss, held = loss_of(model)
     rough = copy.deepcopy(model).to(torch.bfloat16)
     inputs = []
-    for given in traced.inputs:
+    for given in held.batches:
         call = {
             name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in given.call.items()
         }
         inputs.append(dataclasses.replace(given, call=call))
-    seen = table.TracedBatches(rough, inputs)
+    seen = HeldStreams(rough, inputs)
     attempt = table._Trial(TINY, rough.blocks(), Selected(Interval(0, 1), "first"))
     attempt.train(seen, range(2))
     assert all(parameter.dtype == torch.float32 for parameter in attempt.student.parameters())
     student = selection.new_student(model.transformer_blocks, Selected(Interval(0, 1), "first"))
     # bfloat16 rounds to 2^-9; both errors are relative to the same velocity.
-    assert sum(table.StudentLoss(rough, seen, 3).by_band(Interval(0, 1), student)) == pytest.approx(
+    assert sum(table.StudentLoss(seen, 3).by_band(Interval(0, 1), student)) == pytest.approx(
         sum(loss.by_band(Interval(0, 1), student)), rel=0.1
     )

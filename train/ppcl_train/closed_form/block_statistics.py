@@ -58,36 +58,44 @@ class BlockStatistics:
             to its stream on what the stream is without it.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, maps: bool = True) -> None:
+        """Begin with no data.
+
+        Args:
+            block: at full width.
+            maps: whether the regressions of maps are wanted; they take another run of the block.
+        """
         self.block, spec = block, block.spec
         self.inputs = {output.part.path: LeastSquares(output.part.columns) for output in spec.outputs}
-        self._mapped = [output for output in spec.outputs if spec.groups[output.segment.group].mappable]
+        self._mapped = [output for output in spec.outputs if maps and spec.groups[output.segment.group].mappable]
         self.maps = {output.name: LeastSquares(spec.dim, spec.dim) for output in self._mapped}
 
     @torch.no_grad()
-    def add(self, state: Streams, batch: Inputs, context: dict[str, Any]) -> None:
-        """Add what the block computes from the teacher's streams.
+    def add(self, state: Streams, batch: Inputs, context: dict[str, Any]) -> Streams:
+        """Run the block on the teacher's streams and add what it computes.
+
+        Regressions of maps take a second run, in which the block's MLPs put out nothing.
 
         Args:
             state: what enters the block.
             context: keyword arguments that the block is called with.
+
+        Returns:
+            What the block returns: of a block of the teacher, what enters the next one.
         """
         rows = _Rows(batch)
 
-        def add_inputs(path: str, stream: Input) -> Callable[..., None]:
-            return lambda _, args: self.inputs[path].add(rows.of(args[0], stream), weight=rows.weights(args[0], stream))
+        def add_inputs(path: str, stream: Input, x: torch.Tensor) -> None:
+            self.inputs[path].add(rows.of(x, stream), weight=rows.weights(x, stream))
 
-        passing = {output.part.path: output.part.stream for output in self.block.spec.outputs}
-        hooks = [
-            self.block.get_submodule(path).register_forward_pre_hook(add_inputs(path, stream))
-            for path, stream in passing.items()
-        ]
-        after = _run(self.block, state, context, hooks)
-        before = _run(self.block, state, context, [self._silence(output) for output in self._mapped])
+        after = _run(self.block, state, context, _watch(self.block, add_inputs))
+        if self._mapped:
+            before = _run(self.block, state, context, [self._silence(output) for output in self._mapped])
         for output in self._mapped:
             stream = output.part.stream
             x, y = _passing(before, stream), _passing(after, stream)
             self.maps[output.name].add(rows.of(x, stream), rows.of(y - x, stream), rows.weights(x, stream))
+        return after
 
     def _silence(self, output: Output) -> Any:
         """Make an output put out zero: a block whose MLPs do returns what its MLPs read."""
@@ -126,11 +134,7 @@ class BlockStatistics:
 
     def linear_map(self, output: Output, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Solve for the map that replaces an output; its bias is zero where the output has none of its own."""
-        fit = self.maps[output.name]
-        if not output.biased:
-            fit.gram = without_constant(fit.gram)
-            fit.cross[:, -1] = 0
-        return fit.solve(ridge)
+        return self.maps[output.name].solve(ridge, output.biased)
 
 
 def without_constant(gram: torch.Tensor) -> torch.Tensor:
@@ -138,6 +142,26 @@ def without_constant(gram: torch.Tensor) -> torch.Tensor:
     gram = gram.clone()
     gram[:-1, -1] = gram[-1, :-1] = 0
     return gram
+
+
+@torch.no_grad()
+def pass_by(block: Any, state: Streams, context: dict[str, Any]) -> Streams:
+    """Run a block of the teacher and add nothing: the same bits as `BlockStatistics.add` returns.
+
+    Layers with hooks are run one by one, others fused: the streams of a teacher that is watched here and there would
+    depend on where, by rounding.
+    """
+    return _run(block, state, context, _watch(block, lambda *_: None))
+
+
+def _watch(block: Any, visit: Callable[[str, Input, torch.Tensor], None]) -> list[Any]:
+    """Have what every part with outputs reads visited: (path, stream, input)."""
+
+    def hook(path: str, stream: Input) -> Callable[..., None]:
+        return lambda _, args: visit(path, stream, args[0])
+
+    passing = {output.part.path: output.part.stream for output in block.spec.outputs}
+    return [block.get_submodule(path).register_forward_pre_hook(hook(path, stream)) for path, stream in passing.items()]
 
 
 def _run(block: nn.Module, state: Streams, context: dict[str, Any], hooks: list[Any]) -> Streams:

@@ -139,7 +139,17 @@ def _with_students(model: Any, weights: StudentWeights) -> Any:
 def _begin_as_published(entry: Entry, folder: Path, steps: int) -> RunConfig:
     """Begin a run folder whose students are distilled as PPCL is published: by eq. 6 alone."""
     batch = entry.run.compare.batch
-    return entry.begin(folder, select="eq5", students__steps=steps, students__batch=batch, probes__batch=batch)
+    # Depth alone: there is nothing narrower to solve for.
+    whole = {"width__heads": (), "width__channels": (), "width__maps": False, "width__ranks": ()}
+    return entry.begin(
+        folder,
+        select="eq5",
+        students__steps=steps,
+        students__batch=batch,
+        probes__batch=batch,
+        width__longest_text_run=1,
+        **whole,
+    )
 
 
 def _student_steps(entry: Entry) -> int:

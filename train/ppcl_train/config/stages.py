@@ -72,6 +72,8 @@ class TableConfig(Frozen):
         bands: equal bands of the timestep that each cost is split into.
         ratio_step: the planner is asked at every multiple of this ratio, down to the smallest plan.
         least_ratio: the planner is not asked below this ratio: students that only tiny plans use need no training.
+        most_students: at most so many students are trained, those that most of the planner's plans take; None for all
+            that some plan takes.
     """
 
     lengths: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6)
@@ -86,6 +88,7 @@ class TableConfig(Frozen):
     bands: PositiveInt = 4
     ratio_step: float = Field(0.02, gt=0, lt=1)
     least_ratio: float = Field(0.0, ge=0, lt=1)
+    most_students: int | None = Field(None, ge=0)
 
     @field_validator("lengths", "starts")
     @classmethod
@@ -109,6 +112,8 @@ class StudentsConfig(LoopConfig):
             selector eq. 5 adds none.
         parallel: what several processes share: the samples of a batch, with averaged gradients ("data"), or the
             students, each trained by one process on whole batches, with nothing to exchange ("intervals").
+        at_once: students that are trained together; others follow, with passes of the teacher of their own. Each holds
+            its weights and moments in memory: 4.1 GB for 340 million parameters.
         shard_teacher: spread the teacher's weights over all processes (FSDP2).
         checkpointing: compute a student's activations again for the backward pass instead of keeping them.
         cache_bytes: bytes on disk for the teacher's streams, in bfloat16; training then goes over and over the
@@ -118,6 +123,7 @@ class StudentsConfig(LoopConfig):
     steps: PositiveInt = 400
     magnitude: float = Field(0.0, ge=0)
     parallel: Literal["data", "intervals"] = "data"
+    at_once: PositiveInt = 64
     shard_teacher: bool = False
     checkpointing: bool = False
     cache_bytes: int = Field(0, ge=0)
@@ -134,8 +140,10 @@ class WidthConfig(Frozen):
         longest_text_run: blocks of the longest text run (PPCL eq. 8); 1 for none.
         samples: calibration samples.
         ridge: share of the mean variance that is added to the variance of each input.
-        blocks_at_once: blocks whose Gram matrices are in memory together; the next ones take another pass of the
-            teacher.
+        blocks_at_once: blocks whose Gram matrices are in memory together, and first blocks of text runs whose
+            regressions are; the next ones take another pass of the teacher.
+        kept_bytes: the most bytes on disk, a process, for the streams that enter the block which the next pass begins
+            with; 0, or too few, and each pass begins at the first block.
     """
 
     heads: tuple[Share, ...] = (0.84, 0.67, 0.5)
@@ -146,6 +154,12 @@ class WidthConfig(Frozen):
     samples: PositiveInt = 4096
     ridge: PositiveFloat = 1e-4
     blocks_at_once: PositiveInt = 64
+    kept_bytes: int = Field(40_000_000_000, ge=0)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether blocks run at full width alone: there is nothing to solve for."""
+        return not (self.heads or self.channels or self.maps or self.ranks) and self.longest_text_run == 1
 
 
 class EndToEndConfig(LoopConfig):
@@ -207,12 +221,13 @@ class CompressConfig(Frozen):
             stores everything whole.
         student_share: of what training changed in a student's layer: the most that truncation takes back, as squared
             output.
-        samples: calibration samples that outputs are compared on.
+        most_rank: the largest rank, whatever error that leaves to recovery: it bounds what recovery holds. None for
+            any.
     """
 
     share: float = Field(0.05, ge=0, lt=1)
     student_share: float = Field(0.01, gt=0, lt=1)
-    samples: PositiveInt = 512
+    most_rank: PositiveInt | None = None
 
 
 class MeasureConfig(Frozen):

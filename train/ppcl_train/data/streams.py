@@ -29,6 +29,8 @@ class Trace:
 
 # Called after a block: (its number, its input, its output, the keyword arguments that it was called with).
 Visit = Callable[[int, Streams, Streams, dict[str, Any]], None]
+# Runs a block: (its number, its input, the keyword arguments that it is called with) -> its output.
+Step = Callable[[int, Streams, dict[str, Any]], Streams]
 # Called when the teacher reaches the end of an interval: (the interval, its input, its output, keyword arguments).
 VisitInterval = Callable[[Interval, Streams, Streams, dict[str, Any]], None]
 
@@ -88,6 +90,38 @@ def trace(model: Any, given: Inputs) -> Trace:
 
     walk(model, given, keep)
     return Trace(streams, shared)
+
+
+class _EnteredError(Exception):
+    """Carries what enters the first block out of a forward, which ends there."""
+
+    def __init__(self, state: Streams, context: dict[str, Any]) -> None:
+        super().__init__()
+        self.state, self.context = state, context
+
+
+@torch.no_grad()
+def enter(model: Any, given: Inputs) -> tuple[Streams, dict[str, Any]]:
+    """Run the model up to its first block: the embedders alone.
+
+    Returns:
+        What enters the first block, and the keyword arguments that every block is called with.
+    """
+
+    def stop(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        context = dict(kwargs)
+        state = Streams(context.pop("hidden_states"), context.pop("encoder_hidden_states"))
+        context.pop("width", None)
+        raise _EnteredError(state, context)
+
+    hook = model.blocks()[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(**given.call)
+    except _EnteredError as entered:
+        return entered.state, entered.context
+    finally:
+        hook.remove()
+    raise AssertionError("the dense model runs its first block")
 
 
 def run_block(block: nn.Module, streams: Streams, context: dict[str, Any]) -> Streams:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import ppcl_rt
-from ppcl_rt import Checkpoint
+from ppcl_rt import Catalog, Checkpoint
+from ppcl_rt.checkpoint.converted import Stored
 from ppcl_rt.checkpoint.places import locate_transformer
 from ppcl_rt.families import registry
 from ppcl_rt.ops.quantised import QuantisedLinear
 from ppcl_rt.planning.quantisation import Quantisation
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import read_note, read_tensors, write_tensors
+from ppcl_train.engine.files import read_note, read_tensors, stored_in, write_tensors
 from ppcl_train.engine.log import Log
 
 TEACHER_FILE = "teacher.safetensors"
@@ -119,6 +120,44 @@ def _quantise(model: Any, quantisation: Quantisation) -> None:
             held.hold(layer.weight)
             held.bias = layer.bias
             block.set_submodule(part.path, held)
+
+
+class Teacher(NamedTuple):
+    """The dense model where it lies: nothing of it is read yet.
+
+    Attributes:
+        config: what diffusers' class is built from, as ``config.json`` has it.
+        catalog: of the dense model.
+        tensors: by name; each is read rounded to what the checkpoint will store.
+    """
+
+    config: dict[str, Any]
+    catalog: Catalog
+    tensors: dict[str, Stored]
+
+
+def find_teacher(run: RunConfig, folder: Path) -> Teacher:
+    """Find the teacher of a run.
+
+    Raises:
+        ValueError: as `load_teacher`.
+    """
+    storage = getattr(torch, run.storage)
+    if run.teacher.pretrained is None:
+        with torch.device("meta"):
+            model = run.family.build(run.teacher.architecture)
+        stored = stored_in(folder / TEACHER_FILE)
+        config, catalog = model.stock_config, model.catalog
+    else:
+        place = find_pretrained(run.teacher.pretrained)
+        _compare_with_note(place, folder)
+        kind = registry.model_class(run.task)
+        source = kind.opened(place)
+        catalog = kind.dense_catalog(source)
+        with torch.device("meta"):
+            config = kind.described(source).stock_config
+        stored = {name: Stored.in_checkpoint(source, name) for name in source.names}
+    return Teacher(config, catalog, {name: each.rounded(storage) for name, each in stored.items()})
 
 
 def find_pretrained(source: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ppcl_rt import files
+from ppcl_rt.checkpoint.converted import Stored
 from ppcl_rt.files import one_line, replacing
 from ppcl_train.engine.provenance import MADE_BY, signed
 
@@ -53,13 +55,36 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a file.
+    """Read all tensors of a file, or of the files that a list names (`engine.parts`).
 
     Raises:
-        ValueError: the file is missing, cut or altered.
+        ValueError: a file is missing, cut or altered.
     """
+    if path.suffix == ".json":
+        files = (read_tensors(path.parent / name) for name in read_content(path)["files"])
+        return {name: tensor for held in files for name, tensor in held.items()}
     with _whole(path):
         return load_file(path)
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """List the tensors of a file, or of all files that a JSON file lists, which are read when they are asked for.
+
+    Raises:
+        ValueError: a file is missing, cut or altered.
+    """
+    if path.suffix == ".json":
+        files = (stored_in(path.parent / name) for name in read_content(path)["files"])
+        return {name: each for listed in files for name, each in listed.items()}
+
+    def read(name: str) -> torch.Tensor:
+        with _whole(path), safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    with _whole(path), safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        return {name: Stored(tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in names}
 
 
 @contextlib.contextmanager

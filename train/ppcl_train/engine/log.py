@@ -37,11 +37,14 @@ class Log:
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, **event}) + "\n")
         if shown:
-            plain = {key: value for key, value in event.items() if not isinstance(value, Mapping)}
-            words = (
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()
-            )
-            print(f"{self.stage:>9}  {'  '.join(words)}", flush=True)
+            say(self.stage, **event)
+
+
+def say(stage: str, **values: Any) -> None:
+    """Print an event of a stage, except mappings."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    words = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items())
+    print(f"{stage:>9}  {'  '.join(words)}", flush=True)
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from ppcl_rt.planning.legal import Sketch
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration
 from ppcl_train.data.calibration import Inputs
+from ppcl_train.data.prefix import HeldStreams
 from ppcl_train.data.seeds import Seed
 from ppcl_train.losses.sketching import Sketcher
 
@@ -94,6 +96,8 @@ class Change(NamedTuple):
 class VelocityError:
     """Measures the velocity error of plans of a model, whose dense plan is the teacher.
 
+    The teacher's predictions are computed when they are first needed.
+
     Args:
         model: everything that plans need is resident.
         run: settings of the run.
@@ -101,46 +105,63 @@ class VelocityError:
         seed: of the first batch.
 
     Attributes:
+        batches: that are measured on.
         edges: timesteps between which the bands lie (`band_edges`).
     """
 
-    @torch.no_grad()
     def __init__(
         self, model: Any, run: RunConfig, sketch: Sketch | None = None, seed: Seed = calibration.MEASURE
     ) -> None:
-        self._model = model
+        self._model, self._sketch = model, sketch
         self.edges = band_edges(run.measure.bands)
-        batches = list(calibration.measured(run, run.measure.samples, seed))
-        self.teacher = self._predict(batches, model.catalog.dense)
-        self._signal = float(torch.stack([target.signal_by_band(self.edges) for target in self.teacher]).sum())
-        self._sketcher = Sketcher(sketch, batches, self.edges) if sketch else None
+        self.batches = tuple(calibration.measured(run, run.measure.samples, seed))
 
-    def _predict(self, batches: Sequence[Inputs], plan: Plan) -> tuple[Target, ...]:
+    @cached_property
+    def teacher(self) -> tuple[Target, ...]:
+        """What the teacher predicts on every batch."""
+        return self.predictions(self._model.catalog.dense)
+
+    @cached_property
+    def _signal(self) -> float:
+        return float(torch.stack([target.signal_by_band(self.edges) for target in self.teacher]).sum())
+
+    @cached_property
+    def _sketcher(self) -> Sketcher | None:
+        return Sketcher(self._sketch, self.batches, self.edges) if self._sketch else None
+
+    def _output(self, plan: Plan, number: int, held: HeldStreams | None, block: int) -> Any:
+        if held is not None:
+            return held.run(plan, block, number)
         with self._model.at(plan=plan):
-            return tuple(Target.of(batch, self._model(**batch.call)[0]) for batch in batches)
+            return self._model(**self.batches[number].call)[0]
 
     @torch.no_grad()
-    def predictions(self, plan: Plan) -> tuple[Target, ...]:
-        """What a plan predicts on every batch, to measure other plans against."""
-        return self._predict([target.inputs for target in self.teacher], plan)
+    def predictions(self, plan: Plan, held: HeldStreams | None = None, block: int = 0) -> tuple[Target, ...]:
+        """What a plan predicts on every batch, to measure other plans against; ``held``, ``block`` as in `change`."""
+        return tuple(
+            Target.of(batch, self._output(plan, number, held, block)) for number, batch in enumerate(self.batches)
+        )
 
     @torch.no_grad()
-    def change(self, plan: Plan, against: Sequence[Target] = ()) -> Change:
+    def change(
+        self, plan: Plan, against: Sequence[Target] = (), held: HeldStreams | None = None, block: int = 0
+    ) -> Change:
         """Measure what a plan changes.
 
         Args:
             plan: of the model.
             against: predictions that it changes; those of the teacher, unless others are named. The signal is the
                 teacher's in either case.
+            held: streams of the batches that enter ``block``, before which the plan is dense, or for which ``block`` is
+                0; None to run all of the plan.
         """
         errors = torch.zeros(len(self.edges) - 1, dtype=torch.float64)
         sums = self._sketcher.empty(self._model.device) if self._sketcher else torch.zeros(0)
-        with self._model.at(plan=plan):
-            for number, target in enumerate(against or self.teacher):
-                difference = target.difference(self._model(**target.inputs.call)[0])
-                errors += target.inputs.banded(difference, self.edges)
-                if self._sketcher:
-                    self._sketcher.add(sums, number, target.inputs.weighted(difference))
+        for number, target in enumerate(against or self.teacher):
+            difference = target.difference(self._output(plan, number, held, block))
+            errors += target.inputs.banded(difference, self.edges)
+            if self._sketcher:
+                self._sketcher.add(sums, number, target.inputs.weighted(difference))
         bands = tuple((errors / self._signal).tolist())
         return Change(bands, self._sketcher.unit_rows(sums, bands) if self._sketcher else sums.numpy())
 

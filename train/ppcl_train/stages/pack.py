@@ -7,18 +7,19 @@ from pathlib import Path
 
 import torch
 
-import ppcl_rt
 from ppcl_rt import Catalog, Plan, Planner
-from ppcl_rt.checkpoint.reader import Checkpoint
+from ppcl_rt.checkpoint.converted import ConvertedCheckpoint, Stored
+from ppcl_rt.checkpoint.writer import in_shards, write_shards
 from ppcl_rt.planning.catalog import MeasuredPlan
 from ppcl_rt.planning.sketch import TENSORS, select, taken
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.engine.files import read_content, read_tensors, write_json
+from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.losses.velocity_error import VelocityError
-from ppcl_train.stages import measure
-from ppcl_train.stages.draft import open_draft
+from ppcl_train.stages import measure, recover
+from ppcl_train.stages.assembly import assembled
 from ppcl_train.stages.taken import listed
+from ppcl_train.stages.trained import opened_as_factors
 
 # Written last, into the checkpoint: what made it.
 OUTPUT = "checkpoint/run.json"
@@ -34,27 +35,32 @@ def pack(run: RunConfig, folder: Path) -> None:
     is left out: students, text runs.
     """
     log, config = Log(folder, "pack"), run.measure
-    draft = Checkpoint(folder / "draft")
-    assert draft.catalog is not None, "a draft has a catalog"
+    source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
+    assert source.catalog is not None, "what is assembled has a catalog"
     measured = read_content(folder / measure.OUTPUT)
-    whole = Catalog.model_validate({**draft.catalog.model_dump(mode="json"), **measured})
+    whole = Catalog.model_validate({**source.catalog.model_dump(mode="json"), **measured})
     sketches = {name: rows.numpy() for name, rows in read_tensors(folder / measure.SKETCHES).items()}
     planner = Planner(whole, lambda: [sketches[name] for name in TENSORS])
     least_share = max(run.recover.least_ratio, run.refine.least_ratio)
     plans = planner.frontier(config.spacing, config.other_spacing, least_share, config.candidates)
     log(plans=len(plans), smallest_ratio=planner.smallest)
-    losses = undominated(whole, _measured(run, folder, whole, plans, log))
+    losses = undominated(whole, _measured(run, source, whole, plans, log))
     catalog = _packed(whole, list(losses))
     frontier = (
         MeasuredPlan(choices=tuple(taken(catalog, plan)), loss=sum(bands), bands=bands)
         for plan, bands in losses.items()
     )
     catalog = catalog.model_copy(update={"frontier": tuple(frontier)})
-    with draft.kept_open():
-        tensors = {name: draft.read(name) for name in listed(catalog, draft.names)}
+    tensors = source.stored(listed(catalog, source.stored_names))
     for name, rows in sketches.items():
-        tensors[name] = torch.from_numpy(select(rows, whole, catalog))
-    catalog = ppcl_rt.write_checkpoint(folder / "checkpoint", draft.config, catalog, tensors)
+        tensors[name] = Stored.held(torch.from_numpy(select(rows, whole, catalog)))
+    # By shapes alone: the tensors of one file at a time are in memory.
+    shapes = {
+        name: torch.empty(each.shape, dtype=getattr(torch, run.storage), device="meta")
+        for name, each in tensors.items()
+    }
+    shards = ({name: tensors[name].read() for name in shard} for shard in in_shards(shapes))
+    write_shards(folder / "checkpoint", source.config, shards, lambda: catalog)
     # The note holds what made the checkpoint, and nothing else.
     write_json(folder / OUTPUT, {})
     size = sum(path.stat().st_size for path in (folder / "checkpoint").iterdir())
@@ -78,10 +84,10 @@ def _packed(whole: Catalog, plans: Sequence[Plan]) -> Catalog:
 
 
 def _measured(
-    run: RunConfig, folder: Path, catalog: Catalog, plans: Sequence[Plan], log: Log
+    run: RunConfig, source: ConvertedCheckpoint, catalog: Catalog, plans: Sequence[Plan], log: Log
 ) -> dict[Plan, tuple[float, ...]]:
     """The losses of plans in each band, which are not those that were predicted."""
-    error, found = VelocityError(open_draft(run, folder), run), dict[Plan, tuple[float, ...]]()
+    error, found = VelocityError(opened_as_factors(run, source, trains=False)[0], run), dict[Plan, tuple[float, ...]]()
     for number, plan in enumerate(plans):
         found[plan] = error.of(plan)
         if number % _LOGGED == 0:

@@ -5,16 +5,15 @@ PPCL stage 3.
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ppcl_rt import Catalog, Interval, LegalWidths, Plan, PlannedBlock, Planner, Width
+from ppcl_rt.checkpoint.converted import Stored
 from ppcl_rt.planning.sketch import TENSORS
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import EndToEndConfig
@@ -22,13 +21,15 @@ from ppcl_train.data import calibration, seeds
 from ppcl_train.data.loading import Batches
 from ppcl_train.data.seeds import Purpose, Seed
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import read_content, read_tensors, write_json, write_tensors
+from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.losses.velocity_error import Target
-from ppcl_train.stages.draft import open_draft, write_draft
+from ppcl_train.stages import compress, width
+from ppcl_train.stages.assembly import assembled, opened
 from ppcl_train.stages.sensitivities import sensitivities
 from ppcl_train.stages.taken import listed, taken
+from ppcl_train.stages.trained import opened_as_factors
 
 OUTPUT = "recovered.safetensors"
 REFINED = "refined.safetensors"
@@ -50,12 +51,12 @@ class _Costs(NamedTuple):
     by_sketches: bool
     first_seed: Seed
 
-    def measure(self, run: RunConfig, folder: Path, start: Mapping[str, torch.Tensor], log: Log) -> None:
-        """Measure every choice that some tensors make."""
-        write_draft(run, folder, start, narrower=True)
-        measured, sketches = sensitivities(open_draft(run, folder), run, log)
-        write_tensors(folder / self.sketches, sketches, {})
-        write_json(folder / self.catalog, measured.model_dump(mode="json"))
+    def measure(self, run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Log) -> None:
+        """Measure every choice that some tensors make; every process of a world calls this."""
+        measured, sketches = _measured(run, folder, start, log)
+        if join().is_main:
+            write_tensors(folder / self.sketches, sketches, {})
+            write_json(folder / self.catalog, measured.model_dump(mode="json"))
 
     def read(self, folder: Path, config: EndToEndConfig) -> tuple[Catalog, list[Plan]]:
         """The catalog without what no plan takes, which is neither trained nor kept; and the plans."""
@@ -70,7 +71,7 @@ class _Costs(NamedTuple):
         return worthwhile, Planner(worthwhile).plans(config.spacing, config.least_ratio)
 
 
-_CLOSED_FORMS = _Costs("costs.json", "costs.safetensors", by_sketches=False, first_seed=calibration.RECOVER)
+_CLOSED_FORMS = _Costs("start_costs.json", "start_costs.safetensors", by_sketches=False, first_seed=calibration.RECOVER)
 _RECOVERED = _Costs(
     "recovered_costs.json", "recovered_costs.safetensors", by_sketches=True, first_seed=calibration.REFINE
 )
@@ -83,15 +84,31 @@ def recover(run: RunConfig, folder: Path) -> None:
     are trained, the teacher's own included, with the dense plan among the plans. Every process of a world calls this;
     the processes share each batch.
     """
-    start = read_tensors(folder / "students.safetensors") | read_tensors(folder / "width.safetensors")
-    config = run.recover
+    config, start = run.recover, _before_recovery(folder)
     _end_to_end(run, folder, Log(folder, "recover"), config, _CLOSED_FORMS, start, OUTPUT, config.kept_steps)
+
+
+def _before_recovery(folder: Path) -> dict[str, Stored]:
+    return stored_in(folder / width.OUTPUT) | stored_in(folder / compress.OUTPUT)
 
 
 def refine(run: RunConfig, folder: Path) -> None:
     """Train the same once more, under the plans that will answer budgets; writes ``refined.safetensors``."""
-    start = read_tensors(folder / OUTPUT)
+    start = stored_in(folder / OUTPUT)
     _end_to_end(run, folder, Log(folder, "refine"), run.refine, _RECOVERED, start, REFINED)
+
+
+def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> None:
+    """Measure what recovery or refinement begins with, together with all processes that call this."""
+    start = stored_in(folder / OUTPUT) if (folder / OUTPUT).exists() else _before_recovery(folder)
+    _measured(run, folder, start, log)
+
+
+def _measured(
+    run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Callable[..., None]
+) -> tuple[Catalog, dict[str, torch.Tensor]]:
+    model, _ = opened_as_factors(run, assembled(run, folder, start), trains=False)
+    return sensitivities(model, run, folder, log)
 
 
 def _end_to_end(
@@ -100,90 +117,66 @@ def _end_to_end(
     log: Log,
     config: EndToEndConfig,
     costs: _Costs,
-    start: dict[str, torch.Tensor],
+    start: Mapping[str, Stored],
     output: str,
     kept_steps: int = 0,
 ) -> None:
     world = join()
     if not config.steps + kept_steps:
         if world.is_main:
-            write_tensors(folder / output, start, {"steps": 0})
+            write_tensors(folder / output, {name: each.read() for name, each in start.items()}, {"steps": 0})
         return
-    if world.is_main:
-        if not (folder / costs.catalog).exists():
-            costs.measure(run, folder, start, log)
-        worthwhile, planned = costs.read(folder, config)
-        start = {name: start[name] for name in listed(worthwhile, start)}
-        write_draft(run, folder, start, narrower=True)
+    if not (folder / costs.catalog).exists():
+        costs.measure(run, folder, start, log)
     world.wait()
-    if not world.is_main:
-        worthwhile, planned = costs.read(folder, config)
-    model = open_draft(run, folder)
-    plans = Plans(_of_draft(worthwhile, model), planned, config)
-    teacher = copy.deepcopy(model).requires_grad_(False) if kept_steps else model
-    model.requires_grad_(False)
+    worthwhile, planned = costs.read(folder, config)
+    start = {name: start[name] for name in listed(worthwhile, start)}
+    plans = Plans(worthwhile, planned, config)
     if config.steps:
-        parameters = {name: p for name, p in model.named_parameters() if _only_narrower_plans_run(name)}
-        _train(run, config, log, model, teacher, plans, parameters, costs.first_seed, dense=False)
+        start = _trained(run, folder, config, log, start, plans, costs.first_seed)
     if kept_steps:
         kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": kept_steps})
         first_seed = costs.first_seed + config.steps * config.accumulate
-        parameters = dict(model.named_parameters())
-        _train(run, kept_config, kept_log, model, teacher, plans, parameters, first_seed, dense=True)
+        start = _trained(run, folder, kept_config, kept_log, start, plans, first_seed, everything=True)
     if world.is_main:
-        state = model.stored_state()
-        names = state if kept_steps else start
-        write_tensors(
-            folder / output, {name: state[name] for name in names}, {"steps": config.steps, "kept": kept_steps}
-        )
+        tensors = {name: each.read() for name, each in start.items()}
+        write_tensors(folder / output, tensors, {"steps": config.steps, "kept": kept_steps})
 
 
 def _chance(run: RunConfig, seed: Seed) -> random.Random:
     return random.Random(seeds.generator(run.seed, seed, Purpose.PLAN).bytes(16))
 
 
-def _of_draft(catalog: Catalog, model: Any) -> Catalog:
-    """The catalog with the checksums of a draft: plans name the weights that run them."""
-    return Catalog.model_validate({**catalog.model_dump(mode="json"), "checksums": model.catalog.checksums})
-
-
-def _only_narrower_plans_run(name: str) -> bool:
-    """Whether a parameter is of a student, a text run or a narrower width: ratio 1 runs none of these."""
-    path = name.split(".")
-    return path[0] in ("students", "text_runs") or "replacements" in path
-
-
-def _train(
+def _trained(
     run: RunConfig,
+    folder: Path,
     config: EndToEndConfig,
     log: Log,
-    model: Any,
-    teacher: Any,
+    start: Mapping[str, Stored],
     plans: Plans,
-    parameters: Mapping[str, nn.Parameter],
     first_seed: Seed,
-    dense: bool,
-) -> None:
-    """Train parameters of a model in place, on the velocity error of its plans.
+    everything: bool = False,
+) -> dict[str, Stored]:
+    """Train on the velocity error of plans; returns all tensors in the form in which they are stored.
 
     Args:
-        teacher: a model whose dense plan is the teacher.
+        start: what the run has made so far.
         first_seed: of the first batch.
-        dense: whether the dense plan is among the plans.
+        everything: train the teacher's blocks too, with the dense plan among the plans.
     """
-    world = join()
-    for parameter in parameters.values():
-        # In float32 whatever the teacher computes in: steps are too small for a coarser dtype.
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+    world, source = join(), assembled(run, folder, start)
+    model, trained = opened_as_factors(run, source, everything)
+    parameters = trained.parameters
+    # The dense plan runs nothing that is trained, so a second model is needed only where the teacher's blocks are.
+    teacher = opened(run, assembled(run, folder, {})) if everything else model
 
     batches = Batches(run, config.batch, first_seed, config.steps * config.accumulate, world.share(config.batch))
 
     def step_loss(number: int) -> float:
         batch = batches(number)
-        with torch.no_grad(), teacher.at(plan=model.catalog.dense):
+        with torch.no_grad(), teacher.at(plan=teacher.catalog.dense):
             target = Target.of(batch, teacher(**batch.call)[0])
-        with model.at(plan=plans.draw(_chance(run, first_seed + number), dense)):
+        with model.at(plan=plans.draw(_chance(run, first_seed + number), everything)):
             error = target.squared_error(model(**batch.call)[0]).sum()
         # Over all processes, so that gradients average to those of the whole batch, however the batch is shared.
         total_error, total = world.mean(torch.stack([error.detach(), target.clean.square().sum()]))
@@ -192,7 +185,7 @@ def _train(
         (error / total / (2 * loss)).backward()
         return loss.item()
 
-    trained = train_loop(
+    found = train_loop(
         run,
         config,
         log,
@@ -201,25 +194,22 @@ def _train(
         world=world,
         before_update=lambda: world.average(parameters.values()),
     )
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            parameters[name].copy_(tensor)
+    return trained.outcome(start, found)
 
 
 class Plans:
     """Plans to train: those that the planner takes, the smallest of them more often, and random plans.
 
     Args:
-        catalog: of the draft that runs them.
-        planned: the planner's plans, of another catalog with the same blocks.
+        catalog: what they are drawn from.
+        planned: the planner's plans.
         config: which of them are drawn, and how often.
     """
 
     def __init__(self, catalog: Catalog, planned: Sequence[Plan], config: EndToEndConfig) -> None:
         self.catalog, self._config = catalog, config
-        inside = [plan for plan in planned if catalog.ratio(plan) <= config.most_ratio and not is_dense(plan, catalog)]
-        self._planned = [plan.model_copy(update={"checkpoint": catalog.fingerprint}) for plan in inside]
-        if not inside:
+        self._planned = [plan for plan in planned if catalog.ratio(plan) <= config.most_ratio and plan != catalog.dense]
+        if not self._planned:
             raise ValueError(
                 f"no plan has a ratio of {config.least_ratio:g} to {config.most_ratio:g}: raise most_ratio"
             )
@@ -239,11 +229,6 @@ class Plans:
         while (plan := random_plan(self.catalog, rng)) == self.catalog.dense:
             pass
         return plan
-
-
-def is_dense(plan: Plan, catalog: Catalog) -> bool:
-    """Whether a plan runs all that the teacher runs, whatever checkpoint it names."""
-    return plan.blocks == catalog.dense.blocks and not plan.text_runs
 
 
 def random_plan(catalog: Catalog, rng: random.Random) -> Plan:

@@ -118,7 +118,7 @@ class Division(NamedTuple):
         """
         if config.parallel == "data":
             return cls(world, world, list(selected))
-        if world.size > len(selected):
+        if world.size > len(selected) > 0:
             raise ValueError(f"{world.size} processes have {len(selected)} students to train: start no more than that")
         owner = owners([1] * len(selected), world.size)
         return cls(world, world.alone, [each for each, rank in zip(selected, owner) if rank == world.rank])
@@ -190,7 +190,13 @@ def distil(run: RunConfig, folder: Path) -> None:
             not finite.
     """
     config, world = run.students, join()
-    log, selected, teacher = Log(folder, "students"), selection.read(folder), load_teacher(run, folder)
+    log, selected = Log(folder, "students"), selection.read(folder)
+    if not selected:
+        log(students=0)
+        if world.is_main:
+            write_tensors(folder / OUTPUT, {}, {"steps": 0})
+        return
+    teacher = load_teacher(run, folder)
     division = Division.of(config, world, selected)
     kind = adamw_class(config, log)
     learners = {}

@@ -1,21 +1,23 @@
-"""The draft: what a run has made so far, as a checkpoint that the runtime itself can run."""
+"""What a run has made so far, as a model that the runtime itself runs: put together in memory, nothing is written.
+
+The teacher is read where it lies, what the run made out of the files of its stages; both a tensor at a time.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import ppcl_rt
 from ppcl_rt import LINEAR_MAP, BlockSpec, Catalog, Interval, LegalCount, LegalWidths, Student, TextRun
+from ppcl_rt.checkpoint.converted import ConvertedCheckpoint, Stored
 from ppcl_rt.families import registry
 from ppcl_rt.planning.architecture import Tokens
 from ppcl_rt.planning.catalog import LONGEST_MODEL
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data.teacher_file import load_teacher
+from ppcl_train.data.teacher_file import find_teacher
 from ppcl_train.engine.distributed import join
 from ppcl_train.selectors import selection
 
@@ -46,52 +48,54 @@ def _legal_widths(counts: Mapping[str, list[int]]) -> LegalWidths:
     )
 
 
-def write_draft(
-    run: RunConfig,
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    narrower: bool = False,
-    dtype: str | None = None,
-) -> Catalog:
-    """Write ``draft/``: the teacher and the tensors that the run has made.
+def assembled(
+    run: RunConfig, folder: Path, tensors: Mapping[str, Stored], dtype: str | None = None
+) -> ConvertedCheckpoint:
+    """Put together a checkpoint of the teacher and of tensors that the run has made.
 
     Args:
-        tensors: of students, text runs and narrower widths, under the names that they have in a checkpoint.
-        narrower: whether ``tensors`` hold what narrower widths run (`legal_counts`): the counts that they hold a layer
-            for are legal; otherwise every block runs at full
-            width alone.
-        dtype: of the floats in the draft; None for the dtype that the teacher computes in.
+        tensors: of students, text runs and narrower widths, under the names that they have in a checkpoint. The counts
+            that they hold a layer for are legal.
+        dtype: that the tensors are rounded to before they are used; None for the one that the teacher computes in.
     """
-    teacher = load_teacher(run, folder)
+    teacher = find_teacher(run, folder)
     architecture = teacher.catalog.architecture
 
     def widths(prefix: str, number: int) -> LegalWidths:
-        spec = architecture.spec(number)
-        return _legal_widths(_made(run, spec, prefix, tensors)) if narrower else LegalWidths.only(spec.full)
+        return _legal_widths(_made(run, architecture.spec(number), prefix, tensors))
 
-    starts = dict(selection.read(folder))
+    intervals = _students(tensors)
+    starts = dict(selection.read(folder)) if intervals else {}
     catalog = Catalog(
-        family=teacher.family,
+        family=teacher.catalog.family,
         architecture=architecture,
         reference=Tokens(*registry.reference(run.task)),
         blocks=tuple(widths("{}.{}".format(*architecture.place(n)), n) for n in range(architecture.depth)),
         students=tuple(
             Student(interval=i, start=starts[i], loss=_UNMEASURED, widths=widths(f"students.{i.key}", i.first))
-            for i in _students(tensors)
+            for i in intervals
         ),
         text_runs=tuple(TextRun(interval=i, loss=_UNMEASURED) for i in _text_runs(tensors, architecture.depth)),
-        compensated=narrower,
+        compensated=True,
         base_model=run.base_model or _hub_name(run.teacher.pretrained) or teacher.catalog.base_model,
         license=run.license or teacher.catalog.license,
         # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
         task={"name": run.task, "sampler": run.sampler.model_dump()} if run.family.judged else None,
     )
-    all_tensors = {**teacher.full_state(), **tensors}
     floats = getattr(torch, dtype or run.teacher.dtype)
-    stored = {name: t.to(floats) if t.is_floating_point() else t for name, t in all_tensors.items()}
-    # The draft of an earlier stage is of no more use, and with nothing to replace, one rename writes the new one.
-    shutil.rmtree(folder / "draft", ignore_errors=True)
-    return ppcl_rt.write_checkpoint(folder / "draft", teacher.stock_config, catalog, stored)
+    made = {name: each.rounded(floats) for name, each in tensors.items()}
+    return ConvertedCheckpoint(folder, teacher.config, catalog, {**teacher.tensors, **made})
+
+
+def opened(run: RunConfig, source: ConvertedCheckpoint, held: Callable[[str, Any], None] | None = None) -> Any:
+    """Load all of it, in the dtype that the teacher computes in, on this process's device, frozen.
+
+    Args:
+        held: called with the prefix of each block and student, and with itself, as soon as it is whole
+            (`CheckpointFolder.hold_everything`).
+    """
+    dtype, device = getattr(torch, run.teacher.dtype), join().device
+    return registry.model_class(run.task).of_source(source, dtype, device, held)
 
 
 def _hub_name(source: str | None) -> str | None:
@@ -99,35 +103,32 @@ def _hub_name(source: str | None) -> str | None:
     return source if source and not Path(source).exists() and len(source) <= LONGEST_MODEL else None
 
 
-def _made(run: RunConfig, spec: BlockSpec, prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+def _made(run: RunConfig, spec: BlockSpec, prefix: str, tensors: Mapping[str, Any]) -> dict[str, list[int]]:
     """List the legal counts of each group of a block that some layer was made for, widest first."""
 
     def holds(group: str, count: int) -> bool:
+        if spec.groups[group].is_rank:
+            # A lower rank is a prefix of a higher one.
+            return f"{prefix}.replacements.{spec.shared_factor(group)}.weight" in tensors
         # All outputs of a group come at the same counts.
         names = [spec.replacement(output.name, count) for output in spec.outputs_of(group)[:1]]
         weights = [f"{prefix}.replacements.{name}.{which}" for name in names for which in ("weight", "up")]
-        return not weights or any(weight in tensors for weight in weights)
+        return any(weight in tensors for weight in weights)
 
     return {
-        group: [count for count in counts if count == counts[0] or spec.groups[group].is_rank or holds(group, count)]
+        group: [count for count in counts if count == counts[0] or holds(group, count)]
         for group, counts in legal_counts(run, spec).items()
     }
 
 
-def _students(tensors: Mapping[str, torch.Tensor]) -> list[Interval]:
+def _students(tensors: Iterable[str]) -> list[Interval]:
     """List the intervals of the students that tensors belong to."""
     paths = (name.split(".") for name in tensors)
     return sorted({Interval.of_key(path[1]) for path in paths if path[0] == "students"})
 
 
-def _text_runs(tensors: Mapping[str, torch.Tensor], depth: int) -> list[Interval]:
+def _text_runs(tensors: Iterable[str], depth: int) -> list[Interval]:
     """List the text runs that all maps are there for."""
     paths = {tuple(name.split(".")[1:3]) for name in tensors if name.startswith("text_runs.")}
     lasts = {(int(first), int(name.removeprefix("z_"))) for first, name in paths if name.startswith("z_")}
     return sorted(Interval(f, n) for f, n in lasts if n == depth - 1 or (str(f), f"text_{n}") in paths)
-
-
-def open_draft(run: RunConfig, folder: Path) -> Any:
-    """Load ``draft/`` with everything resident, in the dtype that the teacher computes in, on this process's device."""
-    dtype = getattr(torch, run.teacher.dtype)
-    return ppcl_rt.load(folder / "draft", dtype=dtype, device=join().device, resident="all")

@@ -1,0 +1,259 @@
+"""What each stage holds and computes, as arithmetic on `Sizes`.
+
+One function a stage, in the order of the stages. Bytes are those of one process when it holds most; what a stage holds
+at different moments is not added. A process has one device: on a CPU, device and host are one memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ppcl_train.config.stages import LoopConfig
+from ppcl_train.preflight.sizes import Sizes
+
+# Bytes of a parameter in training: its float32 value and its gradient.
+_VALUE, _GRADIENT = 4, 4
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage takes.
+
+    Attributes:
+        device: bytes on each device at once, by what they are.
+        flops: floating-point operations over all processes.
+        shared: whether all processes do the work; else the first does it, and the rest wait.
+        host: bytes in the memory of the host for each process, besides what is on the device.
+        leaves: bytes on disk that the stage leaves.
+        during: bytes on disk that it takes besides while it runs.
+    """
+
+    device: dict[str, float]
+    flops: float
+    shared: bool = True
+    host: dict[str, float] = field(default_factory=dict)
+    leaves: float = 0.0
+    during: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """Bytes on each device at once."""
+        return sum(self.device.values())
+
+
+def _moments(config: LoopConfig) -> int:
+    """Bytes of Adam's two moments, and of a moving average, for a parameter."""
+    return (2 if config.eight_bit else 8) + (4 if config.ema else 0)
+
+
+def _teacher(sizes: Sizes, shards: int = 1) -> float:
+    """Bytes of the teacher's weights; spread over processes, a block is whole while it runs, and the next one comes."""
+    whole = sizes.params * sizes.itemsize
+    if shards == 1:
+        return whole
+    return whole / shards + 2 * sizes.block_params(sizes.largest_block) * sizes.itemsize
+
+
+def _samples_at_once(sizes: Sizes) -> int:
+    """Samples in a call of the teacher where losses are measured: with a guidance, half of them under each prompt."""
+    run = sizes.run
+    return max(2, run.batch // 2 * 2) if run.sampler.guidance != 1 else run.batch
+
+
+def _calls_a_sample(sizes: Sizes) -> int:
+    return 2 if sizes.run.sampler.guidance != 1 else 1
+
+
+def stored_numbers(sizes: Sizes) -> float:
+    """The most numbers that are stored next to the teacher for its own blocks and for text runs."""
+    return sum(map(sizes.stored, range(sizes.architecture.depth))) + sizes.stored_maps()
+
+
+def teacher(sizes: Sizes, processes: int) -> Needs:
+    """The stage *teacher*: a pretrained one is only hashed; else it is trained from nothing, by the first process."""
+    run = sizes.run
+    if run.teacher.pretrained is not None:
+        return Needs({}, 0.0, shared=False, host={"a part of a file": 1 << 24})
+    config = run.teacher
+    held = sizes.params * (_VALUE + _GRADIENT + 8 + (4 if config.ema else 0))
+    activations = sizes.architecture.depth * sizes.backward(config.batch, "no")
+    flops = 3 * sizes.flops * config.batch * config.steps
+    return Needs(
+        {"weights, gradients, moments": held, "activations": activations}, flops, shared=False, leaves=4 * sizes.params
+    )
+
+
+def width(sizes: Sizes, processes: int) -> Needs:
+    """The stage *width*: statistics of some blocks at a time, then their closed forms, then text runs."""
+    run = sizes.run
+    if run.width.is_empty:
+        return Needs({}, 0.0)
+    depth = sizes.architecture.depth
+    at_once = min(run.width.blocks_at_once, depth)
+    statistics = at_once * max(map(sizes.statistics, range(depth)))
+    dim = sizes.architecture.dim
+    later = max(sizes.text_maps()) // 2
+    # One first block at a time: Gram matrices, and products with what later blocks read and with how the text moves.
+    text_runs = 2 * 8 * ((dim + 1) ** 2 + later * dim * (dim + 1))
+    passes = math.ceil(depth / at_once / processes)
+    samples = run.width.samples
+    # A pass goes as far as the last block of a portion: half of the model on average. Each block runs twice more.
+    flops = samples * sizes.flops * (0.5 * passes * processes + 2) + sum(map(sizes.closed_form_flops, range(depth)))
+    device = {
+        "teacher": _teacher(sizes),
+        "statistics of blocks": max(statistics, text_runs),
+        "activations": sizes.forward(run.batch) + 2 * sizes.streams(run.batch),
+        "closed forms of a block": sizes.closed_form(),
+    }
+    return Needs(device, flops, leaves=4 * stored_numbers(sizes))
+
+
+def select(sizes: Sizes, processes: int) -> Needs:
+    """The stage *select*: losses of the closed forms, then a short training of every candidate."""
+    run, table = sizes.run, sizes.run.table
+    depth, block = sizes.architecture.depth, sizes.block_params(sizes.largest_block)
+    base = {"teacher": _teacher(sizes)}
+    if run.select != "table":
+        probes = run.probes
+        grams = 2 * depth * 3 * 8 * (sizes.architecture.dim + 1) ** 2
+        trained = 2 * depth * sizes.architecture.dim**2 * (_VALUE + _GRADIENT + 8)
+        states = 2 * depth * probes.cka_tokens * sizes.architecture.dim * 4
+        flops = sizes.flops * (probes.samples + probes.batch * probes.steps + probes.cka_samples)
+        held = {"statistics of probes": grams, "probes": trained, "states for CKA": states}
+        return Needs({**base, **held, "activations": sizes.forward(probes.batch)}, flops, shared=False)
+    measuring = _measuring(sizes)
+    trial: dict[str, float] = {
+        "two students": 2 * block * (_VALUE + 8) + block * _GRADIENT,
+        "activations": max(sizes.backward(table.batch, "no"), sizes.forward(_samples_at_once(sizes))),
+        "streams": table.batches * 2 * sizes.streams(table.batch),
+    }
+    candidates = sum(max(0, depth - length + 1) for length in table.lengths)
+    starts = len(table.starts)
+    steps = starts * table.trial_steps + table.steps - table.trial_steps
+    one = sizes.block_flops() * table.batch * 3 * steps
+    measured = 0.5 * sizes.flops * _calls_a_sample(sizes) * (table.samples + starts * min(table.samples, run.batch))
+    device = measuring.device if measuring.peak > sum(trial.values()) + _teacher(sizes) else {**base, **trial}
+    return Needs(device, measuring.flops + candidates * (one + measured), host=measuring.host)
+
+
+def students(sizes: Sizes, processes: int) -> Needs:
+    """The stage *students*: those of one group at a time, with their moments; gradients of one of them."""
+    config = sizes.run.students
+    block = sizes.block_params(sizes.largest_block)
+    at_once = min(config.at_once, sizes.architecture.depth // 2)
+    mine = math.ceil(at_once / processes) if config.parallel == "intervals" else at_once
+    groups = math.ceil(sizes.most_students / at_once)
+    batch = config.batch if config.parallel == "intervals" else math.ceil(config.batch / processes)
+    gradients = mine if config.accumulate > 1 else 1
+    device = {
+        "teacher": _teacher(sizes, processes if config.shard_teacher else 1),
+        "students and moments": mine * block * (_VALUE + _moments(config)),
+        "gradients": gradients * block * _GRADIENT,
+        "activations": sizes.backward(batch, config.precision) + sizes.streams(batch) * 4,
+    }
+    samples = config.batch * config.steps * config.accumulate
+    trained = 3 * sizes.block_flops() * sizes.most_students * samples
+    flops = groups * samples * sizes.flops * (processes if config.parallel == "intervals" else 1) + trained
+    saved = mine * block * (_VALUE + _moments(config))
+    return Needs(device, flops, leaves=sizes.most_students * block * 4, during=saved * processes)
+
+
+def compress(sizes: Sizes, processes: int) -> Needs:
+    """The stage *compress*: closed forms of students."""
+    run, count = sizes.run, sizes.most_students
+    if not count:
+        return Needs({}, 0.0, shared=False)
+    block = sizes.block_params(sizes.largest_block)
+    device = {
+        "teacher": _teacher(sizes),
+        "students": count * block * sizes.itemsize,
+        "statistics of blocks": min(run.width.blocks_at_once, count) * sizes.statistics(sizes.largest_block),
+        "activations": sizes.forward(run.batch) + 2 * sizes.streams(run.batch),
+        "closed forms of a block": sizes.closed_form(),
+    }
+    flops = run.width.samples * sizes.flops + count * sizes.closed_form_flops(sizes.largest_block)
+    return Needs(device, flops, shared=False, leaves=4 * count * (sizes.stored(sizes.largest_block) + block))
+
+
+def _recovery(sizes: Sizes, processes: int, config: LoopConfig, kept_steps: int = 0) -> Needs:
+    shards = processes if getattr(config, "shard", False) else 1
+    checkpointing = getattr(config, "checkpointing", False)
+    numbers = trained_numbers(sizes) + (sizes.params if kept_steps else 0)
+    batch = math.ceil(config.batch / processes)
+    saved = sizes.architecture.depth * sizes.streams(batch)
+    per_block = sizes.backward(batch, config.precision)
+    activations = saved + per_block if checkpointing else sizes.architecture.depth * per_block
+    device = {
+        "teacher": _teacher(sizes, shards) * (2 if kept_steps else 1),
+        "what is trained": numbers * (_VALUE + _GRADIENT + _moments(config)) / shards,
+        "activations": activations,
+    }
+    steps = config.steps + kept_steps
+    # The teacher, the plan forward and backward, and once more forward where activations are computed again.
+    flops = config.batch * config.accumulate * steps * sizes.flops * (1 + 3 + checkpointing)
+    measuring = _measuring(sizes)
+    state = numbers * (_VALUE + _moments(config))
+    return Needs(device, flops + measuring.flops, host=measuring.host, leaves=4 * numbers, during=2 * state)
+
+
+def trained_numbers(sizes: Sizes) -> float:
+    """The most numbers that recovery trains: everything that is stored next to the teacher."""
+    block = sizes.block_params(sizes.largest_block)
+    student = sizes.stored(sizes.largest_block) + sizes.student_numbers(block)
+    return stored_numbers(sizes) + sizes.most_students * student
+
+
+def recover(sizes: Sizes, processes: int) -> Needs:
+    """The stage *recover*."""
+    return _recovery(sizes, processes, sizes.run.recover, sizes.run.recover.kept_steps)
+
+
+def refine(sizes: Sizes, processes: int) -> Needs:
+    """The stage *refine*."""
+    if not sizes.run.refine.steps:
+        return Needs({}, 0.0)
+    return _recovery(sizes, processes, sizes.run.refine)
+
+
+def _measuring(sizes: Sizes) -> Needs:
+    """Losses of all choices, each alone: the blocks after the choice, for every sample."""
+    run = sizes.run
+    choices = sizes.choices
+    samples = run.measure.samples * _calls_a_sample(sizes)
+    device = {
+        "teacher": _teacher(sizes),
+        "layers": sizes.itemsize * trained_numbers(sizes),
+        "activations": sizes.forward(_samples_at_once(sizes)) + 2 * sizes.streams(_samples_at_once(sizes)),
+    }
+    host: dict[str, float] = {"streams of the samples": sizes.streams(samples)}
+    return Needs(device, 0.5 * choices * samples * sizes.flops, host=host)
+
+
+def measure(sizes: Sizes, processes: int) -> Needs:
+    """The stage *measure*."""
+    return _measuring(sizes)
+
+
+def pack(sizes: Sizes, processes: int) -> Needs:
+    """The stage *pack*: plans as a whole, then one file of the checkpoint at a time."""
+    run, measuring = sizes.run, _measuring(sizes)
+    plans = run.measure.candidates * (1 / run.measure.spacing + 2 / run.measure.other_spacing)
+    flops = plans * run.measure.samples * _calls_a_sample(sizes) * sizes.flops * 0.6
+    leaves = sizes.storage * (sizes.params + trained_numbers(sizes))
+    return Needs(measuring.device, flops, shared=False, host={"a file": min(10e9, leaves)}, leaves=leaves)
+
+
+# By the name of the stage, in order.
+STAGES: dict[str, Callable[[Sizes, int], Needs]] = {
+    "teacher": teacher,
+    "width": width,
+    "select": select,
+    "students": students,
+    "compress": compress,
+    "recover": recover,
+    "refine": refine,
+    "measure": measure,
+    "pack": pack,
+}
