@@ -21,6 +21,8 @@ if find_spec("webdataset") is None or find_spec("datasets") is None:
 # Sizes and steps alone: everything else is the preset's.
 SMALL = {
     "tracker": "none",
+    "pictures.prompts": ["a cat"],
+    "pictures.ratios": [0.7],
     "batch": 4,
     "save_every": 2,
     "table.lengths": [2],

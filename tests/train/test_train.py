@@ -90,7 +90,7 @@ def test_a_trace_is_what_the_model_computes():
     model = teacher.initial(TINY).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
-    given = calibration.inputs(TINY, 3, 5)
+    given = calibration.inputs(TINY, 3, calibration.CHECK + 5)
     passed = streams.trace(model, given)
     assert len(passed.streams) == 5
     for block, before, after in zip(model.blocks(), passed.streams, passed.streams[1:]):
@@ -118,7 +118,7 @@ def test_refinement_goes_on_from_recovery_and_leaves_out_what_no_plan_takes(fini
 def test_a_run_makes_a_checkpoint_that_holds_its_teacher(finished):
     model = ppcl_rt.load(finished / "checkpoint")
     stock = load_teacher(TINY, finished)
-    given = calibration.inputs(TINY, 3, 5).call
+    given = calibration.inputs(TINY, 3, calibration.CHECK + 5).call
     wanted = stock(**given)[0]
     # Rank orders permute sums; 4 blocks of float32.
     assert torch.allclose(model.float()(**given)[0], wanted, atol=1e-5)
@@ -139,7 +139,7 @@ def test_compensated_widths_are_closer_to_the_teacher_than_plain_prefixes(finish
     plan = catalog.compose((n, half) for n in range(depth))
     model = ppcl_rt.load(finished / "checkpoint", plan=plan, dtype=torch.float32)
     plain = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32)
-    given = calibration.inputs(TINY, 64, 6)
+    given = calibration.inputs(TINY, 64, calibration.CHECK + 6)
     dense = plain(**given.call)[0]
     compensated = (model(**given.call)[0] - dense).square().mean()
     # The same plan from the full output layers: one channel more is no count of the catalog's, so it has no layer.

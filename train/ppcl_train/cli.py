@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,7 +152,10 @@ Samples = Annotated[int | None, typer.Option(min=1, help="stop at this many samp
 MaxBytes = Annotated[
     str | None, typer.Option(help="stop at this many bytes of files, 800MB or 1.5TB; may be raised later")
 ]
-Part = Annotated[str, typer.Option(help="1/8: the first of eight processes that share the work; each has an --out")]
+Part = Annotated[
+    str | None,
+    typer.Option(help="1/8: the first of eight processes that share the work, each with an --out; torchrun says it"),
+]
 Strict = Annotated[bool, typer.Option(help="stop at an image or prompt that cannot be used, instead of leaving it out")]
 Dtype = Annotated[str, typer.Option(help="of the cache and of the pipeline: bfloat16, float16 or float32")]
 Device = Annotated[str | None, typer.Option(help="cuda if there is one")]
@@ -161,16 +165,24 @@ def _opened(family: str, pipeline: str, dtype: str, device: str | None, draws: b
     """Open an encoder; returns it and the dtype to store in."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype is bfloat16, float16 or float32, not {dtype}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = os.environ.get("LOCAL_RANK", "0")
+    device = device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype)
     return families.of(family).open(pipeline, device=device, dtype=kind, draws=draws), kind
 
 
-def _part(text: str) -> tuple[int, int]:
+def _part(text: str | None, out: Path) -> tuple[tuple[int, int], Path]:
+    """Say which part of the work this process does, and where its samples go.
+
+    Processes that torchrun started do a part each, in a folder of ``out`` each.
+    """
+    if text is None:
+        rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        return (rank, size), out / str(rank + 1) if size > 1 else out
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise ValueError(f"--part is like 1/8, not {text}")
-    return int(part) - 1, int(parts)
+    return (int(part) - 1, int(parts)), out
 
 
 def _say(manifest: Manifest, out: Path) -> None:
@@ -195,8 +207,9 @@ def cache(
     area: Annotated[int | None, typer.Option(min=1, help="pixels of an image; the family's own by default")] = None,
     samples: Samples = None,
     max_bytes: MaxBytes = None,
-    part: Part = "1/1",
+    part: Part = None,
     strict: Strict = False,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read shards of --webdataset side by side")] = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
 ) -> None:
@@ -213,12 +226,12 @@ def cache(
     if images is not None:
         reader = captioned.Folder(images, caption_column)
     elif webdataset is not None:
-        reader = captioned.Tars(webdataset, caption_column)
+        reader = captioned.Tars(webdataset, caption_column, workers)
     elif dataset is not None:
         reader = captioned.Dataset(dataset, split, image_column, caption_column)
     else:
         reader = captioned.MadeScenes(scenes or 0)
-    where, (encoder, kind) = _part(part), _opened(family, pipeline, dtype, device, draws=False)
+    (where, out), (encoder, kind) = _part(part, out), _opened(family, pipeline, dtype, device, draws=False)
     made = caching.cache(
         family,
         encoder,
@@ -247,7 +260,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     samples: Samples = None,
     max_bytes: MaxBytes = None,
-    part: Part = "1/1",
+    part: Part = None,
     strict: Strict = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -255,7 +268,7 @@ def generate(
     """Draw a picture for every prompt with the teacher itself, and write the pairs to shards that training reads."""
     limits = Limits(samples, None if max_bytes is None else caching.bytes_of(max_bytes))
     texts = caching.read_prompts(prompts)
-    where, (encoder, kind) = _part(part), _opened(family, pipeline, dtype, device, draws=True)
+    (where, out), (encoder, kind) = _part(part, out), _opened(family, pipeline, dtype, device, draws=True)
     side = round(encoder.area**0.5)
     made = caching.generate(
         family,

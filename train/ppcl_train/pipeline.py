@@ -24,7 +24,7 @@ from ppcl_train.engine.log import Log, read_log, say
 from ppcl_train.engine.provenance import making
 from ppcl_train.engine.queue import work_under_way
 from ppcl_train.engine.saving import delete_states, saved_steps
-from ppcl_train.stages import compress, measure, pack, recover, select, students, teacher, width
+from ppcl_train.stages import compress, measure, pack, pictures, recover, select, students, teacher, width
 
 
 class Stage(NamedTuple):
@@ -56,6 +56,7 @@ STAGES = (
     Stage("refine", recover.REFINED, recover.refine, parallel=True, take_part=recover.take_part),
     Stage("measure", measure.OUTPUT, measure.measure, parallel=True, take_part=measure.take_part),
     Stage("pack", pack.OUTPUT, pack.pack),
+    Stage("pictures", pictures.OUTPUT, pictures.draw),
 )
 
 CONFIG = "config.json"

@@ -17,6 +17,7 @@ from ppcl_train.compare.methods import METHODS
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration, streams
+from ppcl_train.data.seeds import Stage
 from ppcl_train.data.teacher_file import check_teacher, extract_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.selectors.gates import Gates, gated
@@ -97,11 +98,11 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
     asked = []
     inputs = calibration.inputs
 
-    def counted(run, size, seed):
+    def counted(run, size, seed, **more):
         # Calibration batches take no gradient.
-        if seed // calibration.STUDENTS in (1, 2, 3) and calibration.STUDENTS <= seed < calibration.WIDTH:
+        if seed.stage in (Stage.STUDENTS, Stage.RECOVER):
             asked.append(size)
-        return inputs(run, size, seed)
+        return inputs(run, size, seed, **more)
 
     monkeypatch.setattr(calibration, "inputs", counted)
     model = METHODS[name](entry)
@@ -115,23 +116,24 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
     # What is counted is what is there: whole blocks that were left out are gone.
     if name not in ("magnitude", "random"):
         assert model.catalog.architecture.params(model.plan) == sum(p.numel() for p in model.parameters())
-    assert torch.isfinite(model(**inputs(TINY, 3, 5).call)[0]).all()
+    assert torch.isfinite(model(**inputs(TINY, 3, calibration.CHECK + 5).call)[0]).all()
 
 
 def test_the_reference_distils_for_the_stated_steps(entry_of, monkeypatch, tmp_path, teacher_file):
     asked = []
     inputs = calibration.inputs
 
-    def counted(run, size, seed):
+    def counted(run, size, seed, **more):
         asked.append((seed, size))
-        return inputs(run, size, seed)
+        return inputs(run, size, seed, **more)
 
     entry = Entry(TINY, tmp_path / "a", tmp_path / "shared", teacher_file, 0.9)
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "inputs", counted)
         first = whole_blocks._eq5_students(entry)
+    trains = (Stage.PROBES, Stage.TUNE_PROBES, Stage.STUDENTS, Stage.RECOVER)
     # Batches of exactly the size that is trained with; calibration takes larger ones.
-    trained = [seed for seed, size in asked if size == TINY.compare.batch and seed < calibration.WIDTH]
+    trained = [seed for seed, size in asked if size == TINY.compare.batch and seed.stage in trains]
     assert len(trained) == TINY.compare.distil_steps and len(set(trained)) == len(trained)
     monkeypatch.setattr(pipeline.students, "distil", None)
     # Once a seed, as the paper has it.
@@ -205,8 +207,8 @@ def test_gates_learn_to_keep_the_block_that_matters(entry_of):
 
 def test_gates_draw_as_many_as_are_kept_and_pass_gradients():
     gates = Gates(depth=12, kept=8, groups=3)
-    generator = torch.Generator().manual_seed(0)
-    drawn = [gates.draw(1.0, generator) for _ in range(50)]
+    rng = np.random.default_rng(0)
+    drawn = [gates.draw(1.0, rng) for _ in range(50)]
     for mask in drawn:
         assert mask.sum().item() == pytest.approx(8) and all(min(abs(m), abs(m - 1)) < 1e-5 for m in mask.tolist())
     assert len({tuple(mask.round().tolist()) for mask in drawn}) > 10
@@ -220,7 +222,7 @@ def test_gates_draw_as_many_as_are_kept_and_pass_gradients():
 
 
 def test_gates_change_streams_by_their_share():
-    blocks, given = random_teacher(), calibration.inputs(TINY, 3, 5)
+    blocks, given = random_teacher(), calibration.inputs(TINY, 3, calibration.CHECK + 5)
     passed = streams.trace(blocks, given)
     block = blocks.transformer_blocks[1]
     with torch.no_grad(), gated([block], torch.tensor([0.25])):
@@ -245,7 +247,7 @@ def test_magnitude_keeps_the_largest_units(entry_of, monkeypatch):
     assert torch.allclose(kept[: width["image"]], sizes.sort(descending=True).values[: width["image"]])
     # The order alone changes nothing: at full width it is the teacher.
     cut.set_plan(cut.catalog.dense)
-    call = calibration.inputs(TINY, 3, 5).call
+    call = calibration.inputs(TINY, 3, calibration.CHECK + 5).call
     assert torch.allclose(cut(**call)[0], entry.teacher()(**call)[0], atol=1e-4)
 
 

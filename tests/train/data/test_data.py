@@ -221,7 +221,7 @@ def test_sources_that_are_not_there_say_so(tmp_path):
         "holds no prompts": lambda: caching.read_prompts(tmp_path / "none.txt"),
         "bytes is like": lambda: caching.bytes_of("many"),
         "size is like": lambda: caching.size_of("32"),
-        "reads a cache": lambda: calibration.inputs(PRESETS["qwen-image"], 1, 0),
+        "reads a cache": lambda: calibration.inputs(PRESETS["qwen-image"], 1, calibration.CHECK),
     }
     (tmp_path / "none.txt").write_text("\n\n")
     for message, act in wrong.items():
@@ -266,7 +266,7 @@ def test_a_cache_of_something_else_is_refused(images, encoder, cache, tmp_path):
     # The same again does nothing.
     assert cached(captioned.Folder(images), folder, encoder).samples == 8 and files(folder) == before
     with pytest.raises(ValueError, match=r"cache of qwen-image, the run's task is scenes"):
-        calibration.inputs(with_changes(PRESETS["scenes"], {"data.cache": str(folder)}), 1, 0)
+        calibration.inputs(with_changes(PRESETS["scenes"], {"data.cache": str(folder)}), 1, calibration.CHECK)
     (folder / "00001.safetensors").write_bytes(before["00001.safetensors"][:-1])
     with pytest.raises(ValueError, match=r"00001\.safetensors is missing or not whole"):
         shards.Shards(folder)
@@ -322,7 +322,7 @@ def test_batches_are_of_one_shape_and_padded(cache, qwen_folder):
     held = shards.Shards(cache)
     assert len(held) == 8 and len(held.buckets) > 2
     for seed in range(20):
-        batch = calibration.inputs(run, 3, seed)
+        batch = calibration.inputs(run, 3, calibration.CHECK + seed)
         (shape,) = {tuple(shapes[0]) for shapes in batch.call["img_shapes"]}
         assert batch.x.shape == (3, shape[1] * shape[2], 16) and shape in held.buckets
         mask, embeddings = batch.mask, batch.call["encoder_hidden_states"]
@@ -334,7 +334,9 @@ def test_batches_are_of_one_shape_and_padded(cache, qwen_folder):
 
 def test_shapes_and_samples_are_drawn_as_often_as_they_are(cache, qwen_folder):
     run, held = config(cache, qwen_folder), shards.Shards(cache)
-    drawn = [tuple(calibration.inputs(run, 1, seed).call["img_shapes"][0][0]) for seed in range(400)]
+    drawn = [
+        tuple(calibration.inputs(run, 1, calibration.CHECK + seed).call["img_shapes"][0][0]) for seed in range(400)
+    ]
     for shape, places in held.buckets.items():
         share = len(places) / len(held)
         # Four standard deviations of a count of 400 draws.
@@ -343,27 +345,30 @@ def test_shapes_and_samples_are_drawn_as_often_as_they_are(cache, qwen_folder):
 
 def test_a_seed_alone_decides_a_batch(cache, qwen_folder):
     run = config(cache, qwen_folder)
-    first, again, other = (calibration.inputs(run, 2, seed) for seed in (7, 7, 8))
+    first, again, other = (calibration.inputs(run, 2, calibration.CHECK + seed) for seed in (7, 7, 8))
     data._opened.cache_clear()
-    fresh = calibration.inputs(run, 2, 7)
+    fresh = calibration.inputs(run, 2, calibration.CHECK + 7)
     for same in (again, fresh):
         assert torch.equal(first.x, same.x) and torch.equal(first.t, same.t)
         assert torch.equal(first.call["encoder_hidden_states"], same.call["encoder_hidden_states"])
     assert not torch.equal(first.t, other.t)
     another = with_changes(run, {"seed": 1})
-    assert not torch.equal(first.t, calibration.inputs(another, 2, 7).t)
+    assert not torch.equal(first.t, calibration.inputs(another, 2, calibration.CHECK + 7).t)
     # Which samples are drawn follows the run's seed too: of ten batches not all are the same.
-    shapes = [[data.source(config).samples(1, seed).latents.sum() for seed in range(10)] for config in (run, another)]
+    shapes = [
+        [data.source(config).samples(1, calibration.CHECK + seed).latents.sum() for seed in range(10)]
+        for config in (run, another)
+    ]
     assert shapes[0] != shapes[1]
 
 
 def test_noise_is_as_the_config_says_and_velocity_points_at_the_sample(cache, qwen_folder):
     run = config(cache, qwen_folder, **{"time_mean": 0.69, "time_std": 0.5})
-    t = torch.cat([calibration.inputs(run, 64, seed).t for seed in range(20)])
+    t = torch.cat([calibration.inputs(run, 64, calibration.CHECK + seed).t for seed in range(20)])
     logits = torch.logit(t)
     # 1,280 draws: four standard errors are 0.056 and 0.04.
     assert abs(logits.mean() - 0.69) < 0.056 and abs(logits.std() - 0.5) < 0.04
-    batch = calibration.inputs(run, 2, 3)
+    batch = calibration.inputs(run, 2, calibration.CHECK + 3)
     assert batch.predicts == "velocity"
     clean = [latents for latents, _ in samples(cache).values() if latents.shape == batch.x.shape[1:]]
     noise_free = batch.clean(torch.zeros_like(batch.x))
@@ -383,7 +388,7 @@ def test_captions_are_dropped_for_the_empty_prompt(cache, qwen_folder, encoder):
     run = config(cache, qwen_folder, **{"teacher.drop_caption": 0.5})
     empty, dropped = encoder.embed(""), 0
     for seed in range(50):
-        batch = calibration.inputs(run, 2, seed)
+        batch = calibration.inputs(run, 2, calibration.CHECK + seed)
         for embeddings, mask in zip(batch.call["encoder_hidden_states"], batch.mask):
             dropped += len(empty) == mask.sum() and torch.equal(embeddings[mask], empty)
     assert 30 <= dropped <= 70
@@ -397,9 +402,9 @@ def test_measuring_asks_for_the_negative_prompt_and_for_samples_that_training_ne
     negative, empty = encoder.embed(" "), encoder.embed("")
     held, trained = set(), set()
     for seed in range(40):
-        made = data.source(run).samples(2, seed, held_out=True)
+        made = data.source(run).samples(2, calibration.CHECK + seed, held_out=True)
         held |= {latents.sum().item() for latents in made.latents}
-        trained |= {latents.sum().item() for latents in data.source(run).samples(2, seed).latents}
+        trained |= {latents.sum().item() for latents in data.source(run).samples(2, calibration.CHECK + seed).latents}
     assert held and trained and not held & trained
     for batch in calibration.measured(run, 24, calibration.MEASURE):
         size = len(batch.x)
@@ -421,13 +426,13 @@ def test_a_cache_without_a_negative_prompt_says_so_and_gets_one(images, encoder,
     write_tensors(old / "empty.safetensors", {"embeddings": encoder.embed("")}, {})
     run = config(old, qwen_folder)
     with pytest.raises(ValueError, match="lacks embeddings of the negative prompt ' '"):
-        calibration.inputs(run, 1, 0)
-    assert len(calibration.inputs(with_changes(run, {"sampler.guidance": 1.0}), 1, 0).x) == 1
+        calibration.inputs(run, 1, calibration.CHECK)
+    assert len(calibration.inputs(with_changes(run, {"sampler.guidance": 1.0}), 1, calibration.CHECK).x) == 1
     # The guidance of a prompt that every cache has.
-    assert len(calibration.inputs(with_changes(run, {"sampler.negative": ""}), 1, 0).x) == 1
+    assert len(calibration.inputs(with_changes(run, {"sampler.negative": ""}), 1, calibration.CHECK).x) == 1
     cached(captioned.Folder(images), old, encoder)
     data._opened.cache_clear()
-    assert files(old) == whole and len(calibration.inputs(run, 1, 0).x) == 1
+    assert files(old) == whole and len(calibration.inputs(run, 1, calibration.CHECK).x) == 1
 
 
 def test_scenes_from_a_cache_are_scenes(tmp_path):
@@ -437,7 +442,7 @@ def test_scenes_from_a_cache_are_scenes(tmp_path):
     caching.cache("scenes", encoder, reader, tmp_path / "made", settings={}, dtype=torch.float32)
     direct = with_changes(PRESETS["scenes"], {"teacher.drop_caption": 0.0, "time_std": 1e-3, "time_mean": -14})
     run = with_changes(direct, {"data.cache": str(tmp_path / "made")})
-    made, held = (calibration.inputs(config, 40, 5) for config in (direct, run))
+    made, held = (calibration.inputs(config, 40, calibration.CHECK + 5) for config in (direct, run))
     # The seed decides the same timesteps and noise; at t = 1e-6 what is left is the picture.
     assert torch.equal(made.t, held.t) and made.predicts == held.predicts == "clean"
     assert made.call.keys() == held.call.keys() and made.call["img_shapes"] == held.call["img_shapes"]
@@ -542,7 +547,7 @@ def test_a_checkpoint_draws_scenes_into_a_cache(tmp_path):
     assert judging.judge(captions, images).mean() > 0.8
     assert judging.judge(captions[1:], images[:-1]).mean() < 0.5
     run = with_changes(PRESETS["scenes"], {"data.cache": str(tmp_path / "cache")})
-    assert calibration.inputs(run, 4, 0).x.shape == (4, 16, 48)
+    assert calibration.inputs(run, 4, calibration.CHECK).x.shape == (4, 16, 48)
     with pytest.raises(ValueError, match="16x16"):
         caching.generate("scenes", encoder, prompts, tmp_path / "b", negative=" ", **{**settings, "sizes": [(32, 32)]})
 
@@ -564,7 +569,7 @@ def test_a_pretrained_teacher_runs_on_cached_batches(cache, qwen_folder, tmp_pat
     # The transformer's own folder does as well, and in bfloat16 it computes in bfloat16.
     half = config(cache, qwen_folder / "transformer", **{"storage": "bfloat16", "teacher.dtype": "bfloat16"})
     teacher.train(half, tmp_path / "half")
-    batch = calibration.inputs(half, 2, 0)
+    batch = calibration.inputs(half, 2, calibration.CHECK)
     assert batch.x.dtype == torch.float32 and batch.call["hidden_states"].dtype == torch.bfloat16
     assert load_teacher(half, tmp_path / "half")(**batch.call)[0].dtype == torch.bfloat16
     # A checkpoint of it names no judge.

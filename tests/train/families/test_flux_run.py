@@ -14,7 +14,7 @@ from ppcl_train import pipeline
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data import caching, captioned
-from ppcl_train.data.calibration import inputs
+from ppcl_train.data.calibration import CHECK, inputs
 from ppcl_train.engine.files import read_tensors
 from ppcl_train.families import base, pooled
 from ppcl_train.families.flux import Flux
@@ -118,7 +118,7 @@ def test_a_narrow_single_block_runs_its_fitted_columns(finished):
 def test_the_teacher_is_called_as_the_pipeline_calls_it(config, folder, encoder):
     """Text, pooled text, positions and guidance of a batch: those that `FluxPipeline` gives its transformer."""
     stock = FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
-    batch = inputs(with_changes(config, {"teacher.dtype": "bfloat16"}), 3, 0)
+    batch = inputs(with_changes(config, {"teacher.dtype": "bfloat16"}), 3, CHECK)
     call = batch.call
     assert call["encoder_hidden_states"].shape[1:] == (TOKENS, 20) and call["pooled_projections"].shape == (3, 768)
     assert torch.equal(call["guidance"], torch.full((3,), 3.5)) and batch.mask.all()

@@ -120,7 +120,7 @@ def test_ratio_1_is_the_pretrained_teacher(finished, folder):
 
 def test_the_teacher_is_called_as_the_pipeline_calls_it(config, encoder):
     """Tokens and pooled text are the pipeline's; timesteps go to 1000; latents are images."""
-    batch = inputs(config, 3, 0)
+    batch = inputs(config, 3, calibration.CHECK)
     call = batch.call
     assert call["encoder_hidden_states"].shape[1:] == (TOKENS, 16) and call["pooled_projections"].shape == (3, 2048)
     assert torch.equal(call["timestep"], 1000 * batch.t) and batch.x.shape[:2] == (3, 4) and batch.x.ndim == 4

@@ -6,6 +6,7 @@ other. ``double`` blocks hold such a pair for each stream, ``single`` blocks one
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -140,10 +141,10 @@ class ToyTraining:
     def arguments(self, x, t, embeddings, mask, shape):
         return {"hidden_states": x, "encoder_hidden_states": embeddings, "timestep": t}
 
-    def make(self, size, seed, drop):
-        generator = torch.Generator().manual_seed(1000 * seed[0] + seed[1])
-        latents, text = (torch.randn(size, n, c, generator=generator) for n, c in ((9, 6), (4, 5)))
-        return Samples(latents, text, torch.ones(size, 4, dtype=torch.bool), (1, 3, 3))
+    def make(self, draws, dropped):
+        drawn = [[rng.standard_normal(shape, dtype=np.float32) for shape in ((9, 6), (4, 5))] for rng in draws]
+        latents, text = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
+        return Samples(latents, text, torch.ones(len(draws), 4, dtype=torch.bool), (1, 3, 3))
 
 
 registry.register("toy", "toy_family:Toy", "toy_family:ToyTraining", stock="Toy")

@@ -63,7 +63,7 @@ def on_all(model, plan, run):
 @pytest.mark.parametrize("samples", [3, 7, 20, 40, 50])
 def test_samples_are_spread_evenly_over_the_grid_and_their_shares_make_a_mean(samples):
     times = Sampler(steps=20, shift=2.0).times()[:-1]
-    t, shares = stratified(times, samples, 3)
+    t, shares = stratified(times, samples, np.random.default_rng(3))
     counts = Counter(t.tolist())
     assert max(counts.values()) - min(counts.values()) <= 1
     assert len(counts) == min(samples, 20) and shares.sum() == pytest.approx(1, abs=1e-12)
@@ -74,7 +74,7 @@ def test_samples_are_spread_evenly_over_the_grid_and_their_shares_make_a_mean(sa
     if samples < 20:
         places = sorted(times.index(min(times, key=lambda each: abs(each - time))) for time in counts)
         assert [int(place * samples / 20) for place in places] == list(range(samples))
-    again, other = (stratified(times, samples, seed)[0] for seed in (3, 4))
+    again, other = (stratified(times, samples, np.random.default_rng(seed))[0] for seed in (3, 4))
     assert torch.equal(t, again) and not torch.equal(t, other)
 
 
@@ -121,9 +121,9 @@ def test_what_is_measured_is_what_the_sampler_calls(model):
 
 def test_without_guidance_one_call_is_made():
     run = with_changes(GUIDED, {"sampler.guidance": 1.0})
-    batches = list(calibration.measured(run, 12, 0))
+    batches = list(calibration.measured(run, 12, calibration.CHECK))
     assert [len(batch.x) for batch in batches] == [len(batch.call["hidden_states"]) for batch in batches] == [8, 4]
-    guided = list(calibration.measured(GUIDED, 12, 0))
+    guided = list(calibration.measured(GUIDED, 12, calibration.CHECK))
     assert [len(batch.x) for batch in guided] == [4, 4, 4]
     assert {len(batch.call["hidden_states"]) for batch in guided} == {8}
 
@@ -220,7 +220,7 @@ def test_a_change_against_another_plan_is_the_difference_of_the_two(model):
 
 def test_signs_and_buckets_are_drawn_evenly():
     sketch = Sketch(seed=1, size=10, bands=3)
-    batches = list(calibration.measured(GUIDED, 20, 0))
+    batches = list(calibration.measured(GUIDED, 20, calibration.CHECK))
     sketcher = Sketcher(sketch, batches, band_edges(3))
     for batch, places in zip(batches, sketcher._places):
         for buckets, signs in places:
@@ -261,7 +261,7 @@ def test_latents_of_four_axes_are_measured_as_packed_ones():
 def test_noise_of_four_axes_is_mixed_by_sample():
     """Each sample of a training batch at its own timestep."""
     made = Samples(torch.ones(4, 2, 3, 3), torch.zeros(4, 1, 2), torch.ones(4, 1, dtype=torch.bool), (1, 3, 3))
-    mixed = calibration._noisy(made, torch.tensor([0.0, 0.25, 0.5, 1.0]), torch.Generator().manual_seed(0))
     noise = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    mixed = calibration.Drawn(made, torch.tensor([0.0, 0.25, 0.5, 1.0]), noise).mixed()
     assert torch.equal(mixed[0], made.latents[0]) and torch.allclose(mixed[3], noise[3])
     assert torch.allclose(mixed[1], 0.75 + 0.25 * noise[1])

@@ -153,7 +153,9 @@ def test_tokens_are_thinned_evenly_and_keep_both_ends():
 
 def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
     # A heavy ridge leaves something to be learnt; least squares alone is the optimum on what it has seen.
-    config = with_changes(EQ5, {"probes.ridge": 1.0, "probes.steps": 40, "probes.lr": 3e-3, "probes.batch": 16})
+    # Judged on 64 samples, where the error falls by 14 %; on 8 it falls by 9 or by 15 %, as they are drawn.
+    tuning = {"batch": 64, "probes.ridge": 1.0, "probes.steps": 40, "probes.lr": 3e-3, "probes.batch": 16}
+    config = with_changes(EQ5, tuning)
     fitted = probes.fit_probes(config, model)
     before = probes.probe_error(config, model, fitted)
     started = {name: tensor.clone() for name, tensor in fitted.items()}
@@ -165,10 +167,10 @@ def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
 def test_probes_that_were_killed_while_tuning_end_the_same(reference, tmp_path, teacher_file, monkeypatch):
     folder, inputs = begun(EQ5, tmp_path / "run", teacher_file), calibration.inputs
 
-    def killed(run, size, seed, *more):
-        if seed >= probes._TUNING + 5:
+    def killed(run, size, seed, **more):
+        if seed == probes._TUNING + 5:
             raise KeyboardInterrupt
-        return inputs(run, size, seed, *more)
+        return inputs(run, size, seed, **more)
 
     monkeypatch.setattr(calibration, "inputs", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +199,7 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
 
 
 def loss_of(model):
-    held = HeldStreams(model, calibration.batches(TINY, 24, 77))
+    held = HeldStreams(model, calibration.batches(TINY, 24, calibration.CHECK))
     return table.StudentLoss(held, bands=3), held
 
 

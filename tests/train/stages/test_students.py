@@ -81,7 +81,7 @@ def test_distilling_on_the_way_is_distilling_on_kept_states(tmp_path):
 
 def test_intervals_are_visited_at_their_end_and_only_open_ones_are_held(tmp_path):
     model = prepare(tmp_path)
-    given = calibration.inputs(TINY, 3, 5)
+    given = calibration.inputs(TINY, 3, calibration.CHECK + 5)
     passed = streams.trace(model, given)
     visited, bytes_of = [], 4 * sum(stream.numel() for stream in passed.streams[0])
 
@@ -110,7 +110,7 @@ def test_memory_is_that_of_a_teacher_pass_and_one_student_whatever_their_number(
         {"teacher.architecture": {**TINY.teacher.architecture, "num_layers": 12}, "students.batch": 16},
     )
     model = prepare(tmp_path, config=config)
-    batch = calibration.inputs(config, 16, 5)
+    batch = calibration.inputs(config, 16, calibration.CHECK + 5)
 
     def learner(interval):
         block = selection.new_student(model.transformer_blocks, selection.Selected(interval, "first"))
@@ -169,7 +169,7 @@ def test_checkpointing_changes_nothing_and_precision_a_little(tmp_path, precisio
 
 def test_bfloat16_learns_what_float32_learns(tmp_path, monkeypatch):
     model, config = prepare(tmp_path), with_changes(TINY, {"students.precision": "bf16"}).students
-    batch = calibration.inputs(TINY, 4, 5)
+    batch = calibration.inputs(TINY, 4, calibration.CHECK + 5)
     gradients = []
     for precise in (TINY.students, config):
         learner = students.Learner(
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_names_student_and_step_and_changes_nothing(tm
 
 def test_states_on_disk_are_those_of_the_teacher(tmp_path):
     model = prepare(tmp_path)
-    batches = [calibration.inputs(TINY, 3, seed) for seed in range(3)]
+    batches = [calibration.inputs(TINY, 3, calibration.CHECK + seed) for seed in range(3)]
     cache = stream_cache.StreamCache(tmp_path / "states", torch.float32)
     assert 0 not in cache and cache.fill(model, batches, 10**9) == 3
     for number, given in enumerate(batches):
@@ -217,7 +217,7 @@ def test_states_on_disk_are_those_of_the_teacher(tmp_path):
 
 def test_a_cache_keeps_to_its_budget_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     model = prepare(tmp_path)
-    batches = [calibration.inputs(TINY, 3, seed) for seed in range(4)]
+    batches = [calibration.inputs(TINY, 3, calibration.CHECK + seed) for seed in range(4)]
     cache = stream_cache.StreamCache(tmp_path / "states", torch.bfloat16)
     all_of_them = stream_cache.StreamCache(tmp_path / "all", torch.bfloat16)
     assert all_of_them.fill(model, batches, 10**9) == 4 and cache.fill(model, batches[:1], 10**9) == 1

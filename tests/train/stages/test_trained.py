@@ -43,7 +43,7 @@ def training(folder, tensors, everything=False):
 
 def outputs(model):
     """Of the dense plan and of random ones, which between them run everything."""
-    rng, given = random.Random(3), calibration.inputs(RUN, 4, 5).call
+    rng, given = random.Random(3), calibration.inputs(RUN, 4, calibration.CHECK + 5).call
     plans = [model.catalog.dense, *(random_plan(model.catalog, rng) for _ in range(12))]
     found = []
     for plan in plans:
@@ -86,7 +86,7 @@ def test_what_was_trained_is_what_is_read_afterwards(begun, everything):
 def test_gradients_reach_factors_and_nothing_of_the_teacher(begun):
     folder, tensors = begun
     model, trained = training(folder, tensors)
-    rng, given = random.Random(3), calibration.inputs(RUN, 4, 5).call
+    rng, given = random.Random(3), calibration.inputs(RUN, 4, calibration.CHECK + 5).call
     for _ in range(60):
         with model.at(plan=random_plan(model.catalog, rng)):
             model(**given)[0].square().sum().backward()

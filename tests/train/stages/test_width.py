@@ -137,7 +137,7 @@ def test_a_block_in_closed_form(rough):
     """What the closed forms of a block are made from: its own inputs, words alone of the text, and its MLPs' share."""
     block = rough.blocks()[1]
     statistics = BlockStatistics(block)
-    batches = [calibration.inputs(RUN, 64, n) for n in range(3)]
+    batches = [calibration.inputs(RUN, 64, calibration.CHECK + n) for n in range(3)]
     for batch in batches:
         passed = streams.trace(rough, batch)
         statistics.add(passed.streams[1], batch, passed.context)
@@ -148,7 +148,7 @@ def test_a_block_in_closed_form(rough):
                       "modulation": [32, 6, 3]}  # fmt: skip
     assert made["replacements.modulation_down.weight"].shape == (6, 32)
     # The map predicts what the MLP adds better than nothing does, and better than its mean does.
-    batch = calibration.inputs(RUN, 64, 9)
+    batch = calibration.inputs(RUN, 64, calibration.CHECK + 9)
     passed = streams.trace(rough, batch)
     handle = block.img_mlp.net[2].register_forward_hook(lambda _, __, out: torch.zeros_like(out))
     g = streams.run_block(block, passed.streams[1], passed.context).image

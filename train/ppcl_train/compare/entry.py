@@ -14,6 +14,7 @@ from ppcl_rt import Architecture
 from ppcl_train import pipeline
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import calibration
+from ppcl_train.data.seeds import Seed
 from ppcl_train.data.teacher_file import load_teacher
 
 
@@ -42,7 +43,7 @@ class Entry:
     teacher_file: Path
     ratio: float
     device: str = "cpu"
-    clean: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    clean: dict[Seed, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def begin(self, folder: Path, **changes: Any) -> RunConfig:
         """Begin a run folder with this teacher.
@@ -64,7 +65,7 @@ class Entry:
         model: Any = nn.Module.to(load_teacher(self.run, self.folder), self.device, torch.float32)
         return model
 
-    def inputs(self, seed: int) -> calibration.Inputs:
+    def inputs(self, seed: Seed) -> calibration.Inputs:
         """Make a batch to train on."""
         batch = calibration.inputs(self.run, self.run.compare.batch, seed)
         call = {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in batch.call.items()}

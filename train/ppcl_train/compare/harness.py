@@ -24,6 +24,7 @@ from ppcl_train import pipeline
 from ppcl_train.compare.entry import Entry, UnreachableError
 from ppcl_train.compare.methods import METHODS, SEEDED
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.data.seeds import Seed
 from ppcl_train.engine.files import write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.provenance import making
@@ -134,7 +135,7 @@ def compare(
     ]
     log = Log(folder, "compare")
     # Shared by the entries of a seed (`Entry.clean`).
-    clean: dict[int, dict[int, torch.Tensor]] = {key.seed: {} for key in keys}
+    clean: dict[int, dict[Seed, torch.Tensor]] = {key.seed: {} for key in keys}
     for number, key in enumerate(keys):
         if not _file(folder, key).exists():
             log(entry=str(key), number=number + 1, of=len(keys))
@@ -166,7 +167,7 @@ def _file(folder: Path, key: Key) -> Path:
     return folder / "results" / f"{key}.json"
 
 
-def _entry(run: RunConfig, folder: Path, key: Key, device: str, clean: dict[int, torch.Tensor]) -> Entry:
+def _entry(run: RunConfig, folder: Path, key: Key, device: str, clean: dict[Seed, torch.Tensor]) -> Entry:
     return Entry(
         run=run.model_copy(update={"seed": key.seed}),
         folder=folder / "entries" / str(key),

@@ -15,6 +15,7 @@ from torch import nn
 
 from ppcl_train.compare.entry import Entry
 from ppcl_train.data import calibration
+from ppcl_train.data.seeds import Seed
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.engine.provenance import making
@@ -44,7 +45,7 @@ def train(
             parameter.copy_(trained[name])
 
 
-def prediction_loss(entry: Entry, model: Any, teacher: Any, seed: int) -> torch.Tensor:
+def prediction_loss(entry: Entry, model: Any, teacher: Any, seed: Seed) -> torch.Tensor:
     """Compute the squared error of a model's clean images on a batch, over the mean square of the teacher's."""
     batch = entry.inputs(seed)
     if seed not in entry.clean:

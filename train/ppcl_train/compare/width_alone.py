@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ppcl_rt import Architecture, BlockSpec, Width
 from ppcl_train.compare.entry import Entry, UnreachableError
 from ppcl_train.compare.training import train_end_to_end
+from ppcl_train.data import seeds
+from ppcl_train.data.seeds import Purpose, Seed, Stage
 
 # Weights of a group's tensors, each ``[units, ...]`` -> score of each unit ``[units]``.
 Score = Callable[[list[torch.Tensor]], torch.Tensor]
@@ -103,5 +106,5 @@ def magnitude_width(entry: Entry) -> Any:
 
 def random_width(entry: Entry) -> Any:
     """Keep heads and channels drawn at random; then train end to end."""
-    generator = torch.Generator().manual_seed(entry.run.seed)
-    return _cut(entry, lambda by_unit: torch.rand(len(by_unit[0]), generator=generator))
+    rng = seeds.generator(entry.run.seed, Seed(Stage.RANDOM_WIDTH), Purpose.PLAN)
+    return _cut(entry, lambda by_unit: torch.from_numpy(rng.random(len(by_unit[0]), dtype=np.float32)))

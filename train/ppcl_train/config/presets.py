@@ -8,6 +8,7 @@ from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.config.stages import (
     CompressConfig,
     MeasureConfig,
+    PicturesConfig,
     ProbesConfig,
     RecoverConfig,
     RefineConfig,
@@ -166,6 +167,15 @@ PRESETS = {
             steps=6000, lr=2.5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
         ),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
+        pictures=PicturesConfig(
+            prompts=(
+                "a red square at b2",
+                "three blue rings in row 2",
+                "two green circles and a magenta cross on white",
+                "a yellow triangle above a cyan stripe",
+                'the text "FAIL" on grey',
+            )
+        ),
     ),
     "qwen-image": _QWEN_IMAGE,
     "qwen-image-1gpu": with_changes(_QWEN_IMAGE, _ONE_GPU),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_rt.files import one_line
 from ppcl_rt.planning.catalog import LONGEST_LICENSE, LONGEST_MODEL
@@ -14,6 +14,7 @@ from ppcl_train.config.stages import (
     CompareConfig,
     CompressConfig,
     MeasureConfig,
+    PicturesConfig,
     ProbesConfig,
     RecoverConfig,
     RefineConfig,
@@ -32,9 +33,12 @@ class DataConfig(Frozen):
     Attributes:
         cache: a folder that ``ppcl train cache`` or ``generate`` filled; None makes samples anew for every batch, for
             families that can make them.
+        workers: processes that make or read the batches of a training loop ahead, for each process that trains; 0: each
+            is made when it is needed; None: 4 with a GPU, 0 on a CPU. Batches do not depend on it.
     """
 
     cache: str | None = None
+    workers: NonNegativeInt | None = None
 
 
 class RunConfig(Frozen):
@@ -79,6 +83,7 @@ class RunConfig(Frozen):
     refine: RefineConfig = RefineConfig()
     compress: CompressConfig = CompressConfig()
     measure: MeasureConfig = MeasureConfig()
+    pictures: PicturesConfig = PicturesConfig()
     compare: CompareConfig = CompareConfig()
     sampler: Sampler = Sampler()
 
@@ -110,6 +115,15 @@ class RunConfig(Frozen):
             for name in ("probes", "students", "recover", *(["refine"] if self.refine.steps else [])):
                 if getattr(self, name).precision != "bf16":
                     raise ValueError(f"a teacher in {self.teacher.dtype} wants {name}.precision=bf16, not no")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_held(self) -> RunConfig:
+        if self.teacher.held_otherwise and self.students.shard_teacher:
+            raise ValueError(
+                "students.shard_teacher spreads exact weights over processes: leave out teacher.quantize and "
+                "teacher.offload, or shard_teacher"
+            )
         return self
 
     @property

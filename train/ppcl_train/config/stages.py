@@ -259,6 +259,28 @@ class MeasureConfig(Frozen):
     candidates: PositiveInt = 3
 
 
+class PicturesConfig(Frozen):
+    """The grid that a run ends with: fixed prompts, drawn by the teacher and at several ratios from the same noise.
+
+    Attributes:
+        pipeline: the folder or hub id whose text encoder and VAE are used; None: the pretrained teacher's, if that is a
+            whole pipeline. Scenes need none.
+        prompts: a row each.
+        ratios: a column each; below the smallest plan, the smallest. Empty: the grid is left out.
+    """
+
+    pipeline: str | None = None
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "a portrait of an old fisherman in soft window light",
+        "a red bicycle leaning on a blue wooden door",
+        "three green apples and two yellow pears on a white plate",
+        'a shop sign that says "OPEN ALL NIGHT", in neon letters',
+        "a lighthouse on a cliff above a stormy sea, oil painting",
+        "an aerial view of a winding river through an autumn forest",
+    )
+    ratios: tuple[Share, ...] = (0.8, 0.65, 0.5, 0.35)
+
+
 class CompareConfig(LoopConfig):
     """How other methods are trained and judged, all in the same way (`ppcl_train.compare.harness`).
 

@@ -37,10 +37,14 @@ class TeacherConfig(Frozen):
 
     Attributes:
         pretrained: a transformer, or the pipeline that holds it: a folder or a hub id. It is read from there and not
-            copied; of the settings below, only ``dtype`` and ``drop_caption`` are then used.
+            copied; of the settings below, ``dtype``, ``drop_caption``, ``quantize`` and ``offload`` are then used.
         dtype: what the teacher computes in.
         architecture: the arguments of the family's model class, for a teacher that is trained from nothing.
         drop_caption: share of the captions that is replaced by the empty prompt, in this stage and in all later ones.
+        quantize: how the weights of its blocks are held where it is only read, by the selector eq. 5 and while students
+            learn: ``int8`` halves what 16 bits take. Students begin as copies of the exact blocks all the same. All
+            else takes the exact weights.
+        offload: whether its blocks lie in the memory of the host there, each on the device only while it runs.
     """
 
     pretrained: str | None = None
@@ -55,6 +59,8 @@ class TeacherConfig(Frozen):
     # The loss on x_0 is divided by max(t, time_floor)^2: above the floor, that is the loss on the velocity.
     time_floor: PositiveFloat = 0.4
     drop_caption: float = Field(0.1, ge=0, lt=1)
+    quantize: Literal["none", "int8"] = "none"
+    offload: bool = False
     compile: bool = True
     judge_every: PositiveInt = 2000
     judge_per_kind: PositiveInt = 50
@@ -66,6 +72,11 @@ class TeacherConfig(Frozen):
         if not ends or ends != sorted(set(ends)) or any(phase.horizon < phase.until for phase in phases):
             raise ValueError(f"phases end one after the other and no later than their horizons, not at {ends}")
         return phases
+
+    @property
+    def held_otherwise(self) -> bool:
+        """Whether stages that only read the teacher hold it otherwise than those that need its exact weights."""
+        return self.quantize != "none" or self.offload
 
     @property
     def steps(self) -> int:

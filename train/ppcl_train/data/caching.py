@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 from collections import deque
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ppcl_train.data.captioned import Captioned, Reader, buckets, every, fit
+from ppcl_train.data.captioned import Captioned, Reader, buckets, fit
 from ppcl_train.data.filling import Recipe, Sample, fill
 from ppcl_train.data.shards import NO_LIMITS, Limits, Manifest, Skipped
 from ppcl_train.families.base import Encoder, Picture, Unreadable
@@ -50,7 +51,7 @@ def cache(
     Args:
         settings: all else that decides the samples, for the manifest: the pipeline.
         area: pixels of an image, which is resized and cropped to the nearest of `buckets`; None for the encoder's own.
-        part: ``(p, n)``: every n-th image, from the p-th; n processes with a part each share the work.
+        part: ``(p, n)``: part p of n (`Reader.read`); n processes with a part each share the work.
 
     Raises:
         ValueError: as `fill`.
@@ -70,10 +71,14 @@ def cache(
         return _sample(name, caption, latents, embeddings, shape, dtype)
 
     def recipes(position: int) -> Iterator[Recipe]:
-        for item, given in _ahead(every(reader, position, *part), read):
+        for item, given in _ahead(reader.read(position, *part), read):
             yield item.name, partial(sample, item.name, given)
 
-    begun = _begun(family, {**settings, **reader.settings, "area": area, "dtype": str(dtype), "part": part}, limits)
+    settings = {**settings, **reader.settings, "area": area, "dtype": str(dtype), "part": part}
+    if part[1] > 1 and reader.split == "shards":
+        # Parts of tars were every n-th image once: those cannot go on.
+        settings["split"] = reader.split
+    begun = _begun(family, settings, limits)
     count = None if reader.count is None else len(range(part[0], reader.count, part[1]))
     with _progress("cache", count, limits) as report:
         return fill(
@@ -246,7 +251,8 @@ def _progress(stage: str, count: int | None, limits: Limits) -> Iterator[Callabl
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    # Of several processes on one terminal, the first shows how far it is.
+    with Progress(*columns, disable=bool(int(os.environ.get("RANK", 0)))) as progress:
         task = progress.add_task(stage, total=min(totals, default=None), megabytes=0.0, skipped=0)
 
         def report(samples: int, size: int, skipped: Skipped) -> None:

@@ -18,13 +18,51 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data.source import source
+from ppcl_train.data import seeds
+from ppcl_train.data.seeds import Purpose, Seed, Stage
+from ppcl_train.data.source import WHOLE, source
 from ppcl_train.engine.distributed import join
 from ppcl_train.families.base import PadsText, Predicts, Samples
 
-# The seeds of each stage's batches start here, so that no stage sees a batch of another stage or of the teacher's
-# training. `CHECK` is for samples that no stage sees.
-PROBES, STUDENTS, RECOVER, WIDTH, MEASURE, CHECK, REFINE = (10_000_000 * stage for stage in range(1, 8))
+# The first batch of each stage: no stage sees a batch of another stage or of the teacher's training. `CHECK` is for
+# samples that no stage sees.
+PROBES, STUDENTS, RECOVER, WIDTH, MEASURE, CHECK, REFINE = (
+    Seed(stage)
+    for stage in (
+        Stage.PROBES,
+        Stage.STUDENTS,
+        Stage.RECOVER,
+        Stage.WIDTH,
+        Stage.MEASURE,
+        Stage.CHECK,
+        Stage.REFINE,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What chance decides of a batch, on the CPU.
+
+    Attributes:
+        samples: without noise.
+        t: their timesteps ``[N]``.
+        noise: of the shape of the latents.
+    """
+
+    samples: Samples
+    t: torch.Tensor
+    noise: torch.Tensor
+
+    def pin_memory(self) -> Drawn:
+        """Return the same in memory that a GPU reads by itself; torch's loader calls this."""
+        samples = self.samples
+        latents, embeddings, mask = (each.pin_memory() for each in (samples.latents, samples.embeddings, samples.mask))
+        return Drawn(Samples(latents, embeddings, mask, samples.shape), self.t.pin_memory(), self.noise.pin_memory())
+
+    def mixed(self) -> torch.Tensor:
+        """Mix latents with noise, each at its own timestep: ``x_t``."""
+        return torch.lerp(self.samples.latents, self.noise, per_sample(self.t, self.noise))
 
 
 @dataclass(frozen=True)
@@ -122,28 +160,45 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def inputs(run: RunConfig, size: int, seed: int, t: torch.Tensor | None = None) -> Inputs:
-    """Make a calibration batch on this process's device; (run.seed, seed) alone decides it.
+def inputs(run: RunConfig, size: int, seed: Seed, t: torch.Tensor | None = None, *, share: slice = WHOLE) -> Inputs:
+    """Make a calibration batch, or a share of it, on this process's device; (run.seed, seed) alone decides it.
 
-    ``x_t = (1 - t) x_0 + t noise`` at the timesteps ``t [N]``, logit-normal ones unless they are given; the transformer
-    is called in the teacher's dtype.
+    ``x_t = (1 - t) x_0 + t noise`` at the timesteps ``t``, logit-normal ones unless they are given; the transformer is
+    called in the teacher's dtype.
+
+    Args:
+        size: samples of the whole batch.
+        seed: of the batch; each of its samples has a seed of its own (`seeds`).
+        t: timesteps of the whole batch, ``[size]``.
+        share: the samples that are made; bit for bit those of the whole batch (`Inputs.part`).
     """
-    samples = source(run).samples(size, seed)
-    generator = _generator(run, seed)
-    drawn = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
-    t = drawn if t is None else t
-    x = _noisy(samples, t, generator)
-    call, tokens = _call(run, x, t, samples), _text_tokens(run, samples)
-    return Inputs(x, t, call, run.family.predicts, text_tokens=tokens).to(join().device)
+    return made(run, draw(run, size, seed, t, share=share)).to(join().device)
 
 
-def _generator(run: RunConfig, seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
+def draw(
+    run: RunConfig,
+    size: int,
+    seed: Seed,
+    t: torch.Tensor | None = None,
+    *,
+    share: slice = WHOLE,
+    held_out: bool = False,
+) -> Drawn:
+    """Draw samples, timesteps and noise of a batch, or of a share of it (`inputs`); needs neither model nor device."""
+    samples = source(run).samples(size, seed, held_out, share)
+    timesteps, noise = [], []
+    for number in range(size)[share]:
+        rng = seeds.generator(run.seed, seed, Purpose.NOISE, number)
+        timesteps.append(rng.standard_normal(dtype=np.float32))
+        noise.append(rng.standard_normal(samples.latents.shape[1:], dtype=np.float32))
+    drawn = torch.sigmoid(run.time_mean + run.time_std * torch.tensor(timesteps))
+    return Drawn(samples, drawn if t is None else t[share], torch.from_numpy(np.stack(noise)))
 
 
-def _noisy(samples: Samples, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(samples.latents.shape, generator=generator)
-    return torch.lerp(samples.latents, noise, per_sample(t, noise))
+def made(run: RunConfig, drawn: Drawn) -> Inputs:
+    """Make a batch of what was drawn for it, where the draws lie."""
+    samples, t, x = drawn.samples, drawn.t, drawn.mixed()
+    return Inputs(x, t, _call(run, x, t, samples), run.family.predicts, text_tokens=_text_tokens(run, samples))
 
 
 def _call(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) -> dict[str, Any]:
@@ -155,13 +210,13 @@ def _text_tokens(run: RunConfig, samples: Samples) -> torch.Tensor | None:
     return run.family.counted_tokens(samples.mask) if isinstance(run.family, PadsText) else None
 
 
-def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
+def batches(run: RunConfig, samples: int, seed: Seed) -> Iterator[Inputs]:
     """Yield calibration batches of at most ``run.batch``, with ``samples`` samples in all."""
     for number, start in enumerate(range(0, samples, run.batch)):
         yield inputs(run, min(run.batch, samples - start), seed + number)
 
 
-def stratified(times: Sequence[float], samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def stratified(times: Sequence[float], samples: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Spread samples evenly over the timesteps of a sampler's grid.
 
     Samples go through the grid in rounds, each in a random order of its own. A last round that is shorter than the grid
@@ -170,13 +225,13 @@ def stratified(times: Sequence[float], samples: int, seed: int) -> tuple[torch.T
     Args:
         times: timesteps at which the sampler calls the transformer.
         samples: how many.
-        seed: decides the orders.
+        rng: draws the orders.
 
     Returns:
         Timesteps and shares, ``[samples]`` each. Shares sum to 1, and with them a weighted sum is the mean over the
         timesteps that are there: over all of the grid, unless it is longer than ``samples``.
     """
-    rng, steps = np.random.default_rng(seed), len(times)
+    steps = len(times)
     chosen = np.empty(0, dtype=np.int64)
     while (left := samples - len(chosen)) > 0:
         size = min(left, steps)
@@ -187,7 +242,7 @@ def stratified(times: Sequence[float], samples: int, seed: int) -> tuple[torch.T
     return torch.tensor(times)[torch.from_numpy(chosen)], torch.from_numpy(shares)
 
 
-def measured(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
+def measured(run: RunConfig, samples: int, seed: Seed) -> Iterator[Inputs]:
     """Yield the batches that losses are measured on, with ``samples`` samples in all; (run.seed, seed) decides them.
 
     Timesteps are `stratified` over the sampler's, captions are never dropped, and samples are held out from training
@@ -196,12 +251,13 @@ def measured(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
     """
     guided = run.sampler.guidance != 1
     size = max(1, run.batch // 2) if guided else run.batch
-    times, shares = stratified(run.sampler.times()[:-1], samples, run.seed * 1_000_003 + seed)
+    order = seeds.generator(run.seed, seed, Purpose.ORDER)
+    times, shares = stratified(run.sampler.times()[:-1], samples, order)
     for number, (t, share) in enumerate(zip(times.split(size), shares.split(size), strict=True)):
-        made = source(run).samples(len(t), seed + number, held_out=True)
-        x = _noisy(made, t, _generator(run, seed + number))
+        drawn = draw(run, len(t), seed + number, t, held_out=True)
+        given, x = drawn.samples, drawn.mixed()
         guide = partial(run.family.guided, guidance=run.sampler.guidance) if guided else None
-        called = source(run).with_negative(made) if guided else made
-        call = _call(run, torch.cat([x, x]), torch.cat([t, t]), called) if guided else _call(run, x, t, made)
+        called = source(run).with_negative(given) if guided else given
+        call = _call(run, torch.cat([x, x]), torch.cat([t, t]), called) if guided else _call(run, x, t, given)
         tokens = _text_tokens(run, called)
         yield Inputs(x, t, call, run.family.predicts, guide, share, tokens).to(join().device)

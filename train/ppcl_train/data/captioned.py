@@ -6,21 +6,24 @@ when that image is opened, and no other image is affected.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import json
 import math
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader
 
 from ppcl_rt.files import one_line
+from ppcl_train.data import seeds
+from ppcl_train.data.seeds import Purpose, Seed, Stage
 from ppcl_train.families.base import Picture, Unreadable
 from ppcl_train.scenes.language import training_caption
 from ppcl_train.scenes.rendering import render
@@ -28,6 +31,9 @@ from ppcl_train.scenes.rendering import render
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Width over height of the buckets.
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
+
+
+Split = Literal["images", "shards"]
 
 
 class Captioned(NamedTuple):
@@ -48,13 +54,20 @@ class Reader(Protocol):
     Attributes:
         settings: all that decides the images, as JSON.
         count: how many images there are; None if counting them would mean reading all of them.
+        split: what several processes divide: the images, of which every n-th goes to the same process, or the shards
+            that images lie in.
     """
 
     settings: dict[str, Any]
     count: int | None
+    split: Split
 
-    def read(self, start: int) -> Iterator[Captioned]:
-        """Yield images ``start, start + 1, ..``."""
+    def read(self, start: int, part: int = 0, parts: int = 1) -> Iterator[Captioned]:
+        """Yield images ``start, start + 1, ..`` of one of ``parts`` parts, numbered from 0; no two share an image.
+
+        Raises:
+            ValueError: there are not as many images or shards as parts.
+        """
 
 
 def buckets(area: int, multiple: int) -> list[tuple[int, int]]:
@@ -116,6 +129,8 @@ class Folder:
         ValueError: there are no images, or the metadata cannot be read.
     """
 
+    split: Split = "images"
+
     def __init__(self, folder: Path, caption_column: str = "text") -> None:
         self.folder, self.column = folder, caption_column
         if not folder.is_dir():
@@ -142,9 +157,9 @@ class Folder:
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ValueError(f'{path}, line {number}: no object with a "file_name" of an image') from None
 
-    def read(self, start: int) -> Iterator[Captioned]:
+    def read(self, start: int, part: int = 0, parts: int = 1) -> Iterator[Captioned]:
         """See `Reader.read`."""
-        for name in self.names[start:]:
+        for name in self.names[part::parts][start:]:
             yield Captioned(name, partial(self._open, name))
 
     def _open(self, name: str) -> tuple[Picture, str]:
@@ -166,37 +181,52 @@ class Tars:
     """Tar shards of webdataset: files of the same name make a sample, an image and a ``.txt`` or ``.json``.
 
     The pattern is what webdataset takes (``data-{000..099}.tar``, a URL, ``pipe:`` and a command) or one with ``*``.
+    webdataset divides the shards: first over parts, which are its nodes, then over the workers of each.
+
+    Args:
+        workers: processes that read shards side by side, for shards that come slowly; 0: this process reads them.
 
     Raises:
-        ValueError: no file matches; while reading, a shard that is missing or not whole.
+        ValueError: no file matches; while reading, a shard that is missing or not whole, or fewer shards than parts.
     """
 
-    def __init__(self, pattern: str, caption_column: str = "text") -> None:
+    split: Split = "shards"
+
+    def __init__(self, pattern: str, caption_column: str = "text", workers: int = 0) -> None:
         import webdataset
 
-        self.column = caption_column
+        self.column, self.workers = caption_column, workers
         is_glob = any(sign in pattern for sign in "*?[") and "://" not in pattern
         self.urls = sorted(glob.glob(pattern)) if is_glob else list(webdataset.shardlists.expand_urls(pattern))
         lost = [url for url in self.urls if ":" not in url and not Path(url).is_file()]
         if not self.urls or lost:
             raise ValueError(f"there is no shard {lost[0] if lost else pattern}")
         self.count: int | None = None
-        self.settings = {"webdataset": self.urls, "caption_column": caption_column}
+        self.settings: dict[str, Any] = {"webdataset": self.urls, "caption_column": caption_column}
+        if workers > 1:
+            # Their shards take turns.
+            self.settings["workers"] = workers
 
-    def read(self, start: int) -> Iterator[Captioned]:
+    def read(self, start: int, part: int = 0, parts: int = 1) -> Iterator[Captioned]:
         """See `Reader.read`."""
         import webdataset
 
-        # One by one and in order: webdataset would otherwise shuffle and split among workers.
-        stages = (webdataset.SimpleShardList(self.urls), webdataset.tarfile_to_samples())
-        samples = iter(webdataset.DataPipeline(*stages))
+        with _as_node(part, parts):
+            urls = list(webdataset.split_by_node(iter(self.urls)))
+        if not urls:
+            raise ValueError(f"{len(self.urls)} shards cannot be divided into {parts} parts: take no more than that")
+        # In order: nothing is shuffled.
+        stages = (webdataset.SimpleShardList(urls), webdataset.split_by_worker, webdataset.tarfile_to_samples())
+        pipeline = webdataset.DataPipeline(*stages)
+        samples = iter(DataLoader(pipeline, batch_size=None, num_workers=self.workers) if self.workers else pipeline)
         seen = 0
         while True:
             try:
                 sample = next(samples, None)
             except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-                # webdataset adds the name of the shard to the arguments of the error.
-                said = " ".join(part for part in error.args if isinstance(part, str))
+                # webdataset adds the name of the shard to the arguments of the error; a worker's error comes with where
+                # it happened in lines of their own.
+                said = " ".join(said.splitlines()[-1] for said in error.args if isinstance(said, str) and said)
                 raise ValueError(f"a shard, after sample {seen}, cannot be read: {said}") from None
             if sample is None:
                 return
@@ -224,6 +254,8 @@ class Dataset:
         ValueError: it cannot be loaded, or has no such columns.
     """
 
+    split: Split = "images"
+
     def __init__(
         self, name: str, split: str = "train", image_column: str = "image", caption_column: str = "text"
     ) -> None:
@@ -249,9 +281,9 @@ class Dataset:
             "count": self.count,
         }
 
-    def read(self, start: int) -> Iterator[Captioned]:
+    def read(self, start: int, part: int = 0, parts: int = 1) -> Iterator[Captioned]:
         """See `Reader.read`."""
-        for number in range(start, len(self.data)):
+        for number in range(part, len(self.data), parts)[start:]:
             yield Captioned(f"row {number}", partial(self._open, number))
 
     def _open(self, number: int) -> tuple[Picture, str]:
@@ -270,22 +302,35 @@ class Dataset:
 class MadeScenes:
     """Scenes that are made on the spot: image ``i`` depends on (seed, i) alone."""
 
+    split: Split = "images"
+
     def __init__(self, count: int, seed: int = 0) -> None:
         self.count: int | None = count
         self.seed = seed
         self.settings = {"scenes": count, "seed": seed}
 
-    def read(self, start: int) -> Iterator[Captioned]:
+    def read(self, start: int, part: int = 0, parts: int = 1) -> Iterator[Captioned]:
         """See `Reader.read`."""
-        for number in range(start, self.count or 0):
+        for number in range(part, self.count or 0, parts)[start:]:
             yield Captioned(f"scene {number}", partial(self._open, number))
 
     def _open(self, number: int) -> tuple[Picture, str]:
-        rng = np.random.default_rng((self.seed, number))
+        rng = seeds.generator(self.seed, Seed(Stage.CACHE, number), Purpose.PICTURE)
         caption = training_caption(rng)
         return render(caption, rng), str(caption)
 
 
-def every(reader: Reader, start: int, part: int, parts: int) -> Iterator[Captioned]:
-    """Yield images ``start, start + 1, ..`` of a part: part ``p`` has images ``p, p + parts, ..`` of the reader."""
-    return islice(reader.read(part + start * parts), 0, None, parts)
+@contextlib.contextmanager
+def _as_node(number: int, nodes: int) -> Iterator[None]:
+    """Within the context, this process is one of several nodes, in the variables that webdataset reads that from."""
+    told = {"RANK": str(number), "WORLD_SIZE": str(nodes)}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

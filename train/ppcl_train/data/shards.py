@@ -142,6 +142,17 @@ class Shards:
     def __len__(self) -> int:
         return sum(map(len, self.buckets.values()))
 
+    def words(self, place: Place) -> int:
+        """Return how many tokens the caption of a sample has, ``S_text``; of the file, only its header is read.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        try:
+            return int(self._file(place.file).get_slice(f"embeddings.{place.number}").get_shape()[0])
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(place, error) from None
+
     def read(self, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the latents and embeddings of a sample, in the dtype that they are stored in.
 
@@ -152,4 +163,8 @@ class Shards:
             file = self._file(place.file)
             return file.get_tensor(f"latents.{place.number}"), file.get_tensor(f"embeddings.{place.number}")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{place.file} cannot be read ({one_line(error)}): cache it again") from None
+            raise _unreadable(place, error) from None
+
+
+def _unreadable(place: Place, error: Exception) -> ValueError:
+    return ValueError(f"{place.file} cannot be read ({one_line(error)}): cache it again")

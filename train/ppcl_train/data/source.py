@@ -1,11 +1,13 @@
 """Where a run's batches come from: samples that the family makes on the spot, or samples that were cached in shards.
 
 A source returns the samples of a seed; (run.seed, seed) alone decides them, so that a run that was killed goes on with
-the batches that it would have had.
+the batches that it would have had. Each sample has draws of its own (`seeds`), so a process makes or reads its share of
+a batch and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -14,23 +16,28 @@ import numpy as np
 import torch
 
 from ppcl_train.config.settings import RunConfig
-from ppcl_train.data import shards
+from ppcl_train.data import seeds, shards
+from ppcl_train.data.seeds import Purpose, Seed
 from ppcl_train.families.base import Samples
 
 # One sample in so many of a cache is held out from training, to measure with.
 _HELD_OUT = 32
+# All samples of a batch.
+WHOLE = slice(None)
 
 
 class Source(Protocol):
     """Where samples come from."""
 
-    def samples(self, size: int, seed: int, held_out: bool = False) -> Samples:
-        """Make or read a batch, on the CPU; (run.seed, seed) alone decides it.
+    def samples(self, size: int, seed: Seed, held_out: bool = False, share: slice = WHOLE) -> Samples:
+        """Make or read a batch, or a share of it, on the CPU; (run.seed, seed) alone decides it.
 
         Args:
+            size: samples of the whole batch.
             held_out: take samples to measure with, which training never sees, and drop no caption. Samples that are
                 made are the training's own kind at seeds that it never uses; the captions that judges ask for are in
                 neither.
+            share: the samples that are made or read; the same bits as in the whole batch.
         """
 
     def with_negative(self, samples: Samples) -> Samples:
@@ -58,14 +65,14 @@ class Made:
     def __init__(self, run: RunConfig) -> None:
         self.run = run
 
-    def samples(self, size: int, seed: int, held_out: bool = False) -> Samples:
+    def samples(self, size: int, seed: Seed, held_out: bool = False, share: slice = WHOLE) -> Samples:
         """See `Source.samples`.
 
         Raises:
             ValueError: samples of this family come from a cache.
         """
-        drop = 0.0 if held_out else self.run.teacher.drop_caption
-        return self.run.family.make(size, (self.run.seed, seed), drop)
+        draws, dropped = _draws(self.run, range(size)[share], seed, held_out)
+        return self.run.family.make(draws, dropped)
 
     def with_negative(self, samples: Samples) -> Samples:
         """See `Source.with_negative`."""
@@ -100,25 +107,36 @@ class Cached:
             for shape, bucket in cache.buckets.items()
         }
 
-    def samples(self, size: int, seed: int, held_out: bool = False) -> Samples:
+    def samples(self, size: int, seed: Seed, held_out: bool = False, share: slice = WHOLE) -> Samples:
         """See `Source.samples`."""
-        rng = np.random.default_rng((self.run.seed, seed))
+        # All samples of a batch have one shape, and none comes twice: both are decided for the whole batch.
+        rng = seeds.generator(self.run.seed, seed, Purpose.BATCH)
         buckets = self._kept_out if held_out and self._kept_out else self._trained
         shapes = list(buckets)
         counts = np.array([len(buckets[shape]) for shape in shapes])
         shape = shapes[rng.choice(len(shapes), p=counts / counts.sum())]
         bucket = buckets[shape]
-        picks = rng.choice(len(bucket), size, replace=size > len(bucket))
-        dropped = rng.random(size) < (0.0 if held_out else self.run.teacher.drop_caption)
-        latents, texts = zip(*(self.cache.read(bucket[pick]) for pick in picks), strict=True)
-        embeddings, mask = padded(
-            [self.cache.empty if gone else text for text, gone in zip(texts, dropped, strict=True)]
-        )
+        places = [bucket[pick] for pick in rng.choice(len(bucket), size, replace=size > len(bucket))]
+        dropped = _draws(self.run, range(size), seed, held_out)[1]
+        latents, captions = zip(*(self.cache.read(place) for place in places[share]), strict=True)
+        # As long as in the whole batch, of which other processes read the rest.
+        lengths = (len(self.cache.empty) if gone else self.cache.words(place) for place, gone in zip(places, dropped))
+        texts = [self.cache.empty if gone else text for text, gone in zip(captions, dropped[share], strict=True)]
+        embeddings, mask = padded(texts, max(lengths))
         return Samples(torch.stack(latents).float(), embeddings, mask, shape)
 
     def with_negative(self, samples: Samples) -> Samples:
         """See `Source.with_negative`."""
         return _doubled(samples, self.cache.unconditional[self.run.sampler.negative])
+
+
+def _draws(
+    run: RunConfig, numbers: Sequence[int], seed: Seed, held_out: bool
+) -> tuple[list[np.random.Generator], list[bool]]:
+    """Return the generators of some samples of a batch, and whether their captions are dropped."""
+    drop = 0.0 if held_out else run.teacher.drop_caption
+    draws = [seeds.generator(run.seed, seed, Purpose.PICTURE, number) for number in numbers]
+    return draws, [bool(rng.random() < drop) for rng in draws]
 
 
 def _doubled(samples: Samples, negative: torch.Tensor) -> Samples:

@@ -18,7 +18,10 @@ from ppcl_rt import Catalog, Checkpoint
 from ppcl_rt.checkpoint.converted import Stored
 from ppcl_rt.checkpoint.places import locate_transformer
 from ppcl_rt.families import registry
+from ppcl_rt.ops.quantised import QuantisedLinear
+from ppcl_rt.planning.quantisation import Quantisation
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_note, read_tensors, stored_in, write_tensors
 from ppcl_train.engine.log import Log
 
@@ -75,6 +78,8 @@ def extract_teacher(run: RunConfig, checkpoint: Path, file: Path) -> None:
 def load_teacher(run: RunConfig, folder: Path) -> Any:
     """Load the teacher, rounded to what the checkpoint will store, in the dtype that the teacher computes in.
 
+    These are the exact weights, whatever ``teacher.quantize`` says; `only_read` holds them otherwise.
+
     Raises:
         ValueError: a pretrained teacher is gone, or differs from the one that the run began with.
     """
@@ -88,6 +93,33 @@ def load_teacher(run: RunConfig, folder: Path) -> Any:
     tensors = read_tensors(folder / TEACHER_FILE)
     model.load_state_dict({name: tensor.to(storage).to(compute) for name, tensor in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def only_read(run: RunConfig, teacher: Any, log: Log) -> Any:
+    """Hold a loaded teacher as ``teacher.quantize`` and ``teacher.offload`` say, for a stage that only reads it.
+
+    Returns:
+        The same model: on this process's device, or, where it is offloaded, there block by block while each runs.
+    """
+    config, device = run.teacher, join().device
+    if config.quantize != "none":
+        _quantise(teacher, Quantisation(format=config.quantize))
+    if config.held_otherwise:
+        log(teacher_weights=config.quantize, offloaded=config.offload)
+    if not config.offload:
+        return teacher.to(device)
+    teacher.enable_group_offload(device, use_stream=device.type == "cuda")
+    return teacher
+
+
+def _quantise(model: Any, quantisation: Quantisation) -> None:
+    """Round the weights of a model's blocks in place, to what ``ppcl_rt.load`` makes of them with ``quantize``."""
+    for block in model.blocks():
+        for part in filter(quantisation.takes, block.spec.parts):
+            layer, held = block.get_submodule(part.path), QuantisedLinear(quantisation.format)
+            held.hold(layer.weight)
+            held.bias = layer.bias
+            block.set_submodule(part.path, held)
 
 
 class Teacher(NamedTuple):

@@ -7,7 +7,7 @@ in `ppcl_rt.families.registry`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ppcl_rt.families import registry
+from ppcl_train.scenes.sampling import Sampler
 
 # What a transformer puts out: the clean image x_0, the velocity noise - x_0, or the opposite of it, x_0 - noise.
 Predicts = Literal["clean", "velocity", "opposite"]
@@ -77,6 +78,14 @@ class Encoder(Protocol):
             Unreadable: as `embed`.
         """
 
+    def pictures(
+        self, model: Any, prompts: Sequence[str], size: tuple[int, int], seed: int, sampler: Sampler
+    ) -> list[Image.Image]:
+        """Draw pictures of ``size`` (width, height) with a model, which need not be the pipeline's own.
+
+        The noise of a picture depends on the seed and on the number of its prompt, not on the model.
+        """
+
 
 class Family(Protocol):
     """A model family.
@@ -131,13 +140,12 @@ class Family(Protocol):
             ValueError: embeddings of this family come from a cache.
         """
 
-    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
-        """Make samples, on the CPU; the seed alone decides them.
+    def make(self, draws: Sequence[np.random.Generator], dropped: Sequence[bool]) -> Samples:
+        """Make samples, on the CPU.
 
         Args:
-            size: how many.
-            seed: (of the run, of the batch).
-            drop: share of the captions that is replaced by the empty prompt.
+            draws: one generator a sample, which alone decides it.
+            dropped: of each sample, whether its caption is replaced by the empty prompt.
 
         Raises:
             ValueError: samples of this family come from a cache.

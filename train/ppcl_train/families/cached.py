@@ -5,15 +5,18 @@ Prompts are embedded, and latents packed, by diffusers' pipeline itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from ppcl_rt.files import one_line
 from ppcl_train.families.base import ImageShape, Picture, Predicts, Samples
+from ppcl_train.scenes.sampling import Sampler
 
 
 class PipelineEncoder:
@@ -85,6 +88,26 @@ class PipelineEncoder:
         ).images
         return drawn[0], (1, height // self.multiple, width // self.multiple)
 
+    def pictures(
+        self, model: Any, prompts: Sequence[str], size: tuple[int, int], seed: int, sampler: Sampler
+    ) -> list[Image.Image]:
+        """See `Encoder.pictures`; the scheduler is the pipeline's own."""
+        self.pipe.register_modules(transformer=model)
+        width, height = size
+        drawn = []
+        for number, prompt in enumerate(prompts):
+            # The pipeline takes no other generator. Its 32 bits tell a few prompts apart, and that is all they must.
+            noise = torch.Generator().manual_seed(seed * len(prompts) + number)
+            drawn += self.pipe(
+                prompt,
+                **self.guiding(sampler.guidance, sampler.negative),
+                width=width,
+                height=height,
+                num_inference_steps=sampler.steps,
+                generator=noise,
+            ).images
+        return drawn
+
 
 class CachedFamily:
     """A `Family` that reads embeddings and latents from a cache.
@@ -111,7 +134,7 @@ class CachedFamily:
         """See `Family.embed`; only a pipeline can."""
         raise ValueError(f"{self.name} reads embeddings from a cache: make one with `ppcl train cache`")
 
-    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
+    def make(self, draws: Sequence[np.random.Generator], dropped: Sequence[bool]) -> Samples:
         """See `Family.make`; there are none without a cache."""
         raise ValueError(f"{self.name} reads a cache: make one with `ppcl train cache`, then --set data.cache=FOLDER")
 

@@ -5,6 +5,7 @@ Nothing has to be downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 import ppcl_rt
 from ppcl_train.families.base import ImageShape, Picture, Samples, Unreadable
 from ppcl_train.families.qwen_image import QwenImageTransformer
-from ppcl_train.scenes.encoding import encode, to_tokens, training_batch
+from ppcl_train.scenes.encoding import encode, to_pictures, to_tokens, training_pairs
 from ppcl_train.scenes.language import SIDE
 from ppcl_train.scenes.sampling import IMAGE_SHAPE, Sampler, arguments, guided_prediction, noise_for
 
@@ -42,9 +43,9 @@ class Scenes(QwenImageTransformer):
         embeddings, mask = encode([prompt])
         return embeddings[0, mask[0]]
 
-    def make(self, size: int, seed: tuple[int, int], drop: float) -> Samples:
+    def make(self, draws: Sequence[np.random.Generator], dropped: Sequence[bool]) -> Samples:
         """See `Family.make`."""
-        batch = training_batch(size, seed, drop=drop)
+        batch = training_pairs(draws, dropped)
         return Samples(batch.latents, batch.embeddings, batch.mask, IMAGE_SHAPE)
 
     def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> ScenesEncoder:
@@ -89,3 +90,10 @@ class ScenesEncoder:
         sampler = Sampler.model_validate({**own, "steps": steps, "guidance": guidance})
         noise = noise_for(1, seed).to(self.model.device, self.model.dtype)
         return sampler.sample(self.model, [prompt], noise)[0], IMAGE_SHAPE
+
+    def pictures(
+        self, model: Any, prompts: Sequence[str], size: tuple[int, int], seed: int, sampler: Sampler
+    ) -> list[Image.Image]:
+        """See `Encoder.pictures`; all prompts at once."""
+        noise = noise_for(len(prompts), seed).to(model.device, model.dtype)
+        return to_pictures(sampler.sample(model, prompts, noise))

@@ -34,6 +34,7 @@ from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration
 from ppcl_train.data.calibration import Inputs
 from ppcl_train.data.prefix import HeldStreams
+from ppcl_train.data.seeds import Seed
 from ppcl_train.losses.sketching import Sketcher
 
 # Losses of choices are recorded as at least this, so that a change that measures as free is still told from the dense
@@ -109,7 +110,7 @@ class VelocityError:
     """
 
     def __init__(
-        self, model: Any, run: RunConfig, sketch: Sketch | None = None, seed: int = calibration.MEASURE
+        self, model: Any, run: RunConfig, sketch: Sketch | None = None, seed: Seed = calibration.MEASURE
     ) -> None:
         self._model, self._sketch = model, sketch
         self.edges = band_edges(run.measure.bands)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ppcl_train.scenes.language import CELL, CELLS, GRID, MAX_TOKENS, SIDE, Caption, training_caption, words_of
 from ppcl_train.scenes.rendering import render
@@ -68,6 +69,11 @@ def to_images(tokens: torch.Tensor) -> np.ndarray:
     return cells.reshape(-1, SIDE, SIDE, 3).numpy()
 
 
+def to_pictures(tokens: torch.Tensor) -> list[Image.Image]:
+    """Make pictures of tokens ``[N, 16, 48]`` in [-1, 1]."""
+    return [Image.fromarray(pixels) for pixels in ((to_images(tokens) + 1) / 2 * 255 + 0.5).astype(np.uint8)]
+
+
 def training_batch(
     size: int, seed: Sequence[int], drop: float = 0.0, shares: Sequence[float] | None = None, apart: bool = True
 ) -> Batch:
@@ -81,6 +87,16 @@ def training_batch(
     rng = np.random.default_rng(seed)
     captions = tuple(training_caption(rng, shares) for _ in range(size))
     images = np.stack([render(caption, rng, apart) for caption in captions])
-    dropped = rng.random(size) < drop
+    return _batch(captions, images, (rng.random(size) < drop).tolist())
+
+
+def training_pairs(draws: Sequence[np.random.Generator], dropped: Sequence[bool]) -> Batch:
+    """Make training pairs, each from its own generator; where ``dropped``, the caption becomes the empty prompt."""
+    captions = tuple(training_caption(rng) for rng in draws)
+    images = np.stack([render(caption, rng) for caption, rng in zip(captions, draws, strict=True)])
+    return _batch(captions, images, dropped)
+
+
+def _batch(captions: tuple[Caption, ...], images: np.ndarray, dropped: Sequence[bool]) -> Batch:
     embeddings, mask = encode(["" if gone else str(caption) for gone, caption in zip(dropped, captions, strict=True)])
     return Batch(to_tokens(images), embeddings, mask, captions)

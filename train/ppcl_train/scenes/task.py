@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ppcl_train.scenes.encoding import to_images, training_batch
+from ppcl_train.scenes.encoding import to_pictures, training_batch
 from ppcl_train.scenes.judging import Score
 from ppcl_train.scenes.language import CELLS, KINDS, MAX_TOKENS, Caption, held_out_captions
 from ppcl_train.scenes.sampling import Sampler, arguments, judged, noise_for
@@ -41,8 +41,7 @@ class ScenesTask:
         """Draw a 16x16 picture for every prompt; prompt ``i`` has the same noise whatever the ratio."""
         self.check(prompts)
         noise = noise_for(len(prompts), seed).to(device=model.device, dtype=model.dtype)
-        images = to_images(self.sampler.sample(model, prompts, noise))
-        return [Image.fromarray(pixels) for pixels in ((images + 1) / 2 * 255 + 0.5).astype(np.uint8)]
+        return to_pictures(self.sampler.sample(model, prompts, noise))
 
     def example(self, batch: int) -> dict[str, Any]:
         """Arguments of one forward over ``batch`` samples."""

@@ -26,6 +26,7 @@ from ppcl_rt.planning.legal import Start
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.prefix import HeldStreams, run_from
+from ppcl_train.data.seeds import Seed, Stage
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine import digests
 from ppcl_train.engine.distributed import join
@@ -43,7 +44,7 @@ OUTPUT = "table.json"
 _VERSION = 1
 
 # Seeds of the batches that losses are measured on; the short distillations see others.
-_CALIBRATION = calibration.PROBES + 1_000_000
+_CALIBRATION = Seed(Stage.TABLE)
 
 
 class Candidate(Frozen):
@@ -207,6 +208,8 @@ def measured(run: RunConfig, folder: Path, log: Callable[..., None]) -> Table:
     """
     config = run.table
     model = load_teacher(run, folder).to(join().device)
+    if run.teacher.held_otherwise:
+        log(teacher_weights="exact", because="candidates are copies of its blocks")
     intervals = candidate_intervals(model.catalog.architecture, config.lengths)
     batches = (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))
     trained_on = HeldStreams(model, batches)

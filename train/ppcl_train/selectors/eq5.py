@@ -20,7 +20,9 @@ from ppcl_train.closed_form.cka import linear_cka
 from ppcl_train.closed_form.least_squares import LeastSquares
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import calibration, streams
-from ppcl_train.data.teacher_file import load_teacher
+from ppcl_train.data.loading import Batches
+from ppcl_train.data.seeds import Seed, Stage
+from ppcl_train.data.teacher_file import load_teacher, only_read
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_tensors, write_json, write_tensors
 from ppcl_train.engine.log import Log
@@ -29,8 +31,8 @@ from ppcl_train.losses.matching import token_rows
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.cka_figure import Curves, draw_curves
 
-# Seeds of the batches that tune the probes and that judge them; least squares sees others.
-_TUNING, _HELD_OUT = calibration.PROBES + 1_000_000, calibration.PROBES + 2_000_000
+# The batches that tune the probes and those that judge them; least squares sees others.
+_TUNING, _HELD_OUT = Seed(Stage.TUNE_PROBES), Seed(Stage.JUDGE_PROBES)
 # The name of both streams' mean. That this mean decides is our reading: eq. 3 is written for one stream.
 _DECIDES = "mean"
 
@@ -75,7 +77,7 @@ def select(run: RunConfig, folder: Path) -> None:
         ValueError: the fine-tuning diverges.
     """
     log, config = Log(folder, "select"), run.probes
-    model = load_teacher(run, folder).to(join().device)
+    model = only_read(run, load_teacher(run, folder), log)
     fitted, tuned = folder / "probes.start.safetensors", folder / "probes.safetensors"
     if not fitted.exists():
         write_tensors(fitted, fit_probes(run, model), {"samples": config.samples})
@@ -148,8 +150,10 @@ def tune_probes(run: RunConfig, model: Any, probes: dict[str, torch.Tensor], log
     for tensor in probes.values():
         tensor.requires_grad_(True)
 
+    batches = Batches(run, config.batch, _TUNING, config.steps * config.accumulate)
+
     def step_loss(number: int) -> float:
-        rows = trace_rows(model, calibration.inputs(run, config.batch, _TUNING + number))
+        rows = trace_rows(model, batches(number))
         total = 0.0
         for block, (before, after) in enumerate(pairwise(rows)):
             for stream, x, y in zip(Streams._fields, before, after, strict=True):

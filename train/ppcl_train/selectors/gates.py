@@ -10,12 +10,15 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.data import seeds
+from ppcl_train.data.seeds import Purpose, Seed, Stage
 from ppcl_train.engine.optimisers import adamw
 from ppcl_train.selectors.uniform import uniform_intervals
 
@@ -51,11 +54,11 @@ class Gates(nn.Module):
         ]
         self.logits = nn.ParameterList(torch.zeros(len(choices)) for choices in self.choices)
 
-    def draw(self, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    def draw(self, temperature: float, rng: np.random.Generator) -> torch.Tensor:
         """Draw a mask over all blocks, ``[depth]``, 1 for kept."""
         masks = []
         for logits, choices in zip(self.logits, self.choices, strict=True):
-            uniform = torch.rand(len(choices), generator=generator).clamp(1e-9, 1 - 1e-9)
+            uniform = torch.from_numpy(rng.random(len(choices), dtype=np.float32)).clamp(1e-9, 1 - 1e-9)
             soft = F.softmax((logits - (-uniform.log()).log()) / temperature, dim=0)
             hard = F.one_hot(soft.argmax(), len(choices)).to(soft)
             masks.append((hard - soft.detach() + soft) @ choices)
@@ -90,9 +93,11 @@ def gated(blocks: Sequence[nn.Module], mask: torch.Tensor) -> Iterator[None]:
 class LowRankAdapter(nn.Module):
     """Adds ``B A`` of a low rank to a weight ``[out, in]``, zero at first (LoRA)."""
 
-    def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: torch.Tensor, rank: int, rng: np.random.Generator) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, weight.shape[1], generator=generator) / rank**0.5)
+        self.a = nn.Parameter(
+            torch.from_numpy(rng.standard_normal((rank, weight.shape[1]), dtype=np.float32)) / rank**0.5
+        )
         self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -100,9 +105,7 @@ class LowRankAdapter(nn.Module):
         return weight + self.b @ self.a
 
 
-def _adapt(
-    blocks: Sequence[nn.Module], rank: int, generator: torch.Generator
-) -> tuple[list[nn.Module], dict[str, Any]]:
+def _adapt(blocks: Sequence[nn.Module], rank: int, rng: np.random.Generator) -> tuple[list[nn.Module], dict[str, Any]]:
     """Put an adapter on every linear layer; returns the layers, and the adapters' parameters by name."""
     layers = {
         f"{n}.{path}": layer
@@ -112,7 +115,7 @@ def _adapt(
     }
     parameters: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
-        adapter = LowRankAdapter(layer.weight, rank, generator).to(layer.weight.device)
+        adapter = LowRankAdapter(layer.weight, rank, rng).to(layer.weight.device)
         parametrize.register_parametrization(layer, "weight", adapter)
         parameters |= {f"{name}.a": adapter.a, f"{name}.b": adapter.b}
     return list(layers.values()), parameters
@@ -134,12 +137,12 @@ def learn_gates(run: RunConfig, model: Any, kept: int, loss: Callable[[int], tor
     """
     config, blocks = run.compare, model.blocks()
     gates = Gates(len(blocks), kept, max(1, min(len(blocks) // _GROUP, kept)))
-    layers, adapters = _adapt(blocks, config.rank, torch.Generator().manual_seed(run.seed))
+    layers, adapters = _adapt(blocks, config.rank, seeds.generator(run.seed, Seed(Stage.GATES), Purpose.START))
     first, last = _TEMPERATURES
 
     def step_loss(number: int) -> float:
         temperature = first + (last - first) * number / config.distil_steps
-        mask = gates.draw(temperature, torch.Generator().manual_seed(run.seed * 1_000_003 + number))
+        mask = gates.draw(temperature, seeds.generator(run.seed, Seed(Stage.GATES, number), Purpose.PLAN))
         with gated(blocks, mask):
             value = loss(number)
             value.backward()

@@ -17,7 +17,9 @@ from ppcl_rt.checkpoint.converted import Stored
 from ppcl_rt.planning.sketch import TENSORS
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import EndToEndConfig
-from ppcl_train.data import calibration
+from ppcl_train.data import calibration, seeds
+from ppcl_train.data.loading import Batches
+from ppcl_train.data.seeds import Purpose, Seed
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
@@ -42,13 +44,13 @@ class _Costs(NamedTuple):
     Attributes:
         catalog, sketches: names of the files in the run folder.
         by_sketches: plan by the sketches, for all budgets; else by sums of losses, for ratios.
-        first_seed: of the batches that are trained on.
+        first_seed: of the first batch that are trained on.
     """
 
     catalog: str
     sketches: str
     by_sketches: bool
-    first_seed: int
+    first_seed: Seed
 
     def measure(self, run: RunConfig, folder: Path, start: Mapping[str, Stored], log: Log) -> None:
         """Measure every choice that some tensors make; every process of a world calls this."""
@@ -142,6 +144,10 @@ def _end_to_end(
         write_tensors(folder / output, tensors, {"steps": config.steps, "kept": kept_steps})
 
 
+def _chance(run: RunConfig, seed: Seed) -> random.Random:
+    return random.Random(seeds.generator(run.seed, seed, Purpose.PLAN).bytes(16))
+
+
 def _trained(
     run: RunConfig,
     folder: Path,
@@ -149,7 +155,7 @@ def _trained(
     log: Log,
     start: Mapping[str, Stored],
     plans: Plans,
-    first_seed: int,
+    first_seed: Seed,
     everything: bool = False,
 ) -> dict[str, Stored]:
     """Train on the velocity error of plans; returns all tensors in the form in which they are stored.
@@ -170,12 +176,13 @@ def _trained(
     if sharding is not None and everything:
         sharding.add(teacher)
 
+    batches = Batches(run, config.batch, first_seed, config.steps * config.accumulate, world.share(config.batch))
+
     def step_loss(number: int) -> float:
-        seed = first_seed + number
-        batch = calibration.inputs(run, config.batch, seed).part(world.share(config.batch))
+        batch = batches(number)
         with torch.no_grad(), teacher.at(plan=teacher.catalog.dense):
             target = Target.of(batch, teacher(**batch.call)[0])
-        with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed), everything)):
+        with model.at(plan=plans.draw(_chance(run, first_seed + number), everything)):
             error = target.squared_error(model(**batch.call)[0]).sum()
         # Over all processes, so that gradients average to those of the whole batch, however the batch is shared.
         total_error, total = world.mean(torch.stack([error.detach(), target.clean.square().sum()]))

@@ -18,8 +18,9 @@ from ppcl_rt.checkpoint.converted import Stored
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import StudentsConfig
 from ppcl_train.data import calibration, streams
+from ppcl_train.data.loading import Batches
 from ppcl_train.data.stream_cache import StreamCache
-from ppcl_train.data.teacher_file import find_teacher, load_teacher
+from ppcl_train.data.teacher_file import find_teacher, load_teacher, only_read
 from ppcl_train.engine.distributed import ALONE, World, join, owners
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
@@ -136,19 +137,11 @@ class TeacherStreams:
 
     def __init__(self, run: RunConfig, folder: Path, teacher: Any, division: Division) -> None:
         self._run, self._config, self._teacher, self._division = run, run.students, teacher, division
-        peers = division.peers
-        # A batch that cannot be shared is refused now, not in the first step.
-        peers.share(run.students.batch)
+        peers, config = division.peers, run.students
+        share, count = peers.share(config.batch), config.steps * config.accumulate
+        self._batch = Batches(run, config.batch, calibration.STUDENTS, count, share)
         self._cache = StreamCache(folder / "states" / f"{peers.rank}-{peers.size}")
         self._cached = self._fill_cache() if self._config.cache_bytes else 0
-
-    def _batch(self, number: int) -> calibration.Inputs:
-        """Make this process's share of a batch."""
-        peers, batch = (
-            self._division.peers,
-            calibration.inputs(self._run, self._config.batch, calibration.STUDENTS + number),
-        )
-        return batch.part(peers.share(self._config.batch)).to(self._division.world.device)
 
     def _fill_cache(self) -> int:
         """Write the streams of as many batches as fit; returns how many.
@@ -213,7 +206,7 @@ def distil(run: RunConfig, folder: Path) -> None:
         nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
         Sharding(world).add(teacher)
-    teacher.to(world.device)
+    teacher = only_read(run, teacher, log)
     divisions = [Division.of(config, world, group) for group in in_groups(selected, config.at_once)]
     teacher_streams = TeacherStreams(run, folder, teacher, divisions[0])
     log(students=len(selected), intervals=" ".join(str(each.interval) for each in selected))
