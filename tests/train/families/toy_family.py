@@ -146,5 +146,8 @@ class ToyTraining:
         latents, text = (torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True))
         return Samples(latents, text, torch.ones(len(draws), 4, dtype=torch.bool), (1, 3, 3))
 
+    def open(self, pipeline, *, device, dtype, draws):
+        raise ValueError("toys have no pipeline")
+
 
 registry.register("toy", "toy_family:Toy", "toy_family:ToyTraining", stock="Toy")
