@@ -36,9 +36,11 @@ def by_whole_forwards(checkpoint: str, run: RunConfig) -> tuple[float, list[floa
     model = _open(checkpoint)
     begun, every = time.process_time(), list(choices(model.catalog))
     error, found = VelocityError(model, run, sketch_for(len(every), run.seed, run.measure.bands)), []
+    of_student = ()
     for choice in every:
-        full = plan_with(model.catalog, choice._replace(group="", units=0))
-        against = error.predictions(full) if choice.kind == "student" and choice.group else ()
+        if choice.kind == "student" and not choice.group:
+            of_student = error.predictions(plan_with(model.catalog, choice))
+        against = of_student if choice.group and choice.kind == "student" else ()
         found.append(max(sum(error.change(plan_with(model.catalog, choice), against).bands), LEAST_LOSS))
     return time.process_time() - begun, found
 

@@ -19,6 +19,7 @@ from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.data import calibration, streams
 from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_content, read_tensors, stored_in
+from ppcl_train.engine.queue import RESULTS
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.selectors.eq5 import find_intervals
@@ -237,3 +238,31 @@ def test_counts_of_a_student_lose_what_they_change_of_the_student(finished, tmp_
     assert sum(error.change(full).bands) == pytest.approx(student.loss, rel=1e-9)
     assert sum(error.change(narrow, error.predictions(full)).bands) == pytest.approx(count.loss, rel=1e-9)
     assert count.loss != pytest.approx(sum(error.change(narrow).bands) - student.loss, rel=1e-3)
+
+
+def test_what_was_measured_is_measured_again_only_where_it_changed(finished, tmp_path):
+    model = ppcl_rt.load(finished / "checkpoint", dtype=torch.float32, resident="all").requires_grad_(False)
+
+    def measured_anew():
+        """The choices whose results were not there; and all losses."""
+        before = {path.name for path in (tmp_path / RESULTS).glob("*.safetensors")}
+        catalog, _ = sensitivities(model, TINY, tmp_path, lambda **_: None)
+        names = {path.name for path in (tmp_path / RESULTS).glob("*.safetensors")} - before
+        losses = {each.choice: each.loss for each in measured(catalog)}
+        return {name.rpartition("-")[0] for name in names}, losses
+
+    every, losses = measured_anew()
+    assert len(every) == len(losses) == len(list(choices(model.catalog))) and measured_anew() == (set(), losses)
+    block, student = model.blocks()[1], model.catalog.students[0].interval.key
+    replaced = next(name for name in block.replacements if name.startswith("mlp_image_"))
+    block.replacements[replaced].weight.mul_(1.5)
+    units = replaced.rpartition("_")[2]
+    again, others = measured_anew()
+    assert again == {f"block-1-1-image-{units}"}
+    assert {choice.interval for choice in losses if losses[choice] != others[choice]} == {Interval(1, 1)}
+    # A student's narrower counts are measured against it.
+    next(model.students[student].parameters()).mul_(1.5)
+    assert measured_anew()[0] == {name for name in every if name.startswith(f"student-{student}")}
+    # All losses are against the teacher.
+    next(block.parameters()).mul_(1.001)
+    assert measured_anew()[0] == every

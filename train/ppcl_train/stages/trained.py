@@ -2,8 +2,7 @@
 
 A weight that is stored as ``base + up @ down`` is trained as its two factors. They alone are held in float32, with
 gradients and moments; the base is a frozen weight of the model, and the product is made in the forward and again in the
-backward pass. At Qwen-Image's width (3,072; MLPs of 12,288) and the median ranks of examples/scenes (13 and 38 of 96),
-the factors of a block's outputs have 40 % of the numbers that the layers have whole.
+backward pass.
 """
 
 from __future__ import annotations
