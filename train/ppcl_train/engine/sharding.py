@@ -40,9 +40,8 @@ class Sharding:
 
     A block is one group: whole in a process only while it runs, in either direction. FSDP2 gathers weights of several
     dtypes together as long as those that are trained have one dtype, so frozen weights in bfloat16 and trained ones in
-    float32 need no groups apart. A block that a plan does not run is neither gathered nor reduced; layers of a block that
-    a plan does not run are gathered with it, and get no gradient. (As groups of their own they lost gradients where
-    nothing before them is trained.) All processes have to run one plan.
+    float32 need no groups apart. A block that a plan does not run is neither gathered nor reduced; layers of a block
+    that a plan does not run are gathered with it, and get no gradient. All processes have to run one plan.
 
     Args:
         world: with one process nothing is divided.
