@@ -188,7 +188,7 @@ class World:
         """Put shards together, one tensor at a time, on the CPU of rank 0; ``{}`` elsewhere, unless ``everywhere``."""
         kept = {}
         for name, tensor in tensors.items():
-            full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
             if self.is_main or everywhere:
                 kept[name] = full.cpu()
         return kept

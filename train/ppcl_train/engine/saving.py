@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from ppcl_rt.files import one_line, write_json
 from ppcl_train.engine.distributed import World, group
@@ -114,13 +117,13 @@ class Saves:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write_json(partial / _NOTE, signed(note))
-        writer = dcp.HuggingFaceStorageWriter(str(partial), self._files(tensors), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(partial), self._files(tensors), save_distributed=True)
         with _of_one_line(f"{self._folder} cannot be written", "; what was there before is kept"):
             if self._background:
-                begun: Any = dcp.async_save(dict(tensors), storage_writer=writer, **self._processes)
+                begun: Any = async_save(dict(tensors), storage_writer=writer, **self._processes)
                 self._pending = self._thread.submit(lambda: self._commit(step, begun.result()))
                 return
-            dcp.save(dict(tensors), storage_writer=writer, **self._processes)
+            save(dict(tensors), storage_writer=writer, **self._processes)
             self._commit(step)
 
     def finish(self) -> None:
@@ -151,8 +154,9 @@ class Saves:
             ValueError: a file of it is cut.
         """
         with _of_one_line(f"{state} is not whole", ": delete it, and the stage begins anew"):
-            found = dcp.HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
-        return {name: (each.size, each.properties.dtype) for name, each in found.items()}
+            found = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
+        tensors = {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
+        return {name: (each.size, each.properties.dtype) for name, each in tensors.items()}
 
     def read(self, state: Path, into: Mapping[str, torch.Tensor]) -> None:
         """Read tensors in place, however the processes that wrote them had divided them.
@@ -161,8 +165,8 @@ class Saves:
             ValueError: a file is cut.
         """
         with _of_one_line(f"{state} is not whole", ": delete it, and the stage begins anew"):
-            reader = dcp.HuggingFaceStorageReader(str(state))
-            dcp.load(dict(into), storage_reader=reader, **self._processes)
+            reader = HuggingFaceStorageReader(str(state))
+            load(dict(into), storage_reader=reader, **self._processes)
 
     @property
     def _processes(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 Bytes a process, for a model of F frozen numbers in bfloat16 and T trained ones in float32, over S processes of a node:
 ``2 F / S`` for what is frozen, ``4 T / S`` for weights and for each of gradients and Adam's two moments, and what one
-block is as a whole while it runs, twice (the next one is gathered in the meantime). Qwen-Image (F = 20.4e9, 60 blocks
-of 340e6) with T = 4e9: on 8 GPUs 5.1 GB + 8.0 GB + 2 x 0.95 GB = 15.0 GB; on 4 nodes of 8, where each node holds the
-whole, the same, and each step reduces T / 8 gradients (2.0 GB) across the nodes.
+block is as a whole while it runs, twice (the next one is gathered in the meantime). A model of F = 20.4e9 in 60
+blocks of 340e6 with T = 4e9: on 8 GPUs 5.1 GB + 8.0 GB + 2 x 0.95 GB = 15.0 GB; on 4 nodes of 8, where each node
+holds the whole, the same, and each step reduces T / 8 gradients (2.0 GB) across the nodes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Sharding:
 
     A block is one group: whole in a process only while it runs, in either direction. FSDP2 gathers weights of several
     dtypes together as long as those that are trained have one dtype, so frozen weights in bfloat16 and trained ones in
-    float32 need no groups apart. A layer that stands in for a part at one count is a group of its own, because a plan
-    runs one of several. What a plan does not run is neither gathered nor reduced; all processes have to run one plan.
+    float32 need no groups apart. A block that a plan does not run is neither gathered nor reduced; layers of a block
+    that a plan does not run are gathered with it, and get no gradient. All processes have to run one plan.
 
     Args:
         world: with one process nothing is divided.
@@ -60,8 +60,6 @@ class Sharding:
             prefix: of the names by which its tensors are read.
         """
         with _following(block, parameters):
-            for layer in _of_one_count(block):
-                self._divide(layer)
             self._divide(block)
             self._fill(block, prefix)
         if self._mesh is not None and callable(getattr(block, "text_input", None)):
@@ -115,13 +113,6 @@ def _following(module: nn.Module, parameters: dict[Any, nn.Parameter]) -> Iterat
     yield
     now = dict(module.named_parameters())
     parameters.update({name: now[path] for name, path in taken.items()})
-
-
-def _of_one_count(block: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a block that stand in for a part at one count: a forward calls them whole, or not at all."""
-    for name, layer in getattr(block, "replacements", nn.ModuleDict()).items():
-        if name.rpartition("_")[2].isdigit():
-            yield layer
 
 
 def _copy(whole: torch.Tensor, into: torch.Tensor) -> None:
