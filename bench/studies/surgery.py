@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import typer
 
 from ppcl_train.closed_form import surgery
+from ppcl_train.closed_form.least_squares import LeastSquares
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)
 # TFLOP/s in float64 and TB/s, as published.
@@ -88,6 +89,12 @@ def arithmetic(channels: int, outputs: int, units: int) -> None:
         )
 
 
+def covariance_of(gram: torch.Tensor) -> torch.Tensor:
+    """Of inputs with this Gram matrix."""
+    mean = gram[:-1, -1] / gram[-1, -1]
+    return gram[:-1, :-1] / gram[-1, -1] - torch.outer(mean, mean)
+
+
 def main(
     channels: Annotated[int, Flag(help="inputs of the layer")] = 3072,
     outputs: int = 768,
@@ -95,6 +102,7 @@ def main(
     rows: Annotated[int, Flag(help="rows of data; 0 for four a channel")] = 0,
     threads: int = 1,
     arithmetic_only: Annotated[bool, Flag("--arithmetic", help="run nothing")] = False,
+    chunks_only: Annotated[bool, Flag("--chunks", help="leave one at a time out")] = False,
 ) -> None:
     """Print the seconds of both ways, whether the columns agree, and the errors."""
     if arithmetic_only:
@@ -102,38 +110,48 @@ def main(
         return
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    gram = torch.zeros(channels + 1, channels + 1, dtype=torch.float64)
+    # Sums of products in float64, and in float32, as a run collects them.
+    exact, rounded = LeastSquares(channels), LeastSquares(channels)
     mix = torch.randn(channels // 2, channels, generator=generator) / (channels // 2) ** 0.5
     for size in (min(4096, left) for left in range(rows or 4 * channels, 0, -4096)):
-        x = F.gelu(torch.randn(size, channels // 2, generator=generator) @ mix - 0.3).double()
-        x = torch.cat([x, torch.ones(size, 1, dtype=torch.float64)], 1)
-        gram += x.T @ x
+        x = F.gelu(torch.randn(size, channels // 2, generator=generator) @ mix - 0.3)
+        exact.add(x.double())
+        rounded.add(x)
     weight = torch.randn(outputs, channels, generator=generator) / channels**0.5
-    layer = SimpleNamespace(weight=weight, bias=torch.zeros(outputs))
+    layer, covariance = SimpleNamespace(weight=weight, bias=torch.zeros(outputs)), covariance_of(exact.gram)
     counts = sorted({max(1, round(share * units)) for share in SHARES}, reverse=True)
+    least = counts[-1]
+
+    def eliminated(fit: LeastSquares) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rank order, and the weights of the units that are left, in stock order."""
+        order, (found,) = surgery.eliminate([(layer, fit.gram)], units, counts, 1e-4)
+        whole, size = torch.zeros(weight.shape, dtype=torch.float64), channels // units
+        whole[:, (order[:least, None] * size + torch.arange(size)).flatten()] = found[least][0]
+        return order, whole
+
+    def error(changed: torch.Tensor) -> float:
+        change = changed - weight.double()
+        return float((change @ covariance * change).sum())
+
     began = time.perf_counter()
-    order, (found,) = surgery.eliminate([(layer, gram)], units, counts, 1e-4)
+    order, got = eliminated(exact)
     chunked = time.perf_counter() - began
-    print(f"{channels} inputs in {units} units -> {outputs}, down to {counts[-1]}; float64, {threads} threads, CPU")
-    print(f"in chunks: {chunked:.1f} s", flush=True)
+    print(f"{channels} inputs in {units} units -> {outputs}, down to {least}; float64, {threads} threads, CPU")
+    print(f"in chunks: {chunked:.1f} s, squared error of the outputs {error(got):.12g}", flush=True)
+    other, of_other = eliminated(rounded)
+    deviation = covariance.diagonal().sqrt()
+    lost = (covariance_of(rounded.gram) - covariance) / torch.outer(deviation, deviation)
+    print(f"products in float32: correlations off by {float(lost.abs().max()):.1e}; {int((other == order).sum())} of")
+    print(f"    {units} units in the same place of the order, squared error {error(of_other):.12g}", flush=True)
+    if chunks_only:
+        return
     began = time.perf_counter()
-    removed, wanted = one_at_a_time(layer, gram, units, counts[-1], 1e-4)
+    removed, wanted = one_at_a_time(layer, exact.gram, units, least, 1e-4)
     single = time.perf_counter() - began
-    e, kept = channels // units, order[: counts[-1]]
-    columns = (kept[:, None] * e + torch.arange(e)).flatten()
-    got = torch.zeros_like(wanted)
-    got[:, columns] = found[counts[-1]][0]
-    mean = gram[:-1, -1] / gram[-1, -1]
-    covariance = gram[:-1, :-1] / gram[-1, -1] - torch.outer(mean, mean)
-    full = weight.double()
-    errors = [float(((w - full) @ covariance * (w - full)).sum()) for w in (got, wanted)]
-    same = sum(a == b for a, b in zip(reversed(removed), order[counts[-1] :].tolist(), strict=True))
-    print(f"one at a time: {single:.1f} s, {single / chunked:.0f} times as long")
-    print(f"{same} of {len(removed)} units go in the same place of the order")
-    print(f"squared error of the outputs at {counts[-1]} units: {errors[0]:.12g} and {errors[1]:.12g}")
-    print(
-        f"largest difference of a weight: {float((got - wanted).abs().max() / wanted.abs().max()):.1e} of the largest"
-    )
+    same = sum(a == b for a, b in zip(reversed(removed), order[least:].tolist(), strict=True))
+    print(f"one at a time: {single:.1f} s, {single / chunked:.0f} times as long, squared error {error(wanted):.12g}")
+    print(f"    {same} of {len(removed)} units go in the same place of the order")
+    print(f"    weights differ by {float((got - wanted).abs().max() / wanted.abs().max()):.1e} of the largest at most")
 
 
 if __name__ == "__main__":

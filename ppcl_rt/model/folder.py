@@ -108,7 +108,7 @@ class CheckpointFolder(Opening):
         source: ComposedCheckpoint,
         dtype: torch.dtype,
         device: str | torch.device | None = None,
-        held: Callable[[str, PluggableBlock], None] = lambda prefix, block: None,
+        held: Callable[[str, PluggableBlock], None] | None = None,
     ) -> Self:
         """Make a model that holds everything of an opened checkpoint, frozen; its largest plan is set.
 
@@ -122,7 +122,7 @@ class CheckpointFolder(Opening):
         model.set_plan(model.catalog.largest)
         return model.eval()
 
-    def hold_everything(self, held: Callable[[str, PluggableBlock], None] = lambda prefix, block: None) -> None:
+    def hold_everything(self, held: Callable[[str, PluggableBlock], None] | None = None) -> None:
         """Read every block, student and text run at each of its counts.
 
         Args:
@@ -142,7 +142,8 @@ class CheckpointFolder(Opening):
                 planned = PlannedBlock(interval=interval, width=width, student=student)
                 self.prepare(Plan(checkpoint=catalog.fingerprint, depth=depth, blocks=(planned,)))
             home = self.home(planned)
-            held(home.prefix, home.block)
+            if held is not None:
+                held(home.prefix, home.block)
         for run in catalog.text_runs:
             self.prepare(catalog.compose([(n, catalog.spec(n).full) for n in run.interval], text_runs=[run.interval]))
 

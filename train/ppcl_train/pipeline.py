@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import functools
 import shutil
@@ -19,11 +18,12 @@ from ppcl_rt.planning.frozen import read_json
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import check_teacher, extract_teacher
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import read_note, state_files, write_json
+from ppcl_train.engine.files import write_json
 from ppcl_train.engine.lock import in_use, locked
 from ppcl_train.engine.log import Log, read_log, say
 from ppcl_train.engine.provenance import making
 from ppcl_train.engine.queue import work_under_way
+from ppcl_train.engine.saving import delete_states, saved_steps
 from ppcl_train.stages import compress, measure, pack, recover, select, students, teacher, width
 
 
@@ -125,7 +125,7 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
     with locked(folder):
         for stage in STAGES:
             if not world.agree(is_done(stage, folder)) and (stage.parallel or world.is_main):
-                with making(config, stage.name) as made_by:
+                with making(config, stage.name) as made_by, world.naming(stage.name):
                     Log(folder, stage.name)(begun=True, commit=made_by["commit"])
                     try:
                         stage.run(config, folder)
@@ -133,10 +133,11 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
                         raise ValueError(
                             f"{stage.name} stopped: {one_line(error)}; what was done before is kept"
                         ) from error
-            world.wait()
+            with world.naming(stage.name):
+                world.wait()
             # Deleted only after the output is there: a kill in between would otherwise lose the stage.
-            for state in state_files(folder, stage.name) if world.is_main else []:
-                state.unlink()
+            if world.is_main:
+                delete_states(folder, stage.name)
             if stage.name == last:
                 return
 
@@ -192,11 +193,7 @@ def progress(folder: Path) -> list[Progress]:
         if is_done(stage, folder):
             found.append(Progress(stage.name, "done", step, of, stage.output))
             continue
-        for state in state_files(folder, stage.name):
-            # A stage that ends at this moment deletes its state.
-            with contextlib.suppress(ValueError):
-                note = read_note(state)
-                step, of = step + note["step"], of + note["of"]
+        step, of = saved_steps(folder, stage.name)
         current = all(earlier.state == "done" for earlier in found) and stage.name in begun
         now: Literal["running", "begun", "waiting"] = "waiting"
         if current or of:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import TINY
 from torch import nn
 
@@ -22,7 +23,7 @@ from ppcl_train import pipeline
 from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.config.stages import LoopConfig
 from ppcl_train.engine import files as runs
-from ppcl_train.engine import lock, loop, provenance
+from ppcl_train.engine import lock, loop, provenance, saving
 from ppcl_train.engine import log as logs
 
 RUN = with_changes(TINY, {"save_every": 5, "tracker": "none"})
@@ -77,6 +78,19 @@ def stopping_at(step):
     return wrap
 
 
+def newest_state(folder):
+    return saving.newest(folder, "students")
+
+
+def tensors_of(state):
+    [file] = state.glob("*.safetensors")
+    return runs.read_tensors(file)
+
+
+def step_of(state):
+    return runs.read_content(state / "note.json")["step"]
+
+
 def same(mine, theirs) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
@@ -92,9 +106,14 @@ def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path, changes):
     with pytest.raises(Stopped):
         train(tmp_path / "stopped", config, wrap=stopping_at(13 * config.accumulate))
     assert same(train(tmp_path / "stopped", config), whole)
-    states = [runs.state_file(tmp_path / name, "students") for name in ("whole", "stopped")]
-    # Averages, moments and running means too.
-    assert states[0].read_bytes() == states[1].read_bytes()
+    states = [newest_state(tmp_path / name) for name in ("whole", "stopped")]
+    # Averages, moments and running means too. (Notes in the headers of the files come in any order.)
+    assert (
+        same(*map(tensors_of, states))
+        and (states[0] / "note.json").read_bytes() == (states[1] / "note.json").read_bytes()
+    )
+    # One state, and nothing that is half written.
+    assert [path.name for path in (tmp_path / "stopped" / "students.state").iterdir()] == [states[1].name]
 
 
 def test_accumulated_batches_are_one_larger_batch(tmp_path):
@@ -109,7 +128,7 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path):
 
 def test_averages_are_what_is_returned_and_smooth_what_is_trained(tmp_path):
     last, averaged = train(tmp_path / "a"), train(tmp_path / "b", LOOP.model_copy(update={"ema": 0.9}))
-    held = runs.read_tensors(runs.state_file(tmp_path / "b", "students"))
+    held = tensors_of(newest_state(tmp_path / "b"))
     assert same({name: held[f"model.{name}"] for name in last}, last)
     assert same({name: held[f"average.{name}"] for name in last}, averaged) and not same(averaged, last)
 
@@ -192,7 +211,7 @@ def test_a_loss_that_is_not_finite_names_step_and_student(tmp_path, value):
 
     with pytest.raises(ValueError, match=rf"students\.2-3 is {value} at step 12: .* holds the last good state"):
         train(tmp_path, wrap=wrap)
-    assert runs.read_note(runs.state_file(tmp_path, "students"))["step"] == 10
+    assert step_of(newest_state(tmp_path)) == 10
 
 
 def test_a_state_is_never_overwritten_by_one_that_is_not_finite(tmp_path):
@@ -208,9 +227,8 @@ def test_a_state_is_never_overwritten_by_one_that_is_not_finite(tmp_path):
 
     with pytest.raises(ValueError, match=r"students\.2-3\.bias is not finite at step 14"):
         train(tmp_path, wrap=wrap)
-    file = runs.state_file(tmp_path, "students")
-    assert runs.read_note(file)["step"] == 10
-    assert all(tensor.isfinite().all() for tensor in runs.read_tensors(file).values())
+    state = newest_state(tmp_path)
+    assert step_of(state) == 10 and all(tensor.isfinite().all() for tensor in tensors_of(state).values())
 
 
 def test_divergence_stops_and_keeps_the_state_from_before(tmp_path):
@@ -224,7 +242,7 @@ def test_divergence_stops_and_keeps_the_state_from_before(tmp_path):
     config = LOOP.model_copy(update={"steps": 400})
     with pytest.raises(ValueError, match=r"students\.0-1 has been over 20 for 100 steps.* at step 200"):
         train(tmp_path, config, wrap=wrap)
-    assert runs.read_note(runs.state_file(tmp_path, "students"))["step"] == 100
+    assert step_of(newest_state(tmp_path)) == 100
     # Through a stop in between it is the same step.
     with pytest.raises(Stopped):
         train(tmp_path / "b", config, wrap=lambda step_loss: wrap(stopping_at(150)(step_loss)))
@@ -250,12 +268,13 @@ def test_noise_and_a_hard_start_are_no_divergence(tmp_path):
 def test_a_broken_state_names_the_file_to_delete(tmp_path, damage):
     with pytest.raises(Stopped):
         train(tmp_path, wrap=stopping_at(13))
-    file = runs.state_file(tmp_path, "students")
+    state = newest_state(tmp_path)
+    [file] = state.glob("*.safetensors")
     if damage == "of another stage":
-        runs.write_tensors(file, {"model.other": torch.zeros(2)}, {"step": 10})
+        save_file({"model.other": torch.zeros(2)}, file)
     else:
         os.truncate(file, file.stat().st_size // 2 if damage == "cut" else 0)
-    with pytest.raises(ValueError, match=rf"^{file} .*delete it") as raised:
+    with pytest.raises(ValueError, match=rf"^{state} .*delete it") as raised:
         train(tmp_path)
     assert "\n" not in str(raised.value)
 
@@ -350,8 +369,8 @@ def test_status_says_what_is_done_begun_and_next(begun, ppcl, monkeypatch):
 
     def stage(run, folder):
         seen["before"] = statuses()[second.name]
-        runs.write_tensors(runs.state_file(folder, second.name), {}, {"step": 4, "of": 8})
-        runs.write_tensors(runs.state_file(folder, f"{second.name}.part"), {}, {"step": 0, "of": 2})
+        for name, step, of in ((second.name, 4, 8), (f"{second.name}.part", 0, 2)):
+            runs.write_json(saving.state_folder(folder, name) / "000000004" / "note.json", {"step": step, "of": of})
         seen["later"] = statuses()[second.name]
         raise ValueError("stopped")
 

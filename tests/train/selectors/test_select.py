@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ppcl_rt import Interval
+from ppcl_rt import Interval, LegalCount, LegalWidths, Planner
 from ppcl_train import cli, pipeline
 from ppcl_train.closed_form.cka import linear_cka
 from ppcl_train.config.presets import PRESETS
@@ -51,6 +51,11 @@ TINY = with_changes(
     },
 )
 EQ5 = with_changes(TINY, {"select": "eq5"})
+# Students are the only choice that there is.
+ALONE = with_changes(
+    TINY,
+    {"width.heads": [], "width.channels": [], "width.maps": False, "width.ranks": [], "width.longest_text_run": 1},
+)
 # This block of the teacher below does nothing, so a student can stand in for it and a neighbour without any loss.
 IDLE = 2
 
@@ -95,8 +100,8 @@ def reference(tmp_path_factory, teacher_file):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, teacher_file):
     """A run with a cost table, up to its selection."""
-    folder = begun(TINY, tmp_path_factory.mktemp("table"), teacher_file)
-    pipeline.run_stages(TINY, folder, last="select")
+    folder = begun(ALONE, tmp_path_factory.mktemp("table"), teacher_file)
+    pipeline.run_stages(ALONE, folder, last="select")
     return folder
 
 
@@ -160,10 +165,10 @@ def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
 def test_probes_that_were_killed_while_tuning_end_the_same(reference, tmp_path, teacher_file, monkeypatch):
     folder, inputs = begun(EQ5, tmp_path / "run", teacher_file), calibration.inputs
 
-    def killed(run, size, seed):
+    def killed(run, size, seed, *more):
         if seed >= probes._TUNING + 5:
             raise KeyboardInterrupt
-        return inputs(run, size, seed)
+        return inputs(run, size, seed, *more)
 
     monkeypatch.setattr(calibration, "inputs", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -261,8 +266,24 @@ def test_the_planner_is_not_asked_below_the_least_ratio(measured, model):
     assert table.choices_by_ratio(model.catalog, found.candidates, 0.02, least_ratio=0.8) == found.choices[:1]
 
 
+def test_students_that_closed_forms_beat_are_not_chosen(measured, model):
+    """Half of all channels for nothing: no plan needs a student down to what they save."""
+    found = table.read(measured)
+    full = model.catalog.spec(0).full
+    counts = {group: (units, 1) if group in ("heads", "image", "text") else (units,) for group, units in full.items()}
+    widths = {group: tuple(LegalCount(n, 0.0 if n == of[0] else 1e-9) for n in of) for group, of in counts.items()}
+    others = model.catalog.model_copy(update={"blocks": (LegalWidths(widths),) * 4})
+    smallest = min(others.ratio(plan) for plan in Planner(others).plans(0.02))
+    assert smallest < 0.7
+    for least, first in ((smallest + 0.01, None), (0.0, smallest)):
+        choices = table.choices_by_ratio(others, found.candidates, 0.02, least_ratio=least)
+        assert (choices == ()) if first is None else (choices[0].ratio < first)
+    alone = table.choices_by_ratio(model.catalog, found.candidates, 0.02, least_ratio=0.0)
+    assert alone[0].ratio > smallest
+
+
 def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tmp_path, teacher_file, monkeypatch):
-    folder, once, asked = begun(TINY, tmp_path / "run", teacher_file), table.measure_candidate, []
+    folder, once, asked = begun(ALONE, tmp_path / "run", teacher_file), table.measure_candidate, []
 
     def killed(*args):
         asked.append(args[-1])
@@ -273,9 +294,9 @@ def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tm
     monkeypatch.setattr(table, "measure_candidate", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run_stages(TINY, folder, last="select")
+            pipeline.run_stages(ALONE, folder, last="select")
         assert not (folder / selection.OUTPUT).exists()
-    pipeline.run_stages(TINY, folder, last="select")
+    pipeline.run_stages(ALONE, folder, last="select")
     # What was measured before a kill is not measured again: two kills, two candidates asked for twice.
     assert len(asked) == 5 + 2
     for name in (table.OUTPUT, selection.OUTPUT):

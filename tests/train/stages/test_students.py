@@ -14,6 +14,7 @@ from ppcl_train.data.teacher_file import load_teacher
 from ppcl_train.engine.files import read_tensors, write_tensors
 from ppcl_train.engine.live_bytes import LiveBytes
 from ppcl_train.engine.optimisers import adamw
+from ppcl_train.engine.saving import delete_states
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.stages import students, teacher
@@ -48,7 +49,7 @@ def distilled(folder, changes):
     students.distil(with_changes(TINY, changes), folder)
     trained = read_tensors(folder / "students.safetensors")
     (folder / "students.safetensors").unlink()
-    (folder / "students.state.safetensors").unlink()
+    delete_states(folder, "students")
     return trained
 
 

@@ -85,15 +85,10 @@ class BlockStatistics:
         """
         rows = _Rows(batch)
 
-        def add_inputs(path: str, stream: Input) -> Callable[..., None]:
-            return lambda _, args: self.inputs[path].add(rows.of(args[0], stream), weight=rows.weights(args[0], stream))
+        def add_inputs(path: str, stream: Input, x: torch.Tensor) -> None:
+            self.inputs[path].add(rows.of(x, stream), weight=rows.weights(x, stream))
 
-        passing = {output.part.path: output.part.stream for output in self.block.spec.outputs}
-        hooks = [
-            self.block.get_submodule(path).register_forward_pre_hook(add_inputs(path, stream))
-            for path, stream in passing.items()
-        ]
-        after = _run(self.block, state, context, hooks)
+        after = _run(self.block, state, context, _watch(self.block, add_inputs))
         if self._mapped:
             before = _run(self.block, state, context, [self._silence(output) for output in self._mapped])
         for output in self._mapped:
@@ -147,6 +142,26 @@ def without_constant(gram: torch.Tensor) -> torch.Tensor:
     gram = gram.clone()
     gram[:-1, -1] = gram[-1, :-1] = 0
     return gram
+
+
+@torch.no_grad()
+def pass_by(block: Any, state: Streams, context: dict[str, Any]) -> Streams:
+    """Run a block of the teacher and add nothing: the same bits as `BlockStatistics.add` returns.
+
+    Layers with hooks are run one by one, others fused: the streams of a teacher that is watched here and there would
+    depend on where, by rounding.
+    """
+    return _run(block, state, context, _watch(block, lambda *_: None))
+
+
+def _watch(block: Any, visit: Callable[[str, Input, torch.Tensor], None]) -> list[Any]:
+    """Have what every part with outputs reads visited: (path, stream, input)."""
+
+    def hook(path: str, stream: Input) -> Callable[..., None]:
+        return lambda _, args: visit(path, stream, args[0])
+
+    passing = {output.part.path: output.part.stream for output in block.spec.outputs}
+    return [block.get_submodule(path).register_forward_pre_hook(hook(path, stream)) for path, stream in passing.items()]
 
 
 def _run(block: nn.Module, state: Streams, context: dict[str, Any], hooks: list[Any]) -> Streams:

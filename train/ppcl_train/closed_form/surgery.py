@@ -72,6 +72,11 @@ def _cost(surgeries: Sequence[_LayerSurgery]) -> torch.Tensor:
     return torch.stack([surgery.cost() for surgery in surgeries]).sum(0).cpu()
 
 
+def _solved(root: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``root^-1 rows``; a division where a unit is one input, as of MLPs, which have thousands of units."""
+    return rows / root if len(root) == 1 else torch.linalg.solve_triangular(root, rows, upper=False)
+
+
 def _holes(left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The places to fill among the first ``sum(left)``, and those after them that they are filled from."""
     count = int(left.sum())
@@ -139,9 +144,9 @@ class _LayerSurgery:
         cs, zs = self.rows[:, :count]
         h = self.inverse[columns] - cs[:, columns].T @ cs
         g = self.energy[columns] - cs[:, columns].T @ zs - zs[:, columns].T @ cs
-        root = torch.linalg.cholesky(h[:, columns])
-        c, q = torch.linalg.solve_triangular(root, torch.stack([h, g]), upper=False)
-        half = torch.linalg.solve_triangular(root, q[:, columns].T, upper=False).T / 2
+        root, _ = torch.linalg.cholesky_ex(h[:, columns]) if e > 1 else (h[:, columns].sqrt(), None)
+        c, q = _solved(root, torch.stack([h, g]))
+        half = _solved(root, q[:, columns].T).T / 2
         z = q - half @ c
         self.rows[0, count : count + e], self.rows[1, count : count + e] = c, z
         self.count += e

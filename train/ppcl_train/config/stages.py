@@ -174,6 +174,9 @@ class EndToEndConfig(LoopConfig):
         least_ratio, most_ratio: plans of the planner outside of these ratios are not trained: tiny plans pull at the
             weights that all other plans share, and large ones lose next to nothing.
         towards_small: a plan at ratio r is drawn in proportion to ``r ** -towards_small``.
+        shard: spread weights, gradients and moments over all processes (FSDP2), so that each holds its share; on
+            several nodes every node holds the whole (`engine.sharding`).
+        checkpointing: keep the streams between blocks alone for the backward pass, which runs each block again.
         neighbours: legal counts that are trained and kept on either side of one that a plan takes; what no plan takes
             is left out before training.
     """
@@ -189,7 +192,15 @@ class EndToEndConfig(LoopConfig):
     least_ratio: float = Field(0.0, ge=0, lt=1)
     most_ratio: float = Field(1.0, gt=0, le=1)
     towards_small: float = Field(0.0, ge=0)
+    shard: bool = False
+    checkpointing: bool = False
     neighbours: int = Field(1, ge=0)
+
+    @model_validator(mode="after")
+    def _shards_of_whole_moments(self) -> EndToEndConfig:
+        if self.shard and self.eight_bit:
+            raise ValueError("shard and eight_bit do not go together: moments of 8 bits are not divided; leave one out")
+        return self
 
 
 class RecoverConfig(EndToEndConfig):

@@ -3,7 +3,7 @@
 A portion needs the teacher no further than its last block. What enters the block that the next portion begins with is
 kept on disk: the next pass goes on from there. With 60 blocks, 8 a portion, all passes together run 60 blocks a sample,
 in the place of 284 from the first block to the last of each portion, and of 480 through the whole teacher. At
-Qwen-Image's size a sample's streams take 26 MB in bfloat16 (4,300 tokens x 3,072), twice while a pass runs.
+4,300 tokens x 3,072 a sample's streams take 26 MB in bfloat16, twice while a pass runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Passes:
         self.model, self._run, self._samples, self._folder = model, run, samples, folder
 
     def over(self, numbers: range, following: int) -> Iterator[tuple[Inputs, Callable[[streams.Step], None]]]:
-        """Yield every batch, and with it a function that walks some blocks: its argument runs each of them.
+        """Yield every batch, and with it a function that walks some blocks.
+
+        Its argument runs a block: each of these, and before them those after the last one whose input was kept. What
+        is kept is what it returns, so passes that shall go on from one another run blocks in the same way.
 
         Args:
             numbers: of the blocks.
@@ -54,11 +57,10 @@ class Passes:
     def _walk(self, number: int, batch: Inputs, numbers: range, following: int, step: streams.Step) -> None:
         state, context = streams.enter(self.model, batch)
         first, state = self._kept(number, numbers.start, state)
-        blocks = self.model.blocks()
         for n in range(first, numbers.stop):
             if n == following:
                 self._keep(number, n, state, len(batch.x))
-            state = step(n, state, context) if n in numbers else streams.run_block(blocks[n], state, context)
+            state = step(n, state, context)
         if following == numbers.stop:
             self._keep(number, following, state, len(batch.x))
 

@@ -8,9 +8,11 @@ GPUs.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,13 +20,50 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.tensor import DTensor
+
+from ppcl_rt.files import one_line
 
 Value = TypeVar("Value")
 
 # In a stage that one process runs, the others wait as long as it takes. A process that dies is noticed at once.
 _PATIENCE = timedelta(days=30)
+# The slowest disk may hold the others up for as long as a state of training takes to write.
+_WRITING = timedelta(hours=1)
+# Bytes of the gradients that are reduced together: DDP's default. Smaller ones wait for the network, not on it.
+_BUCKET = 25 << 20
+
+
+# What torch says where another process is at fault: it raises a plain RuntimeError for most of it.
+_FROM_OTHERS = re.compile("gloo|NCCL|monitoredBarrier|Connection (closed|reset)")
+
+
+def timeout() -> timedelta:
+    """How long work waits for another process: 10 minutes, or ``PPCL_TIMEOUT`` seconds.
+
+    Raises:
+        ValueError: ``PPCL_TIMEOUT`` is no number above 0.
+    """
+    given = os.environ.get("PPCL_TIMEOUT", "600")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"PPCL_TIMEOUT={given}: it takes the seconds after which a process counts as hung")
+    return timedelta(seconds=seconds)
+
+
+@functools.cache
+def group(use: str) -> Any:
+    """A group of all processes for one use, through the CPU: ``saving``, ``waiting`` or ``calling``.
+
+    Collectives of one group keep their order, so a thread that writes, or a process that waits, has one of its own.
+    All of them are made in `join`.
+    """
+    patience = {"saving": _WRITING, "waiting": _PATIENCE, "calling": timeout() / 4}
+    return dist.new_group(backend="gloo", timeout=patience[use])
 
 
 @dataclass(frozen=True)
@@ -78,12 +117,19 @@ class World:
         return total / self.size
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over processes; a parameter has one on all of them or on none."""
-        if self.size > 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= self.size
+        """Replace every gradient by its mean over processes; a parameter has one on all of them or on none.
+
+        Gradients of shards are left alone: FSDP has averaged them.
+        """
+        if self.size == 1:
+            return
+        whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+        for bucket in buckets(whole, _BUCKET):
+            total = _flatten_dense_tensors(bucket)
+            dist.all_reduce(total)
+            total /= self.size
+            for gradient, mean in zip(bucket, _unflatten_dense_tensors(total, bucket), strict=True):
+                gradient.copy_(mean)
 
     def agree(self, value: Value) -> Value:
         """Return in all processes the value of rank 0, which is pickled."""
@@ -97,10 +143,55 @@ class World:
         """Return whether the flag is set in any process, once every process has called this."""
         return bool(self.mean(torch.tensor(float(flag))) > 0)
 
-    def wait(self) -> None:
-        """Return once every process has called this."""
-        # Not a barrier: with NCCL, a barrier keeps the waiting GPUs busy for as long as rank 0 works.
-        self.any(False)
+    def wait(self, *, patient: bool = False) -> None:
+        """Return once every process has called this; what rank 0 alone does may take as long as it takes.
+
+        Args:
+            patient: whether rank 0 too waits as long as it takes: at the end of work that processes share unevenly.
+
+        Raises:
+            RuntimeError: a process died; or, of rank 0, does not come in the time that work has (see `naming`).
+        """
+        if self.size > 1:
+            # Not a barrier of NCCL: that keeps the waiting GPUs busy for as long as rank 0 works.
+            longest = timeout() if self.is_main and not patient else _PATIENCE
+            dist.monitored_barrier(group("waiting"), longest, wait_all_ranks=True)
+
+    @contextlib.contextmanager
+    def naming(self, stage: str) -> Iterator[None]:
+        """Turn what a collective raises where a process died or hangs into one line that names process and stage.
+
+        Raises:
+            ValueError: that line. Other errors pass.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or _FROM_OTHERS.search(str(error))):
+                raise
+            raise ValueError(
+                f"{stage} stopped: {self._missing()}; what was saved is kept ({one_line(error)})"
+            ) from None
+
+    def _missing(self) -> str:
+        """Say which processes do not answer, by a call that those that do answer in a quarter of the time for work."""
+        try:
+            dist.monitored_barrier(group("calling"), timeout() / 4, wait_all_ranks=True)
+        except RuntimeError as error:
+            if not self.is_main:
+                return "process 0 died or hangs, or names the process that does"
+            ranks = re.search(r"Ranks? ([\d, ]+) failed", str(error))
+            return f"process {ranks.group(1) if ranks else 'unknown'} of 0..{self.size - 1} died or hangs"
+        return f"the processes 0..{self.size - 1} answer, but one of them was late: raise PPCL_TIMEOUT (seconds)"
+
+    def whole(self, tensors: Mapping[str, torch.Tensor], *, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        """Put shards together, one tensor at a time, on the CPU of rank 0; ``{}`` elsewhere, unless ``everywhere``."""
+        kept = {}
+        for name, tensor in tensors.items():
+            full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if self.is_main or everywhere:
+                kept[name] = full.cpu()
+        return kept
 
     def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return on rank 0 the tensors of all processes by name, those of others on the CPU; ``{}`` elsewhere."""
@@ -128,16 +219,6 @@ class World:
             dist.all_gather_object(held, value)
         return held
 
-    def shard(self, model: Any) -> None:
-        """Spread a frozen model's weights over all processes (FSDP2), on their devices.
-
-        A block is whole in a process only while it runs. The streams between blocks are the same bits as without.
-        """
-        if self.size > 1:
-            mesh = init_device_mesh(self.device.type, (self.size,))
-            for module in (*model.blocks(), model):
-                fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
 
 ALONE = World()
 
@@ -152,10 +233,28 @@ def join() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout())
+        for use in ("saving", "waiting", "calling"):
+            group(use)
         # The threads of the group must end before the interpreter does, or the process aborts.
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), size, device)
+
+
+def processes_of_a_node() -> int:
+    """How many processes of the world share this machine, as torchrun says; all of them where nothing says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
+def buckets(tensors: Sequence[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
+    """Divide tensors, in order, into lists of one dtype and device and of about ``size`` bytes."""
+    filling: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        bucket = filling.setdefault((tensor.dtype, tensor.device), [])
+        bucket.append(tensor)
+        if sum(each.nbytes for each in bucket) >= size:
+            yield filling.pop((tensor.dtype, tensor.device))
+    yield from filling.values()
 
 
 def owners(costs: Sequence[float], size: int) -> list[int]:

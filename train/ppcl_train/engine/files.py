@@ -97,13 +97,3 @@ def _whole(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         # safetensors.torch raises a RuntimeError for a file that does not exist.
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
-
-
-def state_file(folder: Path, stage: str) -> Path:
-    """Return where the training loop of a stage keeps its state until the stage is done."""
-    return folder / f"{stage}.state.safetensors"
-
-
-def state_files(folder: Path, stage: str) -> list[Path]:
-    """List the state files of a stage: its own, and those of its parts, whose logs are named ``stage.part``."""
-    return sorted({*folder.glob(f"{stage}.state.safetensors"), *folder.glob(f"{stage}.*.state.safetensors")})

@@ -7,17 +7,20 @@ at any moment and started again therefore ends with the same weights, bit for bi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import LoopConfig
 from ppcl_train.engine.distributed import ALONE, World
 from ppcl_train.engine.divergence import WatchedLoss
-from ppcl_train.engine.files import state_file
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.optimisers import adamw, adamw_class, autocast, cosine, schedule, take_step
+from ppcl_train.engine.saving import Saves, newest
+from ppcl_train.engine.sharding import clip
 from ppcl_train.engine.state import LoopState
 from ppcl_train.engine.view import tracker, view
 
@@ -39,12 +42,12 @@ def train_loop(
     after_step: Callable[[int, Mapping[str, torch.Tensor]], None] = lambda done, trained: None,
     log_every: int = 100,
 ) -> dict[str, torch.Tensor]:
-    """Train, or go on training from the state file in the run folder; the file is left in place when the loop ends.
+    """Train, or go on training from the state in the run folder; the state is left in place when the loop ends.
 
     Args:
         run: its ``save_every`` and ``tracker`` are used.
         config: steps, learning rate and all else of this loop.
-        log: of the stage; names the run folder and the state file.
+        log: of the stage; names the run folder and the state.
         parameters: what is trained, by name; changed in place.
         step_loss: ``number of a batch -> loss, or losses by name``; computes and backpropagates. Step ``n`` is made of
             the batches ``n * accumulate .. n * accumulate + accumulate - 1``; the number alone decides what is drawn.
@@ -52,7 +55,8 @@ def train_loop(
         optimisers: over these parameters, instead of AdamW; the learning rate that each has now is its peak.
             An optimiser that ``step_loss`` steps itself, dropping its gradients, does nothing more here.
         world: the processes that call this together. What they train under the same name is the same in all of them;
-            what one process trains alone lies in the same state file, which rank 0 writes.
+            what one process trains alone lies in the same state, of which every process writes a part (`Saves`).
+            Another number of processes may go on with it.
         rate: ``step -> share of the peak learning rate``, instead of `cosine`.
         before_update: called when the gradients of a step are complete: processes average them here.
         after_step: called with the number of steps done and the weights that the loop would return now.
@@ -63,28 +67,30 @@ def train_loop(
 
     Raises:
         ValueError: a loss or a parameter is not finite, or a loss has diverged; the message names the step and the
-            loss, and the state of the last save is kept. Or the state file cannot be read or written.
+            loss, and the state of the last save is kept. Or the state cannot be read or written.
     """
-    file = state_file(log.folder, log.stage)
+    saves = Saves(log.folder, log.stage, world)
     optimisers = optimisers or [
         adamw(parameters.values(), lr=config.lr, weight_decay=config.weight_decay, kind=adamw_class(config, log))
     ]
     state = LoopState(parameters, optimisers, config.ema)
     trained = state.trained
     first = 0
-    if file.exists():
-        first = state.restore(file)
+    if (saved := saves.newest()) is not None:
+        first = state.restore(saves, saved)
         log(resumed=first)
     rate = rate or (lambda step: cosine(step, config.steps, config.warmup))
     schedules = [schedule(optimiser, rate, first) for optimiser in optimisers]
 
     def fail(what: str, step: int) -> ValueError:
-        kept = f"{file} holds the last good state" if file.exists() else "no state had been saved"
+        saves.finish()
+        found = newest(log.folder, log.stage)
+        kept = f"{found} holds the last good state" if found else "no state had been saved"
         return ValueError(f"{log.stage}: {what} at step {step}: lower the learning rate; {kept}")
 
     with view(log.stage, config.steps, first, state.losses, world) as show, tracker(run, log, first, world) as track:
         for step in range(first, config.steps):
-            losses = _backpropagate(config, step, step_loss, next(iter(parameters.values())).device.type)
+            losses = _backpropagate(config, step, step_loss, parameters)
             for name, loss in losses.items():
                 if wrong := state.losses.setdefault(name, WatchedLoss()).take(loss):
                     raise fail(f"the loss{' of ' if name else ''}{name} {wrong}", step)
@@ -105,11 +111,12 @@ def train_loop(
                 curves = {f"loss/{name}": mean for name, mean in report.get("losses", {}).items()}
                 track({"loss": report["loss"], "lr": lr, **curves}, done)
             # Not while a loss is far off: the last good state would be overwritten before the loss counts as diverged.
-            saves = last or done % run.save_every == 0
-            if saves and (not world.any(any(loss.far_off for loss in state.losses.values())) or last):
-                if wrong := state.not_finite():
+            due = last or done % run.save_every == 0
+            if due and (not world.any(any(loss.far_off for loss in state.losses.values())) or last):
+                if wrong := state.not_finite(world):
                     raise fail(f"{wrong} is not finite", step)
-                state.save(file, done, config.steps, world)
+                state.save(saves, done, config.steps, world)
+        saves.finish()
     return trained
 
 
@@ -120,12 +127,15 @@ def _report(means: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _backpropagate(
-    config: LoopConfig, step: int, step_loss: Callable[[int], Losses], device_type: str
+    config: LoopConfig, step: int, step_loss: Callable[[int], Losses], parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
     """Run the batches of a step; returns the mean of every loss by name."""
+    first = next(iter(parameters.values()))
+    # Casts of shards would be casts of whole blocks, kept to the end of the step.
+    casting = partial(autocast, config.precision, first.device.type, keeps_casts=not isinstance(first, DTensor))
     losses: dict[str, list[float]] = {}
     for number in range(step * config.accumulate, (step + 1) * config.accumulate):
-        with autocast(config.precision, device_type):
+        with casting():
             found = step_loss(number)
         for name, loss in (found if isinstance(found, Mapping) else {"": found}).items():
             losses.setdefault(name, []).append(float(loss))
@@ -150,4 +160,4 @@ def _prepare_gradients(
             owner = next((name for name in names if name and parameter.startswith(f"{name}.")), "")
             owned.setdefault(owner, []).append(tensor)
         for tensors in owned.values():
-            torch.nn.utils.clip_grad_norm_(tensors, config.clip)
+            clip(tensors, config.clip)

@@ -1,18 +1,20 @@
-"""The state of a training loop: saved to one file, and put back from it so that training goes on with the same bits."""
+"""The state of a training loop: saved by all processes, and put back so that training goes on with the same bits."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ppcl_train.engine.distributed import World
 from ppcl_train.engine.divergence import WatchedLoss
-from ppcl_train.engine.files import read_note, read_tensors, write_tensors
+from ppcl_train.engine.saving import Saves
 
 
 class LoopState:
@@ -49,49 +51,54 @@ class LoopState:
             parameters = [p.detach() for p in self.parameters.values()]
             get_ema_multi_avg_fn(decay)(list(self.averages.values()), parameters, done)
 
-    def not_finite(self) -> str:
-        """Return the name of a tensor that is not finite, or ``""``."""
-        for name, tensor in self._tensors().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                return name
-        return ""
+    def not_finite(self, world: World) -> str:
+        """Return the name of a tensor that is not finite, in any process, or ``""``; all processes call this."""
+        found = (name for name, tensor in self._tensors().items() if not _is_finite(tensor))
+        return min(world.union(dict.fromkeys(itertools.islice(found, 1), True)), default="")
 
-    def save(self, file: Path, done: int, of: int, world: World) -> None:
-        """Write the state after ``done`` of ``of`` steps; every process of ``world`` calls this, and rank 0 writes.
+    def save(self, saves: Saves, done: int, of: int, world: World) -> None:
+        """Write the state after ``done`` of ``of`` steps; every process of ``world`` calls this.
 
         Raises:
-            ValueError: the file cannot be written.
+            ValueError: it cannot be written.
         """
-        plain = world.union(self._optimiser_state(tensors=False))
-        losses = world.union({name: asdict(loss) for name, loss in self.losses.items()})
-        tensors = world.gather(self._tensors())
-        if world.is_main:
-            write_tensors(file, tensors, {"step": done, "of": of, "plain": plain, "losses": losses})
+        note = {
+            "step": done,
+            "of": of,
+            "plain": dict(sorted(world.union(self._optimiser_state(tensors=False)).items())),
+            "losses": world.union({name: asdict(loss) for name, loss in self.losses.items()}),
+        }
+        # In one order, whether or not an optimiser was put back: a resumed run leaves the same bytes.
+        saves.write(done, dict(sorted(self._tensors().items())), note)
 
-    def restore(self, file: Path) -> int:
+    def restore(self, saves: Saves, state: Path) -> int:
         """Put a saved state in place; returns the number of steps done.
 
+        Other processes may have written it, and more or fewer of them.
+
         Raises:
-            ValueError: the file is damaged, or holds other parameters.
+            ValueError: the state is damaged, or holds other parameters.
         """
-        held, note = read_tensors(file), read_note(file)
+        note, forms = saves.read_note(state), saves.forms(state)
         into = self._weights()
-        same = all(name in held and held[name].shape == tensor.shape for name, tensor in into.items())
+        same = all(name in forms and forms[name][0] == tensor.shape for name, tensor in into.items())
         if not same or not {"step", "plain", "losses"} <= set(note):
-            raise ValueError(f"{file} is the state of another training: delete it, and the stage begins anew")
-        with torch.no_grad():
-            for name, tensor in into.items():
-                tensor.copy_(held[name])
+            raise ValueError(f"{state} is the state of another training: delete it, and the stage begins anew")
+        moments = {
+            name: _like(self.parameters[parameter], *form)
+            for name, form in forms.items()
+            if (parameter := _parameter_of(name)) in self.parameters
+        }
+        saves.read(state, {**into, **moments})
         states: dict[str, dict[str, Any]] = {}
-        for name, value in {**held, **note["plain"]}.items():
-            if name.startswith("optimiser."):
-                parameter, key = name.removeprefix("optimiser.").rsplit(".", 1)
-                states.setdefault(parameter, {})[key] = value
+        for name, value in {**moments, **note["plain"]}.items():
+            parameter, key = _parameter_of(name), name.rpartition(".")[2]
+            states.setdefault(parameter, {})[key] = _scalar(value)
         for optimiser in self.optimisers:
             content = optimiser.state_dict()
             content["state"] = {i: states[name] for name, i in self._indices(optimiser).items() if name in states}
             optimiser.load_state_dict(content)
-        stored = [name.removeprefix("model.") for name in held if name.startswith("model.")]
+        stored = [name.removeprefix("model.") for name in forms if name.startswith("model.")]
         for name, values in note["losses"].items():
             # The loss of parameters that another process trains now is watched in that process.
             if _owns(name, self.parameters) or not _owns(name, stored):
@@ -109,21 +116,21 @@ class LoopState:
         return {**self._weights(), **self._optimiser_state(tensors=True)}
 
     def _optimiser_state(self, tensors: bool) -> dict[str, Any]:
-        """What optimisers remember, by name: the tensors, or all else (bitsandbytes counts steps in a plain number)."""
+        """What optimisers remember, by name: the tensors, or all numbers (bitsandbytes counts steps in a plain one)."""
         # Once for each optimiser: a state dict goes through all parameters.
         states = [(optimiser.state_dict()["state"], self._indices(optimiser)) for optimiser in self.optimisers]
         return {
-            f"optimiser.{name}.{key}": value
+            f"optimiser.{name}.{key}": value if tensors else _plain(value)
             for state, indices in states
             for name, index in indices.items()
             for key, value in state.get(index, {}).items()
-            if isinstance(value, torch.Tensor) == tensors
+            if (isinstance(value, torch.Tensor) and value.ndim > 0) == tensors
         }
 
     def _indices(self, optimiser: torch.optim.Optimizer) -> dict[str, int]:
         """The numbers under which an optimiser's state dict knows parameters.
 
-        States are stored by name instead: who reads the file may have split the parameters among optimisers otherwise.
+        States are stored by name instead: who reads them may have split the parameters among optimisers otherwise.
         """
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         return {
@@ -136,3 +143,33 @@ class LoopState:
 def _owns(loss: str, parameters: Iterable[str]) -> bool:
     """Whether the name of a loss begins the name of a parameter."""
     return any(name.startswith(f"{loss}.") for name in parameters)
+
+
+def _parameter_of(name: str) -> str:
+    """The parameter that a part of an optimiser's state belongs to, by the name under which it is saved."""
+    return name.removeprefix("optimiser.").rpartition(".")[0] if name.startswith("optimiser.") else ""
+
+
+def _plain(value: Any) -> Any:
+    """A number as JSON holds it: a tensor of one number with its dtype."""
+    return {str(value.dtype).removeprefix("torch."): value.item()} if isinstance(value, torch.Tensor) else value
+
+
+def _scalar(value: Any) -> Any:
+    """The inverse of `_plain`; tensors pass."""
+    if not isinstance(value, dict):
+        return value
+    [(dtype, number)] = value.items()
+    return torch.tensor(number, dtype=getattr(torch, dtype))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return not local.is_floating_point() or bool(local.isfinite().all())
+
+
+def _like(parameter: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Room for what an optimiser remembers of a parameter: divided as it is, if it has its shape."""
+    if shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -216,7 +216,7 @@ class Sizes:
         return found
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a handful of sizes, which live as long as the program
-    def backward(self, batch: int, precision: str) -> int:
+    def backward(self, batch: int, precision: Literal["no", "bf16"]) -> int:
         """The most bytes that a block with all its parameters in training holds at once, next to its weights.
 
         Args:
@@ -230,7 +230,7 @@ class Sizes:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 shallow = self.run.family.build({**self._settings, **dict.fromkeys(self._model.depth_settings, 1)})
                 block, call = _first_call(shallow, shallow.example(self.tokens._replace(batch=batch)))
-                with LiveBytes() as live, autocast(precision, "cpu", keeps_casts=False):  # type: ignore[arg-type]
+                with LiveBytes() as live, autocast(precision, "cpu", keeps_casts=False):
                     out = block(**call)
                     sum(stream.float().square().sum() for stream in out).backward()
         finally:

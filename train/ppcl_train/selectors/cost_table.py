@@ -319,6 +319,6 @@ def choices_by_ratio(
     choices: list[Choice] = []
     for plan in reversed(Planner(catalog).plans(ratio_step, least_ratio)):
         intervals = tuple(planned.interval for planned in plan.blocks if planned.student)
-        if plan != catalog.dense and (not choices or intervals != choices[-1].intervals):
+        if intervals and (not choices or intervals != choices[-1].intervals):
             choices.append(Choice(ratio=catalog.ratio(plan), loss=catalog.loss(plan), intervals=intervals))
     return tuple(choices)

@@ -87,9 +87,7 @@ def assembled(
     return ConvertedCheckpoint(folder, teacher.config, catalog, {**teacher.tensors, **made})
 
 
-def opened(
-    run: RunConfig, source: ConvertedCheckpoint, held: Callable[[str, Any], None] = lambda prefix, block: None
-) -> Any:
+def opened(run: RunConfig, source: ConvertedCheckpoint, held: Callable[[str, Any], None] | None = None) -> Any:
     """Load all of it, in the dtype that the teacher computes in, on this process's device, frozen.
 
     Args:

@@ -22,6 +22,7 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.sharding import Sharding
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages import compress, width
 from ppcl_train.stages.assembly import assembled, opened
@@ -159,10 +160,15 @@ def _trained(
         everything: train the teacher's blocks too, with the dense plan among the plans.
     """
     world, source = join(), assembled(run, folder, start)
-    model, trained = opened_as_factors(run, source, everything)
+    sharding = Sharding(world) if config.shard else None
+    model, trained = opened_as_factors(run, source, everything, sharding=sharding)
     parameters = trained.parameters
+    if config.checkpointing:
+        model.enable_gradient_checkpointing()
     # The dense plan runs nothing that is trained, so a second model is needed only where the teacher's blocks are.
     teacher = opened(run, assembled(run, folder, {})) if everything else model
+    if sharding is not None and everything:
+        sharding.add(teacher)
 
     def step_loss(number: int) -> float:
         seed = first_seed + number
@@ -187,7 +193,8 @@ def _trained(
         world=world,
         before_update=lambda: world.average(parameters.values()),
     )
-    return trained.outcome(start, found)
+    # What is trained after this begins with it in every process; otherwise the first writes it.
+    return trained.outcome(start, world.whole(found, everywhere=run.recover.kept_steps > 0))
 
 
 class Plans:

@@ -23,6 +23,7 @@ from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.engine.optimisers import adamw, adamw_class, autocast, take_step
+from ppcl_train.engine.sharding import Sharding
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.selection import Selected
@@ -134,6 +135,8 @@ class TeacherStreams:
     def __init__(self, run: RunConfig, folder: Path, teacher: Any, division: Division) -> None:
         self._run, self._config, self._teacher, self._division = run, run.students, teacher, division
         peers = division.peers
+        # A batch that cannot be shared is refused now, not in the first step.
+        peers.share(run.students.batch)
         self._cache = StreamCache(folder / "states" / f"{peers.rank}-{peers.size}")
         self._cached = self._fill_cache() if self._config.cache_bytes else 0
 
@@ -212,7 +215,7 @@ def distil(run: RunConfig, folder: Path) -> None:
         # Not diffusers' `to`, which warns of modules that it would keep in float32; there are none here.
         nn.Module.to(teacher, torch.bfloat16)
     if config.shard_teacher:
-        world.shard(teacher)
+        Sharding(world).add(teacher)
     teacher.to(world.device)
     teacher_streams = TeacherStreams(run, folder, teacher, division)
 

@@ -2,8 +2,7 @@
 
 A weight that is stored as ``base + up @ down`` is trained as its two factors. They alone are held in float32, with
 gradients and moments; the base is a frozen weight of the model, and the product is made in the forward and again in the
-backward pass. At Qwen-Image's width (3,072; MLPs of 12,288) and the median ranks of examples/scenes (13 and 38 of 96),
-the factors of a block's outputs have 40 % of the numbers that the layers have whole.
+backward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from ppcl_rt.checkpoint.converted import ConvertedCheckpoint, Stored
 from ppcl_rt.model.tensors import held_index
 from ppcl_rt.planning.block_spec import Part
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine.sharding import Sharding
 from ppcl_train.stages.assembly import opened
 
 
@@ -198,19 +198,32 @@ class Trained:
 
 
 def opened_as_factors(
-    run: RunConfig, source: ConvertedCheckpoint, everything: bool = False, trains: bool = True
+    run: RunConfig,
+    source: ConvertedCheckpoint,
+    everything: bool = False,
+    trains: bool = True,
+    sharding: Sharding | None = None,
 ) -> tuple[Any, Trained]:
     """Load a model whose layers are held as they are stored; one block at a time is whole.
 
     Args:
         everything, trains: as of `Trained`.
+        sharding: divides each block among processes as soon as it is whole, and what lies outside of them at the end.
 
     Returns:
         The model, and what can be trained of it.
     """
     trained = Trained(source, everything, trains)
-    model = opened(run, source, trained.add_block)
+
+    def held(prefix: str, block: Any) -> None:
+        trained.add_block(prefix, block)
+        if sharding is not None:
+            sharding.add_block(block, trained.parameters)
+
+    model = opened(run, source, held)
     trained.add_outside(model)
+    if sharding is not None:
+        sharding.add_rest(model, trained.parameters)
     return model, trained
 
 

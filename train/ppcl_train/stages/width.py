@@ -21,7 +21,7 @@ import torch
 
 from ppcl_rt import LINEAR_MAP, Streams
 from ppcl_rt.convert.low_rank import Inputs, LowRank
-from ppcl_train.closed_form.block_statistics import BlockStatistics
+from ppcl_train.closed_form.block_statistics import BlockStatistics, pass_by
 from ppcl_train.closed_form.compression import store_as_factors
 from ppcl_train.closed_form.surgery import eliminate
 from ppcl_train.closed_form.text_runs import fit_text_runs, later_blocks
@@ -163,7 +163,7 @@ def observe(
                 if first == number:
                     returned = statistics[prefix].add(state, batch, context)
                     after = returned if block is blocks[number] else after
-            return streams.run_block(blocks[number], state, context) if after is None else after
+            return pass_by(blocks[number], state, context) if after is None else after
 
         walk(step)
     return statistics
