@@ -53,20 +53,29 @@ def forked(what):
     return child
 
 
-def same(folder, other):
+def same(folder, other, outputs=OUTPUTS):
     names = sorted(path.name for path in (folder / RESULTS).iterdir())
     assert names == sorted(path.name for path in (other / RESULTS).iterdir())
-    for name in (*OUTPUTS, *(f"{RESULTS}/{name}" for name in names)):
+    for name in (*outputs, *(f"{RESULTS}/{name}" for name in names)):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def as_rank(rank, folder, port):
-    """Select as one process of a world of two."""
+def as_rank(rank, folder, port, last="select"):
+    """Run stages as one process of a world of two."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     distributed.join.cache_clear()
     note_measuring(folder / f"rank-{rank}", folder / f"rank-{1 - rank}")
-    pipeline.run_stages(RUN, folder, last="select")
+    pipeline.run_stages(RUN, folder, last=last)
+
+
+def in_two_processes(folder, last):
+    """Run stages in a world of two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [forked(lambda rank=rank: as_rank(rank, folder, port, last)) for rank in (0, 1)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
 
 def note_measuring(file, waits_for):
@@ -94,11 +103,7 @@ def noted(file):
 
 def test_two_processes_of_a_world_select_as_one_does(alone, tmp_path):
     folder = begun(tmp_path / "run", alone)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [forked(lambda rank=rank: as_rank(rank, folder, port)) for rank in (0, 1)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    in_two_processes(folder, "select")
     did = [noted(folder / f"rank-{rank}") for rank in (0, 1)]
     # Both measured, and nothing was measured twice.
     assert all(did) and sum(did) == len(list((folder / RESULTS).iterdir()))
@@ -132,3 +137,23 @@ def test_a_process_that_helps_may_be_killed_and_another_come(alone, tmp_path):
     did = [noted(folder / name) for name in ("main", "first", "second")]
     assert did[1] == 1 and did[2] and sum(did) == len(list((folder / RESULTS).iterdir())) + 1
     same(folder, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_pack_as_one_does(tmp_path):
+    folder, other = tmp_path / "one", tmp_path / "two"
+    pipeline.begin(RUN, folder)
+    pipeline.run_stages(RUN, folder)
+    shutil.copytree(folder, other)
+    last = ["sensitivities.json", "sketches.safetensors", "plans.json", "checkpoint/run.json"]
+    for name in last:
+        (other / name).unlink()
+    for result in (other / RESULTS).iterdir():
+        result.unlink()
+    in_two_processes(other, "pack")
+    assert all(noted(other / f"rank-{rank}") for rank in (0, 1))
+    for result in {path.name for path in (folder / RESULTS).iterdir()} - {p.name for p in (other / RESULTS).iterdir()}:
+        # Of earlier stages, which were not run again.
+        (folder / RESULTS / result).unlink()
+    packed = [f"checkpoint/{path.name}" for path in (folder / "checkpoint").iterdir()]
+    same(other, folder, [*last, *packed])

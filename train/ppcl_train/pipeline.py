@@ -55,7 +55,7 @@ STAGES = (
     Stage("recover", recover.OUTPUT, recover.recover, parallel=True, take_part=recover.take_part),
     Stage("refine", recover.REFINED, recover.refine, parallel=True, take_part=recover.take_part),
     Stage("measure", measure.OUTPUT, measure.measure, parallel=True, take_part=measure.take_part),
-    Stage("pack", pack.OUTPUT, pack.pack),
+    Stage("pack", pack.OUTPUT, pack.pack, parallel=True, take_part=pack.take_part),
     Stage("pictures", pictures.OUTPUT, pictures.draw),
 )
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ppcl_rt import Catalog, Plan, Planner
-from ppcl_rt.checkpoint.converted import ConvertedCheckpoint, Stored
+from ppcl_rt.checkpoint.converted import Stored
 from ppcl_rt.checkpoint.writer import in_shards, write_shards
 from ppcl_rt.planning.catalog import MeasuredPlan
 from ppcl_rt.planning.sketch import TENSORS, select, taken
 from ppcl_train.config.settings import RunConfig
+from ppcl_train.engine import digests
+from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json
 from ppcl_train.engine.log import Log
-from ppcl_train.losses.velocity_error import VelocityError
 from ppcl_train.stages import measure, recover
 from ppcl_train.stages.assembly import assembled
+from ppcl_train.stages.sensitivities import losses_of_plans
 from ppcl_train.stages.taken import listed
 from ppcl_train.stages.trained import opened_as_factors
 
 # Written last, into the checkpoint: what made it.
 OUTPUT = "checkpoint/run.json"
-# Plans between two lines of the log.
-_LOGGED = 20
+# The plans that are measured, and a digest of what they were planned with.
+_PLANS = "plans.json"
 
 
 def pack(run: RunConfig, folder: Path) -> None:
@@ -32,19 +34,29 @@ def pack(run: RunConfig, folder: Path) -> None:
 
     Plans are made for many budgets, some for each, from where training began (`RecoverConfig.least_ratio`), and
     measured as a whole. Those that no other one beats are the frontier (`Catalog.frontier`). What none of them takes
-    is left out: students, text runs.
+    is left out: students, text runs. Every process of a world calls this and measures; the first one does the rest.
     """
-    log, config = Log(folder, "pack"), run.measure
+    log, config, world = Log(folder, "pack"), run.measure, join()
+    if not world.is_main:
+        # Until the plans are there.
+        world.wait()
+        take_part(run, folder, log)
+        return
     source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
     assert source.catalog is not None, "what is assembled has a catalog"
     measured = read_content(folder / measure.OUTPUT)
     whole = Catalog.model_validate({**source.catalog.model_dump(mode="json"), **measured})
-    sketches = {name: rows.numpy() for name, rows in read_tensors(folder / measure.SKETCHES).items()}
+    read = read_tensors(folder / measure.SKETCHES)
+    sketches = {name: rows.numpy() for name, rows in read.items()}
     planner = Planner(whole, lambda: [sketches[name] for name in TENSORS])
     least_share = max(run.recover.least_ratio, run.refine.least_ratio)
-    plans = planner.frontier(config.spacing, config.other_spacing, least_share, config.candidates)
-    log(plans=len(plans), smallest_ratio=planner.smallest)
-    losses = undominated(whole, _measured(run, source, whole, plans, log))
+    of = digests.of_values(measured, digests.of_tree(dict(sorted(read.items()))))
+    if not (folder / _PLANS).exists() or read_content(folder / _PLANS)["of"] != of:
+        plans = planner.frontier(config.spacing, config.other_spacing, least_share, config.candidates)
+        write_json(folder / _PLANS, {"of": of, "plans": [plan.model_dump(mode="json") for plan in plans]})
+        log(plans=len(plans), smallest_ratio=planner.smallest)
+    world.wait()
+    losses = undominated(whole, take_part(run, folder, log))
     catalog = _packed(whole, list(losses))
     frontier = (
         MeasuredPlan(choices=tuple(taken(catalog, plan)), loss=sum(bands), bands=bands)
@@ -83,16 +95,12 @@ def _packed(whole: Catalog, plans: Sequence[Plan]) -> Catalog:
     )
 
 
-def _measured(
-    run: RunConfig, source: ConvertedCheckpoint, catalog: Catalog, plans: Sequence[Plan], log: Log
-) -> dict[Plan, tuple[float, ...]]:
-    """The losses of plans in each band, which are not those that were predicted."""
-    error, found = VelocityError(opened_as_factors(run, source, trains=False)[0], run), dict[Plan, tuple[float, ...]]()
-    for number, plan in enumerate(plans):
-        found[plan] = error.of(plan)
-        if number % _LOGGED == 0:
-            log(measured=number, of=len(plans), ratio=catalog.ratio(plan), loss=sum(found[plan]))
-    return found
+def take_part(run: RunConfig, folder: Path, log: Callable[..., None]) -> dict[Plan, tuple[float, ...]]:
+    """Measure the plans together with all processes that call this; returns what `losses_of_plans` does."""
+    source = assembled(run, folder, stored_in(folder / recover.REFINED), run.storage)
+    plans = [Plan.model_validate(plan) for plan in read_content(folder / _PLANS)["plans"]]
+    model, _ = opened_as_factors(run, source, trains=False)
+    return losses_of_plans(model, run, folder, plans, log)
 
 
 def undominated(catalog: Catalog, losses: Mapping[Plan, tuple[float, ...]]) -> dict[Plan, tuple[float, ...]]:

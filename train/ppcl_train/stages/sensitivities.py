@@ -49,6 +49,31 @@ def plan_with(catalog: Catalog, choice: Choice) -> Plan:
     return catalog.compose([each for each in dense if each[0] not in choice.interval], [planned])
 
 
+def _of_block(block: Any) -> str:
+    return digests.of_module(block, without=".replacements.")
+
+
+def _of_teacher(model: Any) -> str:
+    outside = (
+        child
+        for name, child in sorted(model.named_children())
+        if name not in ("students", "text_runs", *model.block_lists)
+    )
+    # What lies in no module: tokens that stand for padding.
+    loose = digests.of_tensors(tensor for name, tensor in model.named_parameters() if "." not in name)
+    return digests.of_values(
+        [digests.of_module(child) for child in outside], list(map(_of_block, model.blocks())), loose
+    )
+
+
+def _of_measuring(run: RunConfig, error: VelocityError) -> str:
+    """What is measured on, and what is made of predictions."""
+    # Not the settings that led to the batches: these say it all.
+    batches = [(batch.x, batch.t, batch.call, batch.shares) for batch in error.batches]
+    made_of = [run.task, run.family.predicts, run.sampler.guidance, run.teacher.dtype, error.edges]
+    return digests.of_values(_VERSION, digests.of_tree(batches), made_of)
+
+
 class _Measuring:
     """Measures choices of a model, those of one block next to each other."""
 
@@ -67,9 +92,10 @@ class _Measuring:
 
     def jobs(self) -> dict[Job, Choice]:
         """The job of each choice, in the order in which they are taken: by the block that they begin at."""
-        shared, found = self._shared_digest(), {}
+        measuring, sketch = _of_measuring(self._run, self.error), self.sketch.model_dump(mode="json")
+        shared, found = digests.of_values(_of_teacher(self._model), measuring, sketch), {}
         for choice in sorted(self.choices, key=entry):
-            own = digests.of_values(_VERSION, shared, self._own_digests(choice), choice.kind, *self._what(choice))
+            own = digests.of_values(shared, self._own_digests(choice), choice.kind, *self._what(choice))
             group = f"{choice.kind}-{choice.interval.first if choice.kind == 'text_run' else choice.interval.key}"
             found[Job("-".join([choice.kind, *self._what(choice), own[:16]]), group)] = choice
         return found
@@ -77,30 +103,6 @@ class _Measuring:
     @staticmethod
     def _what(choice: Choice) -> list[str]:
         return [choice.interval.key, *([choice.group, str(choice.units)] if choice.group else [])]
-
-    def _shared_digest(self) -> str:
-        """What all results depend on: the teacher, the batches, what is made of predictions, and the sketch."""
-        # Not the settings that led to the batches: these say it all.
-        batches = [(batch.x, batch.t, batch.call, batch.shares) for batch in self.error.batches]
-        dense = (
-            child
-            for name, child in sorted(self._model.named_children())
-            if name not in ("students", "text_runs", *self._model.block_lists)
-        )
-        # Blocks of a model of several lists have different kinds, so their order says where they lie.
-        teacher = [
-            *(digests.of_module(child) for child in dense),
-            *(self._of_block(block) for block in self._model.blocks()),
-            # What lies in no module: tokens that stand for padding.
-            digests.of_tensors(tensor for name, tensor in self._model.named_parameters() if "." not in name),
-        ]
-        made_of = [self._run.task, self._run.family.predicts, self._run.sampler.guidance, self._run.teacher.dtype]
-        sketch = [self.sketch.model_dump(mode="json"), self.error.edges]
-        return digests.of_values(teacher, digests.of_tree(batches), made_of, sketch)
-
-    @staticmethod
-    def _of_block(block: Any) -> str:
-        return digests.of_module(block, without=".replacements.")
 
     def _own_digests(self, choice: Choice) -> list[str]:
         """What the result of one choice depends on besides: the tensors that only the choice runs."""
@@ -110,7 +112,7 @@ class _Measuring:
         planned = PlannedBlock(interval=choice.interval, width=spec.full, student=student)
         block = self._model.home(planned).block
         if student and choice.interval not in self._students:
-            self._students[choice.interval] = self._of_block(block)
+            self._students[choice.interval] = _of_block(block)
         found = [self._students[choice.interval]] if student else []
         if not choice.group:
             return found
@@ -188,3 +190,31 @@ def with_losses(catalog: Catalog, bands: Mapping[Choice, tuple[float, ...]]) -> 
         runs.append(run.model_copy(update={"loss": loss(whole), "bands": bands[whole]}))
     blocks = (narrower(Choice("block", Interval(n, n)), widths) for n, widths in enumerate(catalog.blocks))
     return catalog.model_copy(update={"blocks": tuple(blocks), "students": tuple(students), "text_runs": tuple(runs)})
+
+
+def losses_of_plans(
+    model: Any, run: RunConfig, folder: Path, plans: Sequence[Plan], log: Callable[..., None]
+) -> dict[Plan, tuple[float, ...]]:
+    """Measure plans as a whole, each a job; every process of a world calls this, and others may.
+
+    Args:
+        model, folder: as of `sensitivities`.
+
+    Returns:
+        The part of each plan's loss in each band of the timestep, in the order of the plans.
+    """
+    error = VelocityError(model, run)
+    # All tensors: a plan may run any of them.
+    shared = digests.of_values(_of_measuring(run, error), digests.of_module(model))
+
+    def job(plan: Plan) -> Job:
+        own = digests.of_values(shared, plan.model_dump(mode="json", include={"blocks", "text_runs"}))[:16]
+        return Job(f"plan-{own}", f"plan-{own}-alone")
+
+    jobs = {job(plan): plan for plan in plans}
+
+    def measure(job: Job) -> Result:
+        return Result({_BANDS: torch.tensor(error.of(jobs[job]), dtype=torch.float64)}, {})
+
+    results = Queue(folder, list(jobs)).work(measure, log)
+    return {plan: tuple(result.tensors[_BANDS].tolist()) for plan, result in zip(jobs.values(), results, strict=True)}
