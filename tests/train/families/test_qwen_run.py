@@ -85,7 +85,9 @@ def test_ratio_1_is_the_pretrained_teacher(finished, qwen_folder):
 def test_what_is_trained_is_trained_in_float32(finished):
     for name, tensor in read_tensors(finished / "students.safetensors").items():
         assert tensor.dtype == torch.float32, name
-    before, after = (read_tensors(finished / f"{stage}.safetensors") for stage in ("width", "recovered"))
-    moved = [n for n, t in before.items() if ".replacements." in n and not torch.equal(t, after[n])]
-    assert len(moved) > len(before) // 4
+    before, after = (read_tensors(finished / name) for name in ("width.json", "recovered.safetensors"))
+    # What no plan takes is left out before recovery.
+    trained = [name for name in before if ".replacements." in name and name in after]
+    moved = [name for name in trained if not torch.equal(before[name], after[name])]
+    assert len(moved) > len(trained) // 4
     assert read_note(finished / "recovered.safetensors")["steps"] == 4
