@@ -62,7 +62,7 @@ def observe_text_runs(run: RunConfig, model: Any, samples: int) -> TextRunFits:
     fits = TextRunFits(architecture.dim, later_blocks(model, run.width.longest_text_run))
     reach, reads, moves = fits.reach, fits.reads, fits.moves
     in_runs = sorted({n for first, later in reach.items() for n in range(first, first + later + 1)})
-    for batch in calibration.batches(run, samples, calibration.WIDTH):
+    for batch in calibration.batches(run, samples, calibration.WIDTH, teacher=model):
         trace = streams.trace(model, batch)
         words, condition = batch.mask, trace.context[model.condition]
         weight = batch.weight[:, None].expand(words.shape)[words]

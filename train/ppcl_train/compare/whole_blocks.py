@@ -213,7 +213,7 @@ def sequential(entry: Entry) -> Any:
     replaced = {n for interval in students for n in interval}
 
     def step_loss(number: int) -> float:
-        batch = entry.inputs(calibration.STUDENTS + number)
+        batch = entry.inputs(calibration.STUDENTS + number, teacher)
         trace = streams.trace(teacher, batch)
         state, total = trace.streams[0], 0.0
         for n in range(len(trace.streams) - 1):

@@ -32,9 +32,12 @@ class DataConfig(Frozen):
     Attributes:
         cache: a folder that ``ppcl train cache`` or ``generate`` filled; None makes samples anew for every batch, for
             families that can make them.
+        trajectory: train and measure on what the teacher's own sampler reaches from noise under the prompts, at exactly
+            its timesteps, and not on noise mixed with data: for a teacher that was distilled to few denoising steps.
     """
 
     cache: str | None = None
+    trajectory: bool = False
 
 
 class RunConfig(Frozen):
@@ -110,6 +113,17 @@ class RunConfig(Frozen):
             for name in ("probes", "students", "recover", *(["refine"] if self.refine.steps else [])):
                 if getattr(self, name).precision != "bf16":
                     raise ValueError(f"a teacher in {self.teacher.dtype} wants {name}.precision=bf16, not no")
+        return self
+
+    @model_validator(mode="after")
+    def _data_to_match(self) -> RunConfig:
+        if self.data.trajectory:
+            for name in ("recover", "refine"):
+                if getattr(self, name).flow_matching:
+                    raise ValueError(
+                        f"{name}.flow_matching compares with data, and a trajectory (data.trajectory) has none: "
+                        "leave out one of the two"
+                    )
         return self
 
     @property

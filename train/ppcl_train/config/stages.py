@@ -160,6 +160,8 @@ class EndToEndConfig(LoopConfig):
         least_ratio, most_ratio: plans of the planner outside of these ratios are not trained: tiny plans pull at the
             weights that all other plans share, and large ones lose next to nothing.
         towards_small: a plan at ratio r is drawn in proportion to ``r ** -towards_small``.
+        flow_matching: weight of the error against the data themselves, next to that against the teacher; the paper
+            fine-tunes on both.
         neighbours: legal counts that are trained and kept on either side of one that a plan takes; what no plan takes
             is left out before training.
     """
@@ -175,6 +177,7 @@ class EndToEndConfig(LoopConfig):
     least_ratio: float = Field(0.0, ge=0, lt=1)
     most_ratio: float = Field(1.0, gt=0, le=1)
     towards_small: float = Field(0.0, ge=0)
+    flow_matching: float = Field(0.0, ge=0)
     neighbours: int = Field(1, ge=0)
 
 

@@ -4,6 +4,10 @@ Training draws timesteps at random and takes the transformer's own prediction (`
 sampler calls the transformer, and on what the sampler makes of it (`measured`): every timestep of its grid equally
 often, and, with a guidance ``g`` other than 1, the guided prediction ``u + g (c - u)``, from the predictions ``c``
 under the prompt and ``u`` under the negative prompt.
+
+Inputs are noise mixed with data. With ``data.trajectory`` they are what the teacher's own sampler reaches from the
+noise (`trajectory.reached`), at the timesteps of its grid, in training as in measuring; of the data, only prompts and
+shapes are then used.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.source import source
+from ppcl_train.data.trajectory import reached
 from ppcl_train.engine.distributed import join
 from ppcl_train.families.base import PadsText, Predicts, Samples
 
@@ -42,6 +47,7 @@ class Inputs:
         shares: the share of a sampler's denoising steps that each sample stands for, ``[N]``; None where timesteps are
             random, which counts every sample as 1.
         text_tokens: ``[N, S_text]``, true on the tokens of the text stream that count; None where the call says it.
+        data: the clean latents that ``x`` is mixed from, of its shape; None where a sampler reached ``x``.
     """
 
     x: torch.Tensor
@@ -51,6 +57,7 @@ class Inputs:
     guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
     shares: torch.Tensor | None = None
     text_tokens: torch.Tensor | None = None
+    data: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -107,14 +114,17 @@ class Inputs:
             name: value[samples] if isinstance(value, (torch.Tensor, list)) and len(value) == size else value
             for name, value in self.call.items()
         }
-        tokens = None if self.text_tokens is None else self.text_tokens[samples]
-        return replace(self, x=self.x[samples], t=self.t[samples], call=call, text_tokens=tokens)
+        tokens, data = (None if each is None else each[samples] for each in (self.text_tokens, self.data))
+        return replace(self, x=self.x[samples], t=self.t[samples], call=call, text_tokens=tokens, data=data)
 
     def to(self, device: torch.device) -> Inputs:
         """Return the same batch on a device."""
         call = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.call)
-        shares, tokens = (None if each is None else each.to(device) for each in (self.shares, self.text_tokens))
-        return replace(self, x=self.x.to(device), t=self.t.to(device), call=call, shares=shares, text_tokens=tokens)
+        shares, tokens, data = (
+            None if each is None else each.to(device) for each in (self.shares, self.text_tokens, self.data)
+        )
+        x, t = self.x.to(device), self.t.to(device)
+        return replace(self, x=x, t=t, call=call, shares=shares, text_tokens=tokens, data=data)
 
 
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -122,23 +132,54 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def inputs(run: RunConfig, size: int, seed: int, t: torch.Tensor | None = None) -> Inputs:
+def inputs(run: RunConfig, size: int, seed: int, t: torch.Tensor | None = None, *, teacher: Any = None) -> Inputs:
     """Make a calibration batch on this process's device; (run.seed, seed) alone decides it.
 
-    ``x_t = (1 - t) x_0 + t noise`` at the timesteps ``t [N]``, logit-normal ones unless they are given; the transformer
-    is called in the teacher's dtype.
+    ``x_t = (1 - t) x_0 + t noise`` at the timesteps ``t [N]``, logit-normal ones unless they are given; or, with
+    ``data.trajectory``, what the teacher's sampler reaches, at each of its timesteps equally often. The transformer is
+    called in the teacher's dtype.
+
+    Args:
+        teacher: a model whose dense plan is the teacher; with ``data.trajectory`` it is needed.
     """
     samples = source(run).samples(size, seed)
     generator = _generator(run, seed)
-    drawn = torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
+    drawn = _drawn(run, size, generator)
     t = drawn if t is None else t
-    x = _noisy(samples, t, generator)
+    x = _states(run, samples, t, generator, teacher)
     call, tokens = _call(run, x, t, samples), _text_tokens(run, samples)
-    return Inputs(x, t, call, run.family.predicts, text_tokens=tokens).to(join().device)
+    data = None if run.data.trajectory else samples.latents
+    return Inputs(x, t, call, run.family.predicts, text_tokens=tokens, data=data).to(join().device)
 
 
 def _generator(run: RunConfig, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
+
+
+def _drawn(run: RunConfig, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw timesteps ``[size]`` to train at."""
+    if run.data.trajectory:
+        times = torch.tensor(run.sampler.times()[:-1])
+        return times[torch.randint(len(times), (size,), generator=generator)]
+    return torch.sigmoid(run.time_mean + run.time_std * torch.randn(size, generator=generator))
+
+
+def _states(
+    run: RunConfig, samples: Samples, t: torch.Tensor, generator: torch.Generator, teacher: Any
+) -> torch.Tensor:
+    """Make the states of samples at timesteps ``t [N]``, on the CPU."""
+    if not run.data.trajectory:
+        return _noisy(samples, t, generator)
+    assert teacher is not None, "only the teacher knows its trajectory"
+    noise = torch.randn(samples.latents.shape, generator=generator)
+
+    def clean(x: torch.Tensor, now: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        embeddings, mask = samples.embeddings[numbers], samples.mask[numbers]
+        given = _as_sampled(run, x, now, Samples(x, embeddings, mask, samples.shape)).to(teacher.device)
+        with torch.no_grad(), teacher.at(plan=teacher.catalog.dense):
+            return given.clean(teacher(**given.call)[0]).float().cpu()
+
+    return reached(clean, run.sampler.times(), noise, t)
 
 
 def _noisy(samples: Samples, t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -155,10 +196,19 @@ def _text_tokens(run: RunConfig, samples: Samples) -> torch.Tensor | None:
     return run.family.counted_tokens(samples.mask) if isinstance(run.family, PadsText) else None
 
 
-def batches(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
-    """Yield calibration batches of at most ``run.batch``, with ``samples`` samples in all."""
+def _as_sampled(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) -> Inputs:
+    """Make a batch as the sampler calls the transformer: with a guidance, under the negative prompt too."""
+    guided = run.sampler.guidance != 1
+    guide = partial(run.family.guided, guidance=run.sampler.guidance) if guided else None
+    called = source(run).with_negative(samples) if guided else samples
+    call = _call(run, torch.cat([x, x]), torch.cat([t, t]), called) if guided else _call(run, x, t, called)
+    return Inputs(x, t, call, run.family.predicts, guide, text_tokens=_text_tokens(run, called))
+
+
+def batches(run: RunConfig, samples: int, seed: int, *, teacher: Any = None) -> Iterator[Inputs]:
+    """Yield calibration batches (`inputs`) of at most ``run.batch``, with ``samples`` samples in all."""
     for number, start in enumerate(range(0, samples, run.batch)):
-        yield inputs(run, min(run.batch, samples - start), seed + number)
+        yield inputs(run, min(run.batch, samples - start), seed + number, teacher=teacher)
 
 
 def stratified(times: Sequence[float], samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,21 +237,19 @@ def stratified(times: Sequence[float], samples: int, seed: int) -> tuple[torch.T
     return torch.tensor(times)[torch.from_numpy(chosen)], torch.from_numpy(shares)
 
 
-def measured(run: RunConfig, samples: int, seed: int) -> Iterator[Inputs]:
+def measured(run: RunConfig, samples: int, seed: int, *, teacher: Any = None) -> Iterator[Inputs]:
     """Yield the batches that losses are measured on, with ``samples`` samples in all; (run.seed, seed) decides them.
 
     Timesteps are `stratified` over the sampler's, captions are never dropped, and samples are held out from training
     (`Source.samples`). A call has at most ``run.batch`` samples; with a guidance, half of them are under the negative
     prompt.
+
+    Args:
+        teacher: as for `inputs`.
     """
-    guided = run.sampler.guidance != 1
-    size = max(1, run.batch // 2) if guided else run.batch
+    size = max(1, run.batch // 2) if run.sampler.guidance != 1 else run.batch
     times, shares = stratified(run.sampler.times()[:-1], samples, run.seed * 1_000_003 + seed)
     for number, (t, share) in enumerate(zip(times.split(size), shares.split(size), strict=True)):
         made = source(run).samples(len(t), seed + number, held_out=True)
-        x = _noisy(made, t, _generator(run, seed + number))
-        guide = partial(run.family.guided, guidance=run.sampler.guidance) if guided else None
-        called = source(run).with_negative(made) if guided else made
-        call = _call(run, torch.cat([x, x]), torch.cat([t, t]), called) if guided else _call(run, x, t, made)
-        tokens = _text_tokens(run, called)
-        yield Inputs(x, t, call, run.family.predicts, guide, share, tokens).to(join().device)
+        x = _states(run, made, t, _generator(run, seed + number), teacher)
+        yield replace(_as_sampled(run, x, t, made), shares=share).to(join().device)

@@ -223,9 +223,10 @@ def select(run: RunConfig, folder: Path) -> None:
     model = load_teacher(run, folder).to(join().device)
     intervals = candidate_intervals(model.catalog.architecture, config.lengths)
     trained_on = TracedBatches(
-        model, (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))
+        model,
+        (calibration.inputs(run, config.batch, calibration.PROBES + n, teacher=model) for n in range(config.batches)),
     )
-    measured_on = TracedBatches(model, calibration.measured(run, config.samples, _CALIBRATION))
+    measured_on = TracedBatches(model, calibration.measured(run, config.samples, _CALIBRATION, teacher=model))
     loss = StudentLoss(model, measured_on, config.bands)
     path = folder / OUTPUT
     table = read(folder) if path.exists() else Table(edges=loss.edges, shares=loss.shares)

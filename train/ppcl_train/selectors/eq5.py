@@ -119,7 +119,8 @@ def fit_probes(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     """
     depth, dim = model.catalog.architecture.depth, model.catalog.architecture.dim
     fits = {(block, stream): LeastSquares(dim, dim) for block in range(depth) for stream in Streams._fields}
-    for rows in map(partial(trace_rows, model), calibration.batches(run, run.probes.samples, calibration.PROBES)):
+    batches = calibration.batches(run, run.probes.samples, calibration.PROBES, teacher=model)
+    for rows in map(partial(trace_rows, model), batches):
         for (block, stream), fit in fits.items():
             before, after = getattr(rows[block], stream), getattr(rows[block + 1], stream)
             fit.add(before, after - before)
@@ -149,7 +150,7 @@ def tune_probes(run: RunConfig, model: Any, probes: dict[str, torch.Tensor], log
         tensor.requires_grad_(True)
 
     def step_loss(number: int) -> float:
-        rows = trace_rows(model, calibration.inputs(run, config.batch, _TUNING + number))
+        rows = trace_rows(model, calibration.inputs(run, config.batch, _TUNING + number, teacher=model))
         total = 0.0
         for block, (before, after) in enumerate(pairwise(rows)):
             for stream, x, y in zip(Streams._fields, before, after, strict=True):
@@ -172,7 +173,7 @@ def probe_error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) 
     Returns:
         The mean over all probes.
     """
-    rows = trace_rows(model, calibration.inputs(run, run.batch, _HELD_OUT))
+    rows = trace_rows(model, calibration.inputs(run, run.batch, _HELD_OUT, teacher=model))
     relative = [
         float((apply_probe(probes, block, stream, x) - y).square().sum() / (y - x).square().sum().clamp(min=1e-30))
         for block, (before, after) in enumerate(pairwise(rows))
@@ -186,7 +187,7 @@ def align(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> dic
     """Compute ``cka(u, k)`` for all ``u <= k`` (eq. 3), of each stream by name and of their ``mean``."""
     config, depth = run.probes, model.catalog.architecture.depth
     parts = []
-    for batch in calibration.batches(run, config.cka_samples, calibration.PROBES):
+    for batch in calibration.batches(run, config.cka_samples, calibration.PROBES, teacher=model):
         share = max(1, config.cka_tokens * len(batch.x) // config.cka_samples)
         parts.append([Streams(*(thin(x, share) for x in state)) for state in trace_rows(model, batch)])
     rows = [Streams(*map(torch.cat, zip(*states_of_k, strict=True))) for states_of_k in zip(*parts, strict=True)]

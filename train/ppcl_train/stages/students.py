@@ -141,7 +141,7 @@ class TeacherStreams:
         """Make this process's share of a batch."""
         peers, batch = (
             self._division.peers,
-            calibration.inputs(self._run, self._config.batch, calibration.STUDENTS + number),
+            calibration.inputs(self._run, self._config.batch, calibration.STUDENTS + number, teacher=self._teacher),
         )
         return batch.part(peers.share(self._config.batch)).to(self._division.world.device)
 
@@ -163,7 +163,8 @@ class TeacherStreams:
     def learn(self, number: int, learners: dict[Interval, Learner]) -> dict[Interval, float]:
         """Let every learner learn from a batch, as soon as the end of its interval is reached; returns the losses."""
         number = number % self._cached if self._cached else number
-        batch, losses = self._batch(number), {}
+        with autocast(self._config.precision, self._division.world.device.type, keeps_casts=False):
+            batch, losses = self._batch(number), dict[Interval, float]()
 
         def visit(interval: Interval, before: Streams, after: Streams, context: dict[str, Any]) -> None:
             losses[interval] = learners[interval].learn(before, after, context, batch.mask)

@@ -78,7 +78,7 @@ def observe(
         portion: for each block the prefix of its tensors, itself, and the teacher's block whose input it reads.
     """
     statistics = {prefix: BlockStatistics(block) for prefix, block, _ in portion}
-    for batch in calibration.batches(run, samples, calibration.WIDTH):
+    for batch in calibration.batches(run, samples, calibration.WIDTH, teacher=model):
         trace = streams.trace(model, batch)
         for prefix, _, first in portion:
             statistics[prefix].add(trace.streams[first], batch, trace.context)
@@ -100,7 +100,7 @@ def modulation_inputs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     read: dict[str, list[torch.Tensor]] = {kind: [] for kind in readers}
     # Each batch has samples of its own: modulations may see the text too.
     for number, t in enumerate(torch.linspace(0, 1, _TIMESTEPS).split(run.batch)):
-        trace = streams.trace(model, calibration.inputs(run, len(t), calibration.WIDTH + number, t))
+        trace = streams.trace(model, calibration.inputs(run, len(t), calibration.WIDTH + number, t, teacher=model))
         for kind, block in readers.items():
             read[kind].append(block.modulation_input(trace.context[model.condition]))
     return {kind: torch.cat(portions) for kind, portions in read.items()}
