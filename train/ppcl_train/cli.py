@@ -29,7 +29,10 @@ Out = Annotated[Path, typer.Option(help="run folder; stages that are done in it 
 Teacher = Annotated[Path | None, typer.Option(help="start from this teacher.safetensors instead of training one")]
 Set = Annotated[list[str] | None, typer.Option(help="change a setting: --set students.steps=100")]
 Select = Annotated[
-    str | None, typer.Option(help="how intervals are chosen: table, or eq5 as in the paper; short for --set select=...")
+    str | None,
+    typer.Option(
+        help="how intervals are chosen: table, eq5 as in the paper, or eq5-literal; short for --set select=..."
+    ),
 ]
 
 

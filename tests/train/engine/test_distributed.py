@@ -69,10 +69,10 @@ rank = "0" if other else "1"
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
 world, inputs = distributed.join(), calibration.inputs
 for name, config, killed_at in json.loads(sys.argv[1]):
-    def given(run, size, seed):
+    def given(run, size, seed, **others):
         if seed == calibration.STUDENTS + killed_at:
             raise Killed
-        return inputs(run, size, seed)
+        return inputs(run, size, seed, **others)
     folder = Path(name)
     if killed_at is not None:
         calibration.inputs = given

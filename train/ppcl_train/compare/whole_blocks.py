@@ -136,10 +136,10 @@ def _with_students(model: Any, weights: StudentWeights) -> Any:
     return _put_in(model, students)
 
 
-def _begin_as_published(entry: Entry, folder: Path, steps: int) -> RunConfig:
+def _begin_as_published(entry: Entry, folder: Path, steps: int, select: str = "eq5") -> RunConfig:
     """Begin a run folder whose students are distilled as PPCL is published: by eq. 6 alone."""
     batch = entry.run.compare.batch
-    return entry.begin(folder, select="eq5", students__steps=steps, students__batch=batch, probes__batch=batch)
+    return entry.begin(folder, select=select, students__steps=steps, students__batch=batch, probes__batch=batch)
 
 
 def _student_steps(entry: Entry) -> int:
@@ -168,7 +168,7 @@ def uniform(entry: Entry) -> Any:
     return train_end_to_end(entry, _with_students(model, _distilled(folder, run)), _end_steps(entry))
 
 
-def _eq5_students(entry: Entry) -> StudentWeights:
+def _eq5_students(entry: Entry, select: str = "eq5") -> StudentWeights:
     """Choose among the intervals of eq. 5 as many as the ratio needs; returns their students' weights.
 
     Each student is measured alone; those whose losses sum to the least are chosen. The students are distilled once a
@@ -177,8 +177,8 @@ def _eq5_students(entry: Entry) -> StudentWeights:
     Raises:
         UnreachableError: with all of them, too many blocks are left.
     """
-    folder = entry.shared / "eq5"
-    weights = _distilled(folder, _begin_as_published(entry, folder, _student_steps(entry)))
+    folder = entry.shared / select
+    weights = _distilled(folder, _begin_as_published(entry, folder, _student_steps(entry), select))
     teacher = entry.teacher()
     losses = {
         interval: calibration_loss(entry, _with_students(entry.teacher(), {interval: tensors}), teacher)
@@ -200,6 +200,12 @@ def _eq5_students(entry: Entry) -> StudentWeights:
 def eq5(entry: Entry) -> Any:
     """Compress as PPCL is published (probes, eq. 5, eq. 6), then train end to end."""
     return train_end_to_end(entry, _with_students(entry.teacher(), _eq5_students(entry)), _end_steps(entry))
+
+
+def eq5_literal(entry: Entry) -> Any:
+    """Compress as `eq5` does, with the intervals that eq. 5 has as it is printed: no block is left single."""
+    students = _eq5_students(entry, "eq5-literal")
+    return train_end_to_end(entry, _with_students(entry.teacher(), students), _end_steps(entry))
 
 
 def sequential(entry: Entry) -> Any:

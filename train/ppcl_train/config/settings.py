@@ -46,7 +46,8 @@ class RunConfig(Frozen):
     Attributes:
         task: the name of a family (`families.base.of`): which transformer is trained, on which samples, and whether
             results can be judged.
-        select: the selector: a table of measured costs and the exact planner, or eq. 5 as in the paper.
+        select: the selector: a table of measured costs and the exact planner; eq. 5 of the paper, in the reading in
+            which single blocks may stay; or eq. 5 as it is printed, in which none does.
         storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from the teacher.
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once in stages that train nothing.
@@ -59,7 +60,7 @@ class RunConfig(Frozen):
     """
 
     task: str = "scenes"
-    select: Literal["table", "eq5"] = "table"
+    select: Literal["table", "eq5", "eq5-literal"] = "table"
     seed: int = Field(0, ge=0)
     # t = sigmoid(mean + std * normal), t = 1 is noise.
     time_mean: float = 0.4
@@ -134,7 +135,7 @@ class RunConfig(Frozen):
     @property
     def magnitude(self) -> float:
         """Weight of the magnitude term added to eq. 6: none with the selector eq. 5, which follows the paper."""
-        return 0.0 if self.select == "eq5" else self.students.magnitude
+        return self.students.magnitude if self.select == "table" else 0.0
 
 
 def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:

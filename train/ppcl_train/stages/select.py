@@ -11,7 +11,11 @@ from ppcl_train.selectors import cost_table, eq5, selection
 OUTPUT = selection.OUTPUT
 
 # By the setting ``select``.
-SELECTORS: dict[str, Callable[[RunConfig, Path], None]] = {"table": cost_table.select, "eq5": eq5.select}
+SELECTORS: dict[str, Callable[[RunConfig, Path], None]] = {
+    "table": cost_table.select,
+    "eq5": eq5.select,
+    "eq5-literal": eq5.select,
+}
 
 
 def select(run: RunConfig, folder: Path) -> None:
