@@ -35,6 +35,15 @@ Select = Annotated[
     ),
 ]
 
+SamplerSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="the teacher was distilled to so many denoising steps: train and measure on its own sampler's trajectory; "
+        "short for --set sampler.steps=... --set data.trajectory=true",
+    ),
+]
+
 
 def config_of(preset: str, changes: list[str] | None) -> RunConfig:
     """Return a preset with the settings that the command line changes.
@@ -59,11 +68,18 @@ def config_of(preset: str, changes: list[str] | None) -> RunConfig:
 
 
 def _begin(
-    preset: str, out: Path, teacher: Path | None, changes: list[str] | None, select: str | None = None
+    preset: str,
+    out: Path,
+    teacher: Path | None,
+    changes: list[str] | None,
+    select: str | None = None,
+    sampler_steps: int | None = None,
 ) -> RunConfig:
     """Begin a run; returns its config: that of the folder, unless the command line changes settings."""
     if select is not None:
         changes = [*(changes or []), f"select={select}"]
+    if sampler_steps is not None:
+        changes = [*(changes or []), f"sampler.steps={sampler_steps}", "data.trajectory=true"]
     world = join()
     if world.is_main:
         stored = (out / CONFIG).exists() and not changes
@@ -78,10 +94,11 @@ def run(
     out: Out = Path("runs/scenes"),
     teacher: Teacher = None,
     select: Select = None,
+    sampler_steps: SamplerSteps = None,
     set: Set = None,
 ) -> None:
     """Run all stages that are not done yet."""
-    run_stages(_begin(preset, out, teacher, set, select), out)
+    run_stages(_begin(preset, out, teacher, set, select, sampler_steps), out)
     if join().is_main:
         print(f"wrote {out / 'checkpoint'}")
 
