@@ -59,6 +59,7 @@ def test_the_preset_says_what_the_paper_states():
     assert not PAPER.refine.steps and not PAPER.compress.share and not PAPER.data.trajectory
 
 
+@pytest.mark.slow
 def test_the_preset_makes_a_checkpoint_of_what_the_paper_has(config, qwen_folder, tmp_path):
     pipeline.begin(config, tmp_path)
     pipeline.run_stages(config, tmp_path)
