@@ -175,15 +175,14 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     captions = held_out_captions(prompts // len(KINDS), 1)
     teacher, student = few_step_teacher(base, few, checkpoint, out, batches, distil_steps, lr)
-    rows: list[dict[str, Any]] = []
+    settings = {"batches": batches, "distil_steps": distil_steps, "recover_steps": recover_steps, "prompts": prompts}
+    content: dict[str, Any] = {"device": "cpu", "dtype": "float32", **settings, "changes": SMALL, "rows": []}
 
-    def add(name: str, found: dict[str, float], **more: Any) -> None:
-        rows.append({"model": name, **more, **found})
-        print(
-            "  ".join(
-                f"{key} {value:.4f}" if isinstance(value, float) else f"{value}" for key, value in rows[-1].items()
-            )
-        )
+    def add(name: str, found: dict[str, float], **more: float) -> None:
+        content["rows"].append({"model": name, **more, **found})
+        print(f"{name}:", *(f"{key} {value:.3f}" for key, value in {**more, **found}.items()), flush=True)
+        if json_file is not None:
+            write_json(json_file, content)
 
     add(f"teacher, {many.steps} steps, guided", score(teacher, many, captions)[0])
     add(
@@ -201,14 +200,6 @@ def main(
         for ratio in (0.7, 0.5, 0.35):
             model = ppcl_rt.load(folder / "checkpoint", ratio, dtype=torch.float32)
             add(name, score(model, few, captions, pictures)[0], ratio=ratio)
-    if json_file is not None:
-        settings = {
-            "batches": batches,
-            "distil_steps": distil_steps,
-            "recover_steps": recover_steps,
-            "prompts": prompts,
-        }
-        write_json(json_file, {"device": "cpu", "dtype": "float32", **settings, "rows": rows})
 
 
 if __name__ == "__main__":
