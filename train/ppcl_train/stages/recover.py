@@ -178,7 +178,7 @@ def _train(
             target = Target.of(batch, teacher(**batch.call)[0])
         with model.at(plan=plans.draw(random.Random(run.seed * 1_000_003 + seed), dense)):
             output = model(**batch.call)[0]
-        error, data = target.squared_error(output).sum(), torch.zeros_like(target.clean).sum()
+        error, data = target.squared_error(output).sum(), target.clean.new_zeros(())
         if config.flow_matching:
             data = config.flow_matching * target.data_error(output).sum()
         # Over all processes, so that gradients average to those of the whole batch, however the batch is shared.
