@@ -61,12 +61,12 @@ def test_intervals_end_at_the_first_rise_of_the_difference():
     # From 0: drops of 0.02, 0.01, 0.05 -> the third is the first rise, so blocks 0..2; from 3 it never rises: 3..5.
     cka = {(0, 0): 0.99, (0, 1): 0.97, (0, 2): 0.96, (0, 3): 0.91, (0, 4): 0.9, (0, 5): 0.9}
     cka |= {(3, 3): 0.99, (3, 4): 0.95, (3, 5): 0.93}
-    assert find_intervals(cka, 6) == [Interval(0, 2), Interval(3, 5)]
+    assert find_intervals(cka, 6, literal=True) == [Interval(0, 2), Interval(3, 5)]
 
 
 def test_a_last_block_alone_is_no_interval():
     cka = {(0, 0): 1.0, (0, 1): 0.9, (0, 2): 0.5}
-    assert find_intervals(cka, 3) == [Interval(0, 1)]
+    assert find_intervals(cka, 3, literal=True) == [Interval(0, 1)]
 
 
 def test_matching_loss_is_eq_6():

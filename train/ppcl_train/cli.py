@@ -33,7 +33,19 @@ Out = Annotated[Path, typer.Option(help="run folder; stages that are done in it 
 Teacher = Annotated[Path | None, typer.Option(help="start from this teacher.safetensors instead of training one")]
 Set = Annotated[list[str] | None, typer.Option(help="change a setting: --set students.steps=100")]
 Select = Annotated[
-    str | None, typer.Option(help="how intervals are chosen: table, or eq5 as in the paper; short for --set select=...")
+    str | None,
+    typer.Option(
+        help="how intervals are chosen: table, eq5 as in the paper, or eq5-literal; short for --set select=..."
+    ),
+]
+
+SamplerSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="the teacher was distilled to so many denoising steps: train and measure on its own sampler's trajectory; "
+        "short for --set sampler.steps=... --set data.trajectory=true",
+    ),
 ]
 
 
@@ -60,11 +72,18 @@ def config_of(preset: str, changes: list[str] | None) -> RunConfig:
 
 
 def _begin(
-    preset: str, out: Path, teacher: Path | None, changes: list[str] | None, select: str | None = None
+    preset: str,
+    out: Path,
+    teacher: Path | None,
+    changes: list[str] | None,
+    select: str | None = None,
+    sampler_steps: int | None = None,
 ) -> RunConfig:
     """Begin a run; returns its config: that of the folder, unless the command line changes settings."""
     if select is not None:
         changes = [*(changes or []), f"select={select}"]
+    if sampler_steps is not None:
+        changes = [*(changes or []), f"sampler.steps={sampler_steps}", "data.trajectory=true"]
     world = join()
     if world.is_main:
         stored = (out / CONFIG).exists() and not changes
@@ -79,11 +98,12 @@ def run(
     out: Out = Path("runs/scenes"),
     teacher: Teacher = None,
     select: Select = None,
+    sampler_steps: SamplerSteps = None,
     set: Set = None,
     unchecked: Annotated[bool, typer.Option(help="begin even if preflight says that it does not fit")] = False,
 ) -> None:
     """Run all stages that are not done yet, after a look at whether they fit this machine."""
-    settings = _begin(preset, out, teacher, set, select)
+    settings = _begin(preset, out, teacher, set, select, sampler_steps)
     if not unchecked and join().is_main:
         print(report.fitting(report.check(settings, report.Machine.here(out))))
     run_stages(settings, out)

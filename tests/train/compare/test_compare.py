@@ -92,9 +92,9 @@ def entry_of(teacher_file, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "ours"])
 def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_of, monkeypatch):
     entry = entry_of(name)
-    if name in ("eq5", "sequential"):
+    if name in ("eq5", "eq5-literal", "sequential"):
         # The reference's probes and students are shared: they are counted by themselves, below.
-        whole_blocks._eq5_students(entry)
+        whole_blocks._eq5_students(entry, "eq5-literal" if name == "eq5-literal" else "eq5")
     asked = []
     inputs = calibration.inputs
 
@@ -106,13 +106,14 @@ def test_a_method_makes_a_model_of_at_most_the_ratio_in_equal_steps(name, entry_
 
     monkeypatch.setattr(calibration, "inputs", counted)
     model = METHODS[name](entry)
-    taken = {"drop": TINY.compare.steps, "eq5": TINY.compare.distil_steps, "sequential": TINY.probes.steps}
+    taken = {"drop": TINY.compare.steps, "sequential": TINY.probes.steps}
+    taken |= dict.fromkeys(("eq5", "eq5-literal"), TINY.compare.distil_steps)
     steps = TINY.compare.steps - taken.get(name, 0)
     assert sum(asked) == steps * TINY.compare.batch and set(asked) <= {TINY.compare.batch}
     share = model.catalog.ratio(model.plan)
     assert share <= 0.6 + TINY.compare.slack
     # Nothing is left out for no reason: a block more would be too many. Eq. 5 finds what intervals it finds.
-    assert share > 0.6 - 1 / 4 or name in ("eq5", "sequential")
+    assert share > 0.6 - 1 / 4 or name in ("eq5", "eq5-literal", "sequential")
     # What is counted is what is there: whole blocks that were left out are gone.
     if name not in ("magnitude", "random"):
         assert model.catalog.architecture.params(model.plan) == sum(p.numel() for p in model.parameters())

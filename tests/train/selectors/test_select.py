@@ -105,11 +105,36 @@ def measured(tmp_path_factory, teacher_file):
     return folder
 
 
-def test_the_difference_is_eq_4_and_an_interval_ends_at_its_first_rise():
-    cka = {(0, 0): 1.0, (0, 1): 0.875, (0, 2): 0.75, (0, 3): 0.5, (3, 3): 1.0}
-    assert [probes.difference(cka, 0, k) for k in (1, 2, 3)] == [0.125, 0.125, 0.25]
+def curves(rows, start=0):
+    """``(u, k)`` -> CKA, from the differences D(u, u), D(u, u + 1), ... of each start."""
+    return {(u, k): 1 - sum(row[: k - u + 1]) for u, row in enumerate(rows, start) for k in range(u, u + len(row))}
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_the_difference_is_eq_4_and_an_interval_ends_at_its_first_rise(literal):
+    cka = {(0, 0): 0.875, (0, 1): 0.75, (0, 2): 0.625, (0, 3): 0.375, (3, 3): 1.0}
+    assert [probes.difference(cka, 0, k) for k in (0, 1, 2, 3)] == [0.125, 0.125, 0.125, 0.25]
     # Equal is no rise: D(0, 2) = D(0, 1) goes on, D(0, 3) > D(0, 2) ends with block 2. Block 3 alone is no interval.
-    assert probes.find_intervals(cka, 4) == [Interval(0, 2)]
+    assert probes.find_intervals(cka, 4, literal=literal) == [Interval(0, 2)]
+
+
+def test_a_block_whose_difference_rises_at_once_stays_single():
+    """From 0 and from 1, D rises with the next block; from 2 it falls, and rises with block 5. Block 5 is the last."""
+    cka = curves([[1, 2, 1, 1, 1, 1], [1, 2, 1, 1, 1], [4, 2, 1, 2], [1, 1, 1], [1, 1], [1]])
+    assert probes.find_intervals(cka, 6) == [Interval(2, 4)]
+    # As it is printed, eq. 5 looks at D(u, u + 2) first: every block but a last one is in an interval.
+    assert probes.find_intervals(cka, 6, literal=True) == [Interval(0, 5)]
+    rising = curves([[1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2, 3], [1, 2], [1]])
+    assert probes.find_intervals(rising, 5) == []
+    assert probes.find_intervals(rising, 5, literal=True) == [Interval(0, 1), Interval(2, 3)]
+
+
+def test_a_second_list_of_blocks_begins_anew():
+    cka = curves([[3, 2, 1], [1, 2], [1]], start=4)
+    assert probes.find_intervals(cka, 7, 4) == probes.find_intervals(cka, 7, 4, literal=True) == [Interval(4, 6)]
+    # A perfect probe is followed by a rise unless the next is perfect too.
+    perfect = curves([[0, 0, 0.5], [0, 0.5], [0.5]])
+    assert probes.find_intervals(perfect, 3) == [Interval(0, 1)]
 
 
 def test_the_reference_selects_exactly_what_eq_5_finds_from_the_first_block(reference):
@@ -118,8 +143,8 @@ def test_the_reference_selects_exactly_what_eq_5_finds_from_the_first_block(refe
     assert set(curves) == {(u, k) for u in range(4) for k in range(u, 4)}
     for (u, k), line in curves.items():
         assert line["cka"]["mean"] == pytest.approx((line["cka"]["image"] + line["cka"]["text"]) / 2)
-        for stream, value in line.get("D", {}).items():
-            assert value == curves[u, k - 1]["cka"][stream] - line["cka"][stream]
+        for stream, value in line["D"].items():
+            assert value == (curves[u, k - 1]["cka"][stream] if u < k else 1.0) - line["cka"][stream]
     found = probes.find_intervals({pair: line["cka"][content["decides"]] for pair, line in curves.items()}, 4)
     assert content["intervals"] == [[interval.first, interval.last] for interval in found]
     assert selection.read(reference) == tuple(Selected(interval, "first") for interval in found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,10 @@ class Entry:
         model: Any = nn.Module.to(load_teacher(self.run, self.folder), self.device, torch.float32)
         return model
 
-    def inputs(self, seed: Seed) -> calibration.Inputs:
+    def inputs(self, seed: Seed, teacher: Any) -> calibration.Inputs:
         """Make a batch to train on."""
-        batch = calibration.inputs(self.run, self.run.compare.batch, seed)
-        call = {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in batch.call.items()}
-        return replace(batch, x=batch.x.to(self.device), t=batch.t.to(self.device), call=call)
+        batch = calibration.inputs(self.run, self.run.compare.batch, seed, teacher=teacher)
+        return batch.to(torch.device(self.device))
 
     def whole_blocks(self, architecture: Architecture) -> int:
         """Count the whole blocks that the ratio leaves room for, by the mean size of a block.

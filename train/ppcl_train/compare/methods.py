@@ -14,7 +14,7 @@ import torch
 import ppcl_rt
 from ppcl_train import pipeline
 from ppcl_train.compare.entry import Entry, Method, UnreachableError
-from ppcl_train.compare.whole_blocks import drop, drop_and_train, eq5, gates, sequential, uniform
+from ppcl_train.compare.whole_blocks import drop, drop_and_train, eq5, eq5_literal, gates, sequential, uniform
 from ppcl_train.compare.width_alone import magnitude_width, random_width
 from ppcl_train.config.settings import RunConfig
 
@@ -64,6 +64,7 @@ def _budgeted(run: RunConfig) -> dict[str, int]:
 METHODS: dict[str, Method] = {
     "ours": ours,
     "eq5": eq5,
+    "eq5-literal": eq5_literal,
     "sequential": sequential,
     "uniform": uniform,
     "gates": gates,

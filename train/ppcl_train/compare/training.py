@@ -47,7 +47,7 @@ def train(
 
 def prediction_loss(entry: Entry, model: Any, teacher: Any, seed: Seed) -> torch.Tensor:
     """Compute the squared error of a model's clean images on a batch, over the mean square of the teacher's."""
-    batch = entry.inputs(seed)
+    batch = entry.inputs(seed, teacher)
     if seed not in entry.clean:
         with torch.no_grad():
             entry.clean[seed] = batch.clean(teacher(**batch.call)[0])

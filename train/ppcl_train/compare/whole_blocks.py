@@ -136,14 +136,14 @@ def _with_students(model: Any, weights: StudentWeights) -> Any:
     return _put_in(model, students)
 
 
-def _begin_as_published(entry: Entry, folder: Path, steps: int) -> RunConfig:
+def _begin_as_published(entry: Entry, folder: Path, steps: int, select: str = "eq5") -> RunConfig:
     """Begin a run folder whose students are distilled as PPCL is published: by eq. 6 alone."""
     batch = entry.run.compare.batch
     # Depth alone: there is nothing narrower to solve for.
     whole = {"width__heads": (), "width__channels": (), "width__maps": False, "width__ranks": ()}
     return entry.begin(
         folder,
-        select="eq5",
+        select=select,
         students__steps=steps,
         students__batch=batch,
         probes__batch=batch,
@@ -178,7 +178,7 @@ def uniform(entry: Entry) -> Any:
     return train_end_to_end(entry, _with_students(model, _distilled(folder, run)), _end_steps(entry))
 
 
-def _eq5_students(entry: Entry) -> StudentWeights:
+def _eq5_students(entry: Entry, select: str = "eq5") -> StudentWeights:
     """Choose among the intervals of eq. 5 as many as the ratio needs; returns their students' weights.
 
     Each student is measured alone; those whose losses sum to the least are chosen. The students are distilled once a
@@ -187,8 +187,8 @@ def _eq5_students(entry: Entry) -> StudentWeights:
     Raises:
         UnreachableError: with all of them, too many blocks are left.
     """
-    folder = entry.shared / "eq5"
-    weights = _distilled(folder, _begin_as_published(entry, folder, _student_steps(entry)))
+    folder = entry.shared / select
+    weights = _distilled(folder, _begin_as_published(entry, folder, _student_steps(entry), select))
     teacher = entry.teacher()
     losses = {
         interval: calibration_loss(entry, _with_students(entry.teacher(), {interval: tensors}), teacher)
@@ -212,6 +212,12 @@ def eq5(entry: Entry) -> Any:
     return train_end_to_end(entry, _with_students(entry.teacher(), _eq5_students(entry)), _end_steps(entry))
 
 
+def eq5_literal(entry: Entry) -> Any:
+    """Compress as `eq5` does, with the intervals that eq. 5 has as it is printed: no block is left single."""
+    students = _eq5_students(entry, "eq5-literal")
+    return train_end_to_end(entry, _with_students(entry.teacher(), students), _end_steps(entry))
+
+
 def sequential(entry: Entry) -> Any:
     """Distil students for the intervals of `eq5` on what the students before them put out; then train end to end."""
     model, teacher = entry.teacher(), entry.teacher()
@@ -223,7 +229,7 @@ def sequential(entry: Entry) -> Any:
     replaced = {n for interval in students for n in interval}
 
     def step_loss(number: int) -> float:
-        batch = entry.inputs(calibration.STUDENTS + number)
+        batch = entry.inputs(calibration.STUDENTS + number, teacher)
         trace = streams.trace(teacher, batch)
         state, total = trace.streams[0], 0.0
         for n in range(len(trace.streams) - 1):

@@ -35,10 +35,13 @@ class DataConfig(Frozen):
             families that can make them.
         workers: processes that make or read the batches of a training loop ahead, for each process that trains; 0: each
             is made when it is needed; None: 4 with a GPU, 0 on a CPU. Batches do not depend on it.
+        trajectory: train and measure on what the teacher's own sampler reaches from noise under the prompts, at exactly
+            its timesteps, and not on noise mixed with data: for a teacher that was distilled to few denoising steps.
     """
 
     cache: str | None = None
     workers: NonNegativeInt | None = None
+    trajectory: bool = False
 
 
 class RunConfig(Frozen):
@@ -47,7 +50,8 @@ class RunConfig(Frozen):
     Attributes:
         task: the name of a family (`families.base.of`): which transformer is trained, on which samples, and whether
             results can be judged.
-        select: the selector: a table of measured costs and the exact planner, or eq. 5 as in the paper.
+        select: the selector: a table of measured costs and the exact planner; eq. 5 of the paper, in the reading in
+            which single blocks may stay; or eq. 5 as it is printed, in which none does.
         storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from the teacher.
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once in stages that train nothing.
@@ -60,7 +64,7 @@ class RunConfig(Frozen):
     """
 
     task: str = "scenes"
-    select: Literal["table", "eq5"] = "table"
+    select: Literal["table", "eq5", "eq5-literal"] = "table"
     seed: int = Field(0, ge=0)
     # t = sigmoid(mean + std * normal), t = 1 is noise.
     time_mean: float = 0.4
@@ -126,6 +130,17 @@ class RunConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _data_to_match(self) -> RunConfig:
+        if self.data.trajectory:
+            for name in ("recover", "refine"):
+                if getattr(self, name).flow_matching:
+                    raise ValueError(
+                        f"{name}.flow_matching compares with data, and a trajectory (data.trajectory) has none: "
+                        "leave out one of the two"
+                    )
+        return self
+
     @property
     def family(self) -> families.Family:
         """The family that ``task`` names."""
@@ -134,7 +149,7 @@ class RunConfig(Frozen):
     @property
     def magnitude(self) -> float:
         """Weight of the magnitude term added to eq. 6: none with the selector eq. 5, which follows the paper."""
-        return 0.0 if self.select == "eq5" else self.students.magnitude
+        return self.students.magnitude if self.select == "table" else 0.0
 
 
 def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:

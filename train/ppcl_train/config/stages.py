@@ -174,6 +174,8 @@ class EndToEndConfig(LoopConfig):
         least_ratio, most_ratio: plans of the planner outside of these ratios are not trained: tiny plans pull at the
             weights that all other plans share, and large ones lose next to nothing.
         towards_small: a plan at ratio r is drawn in proportion to ``r ** -towards_small``.
+        flow_matching: weight of the error against the data themselves, next to that against the teacher; the paper
+            fine-tunes on both.
         shard: spread weights, gradients and moments over all processes (FSDP2), so that each holds its share; on
             several nodes every node holds the whole (`engine.sharding`).
         checkpointing: keep the streams between blocks alone for the backward pass, which runs each block again.
@@ -194,6 +196,7 @@ class EndToEndConfig(LoopConfig):
     towards_small: float = Field(0.0, ge=0)
     shard: bool = False
     checkpointing: bool = False
+    flow_matching: float = Field(0.0, ge=0)
     neighbours: int = Field(1, ge=0)
 
     @model_validator(mode="after")

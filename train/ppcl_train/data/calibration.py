@@ -4,6 +4,10 @@ Training draws timesteps at random and takes the transformer's own prediction (`
 sampler calls the transformer, and on what the sampler makes of it (`measured`): every timestep of its grid equally
 often, and, with a guidance ``g`` other than 1, the guided prediction ``u + g (c - u)``, from the predictions ``c``
 under the prompt and ``u`` under the negative prompt.
+
+Inputs are noise mixed with data. With ``data.trajectory`` they are what the teacher's own sampler reaches from the
+noise (`trajectory.reached`), at the timesteps of its grid, in training as in measuring; of the data, only prompts and
+shapes are then used.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import seeds
 from ppcl_train.data.seeds import Purpose, Seed, Stage
 from ppcl_train.data.source import WHOLE, source
+from ppcl_train.data.trajectory import reached
 from ppcl_train.engine.distributed import join
 from ppcl_train.families.base import PadsText, Predicts, Samples
 
@@ -80,6 +85,7 @@ class Inputs:
         shares: the share of a sampler's denoising steps that each sample stands for, ``[N]``; None where timesteps are
             random, which counts every sample as 1.
         text_tokens: ``[N, S_text]``, true on the tokens of the text stream that count; None where the call says it.
+        data: the clean latents that ``x`` is mixed from, of its shape; None where a sampler reached ``x``.
     """
 
     x: torch.Tensor
@@ -89,6 +95,7 @@ class Inputs:
     guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
     shares: torch.Tensor | None = None
     text_tokens: torch.Tensor | None = None
+    data: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -145,14 +152,17 @@ class Inputs:
             name: value[samples] if isinstance(value, (torch.Tensor, list)) and len(value) == size else value
             for name, value in self.call.items()
         }
-        tokens = None if self.text_tokens is None else self.text_tokens[samples]
-        return replace(self, x=self.x[samples], t=self.t[samples], call=call, text_tokens=tokens)
+        tokens, data = (None if each is None else each[samples] for each in (self.text_tokens, self.data))
+        return replace(self, x=self.x[samples], t=self.t[samples], call=call, text_tokens=tokens, data=data)
 
     def to(self, device: torch.device) -> Inputs:
         """Return the same batch on a device."""
         call = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), self.call)
-        shares, tokens = (None if each is None else each.to(device) for each in (self.shares, self.text_tokens))
-        return replace(self, x=self.x.to(device), t=self.t.to(device), call=call, shares=shares, text_tokens=tokens)
+        shares, tokens, data = (
+            None if each is None else each.to(device) for each in (self.shares, self.text_tokens, self.data)
+        )
+        x, t = self.x.to(device), self.t.to(device)
+        return replace(self, x=x, t=t, call=call, shares=shares, text_tokens=tokens, data=data)
 
 
 def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -160,10 +170,19 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def inputs(run: RunConfig, size: int, seed: Seed, t: torch.Tensor | None = None, *, share: slice = WHOLE) -> Inputs:
+def inputs(
+    run: RunConfig,
+    size: int,
+    seed: Seed,
+    t: torch.Tensor | None = None,
+    *,
+    share: slice = WHOLE,
+    teacher: Any = None,
+) -> Inputs:
     """Make a calibration batch, or a share of it, on this process's device; (run.seed, seed) alone decides it.
 
-    ``x_t = (1 - t) x_0 + t noise`` at the timesteps ``t``, logit-normal ones unless they are given; the transformer is
+    ``x_t = (1 - t) x_0 + t noise`` at the timesteps ``t``, logit-normal ones unless they are given; or, with
+    ``data.trajectory``, what the teacher's sampler reaches, at each of its timesteps equally often. The transformer is
     called in the teacher's dtype.
 
     Args:
@@ -171,8 +190,9 @@ def inputs(run: RunConfig, size: int, seed: Seed, t: torch.Tensor | None = None,
         seed: of the batch; each of its samples has a seed of its own (`seeds`).
         t: timesteps of the whole batch, ``[size]``.
         share: the samples that are made; bit for bit those of the whole batch (`Inputs.part`).
+        teacher: a model whose dense plan is the teacher; with ``data.trajectory`` it is needed.
     """
-    return made(run, draw(run, size, seed, t, share=share)).to(join().device)
+    return made(run, draw(run, size, seed, t, share=share), teacher).to(join().device)
 
 
 def draw(
@@ -186,19 +206,41 @@ def draw(
 ) -> Drawn:
     """Draw samples, timesteps and noise of a batch, or of a share of it (`inputs`); needs neither model nor device."""
     samples = source(run).samples(size, seed, held_out, share)
-    timesteps, noise = [], []
+    timesteps, noise, chosen = [], [], []
     for number in range(size)[share]:
         rng = seeds.generator(run.seed, seed, Purpose.NOISE, number)
         timesteps.append(rng.standard_normal(dtype=np.float32))
         noise.append(rng.standard_normal(samples.latents.shape[1:], dtype=np.float32))
+        chosen.append(int(rng.integers(len(run.sampler.times()) - 1)))
     drawn = torch.sigmoid(run.time_mean + run.time_std * torch.tensor(timesteps))
+    if run.data.trajectory:
+        times = torch.tensor(run.sampler.times()[:-1])
+        drawn = times[torch.tensor(chosen)]
     return Drawn(samples, drawn if t is None else t[share], torch.from_numpy(np.stack(noise)))
 
 
-def made(run: RunConfig, drawn: Drawn) -> Inputs:
-    """Make a batch of what was drawn for it, where the draws lie."""
-    samples, t, x = drawn.samples, drawn.t, drawn.mixed()
-    return Inputs(x, t, _call(run, x, t, samples), run.family.predicts, text_tokens=_text_tokens(run, samples))
+def made(run: RunConfig, drawn: Drawn, teacher: Any = None) -> Inputs:
+    """Make a batch of what was drawn for it, where the draws lie; ``teacher`` as for `inputs`."""
+    samples, t, x = drawn.samples, drawn.t, _states(run, drawn, teacher)
+    call, tokens = _call(run, x, t, samples), _text_tokens(run, samples)
+    data = None if run.data.trajectory else samples.latents
+    return Inputs(x, t, call, run.family.predicts, text_tokens=tokens, data=data)
+
+
+def _states(run: RunConfig, drawn: Drawn, teacher: Any) -> torch.Tensor:
+    """Make the states of samples at their timesteps, on the CPU."""
+    if not run.data.trajectory:
+        return drawn.mixed()
+    assert teacher is not None, "only the teacher knows its trajectory"
+    samples = drawn.samples
+
+    def clean(x: torch.Tensor, now: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        embeddings, mask = samples.embeddings[numbers], samples.mask[numbers]
+        given = _as_sampled(run, x, now, Samples(x, embeddings, mask, samples.shape)).to(teacher.device)
+        with torch.no_grad(), teacher.at(plan=teacher.catalog.dense):
+            return given.clean(teacher(**given.call)[0]).float().cpu()
+
+    return reached(clean, run.sampler.times(), drawn.noise, drawn.t)
 
 
 def _call(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) -> dict[str, Any]:
@@ -210,10 +252,19 @@ def _text_tokens(run: RunConfig, samples: Samples) -> torch.Tensor | None:
     return run.family.counted_tokens(samples.mask) if isinstance(run.family, PadsText) else None
 
 
-def batches(run: RunConfig, samples: int, seed: Seed) -> Iterator[Inputs]:
-    """Yield calibration batches of at most ``run.batch``, with ``samples`` samples in all."""
+def _as_sampled(run: RunConfig, x: torch.Tensor, t: torch.Tensor, samples: Samples) -> Inputs:
+    """Make a batch as the sampler calls the transformer: with a guidance, under the negative prompt too."""
+    guided = run.sampler.guidance != 1
+    guide = partial(run.family.guided, guidance=run.sampler.guidance) if guided else None
+    called = source(run).with_negative(samples) if guided else samples
+    call = _call(run, torch.cat([x, x]), torch.cat([t, t]), called) if guided else _call(run, x, t, called)
+    return Inputs(x, t, call, run.family.predicts, guide, text_tokens=_text_tokens(run, called))
+
+
+def batches(run: RunConfig, samples: int, seed: Seed, *, teacher: Any = None) -> Iterator[Inputs]:
+    """Yield calibration batches (`inputs`) of at most ``run.batch``, with ``samples`` samples in all."""
     for number, start in enumerate(range(0, samples, run.batch)):
-        yield inputs(run, min(run.batch, samples - start), seed + number)
+        yield inputs(run, min(run.batch, samples - start), seed + number, teacher=teacher)
 
 
 def stratified(times: Sequence[float], samples: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,22 +293,20 @@ def stratified(times: Sequence[float], samples: int, rng: np.random.Generator) -
     return torch.tensor(times)[torch.from_numpy(chosen)], torch.from_numpy(shares)
 
 
-def measured(run: RunConfig, samples: int, seed: Seed) -> Iterator[Inputs]:
+def measured(run: RunConfig, samples: int, seed: Seed, *, teacher: Any = None) -> Iterator[Inputs]:
     """Yield the batches that losses are measured on, with ``samples`` samples in all; (run.seed, seed) decides them.
 
     Timesteps are `stratified` over the sampler's, captions are never dropped, and samples are held out from training
     (`Source.samples`). A call has at most ``run.batch`` samples; with a guidance, half of them are under the negative
     prompt.
+
+    Args:
+        teacher: as for `inputs`.
     """
-    guided = run.sampler.guidance != 1
-    size = max(1, run.batch // 2) if guided else run.batch
+    size = max(1, run.batch // 2) if run.sampler.guidance != 1 else run.batch
     order = seeds.generator(run.seed, seed, Purpose.ORDER)
     times, shares = stratified(run.sampler.times()[:-1], samples, order)
     for number, (t, share) in enumerate(zip(times.split(size), shares.split(size), strict=True)):
         drawn = draw(run, len(t), seed + number, t, held_out=True)
-        given, x = drawn.samples, drawn.mixed()
-        guide = partial(run.family.guided, guidance=run.sampler.guidance) if guided else None
-        called = source(run).with_negative(given) if guided else given
-        call = _call(run, torch.cat([x, x]), torch.cat([t, t]), called) if guided else _call(run, x, t, given)
-        tokens = _text_tokens(run, called)
-        yield Inputs(x, t, call, run.family.predicts, guide, share, tokens).to(join().device)
+        x = _states(run, drawn, teacher)
+        yield replace(_as_sampled(run, x, t, drawn.samples), shares=share).to(join().device)

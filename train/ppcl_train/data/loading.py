@@ -30,10 +30,13 @@ class Batches:
         first: the seed of batch 0.
         count: batches of the loop.
         share: the samples of each batch that this process takes.
+        teacher: as for `calibration.inputs`.
     """
 
-    def __init__(self, run: RunConfig, size: int, first: Seed, count: int, share: slice = WHOLE) -> None:
-        self._run, self._size, self._first, self._share = run, size, first, share
+    def __init__(
+        self, run: RunConfig, size: int, first: Seed, count: int, share: slice = WHOLE, teacher: Any = None
+    ) -> None:
+        self._run, self._size, self._first, self._share, self._teacher = run, size, first, share, teacher
         self._device = join().device
         workers = run.data.workers
         if workers is None:
@@ -55,12 +58,13 @@ class Batches:
     def __call__(self, number: int) -> Inputs:
         """Return a batch on this process's device."""
         if self._loader is None:
-            return calibration.inputs(self._run, self._size, self._first + number, share=self._share)
+            seed = self._first + number
+            return calibration.inputs(self._run, self._size, seed, share=self._share, teacher=self._teacher)
         if number != self._numbers.following:
             self._numbers.following = number
             self._ahead = iter(self._loader)
         self._numbers.following += 1
-        return calibration.made(self._run, next(self._ahead)).to(self._device)
+        return calibration.made(self._run, next(self._ahead), self._teacher).to(self._device)
 
 
 def _as_it_is(drawn: Any) -> Any:

@@ -50,7 +50,8 @@ class Passes:
             numbers: of the blocks.
             following: the block that the next pass begins with, at most the one after these; 0 for no next pass.
         """
-        for number, batch in enumerate(calibration.batches(self._run, self._samples, calibration.WIDTH)):
+        batches = calibration.batches(self._run, self._samples, calibration.WIDTH, teacher=self.model)
+        for number, batch in enumerate(batches):
             yield batch, partial(self._walk, number, batch, numbers, following)
 
     @torch.no_grad()

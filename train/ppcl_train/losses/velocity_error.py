@@ -72,6 +72,14 @@ class Target:
         """Compute ``|x_0' - x_0|^2`` of an output by element; gradients pass."""
         return self.difference(output).square()
 
+    def data_error(self, output: torch.Tensor) -> torch.Tensor:
+        """Compute ``|x_0' - x_0|^2`` of an output by element, ``x_0`` the data and not the teacher's; gradients pass.
+
+        This is the flow-matching loss: of a velocity, ``|t (v' - (noise - x_0))|^2``.
+        """
+        assert self.inputs.data is not None, "a sampler's trajectory has no data"
+        return (self.inputs.clean(output) - self.inputs.data).square()
+
     def error_by_band(self, output: torch.Tensor, edges: Sequence[float]) -> torch.Tensor:
         """Sum the squared error of an output in each band of the timestep, ``[bands]`` in float64."""
         return self.inputs.banded(self.difference(output), edges)
@@ -114,7 +122,8 @@ class VelocityError:
     ) -> None:
         self._model, self._sketch = model, sketch
         self.edges = band_edges(run.measure.bands)
-        self.batches = tuple(calibration.measured(run, run.measure.samples, seed))
+        with torch.no_grad():
+            self.batches = tuple(calibration.measured(run, run.measure.samples, seed, teacher=model))
 
     @cached_property
     def teacher(self) -> tuple[Target, ...]:

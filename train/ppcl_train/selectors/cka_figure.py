@@ -23,7 +23,7 @@ def draw_curves(
 
     Args:
         cka: by the name of a stream, and for both together under ``decides``.
-        differences: ``D`` under the same names, for ``u < k``.
+        differences: ``D`` under the same names.
         intervals: what was found.
         decides: the name whose curve decides.
     """
@@ -45,10 +45,9 @@ def draw_curves(
             for n, interval in enumerate(intervals):
                 u, colour = interval.first, colours(n)
                 axis.axvspan(u - 0.4, interval.last + 0.4, color=colour, alpha=0.12, linewidth=0)
-                # A difference takes two values of CKA: its curve begins one block later.
-                ks = range(u + row, depth)
+                ks = range(u, depth)
                 values = [curves[u, k] for k in ks]
-                strong = len(interval) + 1 - row
+                strong = len(interval) + 1
                 axis.plot(ks, values, color=colour, alpha=0.25, linewidth=1)
                 axis.plot(ks[:strong], values[:strong], color=colour, marker="o", markersize=3.5, linewidth=1.8)
             if column == 0:

@@ -211,9 +211,11 @@ def measured(run: RunConfig, folder: Path, log: Callable[..., None]) -> Table:
     if run.teacher.held_otherwise:
         log(teacher_weights="exact", because="candidates are copies of its blocks")
     intervals = candidate_intervals(model.catalog.architecture, config.lengths)
-    batches = (calibration.inputs(run, config.batch, calibration.PROBES + n) for n in range(config.batches))
+    batches = (
+        calibration.inputs(run, config.batch, calibration.PROBES + n, teacher=model) for n in range(config.batches)
+    )
     trained_on = HeldStreams(model, batches)
-    measured_on = HeldStreams(model, calibration.measured(run, config.samples, _CALIBRATION))
+    measured_on = HeldStreams(model, calibration.measured(run, config.samples, _CALIBRATION, teacher=model))
     loss = StudentLoss(measured_on, config.bands)
     shared = _shared_digest(run, model, trained_on, measured_on)
 

@@ -176,20 +176,28 @@ def _trained(
     if sharding is not None and everything:
         sharding.add(teacher)
 
-    batches = Batches(run, config.batch, first_seed, config.steps * config.accumulate, world.share(config.batch))
+    batches = Batches(
+        run, config.batch, first_seed, config.steps * config.accumulate, world.share(config.batch), teacher
+    )
 
     def step_loss(number: int) -> float:
         batch = batches(number)
         with torch.no_grad(), teacher.at(plan=teacher.catalog.dense):
             target = Target.of(batch, teacher(**batch.call)[0])
         with model.at(plan=plans.draw(_chance(run, first_seed + number), everything)):
-            error = target.squared_error(model(**batch.call)[0]).sum()
+            output = model(**batch.call)[0]
+        error, data = target.squared_error(output).sum(), target.clean.new_zeros(())
+        if config.flow_matching:
+            data = config.flow_matching * target.data_error(output).sum()
         # Over all processes, so that gradients average to those of the whole batch, however the batch is shared.
-        total_error, total = world.mean(torch.stack([error.detach(), target.clean.square().sum()]))
-        # The root gives weight to steps of large plans, whose errors are a hundredth of those of small plans.
+        total_error, total_data, total = world.mean(
+            torch.stack([error.detach(), data.detach(), target.clean.square().sum()])
+        )
+        # The root gives weight to steps of large plans, whose errors are a hundredth of those of small plans. Errors
+        # against the data have a floor that is the same for all plans, and take none.
         loss = (total_error / total + 1e-8).sqrt()
-        (error / total / (2 * loss)).backward()
-        return loss.item()
+        (error / total / (2 * loss) + data / total).backward()
+        return (loss + total_data / total).item()
 
     found = train_loop(
         run,

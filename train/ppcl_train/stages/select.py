@@ -63,4 +63,4 @@ def _by_eq5(run: RunConfig, folder: Path) -> None:
 
 
 # By the setting ``select``.
-_SELECTORS: dict[str, Callable[[RunConfig, Path], None]] = {"table": _by_table, "eq5": _by_eq5}
+_SELECTORS: dict[str, Callable[[RunConfig, Path], None]] = {"table": _by_table, "eq5": _by_eq5, "eq5-literal": _by_eq5}

@@ -139,7 +139,7 @@ class TeacherStreams:
         self._run, self._config, self._teacher, self._division = run, run.students, teacher, division
         peers, config = division.peers, run.students
         share, count = peers.share(config.batch), config.steps * config.accumulate
-        self._batch = Batches(run, config.batch, calibration.STUDENTS, count, share)
+        self._batch = Batches(run, config.batch, calibration.STUDENTS, count, share, teacher)
         self._cache = StreamCache(folder / "states" / f"{peers.rank}-{peers.size}")
         self._cached = self._fill_cache() if self._config.cache_bytes else 0
 
@@ -161,7 +161,8 @@ class TeacherStreams:
     def learn(self, number: int, learners: dict[Interval, Learner]) -> dict[Interval, float]:
         """Let every learner learn from a batch, as soon as the end of its interval is reached; returns the losses."""
         number = number % self._cached if self._cached else number
-        batch, losses = self._batch(number), {}
+        with autocast(self._config.precision, self._division.world.device.type, keeps_casts=False):
+            batch, losses = self._batch(number), dict[Interval, float]()
 
         def visit(interval: Interval, before: Streams, after: Streams, context: dict[str, Any]) -> None:
             losses[interval] = learners[interval].learn(before, after, context, batch.mask)

@@ -186,7 +186,7 @@ def modulation_inputs(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     read: dict[str, list[torch.Tensor]] = {kind: [] for kind in readers}
     # Each batch has samples of its own: modulations may see the text too.
     for number, t in enumerate(torch.linspace(0, 1, _TIMESTEPS).split(run.batch)):
-        _, context = streams.enter(model, calibration.inputs(run, len(t), calibration.WIDTH + number, t))
+        _, context = streams.enter(model, calibration.inputs(run, len(t), calibration.WIDTH + number, t, teacher=model))
         for kind, block in readers.items():
             read[kind].append(block.modulation_input(context[model.condition]))
     return {kind: torch.cat(portions) for kind, portions in read.items()}
