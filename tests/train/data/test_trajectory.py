@@ -59,20 +59,21 @@ def test_a_walk_takes_the_samplers_steps_and_a_part_of_the_one_that_crosses():
 def test_states_are_those_of_the_sampler_itself(model, guidance):
     """Its last step from a state ends in the picture that it draws from the same noise under the same prompt."""
     run = with_changes(FEW, {"sampler.guidance": guidance, "teacher.drop_caption": 0.0})
-    for seed, batch in ((5, calibration.inputs(run, 8, 5, teacher=model)),):
-        generator = torch.Generator().manual_seed(run.seed * 1_000_003 + seed)
-        torch.randint(4, (8,), generator=generator)
-        noise, made = torch.randn(8, 16, 48, generator=generator), source(run).samples(8, seed)
-        embeddings, mask = encode([""] * 8)
-        for n in range(8):
-            x = noise[n : n + 1]
-            for now, then in pairwise(TIMES):
-                if torch.tensor(now) <= batch.t[n]:
-                    break
-                each = [(made.embeddings[n : n + 1], made.mask[n : n + 1]), (embeddings[:1], mask[:1])]
-                wanted, free = (model(**arguments(x, torch.tensor([now]), *text))[0] for text in each)
-                x = x + (then - now) * (x - (free + guidance * (wanted - free))) / now
-            assert torch.allclose(batch.x[n], x[0], atol=1e-4 * float(x.abs().max())), n
+    seed = calibration.CHECK + 5
+    batch, drawn = calibration.inputs(run, 8, seed, teacher=model), calibration.draw(run, 8, seed)
+    made, (embeddings, mask) = drawn.samples, encode([""] * 8)
+    for n in range(8):
+        x = drawn.noise[n : n + 1]
+        for now, then in pairwise(TIMES):
+            if torch.tensor(now) <= batch.t[n]:
+                break
+            each = [(made.embeddings[n : n + 1], made.mask[n : n + 1]), (embeddings[:1], mask[:1])]
+            wanted, free = (model(**arguments(x, torch.tensor([now]), *text))[0] for text in each)
+            x = x + (then - now) * (x - (free + guidance * (wanted - free))) / now
+        assert torch.allclose(batch.x[n], x[0], atol=1e-4 * float(x.abs().max())), n
+    # A process makes its share of them.
+    share = calibration.inputs(run, 8, seed, share=slice(2, 5), teacher=model)
+    assert torch.allclose(share.x, batch.x[2:5], atol=1e-5) and torch.equal(share.t, batch.t[2:5])
     prompts = ["a red square at b2", "two green circles"]
     embeddings, mask = encode(prompts)
     few, start = Sampler(steps=4, shift=2.0), torch.randn(2, 16, 48)
@@ -86,24 +87,24 @@ def test_states_are_those_of_the_sampler_itself(model, guidance):
 
 
 def test_batches_lie_on_the_grid_and_seeds_decide_them(model):
-    batches = [calibration.inputs(FEW, 8, seed, teacher=model) for seed in range(20)]
+    batches = [calibration.inputs(FEW, 8, calibration.CHECK + seed, teacher=model) for seed in range(20)]
     counts = torch.cat([batch.t for batch in batches]).unique(return_counts=True)
     assert counts[0].tolist() == pytest.approx(sorted(TIMES[:-1])) and counts[1].min() > 20
-    again = calibration.inputs(FEW, 8, 3, teacher=model)
+    again = calibration.inputs(FEW, 8, calibration.CHECK + 3, teacher=model)
     assert torch.equal(again.x, batches[3].x) and not torch.equal(again.x, batches[4].x)
     assert again.data is None and again.part(slice(2, 5)).data is None
     # The states are the teacher's, whatever plan its model runs at the time.
     catalog = model.catalog
     with model.at(plan=catalog.compose([(0, catalog.spec(0).full)])):
-        assert torch.equal(calibration.inputs(FEW, 8, 3, teacher=model).x, again.x)
-    measured = list(calibration.measured(FEW, 12, 0, teacher=model))
+        assert torch.equal(calibration.inputs(FEW, 8, calibration.CHECK + 3, teacher=model).x, again.x)
+    measured = list(calibration.measured(FEW, 12, calibration.CHECK, teacher=model))
     assert torch.cat([batch.t for batch in measured]).unique().tolist() == pytest.approx(sorted(TIMES[:-1]))
     assert not VelocityError(model, FEW).of(catalog.dense)[0]
 
 
 def test_a_batch_of_data_holds_the_data_and_is_compared_with_them(model):
-    batch = calibration.inputs(TINY, 6, 5)
-    assert torch.equal(batch.data, source(TINY).samples(6, 5).latents)
+    batch = calibration.inputs(TINY, 6, calibration.CHECK + 5)
+    assert torch.equal(batch.data, source(TINY).samples(6, calibration.CHECK + 5).latents)
     part = batch.part(slice(2, 5))
     assert torch.equal(part.data, batch.data[2:5])
     target = Target.of(part, torch.zeros_like(part.x))
@@ -120,9 +121,10 @@ def test_flow_matching_pulls_recovery_towards_the_data(tmp_path):
         folder = tmp_path / str(weight)
         pipeline.begin(run, folder)
         # All but the last stage once.
-        for path in (tmp_path / "0.0").glob("*.*") if losses else ():
-            if path.name not in (pipeline.CONFIG, "log.jsonl", "recovered.safetensors"):
-                shutil.copy(path, folder)
+        for path in (tmp_path / "0.0").iterdir() if losses else ():
+            if path.name not in (pipeline.CONFIG, "log.jsonl", "recovered.safetensors", "lock"):
+                copied = shutil.copytree if path.is_dir() else shutil.copy
+                copied(path, folder / path.name)
         pipeline.run_stages(run, folder, last="recover")
         [step] = [e for e in pipeline.read_log(folder) if e["stage"] == "recover" and "step" in e and "loss" in e]
         losses.append(step["loss"])

@@ -83,13 +83,13 @@ def test_a_cached_teacher_of_few_steps_is_called_on_its_trajectory(config, tmp_p
     pipeline.begin(run, tmp_path)
     pipeline.run_stages(run, tmp_path, last="teacher")
     teacher = load_teacher(run, tmp_path)
-    batch, again = (calibration.inputs(run, 3, 5, teacher=teacher) for _ in range(2))
-    mixed = calibration.inputs(config, 3, 5)
+    batch, again = (calibration.inputs(run, 3, calibration.CHECK + 5, teacher=teacher) for _ in range(2))
+    mixed = calibration.inputs(config, 3, calibration.CHECK + 5)
     assert torch.equal(batch.x, again.x) and batch.x.isfinite().all() and batch.data is None
     assert torch.equal(batch.call["encoder_hidden_states"], mixed.call["encoder_hidden_states"])
     assert batch.x.shape == mixed.x.shape
     assert set(batch.t.tolist()) <= set(torch.tensor(run.sampler.times()).tolist())
-    measured = list(calibration.measured(run, 4, 0, teacher=teacher))
+    measured = list(calibration.measured(run, 4, calibration.CHECK, teacher=teacher))
     # Guided: two samples in the call for each.
     assert all(len(each.call["hidden_states"]) == 2 * len(each.x) for each in measured)
     assert float(sum(each.shares.sum() for each in measured)) == pytest.approx(1)

@@ -192,10 +192,10 @@ def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
 def test_probes_that_were_killed_while_tuning_end_the_same(reference, tmp_path, teacher_file, monkeypatch):
     folder, inputs = begun(EQ5, tmp_path / "run", teacher_file), calibration.inputs
 
-    def killed(run, size, seed, **more):
+    def killed(run, size, seed, *more, **others):
         if seed == probes._TUNING + 5:
             raise KeyboardInterrupt
-        return inputs(run, size, seed, **more)
+        return inputs(run, size, seed, *more, **others)
 
     monkeypatch.setattr(calibration, "inputs", killed)
     with pytest.raises(KeyboardInterrupt):
