@@ -32,12 +32,7 @@ Preset = Annotated[str, typer.Option(help=f"one of: {', '.join(PRESETS)}")]
 Out = Annotated[Path, typer.Option(help="run folder; stages that are done in it are not run again")]
 Teacher = Annotated[Path | None, typer.Option(help="start from this teacher.safetensors instead of training one")]
 Set = Annotated[list[str] | None, typer.Option(help="change a setting: --set students.steps=100")]
-Select = Annotated[
-    str | None,
-    typer.Option(
-        help="how intervals are chosen: table, eq5 as in the paper, or eq5-literal; short for --set select=..."
-    ),
-]
+Select = Annotated[str | None, typer.Option(help="how intervals are chosen: table, eq5 or eq5-literal")]
 
 SamplerSteps = Annotated[
     int | None,

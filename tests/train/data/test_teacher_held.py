@@ -16,7 +16,8 @@ def run_of(qwen_folder, qwen_cache, tmp_path):
     def made(**held):
         held = {f"teacher.{name}": value for name, value in held.items()}
         places = {"data.cache": str(qwen_cache), "teacher.pretrained": str(qwen_folder), "storage": "float32"}
-        run = with_changes(PRESETS["qwen-image"], {**places, "teacher.dtype": "float32", **held})
+        more = {"teacher.dtype": "float32", "students.shard_teacher": False}
+        run = with_changes(PRESETS["qwen-image"], {**places, **more, **held})
         note_pretrained(run, tmp_path)
         return run
 

@@ -22,9 +22,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ppcl_train.engine.distributed import World, processes_of_a_node
 
-# Keywords under which blocks are given their streams.
-_STREAMS = ("hidden_states", "encoder_hidden_states")
-
 
 def mesh_of(world: World) -> DeviceMesh:
     """The processes of a world: one dimension on one node; on several, shards in a node and replicas across nodes.
@@ -65,8 +62,6 @@ class Sharding:
         with _following(block, parameters):
             self._divide(block)
             self._fill(block, prefix)
-        if self._mesh is not None:
-            block.register_forward_pre_hook(_needing_gradients, prepend=True, with_kwargs=True)
         if self._mesh is not None and callable(getattr(block, "text_input", None)):
             # The first block of a text run is asked for what it reads before it is called.
             register_fsdp_forward_method(block, "text_input")
@@ -108,17 +103,6 @@ class Sharding:
                     for name, parameter in child.named_parameters(recurse=False):
                         whole = self._read(f"{prefix}{path}.{name}" if path else f"{prefix}{name}")
                         _copy(whole, parameter)
-
-
-def _needing_gradients(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Have the streams that enter a block need gradients, where no block before it was trained.
-
-    FSDP2 reduces the gradients of a block when those of its inputs are there.
-    """
-    streams = {name: x for name, x in kwargs.items() if name in _STREAMS and isinstance(x, torch.Tensor)}
-    if not torch.is_grad_enabled() or any(x.requires_grad for x in streams.values()):
-        return args, kwargs
-    return args, {**kwargs, **{name: x.detach().requires_grad_() for name, x in streams.items()}}
 
 
 @contextlib.contextmanager
