@@ -35,6 +35,10 @@ RUN = with_changes(
 SHARDED = {"recover.shard": True, "recover.checkpointing": True}
 
 
+# Seven recoveries, five of them on two processes.
+pytestmark = pytest.mark.slow
+
+
 class Stopped(BaseException):
     pass
 

@@ -50,12 +50,12 @@ TINY = with_changes(
         "table.samples": 16,
     },
 )
-EQ5 = with_changes(TINY, {"select": "eq5"})
 # Students are the only choice that there is.
 ALONE = with_changes(
     TINY,
     {"width.heads": [], "width.channels": [], "width.maps": False, "width.ranks": [], "width.longest_text_run": 1},
 )
+EQ5 = with_changes(ALONE, {"select": "eq5"})
 # This block of the teacher below does nothing, so a student can stand in for it and a neighbour without any loss.
 IDLE = 2
 
