@@ -97,17 +97,19 @@ def width(sizes: Sizes, processes: int) -> Needs:
     later = max(sizes.text_maps()) // 2
     # One first block at a time: Gram matrices, and products with what later blocks read and with how the text moves.
     text_runs = 2 * 8 * ((dim + 1) ** 2 + later * dim * (dim + 1))
-    passes = math.ceil(depth / at_once / processes)
     samples = run.width.samples
-    # A pass goes as far as the last block of a portion: half of the model on average. Each block runs twice more.
-    flops = samples * sizes.flops * (0.5 * passes * processes + 2) + sum(map(sizes.closed_form_flops, range(depth)))
+    # A pass goes on where the one before ended (`data.passes`); blocks run once more without their MLPs for the maps.
+    # Processes begin at the first block, each for its own blocks.
+    runs = 1 + run.width.maps + 0.5 * (processes - 1)
+    flops = samples * sizes.flops * runs + sum(map(sizes.closed_form_flops, range(depth)))
+    kept = min(run.width.kept_bytes * processes, 2 * samples * sizes.streams(1) * processes)
     device = {
         "teacher": _teacher(sizes),
         "statistics of blocks": max(statistics, text_runs),
         "activations": sizes.forward(run.batch) + 2 * sizes.streams(run.batch),
         "closed forms of a block": sizes.closed_form(),
     }
-    return Needs(device, flops, leaves=4 * stored_numbers(sizes))
+    return Needs(device, flops, leaves=4 * stored_numbers(sizes), during=kept)
 
 
 def select(sizes: Sizes, processes: int) -> Needs:
@@ -161,7 +163,7 @@ def students(sizes: Sizes, processes: int) -> Needs:
     trained = 3 * sizes.block_flops() * sizes.most_students * samples
     flops = groups * samples * sizes.flops * (processes if config.parallel == "intervals" else 1) + trained
     saved = mine * block * (_VALUE + _moments(config))
-    return Needs(device, flops, leaves=sizes.most_students * block * 4, during=saved * processes)
+    return Needs(device, flops, leaves=sizes.most_students * block * 4, during=saved * (processes if config.parallel == "intervals" else 1))
 
 
 def compress(sizes: Sizes, processes: int) -> Needs:
@@ -178,7 +180,7 @@ def compress(sizes: Sizes, processes: int) -> Needs:
         "closed forms of a block": sizes.closed_form(),
     }
     flops = run.width.samples * sizes.flops + count * sizes.closed_form_flops(sizes.largest_block)
-    return Needs(device, flops, shared=False, leaves=4 * count * (sizes.stored(sizes.largest_block) + block))
+    return Needs(device, flops, leaves=4 * count * (sizes.stored(sizes.largest_block) + block))
 
 
 def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig, kept_steps: int = 0) -> Needs:
@@ -247,7 +249,7 @@ def pack(sizes: Sizes, processes: int) -> Needs:
     plans = run.measure.candidates * (1 / run.measure.spacing + 2 / run.measure.other_spacing)
     flops = plans * run.measure.samples * _calls_a_sample(sizes) * sizes.flops * 0.6
     leaves = sizes.storage * (sizes.params + trained_numbers(sizes))
-    return Needs(measuring.device, flops, shared=False, host={"a file": min(10e9, leaves)}, leaves=leaves)
+    return Needs(measuring.device, flops, host={"a file": min(10e9, leaves)}, leaves=leaves)
 
 
 # By the name of the stage, in order.
