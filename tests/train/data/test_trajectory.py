@@ -145,6 +145,7 @@ def test_sampler_steps_are_short_for_two_settings(tmp_path):
     assert cli._begin("scenes", tmp_path / "a", None, None) == run
 
 
+@pytest.mark.slow
 def test_a_run_on_a_trajectory_makes_a_checkpoint(tmp_path):
     run = with_changes(FEW, SHORT)
     pipeline.begin(run, tmp_path)

@@ -142,6 +142,7 @@ def test_a_kill_repeats_the_portion_in_work_alone(prepare, whole, monkeypatch):
     assert files(killed) == files(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(prepare, whole, tmp_path):
     two = prepare("two")
     script = tmp_path / "worker.py"

@@ -162,8 +162,8 @@ def students(sizes: Sizes, processes: int) -> Needs:
     samples = config.batch * config.steps * config.accumulate
     trained = 3 * sizes.block_flops() * sizes.most_students * samples
     flops = groups * samples * sizes.flops * (processes if config.parallel == "intervals" else 1) + trained
-    saved = mine * block * (_VALUE + _moments(config))
-    return Needs(device, flops, leaves=sizes.most_students * block * 4, during=saved * (processes if config.parallel == "intervals" else 1))
+    saved = mine * block * (_VALUE + _moments(config)) * (processes if config.parallel == "intervals" else 1)
+    return Needs(device, flops, leaves=sizes.most_students * block * 4, during=saved)
 
 
 def compress(sizes: Sizes, processes: int) -> Needs:
