@@ -8,7 +8,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import TINY
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from ppcl_train import pipeline
 from ppcl_train.config.settings import with_changes
@@ -16,6 +19,7 @@ from ppcl_train.data import calibration
 from ppcl_train.engine import saving
 from ppcl_train.engine.distributed import World, buckets, timeout
 from ppcl_train.engine.files import stored_in, write_tensors
+from ppcl_train.engine.sharding import drop_unreached
 from ppcl_train.stages import recover
 
 RUN = with_changes(
@@ -225,3 +229,20 @@ def test_settings_that_cannot_be_are_one_line(monkeypatch):
     monkeypatch.setenv("PPCL_TIMEOUT", "soon")
     with pytest.raises(ValueError, match="PPCL_TIMEOUT=soon"):
         timeout()
+
+
+def test_shards_that_ran_to_no_effect_have_no_gradient(tmp_path):
+    """FSDP2 gives them zeros, by which Adam's moments would move them on; without it they stay."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        reached, unread, plain = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+        sharded = [torch.nn.Parameter(distribute_tensor(p.detach(), mesh)) for p in (reached, unread)]
+        sharded[0].grad = distribute_tensor(torch.tensor([0.0, 1e-30, 0.0]), mesh)
+        sharded[1].grad = distribute_tensor(torch.zeros(3), mesh)
+        plain.grad = torch.zeros(3)
+        drop_unreached([*sharded, plain], World())
+        assert sharded[0].grad is not None and sharded[1].grad is None and plain.grad is not None
+    finally:
+        dist.destroy_process_group()

@@ -123,6 +123,21 @@ def _copy(whole: torch.Tensor, into: torch.Tensor) -> None:
     into.copy_(whole)
 
 
+def drop_unreached(parameters: Iterable[torch.Tensor], world: World) -> None:
+    """Drop the gradients of shards of what ran to no effect: a text output that nobody reads, say.
+
+    FSDP2 gives it a gradient of zeros, by which Adam would move it on, as far as its moments say. Without FSDP2 it has
+    none, and stays. Every process calls this.
+    """
+    sharded = [p for p in parameters if isinstance(p.grad, DTensor)]
+    if sharded:
+        local = [p.grad.to_local() for p in sharded if isinstance(p.grad, DTensor)]
+        largest = torch.stack([each.abs().amax() if each.numel() else each.new_zeros(()) for each in local])
+        for parameter, reached in zip(sharded, world.mean(largest) > 0, strict=True):
+            if not reached:
+                parameter.grad = None
+
+
 def clip(parameters: Iterable[torch.Tensor], limit: float) -> None:
     """Scale gradients down to a norm of at most ``limit``, over all of them: whole ones and shards."""
     held = [p for p in parameters if p.grad is not None]

@@ -24,7 +24,7 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
-from ppcl_train.engine.sharding import Sharding
+from ppcl_train.engine.sharding import Sharding, drop_unreached
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages import compress, width
 from ppcl_train.stages.assembly import assembled, opened
@@ -199,6 +199,10 @@ def _trained(
         (error / total / (2 * loss) + data / total).backward()
         return (loss + total_data / total).item()
 
+    def average() -> None:
+        drop_unreached(parameters.values(), world)
+        world.average(parameters.values())
+
     found = train_loop(
         run,
         config,
@@ -206,7 +210,7 @@ def _trained(
         parameters,
         step_loss,
         world=world,
-        before_update=lambda: world.average(parameters.values()),
+        before_update=average,
     )
     # What is trained after this begins with it in every process; otherwise the first writes it.
     return trained.outcome(start, world.whole(found, everywhere=run.recover.kept_steps > 0))
