@@ -218,7 +218,7 @@ def test_the_pipeline_runs_in_two_processes_and_recovers_what_one_does(tmp_path)
     shutil.copytree(two, one)
     (one / "recovered.safetensors").unlink()
     pipeline.run_stages(config, one, last="recover")
-    start = read_tensors(two / "students.safetensors") | read_tensors(two / "width.json")
+    start = read_tensors(two / "compressed.json") | read_tensors(two / "width.json")
     shared, alone = (
         {
             name: tensor
