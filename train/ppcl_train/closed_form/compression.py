@@ -8,7 +8,7 @@ is a share of what its training changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -184,8 +184,3 @@ def map_as_factors(run: RunConfig, fit: LeastSquares, rows: slice, path: str, te
         weight, bias = tensors[f"{path}.weight"], tensors.get(f"{path}.bias")
         dtype, most_rank = getattr(torch, run.storage), run.compress.most_rank
         _store(tensors, path, truncated_map(fit, rows, weight, bias, share, dtype, most_rank))
-
-
-def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes at two a number, as a checkpoint in half precision."""
-    return sum(2 * tensor.numel() for tensor in tensors.values())

@@ -112,8 +112,15 @@ class HeldStreams:
         for number, batch in enumerate(self.batches):
             ends: list[Streams] = []
 
-            def keep(_: int, came: Streams, left: Streams, context: dict[str, Any], number: int = number) -> None:
-                ends[:] = [left if block else came]  # noqa: B023 (called before the next batch)
+            def keep(
+                _: int,
+                came: Streams,
+                left: Streams,
+                context: dict[str, Any],
+                number: int = number,
+                ends: list[Streams] = ends,
+            ) -> None:
+                ends[:] = [left if block else came]
                 self._contexts.setdefault(number, context)
 
             with _entered(self.model, plan, before[number]):
