@@ -23,7 +23,7 @@ import torch
 from tiny import TINY
 
 from ppcl_train import pipeline
-from ppcl_train.config.settings import RunConfig
+from ppcl_train.config.settings import RunConfig, with_changes
 
 
 def start(config: RunConfig, folder: Path) -> int:
@@ -94,7 +94,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def main(kills: int, seed: int, config: RunConfig = TINY) -> str:
+# As it is for users: what no later stage reads is deleted on the way.
+RUN = with_changes(TINY, {"keep_all": False})
+
+
+def main(kills: int, seed: int, config: RunConfig = RUN) -> str:
     """Compare an undisturbed run with one that is killed so many times, spread over all of it; says what happened.
 
     A run that ends before the last kill is compared too, and another is begun.

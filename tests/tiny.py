@@ -37,5 +37,7 @@ TINY = with_changes(
         "measure.other_spacing": 0.5,
         "batch": 16,
         "save_every": 2,
+        # Tests look at what each stage left.
+        "keep_all": True,
     },
 )

@@ -2,8 +2,8 @@
 
     python bench/studies/closed_form.py runs/scenes [--prompts 2000]
 
-Reads the teacher and the closed forms (``width.json``) of a run folder, as they were before recovery. Nothing
-but the MLP channels changes.
+Reads the teacher and the closed forms (``width.json``) of a run folder, as they were before recovery: a run
+with ``keep_all=true``. Nothing but the MLP channels changes.
 """
 
 from __future__ import annotations

@@ -3,13 +3,20 @@
     OMP_NUM_THREADS=2 python bench/studies/preflight.py OUT --sizes 384x8 --sizes 768x8 --sizes 1536x6
 
 Each size is a whole run of the task scenes with a random teacher, few steps and few samples, a process a stage.
-Measured is the resident memory that is not a file's (``RssAnon``), above what it is after imports, every 10
-milliseconds; and what the run folder holds on disk. Writes ``preflight.json`` next to the run folders.
+Measured is the resident memory that is not a file's (``RssAnon``), above what it is after the same stage of a tiny
+model, which loads all libraries, every 10 milliseconds; what is freed goes back to the system at once, as on a GPU it
+goes back to the allocator (``MALLOC_MMAP_THRESHOLD_``). And the most that the run folder holds on disk, without the
+teacher. Writes ``preflight.json`` next to the run folders.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,11 +33,15 @@ from ppcl_rt.files import write_json
 from ppcl_train import pipeline
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import RunConfig, with_changes
-from ppcl_train.engine.files import write_tensors
+from ppcl_train.engine.files import stored_in, write_tensors
 from ppcl_train.preflight.needs import STAGES
 from ppcl_train.preflight.sizes import Sizes
 
 HEAD = 64
+# Its run folder.
+TINY = "tiny"
+# What is freed goes back to the system, if it is larger than this.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def settings_of(dim: int, depth: int) -> RunConfig:
@@ -84,17 +95,28 @@ def resident() -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
 
 
+def on_disk(folder: Path) -> int:
+    """Bytes of a run folder without the teacher, which is where it came from."""
+    sizes = []
+    for path in folder.rglob("*"):
+        # Files come and go meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(path.stat().st_size if path.is_file() and path.name != "teacher.safetensors" else 0)
+    return sum(sizes)
+
+
 def run_stage(folder: Path, stage: str) -> None:
-    """Run one stage in this process; prints the bytes above the baseline."""
-    config, peak, done = pipeline.config_of(folder), 0, threading.Event()
-    # What the first operations of torch allocate once.
-    torch.nn.functional.linear(torch.randn(8, 8), torch.randn(8, 8, requires_grad=True)).sum().backward()
+    """Run one stage in this process, after the same stage of the tiny model; prints the bytes above the baseline."""
+    config, peak, disk, done = pipeline.config_of(folder), 0, 0, threading.Event()
+    tiny = folder.with_name(TINY)
+    pipeline.run_stages(pipeline.config_of(tiny), tiny, last=stage)
+    gc.collect()
     baseline = resident()
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal peak, disk
         while not done.wait(0.01):
-            peak = max(peak, resident())
+            peak, disk = max(peak, resident()), max(disk, on_disk(folder))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -103,23 +125,35 @@ def run_stage(folder: Path, stage: str) -> None:
     seconds = time.monotonic() - started
     done.set()
     watcher.join()
-    print(json.dumps({"peak": max(0, peak - baseline), "seconds": seconds}))
+    print(json.dumps({"peak": max(0, peak - baseline), "seconds": seconds, "disk": max(disk, on_disk(folder))}))
+
+
+def begin(folder: Path, config: RunConfig) -> None:
+    """Begin a run with a random teacher."""
+    pipeline.begin(config, folder)
+    torch.manual_seed(0)
+    model = config.family.build(config.teacher.architecture)
+    write_tensors(folder / pipeline.STAGES[0].output, dict(model.named_parameters()), {})
 
 
 def measured(folder: Path, config: RunConfig) -> dict[str, dict[str, float]]:
     """Run all stages, each in a process of its own; returns bytes and seconds by stage."""
-    pipeline.begin(config, folder)
-    torch.manual_seed(0)
-    model = config.family.build(config.teacher.architecture)
-    write_tensors(folder / "teacher.safetensors", dict(model.named_parameters()), {})
-    del model
+    tiny = folder.with_name(TINY)
+    shutil.rmtree(tiny, ignore_errors=True)
+    begin(tiny, settings_of(HEAD, 3))
+    begin(folder, config)
     found = {}
     for stage in STAGES:
         command = [sys.executable, __file__, str(folder), "--stage", stage]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR).stdout
         found[stage] = json.loads(said.splitlines()[-1])
-        found[stage]["disk"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return found
+
+
+def states(config: RunConfig, folder: Path) -> int:
+    """Bytes of two states of recovery: what refinement trains, its two moments and its average."""
+    numbers = sum(math.prod(each.shape) for each in stored_in(folder / "refined.safetensors").values())
+    return 2 * 4 * numbers * (3 + bool(config.refine.ema))
 
 
 def main(
@@ -131,6 +165,7 @@ def main(
     if stage is not None:
         return run_stage(out, stage)
     results: list[dict[str, Any]] = []
+    bounds: list[dict[str, Any]] = []
     table = Table("model", "stage", "predicted MB", "measured MB", "ratio", "seconds", "disk MB")
     for size in sizes or ["384x8"]:
         dim, depth = map(int, size.split("x"))
@@ -148,8 +183,16 @@ def main(
             row = (f"{predicted / 1e6:.0f}", f"{real / 1e6:.0f}", f"{real / max(predicted, 1):.2f}")
             seconds, disk = found[name]["seconds"], found[name]["disk"]
             table.add_row(f"{size}, {shapes.params / 1e6:.0f}M", name, *row, f"{seconds:.0f}", f"{disk / 1e6:.0f}")
-        write_json(out / "preflight.json", {"rows": results})
-    Console().print(table)
+        most, checkpoint = max(each["disk"] for each in found.values()), on_disk(out / size / "checkpoint")
+        bounds.append({"size": size, "disk": most, "checkpoint": checkpoint, "two_states": states(config, out / size)})
+        write_json(out / "preflight.json", {"rows": results, "disk": bounds})
+        table.add_section()
+    console = Console(width=120)
+    console.print(table)
+    for size, disk, checkpoint, two in (each.values() for each in bounds):
+        share = disk / (checkpoint + two)
+        parts = f"checkpoint {checkpoint / 1e6:.0f} MB + two states of recovery {two / 1e6:.0f} MB"
+        console.print(f"{size}: {disk / 1e6:.0f} MB on disk at most, {share:.2f} of {parts}")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,22 @@ def test_a_finished_run_does_nothing_when_run_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+def test_what_no_later_stage_reads_is_deleted_and_made_again_where_it_is_wanted(finished, tmp_path):
+    def done():
+        return {stage.name for stage in pipeline.STAGES if pipeline.is_done(stage, folder)}
+
+    folder, every = tmp_path / "run", {stage.name for stage in pipeline.STAGES}
+    shutil.copytree(finished, folder)
+    pipeline.run_stages(with_changes(TINY, {"keep_all": False}), folder)
+    gone = {str(path.relative_to(finished)) for path in finished.iterdir()} - {path.name for path in folder.iterdir()}
+    assert gone == {
+        "students.safetensors", "width.json", "width", "compressed.json", "compressed", "recovered.safetensors"
+    }  # fmt: skip
+    assert done() == every and {stage.state for stage in pipeline.progress(folder)} == {"done"}
+    (folder / "refined.safetensors").unlink()
+    assert every - done() == {"width", "students", "compress", "recover", "refine"}
+
+
 def test_a_run_folder_refuses_another_config(finished):
     with pytest.raises(ValueError, match=r"students\.steps = 8"):
         pipeline.begin(with_changes(TINY, {"students.steps": 9}), finished)

@@ -1,4 +1,7 @@
-"""The stages of a run, in order. A stage whose output file is there is done, and is not run again."""
+"""The stages of a run, in order.
+
+A stage whose output is there, or is of no use any more, is done, and is not run again.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from ppcl_train.engine.provenance import making
 from ppcl_train.engine.queue import work_under_way
 from ppcl_train.engine.saving import delete_states, saved_steps
 from ppcl_train.stages import compress, measure, pack, pictures, recover, select, students, teacher, width
+from ppcl_train.stages.letting_go import LETS_GO, let_go
 
 
 class Stage(NamedTuple):
@@ -112,8 +116,10 @@ def config_of(folder: Path) -> RunConfig:
 
 
 def is_done(stage: Stage, folder: Path) -> bool:
-    """Whether the output of a stage is there."""
-    return (folder / stage.output).exists()
+    """Whether the output of a stage is there, or a stage is done after which nobody reads it (`LETS_GO`)."""
+    return (folder / stage.output).exists() or any(
+        stage.name in LETS_GO.get(later.name, ()) and is_done(later, folder) for later in STAGES
+    )
 
 
 def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None:
@@ -139,6 +145,8 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
             # Deleted only after the output is there: a kill in between would otherwise lose the stage.
             if world.is_main:
                 delete_states(folder, stage.name)
+                for name in () if config.keep_all else LETS_GO.get(stage.name, ()):
+                    let_go(folder / next(each.output for each in STAGES if each.name == name))
             if stage.name == last:
                 return
 

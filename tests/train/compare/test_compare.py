@@ -285,6 +285,8 @@ def test_a_comparison_goes_on_where_it_was_killed(teacher_file, tmp_path, monkey
     methods = ("eq5", "drop", "random")
     whole = compare.compare(TINY, tmp_path / "whole", teacher_file, methods)
     assert [(row.method, len(row.soft)) for row in whole] == [("teacher", 1), ("eq5", 2), ("drop", 1), ("random", 1)]
+    assert (whole[0].share, whole[0].flops) == (1, 1)
+    assert all(0.1 < kept <= 0.6 + TINY.compare.slack for row in whole[2:] for kept in (row.share, row.flops))
     count = 0
     step = torch.optim.AdamW.step
 

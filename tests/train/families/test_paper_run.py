@@ -23,6 +23,7 @@ SMALL = {
     "tracker": "none",
     "batch": 4,
     "save_every": 2,
+    "keep_all": True,
     "probes.samples": 8,
     "probes.steps": 2,
     "probes.batch": 2,

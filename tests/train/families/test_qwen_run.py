@@ -22,6 +22,7 @@ SMALL = {
     "pictures.ratios": [0.7],
     "batch": 4,
     "save_every": 2,
+    "keep_all": True,
     "table.lengths": [2],
     "table.batches": 2,
     "table.batch": 2,

@@ -34,7 +34,7 @@ from ppcl_train.scenes.sampling import judged
 RESULTS, PLOT = "results.json", "results.png"
 _TEACHER = "teacher"
 _RESAMPLES = 2000
-_TABLE_WIDTH = 120
+_TABLE_WIDTH = 130
 
 
 class Key(NamedTuple):
@@ -53,6 +53,7 @@ class Result(Frozen):
 
     Attributes:
         params: number of parameters that run; ``share`` is this over the teacher's.
+        flops: of a forward at the reference shape, over the teacher's.
         scores: of each prompt, in [0, 1]; the strict score is the share of prompts with a score of 1.
         unreachable: why there is no such model; the other fields are empty then.
     """
@@ -60,6 +61,7 @@ class Result(Frozen):
     key: Key
     params: int = 0
     share: float = 0.0
+    flops: float = 0.0
     seconds: float = 0.0
     scores: tuple[float, ...] = ()
     unreachable: str = ""
@@ -87,7 +89,7 @@ class Row(Frozen):
     """A method at a ratio, over its training seeds.
 
     Attributes:
-        share: parameters kept, over the teacher's; mean over the seeds.
+        share, flops: parameters and FLOPs kept, over the teacher's; mean over the seeds.
         strict, soft: mean score of each seed.
         less: by how much ours scores better on the same prompts; None for ours, and where ours is missing.
     """
@@ -95,6 +97,7 @@ class Row(Frozen):
     method: str
     ratio: float
     share: float
+    flops: float
     quality: Quality
     strict: tuple[float, ...]
     soft: tuple[float, ...]
@@ -187,10 +190,13 @@ def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Resul
     except UnreachableError as error:
         return Result(key=key, unreachable=str(error))
     scores = judged(model.eval(), entry.run.sampler, captions, entry.run.compare.judge_seed)
+    architecture, reference = model.catalog.architecture, model.catalog.reference
+    params = architecture.params(model.plan)
     return Result(
         key=key,
-        params=model.catalog.architecture.params(model.plan),
-        share=model.catalog.ratio(model.plan),
+        params=params,
+        share=params / architecture.dense_params,
+        flops=architecture.flops(model.plan, *reference) / architecture.dense_flops(reference),
         seconds=round(time.monotonic() - started, 1),
         scores=tuple(scores.tolist()),
     )
@@ -248,6 +254,7 @@ def summarise(results: Sequence[Result]) -> list[Row]:
             method=method,
             ratio=ratio,
             share=float(np.mean([result.share for result in group])),
+            flops=float(np.mean([result.flops for result in group])),
             quality=quality(samples[method, ratio]),
             strict=tuple(float(np.mean(np.array(result.scores) == 1.0)) for result in group),
             soft=tuple(float(np.mean(result.scores)) for result in group),
@@ -264,7 +271,8 @@ def show(run: RunConfig, rows: Sequence[Row]) -> None:
     table = Table(
         "ratio",
         "method",
-        "parameters kept",
+        "parameters",
+        "FLOPs",
         "strict (95 %)",
         "soft (95 %)",
         "ours is better by, strict",
@@ -277,7 +285,8 @@ def show(run: RunConfig, rows: Sequence[Row]) -> None:
             seeds = f" x{len(row.soft)}" if len(row.soft) > 1 else ""
             less = (row.less.strict, row.less.soft) if row.less else ("", "")
             quality = (row.quality.strict, row.quality.soft)
-            table.add_row(f"{ratio:g}", row.method + seeds, f"{row.share:.3f}", *map(str, quality), *map(str, less))
+            kept = (f"{row.share:.3f}", f"{row.flops:.3f}")
+            table.add_row(f"{ratio:g}", row.method + seeds, *kept, *map(str, quality), *map(str, less))
     console = Console()
     Console(width=max(_TABLE_WIDTH, console.width)).print(table)
 

@@ -56,6 +56,7 @@ class RunConfig(Frozen):
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once in stages that train nothing.
         save_every: steps between saves of a stage's state.
+        keep_all: keep what only earlier stages read: closed forms, students, what recovery left.
         base_model: the model that the checkpoint is made from, as its hub names it; None: the name of a pretrained
             teacher, or what the model card in its folder says.
         license: of the checkpoint's weights, as hubs write it; None: what that card says.
@@ -72,6 +73,7 @@ class RunConfig(Frozen):
     storage: Literal["float32", "float16", "bfloat16"] = "float16"
     batch: PositiveInt = 128
     save_every: PositiveInt = 500
+    keep_all: bool = False
     base_model: str | None = Field(None, min_length=1, max_length=LONGEST_MODEL)
     license: str | None = Field(None, min_length=1, max_length=LONGEST_LICENSE)
     tracker: Literal[

@@ -16,6 +16,7 @@ from ppcl_train.config.settings import RunConfig, with_changes
 from ppcl_train.engine.distributed import join
 from ppcl_train.preflight.needs import STAGES, Needs
 from ppcl_train.preflight.sizes import Sizes
+from ppcl_train.stages.letting_go import LETS_GO
 
 # What a device is left besides what is counted: workspaces of libraries, and gaps between tensors.
 _SPARE = 0.05
@@ -65,28 +66,33 @@ class Row(NamedTuple):
     Attributes:
         needs: what it takes.
         hours: at the machine's FLOP/s, with nothing lost to waiting.
+        disk: bytes of the run folder when it holds most, with what earlier stages left.
         lacks: what there is too little of; ``""`` where the stage fits.
     """
 
     stage: str
     needs: Needs
     hours: float
+    disk: float
     lacks: str
 
 
 def rows(run: RunConfig, machine: Machine) -> list[Row]:
     """Work out every stage of a run."""
-    sizes, found, left = Sizes(run), [], 0.0
+    sizes, found, left = Sizes(run), [], dict[str, float]()
     for stage, needs_of in STAGES.items():
         needs = needs_of(sizes, machine.processes)
         devices = machine.processes if needs.shared else 1
         hours = needs.flops / (machine.tflops * 1e12 * devices) / 3600
-        found.append(Row(stage, needs, hours, _lacks(stage, needs, machine, left)))
-        left += needs.leaves
+        disk = sum(left.values()) + needs.leaves + needs.during
+        found.append(Row(stage, needs, hours, disk, _lacks(stage, needs, machine, disk)))
+        left[stage] = needs.leaves
+        for name in () if run.keep_all else LETS_GO.get(stage, ()):
+            left[name] = 0.0
     return found
 
 
-def _lacks(stage: str, needs: Needs, machine: Machine, on_disk: float) -> str:
+def _lacks(stage: str, needs: Needs, machine: Machine, disk: float) -> str:
     room = machine.memory * (1 - _SPARE)
     if needs.peak > room:
         largest = sorted(needs.device.items(), key=lambda item: -item[1])
@@ -96,7 +102,6 @@ def _lacks(stage: str, needs: Needs, machine: Machine, on_disk: float) -> str:
     host = sum(needs.host.values()) * machine.gpus
     if machine.host is not None and host > machine.host * (1 - _SPARE):
         return f"{stage} takes {_gb(host)} of a host's {_gb(machine.host)}"
-    disk = on_disk + needs.leaves + needs.during
     if machine.disk is not None and disk > machine.disk:
         return f"{stage} takes {_gb(disk)} on disk, {_gb(machine.disk)} are free"
     return ""
@@ -197,13 +202,13 @@ def show(found: list[Row], machine: Machine) -> None:
     for row in found:
         needs = row.needs
         parts = [f"{what} {size / 1e9:.1f}" for what, size in needs.device.items() if size > 0.01 * needs.peak]
-        host, disk = sum(needs.host.values()), needs.leaves + needs.during
+        host = sum(needs.host.values())
         table.add_row(
             row.stage,
             _gb(needs.peak),
             ", ".join(parts),
             _gb(host),
-            _gb(disk),
+            _gb(row.disk),
             f"{row.hours:.1f}",
             style="red" if row.lacks else None,
         )
@@ -214,10 +219,10 @@ def show(found: list[Row], machine: Machine) -> None:
 def fitting(found: list[Row]) -> str:
     """Say in a line what a run takes that fits."""
     largest = max(found, key=lambda row: row.needs.peak)
-    left = sum(row.needs.leaves for row in found) + max(row.needs.during for row in found)
+    disk = max(row.disk for row in found)
     hours = sum(row.hours for row in found)
     return (
-        f"fits: at most {_gb(largest.needs.peak)} on a device ({largest.stage}), {_gb(left)} on disk, "
+        f"fits: at most {_gb(largest.needs.peak)} on a device ({largest.stage}), {_gb(disk)} on disk, "
         f"{hours:.2g} hours if no FLOP is lost"
     )
 
@@ -231,6 +236,7 @@ def as_rows(found: list[Row]) -> list[dict[str, Any]]:
             "host": row.needs.host,
             "leaves": row.needs.leaves,
             "during": row.needs.during,
+            "disk": row.disk,
             "hours": row.hours,
             "fits": not row.lacks,
         }
