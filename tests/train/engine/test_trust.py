@@ -116,6 +116,26 @@ def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path, changes):
     assert [path.name for path in (tmp_path / "stopped" / "students.state").iterdir()] == [states[1].name]
 
 
+def test_a_state_is_saved_when_its_time_has_come(tmp_path, monkeypatch):
+    now = 0.0
+
+    def tick(step_loss):
+        def ticks(number):
+            nonlocal now
+            now += 10.0
+            return step_loss(number)
+
+        return ticks
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    rare = with_changes(RUN, {"save_every": 500, "save_seconds": 30})
+    with pytest.raises(Stopped):
+        train(tmp_path, run=rare, wrap=lambda step_loss: tick(stopping_at(8)(step_loss)))
+    assert step_of(newest_state(tmp_path)) == 6
+    monkeypatch.undo()
+    assert same(train(tmp_path, run=rare), train(tmp_path / "whole"))
+
+
 def test_accumulated_batches_are_one_larger_batch(tmp_path):
     # Each number draws 8 samples, the larger batch the same 16 at once.
     def merged(step_loss):

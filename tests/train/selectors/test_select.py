@@ -137,6 +137,12 @@ def test_a_second_list_of_blocks_begins_anew():
     assert probes.find_intervals(perfect, 3) == [Interval(0, 1)]
 
 
+def assert_same_probes(folder, other):
+    found, expected = (read_tensors(f / "probes.json") for f in (folder, other))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 def test_the_reference_selects_exactly_what_eq_5_finds_from_the_first_block(reference):
     content = json.loads((reference / "intervals.json").read_text())
     curves = {(line["u"], line["k"]): line for line in content["curves"]}
@@ -151,7 +157,7 @@ def test_the_reference_selects_exactly_what_eq_5_finds_from_the_first_block(refe
 
 
 def test_alignment_is_cka_with_probes_composed_by_hand(reference, model):
-    fitted = read_tensors(reference / "probes.safetensors")
+    fitted = read_tensors(reference / "probes.json")
     alignment = probes.align(EQ5, model, fitted)
     given = list(calibration.batches(EQ5, EQ5.probes.cka_samples, calibration.PROBES))
     for stream in ("image", "text"):
@@ -181,11 +187,12 @@ def test_fine_tuning_lowers_the_loss_of_eq_2(tmp_path, teacher_file, model):
     # Judged on 64 samples, where the error falls by 14 %; on 8 it falls by 9 or by 15 %, as they are drawn.
     tuning = {"batch": 64, "probes.ridge": 1.0, "probes.steps": 40, "probes.lr": 3e-3, "probes.batch": 16}
     config = with_changes(EQ5, tuning)
-    fitted = probes.fit_probes(config, model)
-    before = probes.probe_error(config, model, fitted)
+    blocks = range(4)
+    fitted = probes.fit_probes(config, model, blocks)
+    before = probes.probe_error(config, model, fitted, blocks)
     started = {name: tensor.clone() for name, tensor in fitted.items()}
-    probes.tune_probes(config, model, fitted, Log(tmp_path, "select"))
-    assert probes.probe_error(config, model, fitted) < 0.9 * before
+    probes.tune_probes(config, model, fitted, Log(tmp_path, "select"), blocks)
+    assert probes.probe_error(config, model, fitted, blocks) < 0.9 * before
     assert all(not torch.equal(tensor, started[name]) for name, tensor in fitted.items() if f".{IDLE}." not in name)
 
 
@@ -200,12 +207,22 @@ def test_probes_that_were_killed_while_tuning_end_the_same(reference, tmp_path, 
     monkeypatch.setattr(calibration, "inputs", killed)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_stages(EQ5, folder, last="select")
-    assert not (folder / "probes.safetensors").exists()
+    assert not (folder / "probes.json").exists()
     monkeypatch.undo()
     pipeline.run_stages(EQ5, folder, last="select")
-    again, before = (read_tensors(f / "probes.safetensors") for f in (folder, reference))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in again.items())
+    assert_same_probes(folder, reference)
     assert (folder / "intervals.json").read_bytes() == (reference / "intervals.json").read_bytes()
+
+
+def test_probes_of_some_blocks_at_a_time_are_those_of_all_at_once(reference, tmp_path, teacher_file):
+    run = with_changes(EQ5, {"probes.at_once": 3})
+    folder = begun(run, tmp_path / "run", teacher_file)
+    pipeline.run_stages(run, folder, last="select")
+    assert {path.name for path in (folder / "probes").glob("tuned.*")} == {"tuned.0.safetensors", "tuned.1.safetensors"}
+    assert not list(folder.glob("*.state"))
+    assert_same_probes(folder, reference)
+    found, expected = (json.loads((f / "intervals.json").read_text()) for f in (folder, reference))
+    assert found["curves"] == expected["curves"] and found["intervals"] == expected["intervals"]
 
 
 def test_the_figure_shows_both_streams_and_their_mean(reference):

@@ -34,6 +34,8 @@ _QWEN_IMAGE = RunConfig(
     time_std=1.0,
     storage="bfloat16",
     batch=8,
+    # Eight GPUs write a state of 100 GB, behind the training, in a minute or several.
+    save_seconds=600.0,
     # 41 GB of teacher in bfloat16. Captions are dropped because guidance also calls it with the empty prompt.
     teacher=TeacherConfig(pretrained="Qwen/Qwen-Image", dtype="bfloat16", drop_caption=0.1),
     # Gram matrices take 75 MB for each block and stream, whatever the number of samples.
@@ -146,6 +148,10 @@ _PAPER = with_changes(
     _QWEN_IMAGE,
     {
         "select": "eq5",
+        # What is held at once; no result depends on it.
+        "probes.at_once": 20,
+        "students.at_once": 15,
+        "width.blocks_at_once": 2,
         "students.magnitude": 0.0,
         "width.heads": [],
         "width.channels": [],
@@ -183,16 +189,16 @@ PRESETS = {
                 Phase(until=24_000, horizon=24_000, shares=(0.06, 0.22, 0.28, 0.22, 0.22)),
             ),
         ),
-        table=TableConfig(least_ratio=0.18),
-        students=StudentsConfig(magnitude=1.0),
+        # No student of four blocks or more was ever chosen.
+        table=TableConfig(least_ratio=0.18, lengths=(2, 3)),
+        students=StudentsConfig(magnitude=1.0, steps=250),
         # Down to 2 of 6 heads: attention and its projections are half of the FLOPs of these short sequences.
         width=WidthConfig(heads=(5 / 6, 4 / 6, 3 / 6, 2 / 6)),
-        # Measured on 200 prompts: 800 steps at twice this rate, with plans down to ratio 0.06, cost large plans up to
-        # 0.6 points of the soft score.
-        recover=RecoverConfig(steps=3000, lr=2.5e-4, ema=0.99, least_ratio=0.15),
+        recover=RecoverConfig(steps=550, lr=5e-4, ema=0.99, least_ratio=0.15),
         refine=RefineConfig(
-            steps=6000, lr=2.5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
+            steps=1250, lr=5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
         ),
+        measure=MeasureConfig(samples=128, candidates=2),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
         pictures=PicturesConfig(
             prompts=(
@@ -229,6 +235,7 @@ PRESETS = {
         time_std=1.0,
         storage="bfloat16",
         batch=8,
+        save_seconds=600.0,
         # Distilled to do without guidance: no caption is dropped, nothing is guided.
         teacher=TeacherConfig(pretrained="Tongyi-MAI/Z-Image-Turbo", dtype="bfloat16", drop_caption=0.0),
         probes=ProbesConfig(samples=1024, batch=8, precision="bf16"),

@@ -55,7 +55,8 @@ class RunConfig(Frozen):
         storage: dtype of the checkpoint; the teacher is rounded to it before anything else is made from the teacher.
         sampler: how the checkpoint is sampled and judged.
         batch: samples that pass through the teacher at once in stages that train nothing.
-        save_every: steps between saves of a stage's state.
+        save_every: the most steps between saves of a stage's state.
+        save_seconds: the most seconds between them: what a kill repeats.
         keep_all: keep what only earlier stages read: closed forms, students, what recovery left.
         base_model: the model that the checkpoint is made from, as its hub names it; None: the name of a pretrained
             teacher, or what the model card in its folder says.
@@ -73,6 +74,7 @@ class RunConfig(Frozen):
     storage: Literal["float32", "float16", "bfloat16"] = "float16"
     batch: PositiveInt = 128
     save_every: PositiveInt = 500
+    save_seconds: PositiveFloat = 60.0
     keep_all: bool = False
     base_model: str | None = Field(None, min_length=1, max_length=LONGEST_MODEL)
     license: str | None = Field(None, min_length=1, max_length=LONGEST_LICENSE)

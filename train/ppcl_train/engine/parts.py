@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ppcl_train.engine.files import write_json, write_tensors
+from ppcl_train.engine.files import read_tensors, write_json, write_tensors
 
 
 class Parts:
@@ -30,6 +30,10 @@ class Parts:
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the tensors of a part."""
         write_tensors(self._file(name), tensors, {})
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """Read the tensors of a part."""
+        return read_tensors(self._file(name))
 
     def list_in(self, path: Path, names: Sequence[str], note: Mapping[str, Any]) -> None:
         """Write the list of the parts' files, which `read_tensors` and all later stages read, and a note."""

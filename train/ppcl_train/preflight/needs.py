@@ -120,13 +120,20 @@ def select(sizes: Sizes, processes: int) -> Needs:
     if run.select == "table" and table.most_students == 0:
         return Needs({}, 0.0)
     if run.select != "table":
-        probes = run.probes
-        grams = 2 * depth * 3 * 8 * (sizes.architecture.dim + 1) ** 2
-        trained = 2 * depth * sizes.architecture.dim**2 * (_VALUE + _GRADIENT + 8)
-        states = 2 * depth * probes.cka_tokens * sizes.architecture.dim * 4
-        flops = sizes.flops * (probes.samples + probes.batch * probes.steps + probes.cka_samples)
-        held = {"statistics of probes": grams, "probes": trained, "states for CKA": states}
-        return Needs({**base, **held, "activations": sizes.forward(probes.batch)}, flops, shared=False)
+        probes, dim = run.probes, sizes.architecture.dim
+        at_once = min(probes.at_once, depth)
+        # One after the other: Gram matrices, training, and the states that CKA compares with all probes.
+        held = max(
+            {"statistics of probes": 2 * at_once * 3 * 8 * (dim + 1) ** 2},
+            {"probes": 2 * at_once * dim**2 * (_VALUE + _GRADIENT + 8)},
+            {"states for CKA": 2 * depth * probes.cka_tokens * dim * 4, "probes": 2 * depth * dim**2 * _VALUE},
+            key=lambda held: sum(held.values()),
+        )
+        passes = math.ceil(depth / at_once) * (probes.samples + probes.batch * probes.steps) + probes.cka_samples
+        rows = 4 * sizes.streams(max(probes.batch, run.batch)) * 4 // sizes.itemsize
+        activations = sizes.forward(max(probes.batch, run.batch)) + rows
+        kept = 2 * 2 * depth * dim**2 * _VALUE
+        return Needs({**base, **held, "activations": activations}, sizes.flops * passes, shared=False, leaves=kept)
     measuring = _measuring(sizes)
     trial: dict[str, float] = {
         "two students": 2 * block * (_VALUE + 8) + block * _GRADIENT,

@@ -125,7 +125,12 @@ def _on(value: Any) -> Any:
 
 _REMEDIES: dict[str, dict[str, Callable[[Any], Any]]] = {
     "width": {"width.blocks_at_once": _halved(), "batch": _halved()},
-    "select": {"table.batch": _halved(), "batch": _halved(2), "compress.most_rank": _halved(16)},
+    "select": {
+        "table.batch": _halved(),
+        "probes.at_once": _halved(),
+        "batch": _halved(2),
+        "compress.most_rank": _halved(16),
+    },
     "students": {
         "students.shard_teacher": _on,
         "students.at_once": _halved(),

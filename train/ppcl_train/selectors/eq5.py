@@ -5,9 +5,7 @@ PPCL stages 1.1 (probes, eq. 1 and 2) and 1.2 (intervals, eq. 3 to 5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,16 @@ from ppcl_train.data.loading import Batches
 from ppcl_train.data.seeds import Seed, Stage
 from ppcl_train.data.teacher_file import load_teacher, only_read
 from ppcl_train.engine.distributed import join
-from ppcl_train.engine.files import read_tensors, write_json, write_tensors
+from ppcl_train.engine.files import read_tensors, write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.parts import Parts
 from ppcl_train.losses.matching import token_rows
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.cka_figure import Curves, draw_curves
 
+# The list of the probes' files.
+OUTPUT = "probes.json"
 # The batches that tune the probes and those that judge them; least squares sees others.
 _TUNING, _HELD_OUT = Seed(Stage.TUNE_PROBES), Seed(Stage.JUDGE_PROBES)
 # The name of both streams' mean. That this mean decides is our reading: eq. 3 is written for one stream.
@@ -74,25 +75,17 @@ def difference(cka: Curves, u: int, k: int) -> float:
 def select(run: RunConfig, folder: Path) -> None:
     """Fit the probes and find the intervals, as in the paper (eq. 1-5).
 
-    Writes ``probes.start.safetensors`` (least squares), ``probes.safetensors`` (fine-tuned), ``intervals.json`` and
-    ``intervals.png`` (the curves of both streams and of their mean, which decides). Last comes ``selected.json``:
-    exactly the intervals of eq. 5, each student copied from its first block. Blocks in no interval get none.
+    Writes the probes (``probes.json``), ``intervals.json`` and ``intervals.png`` (the curves of both streams and of
+    their mean, which decides). Last comes ``selected.json``: exactly the intervals of eq. 5, each student copied from
+    its first block. Blocks in no interval get none.
 
     Raises:
         ValueError: the fine-tuning diverges.
     """
-    log, config = Log(folder, "select"), run.probes
+    log = Log(folder, "select")
     model = only_read(run, load_teacher(run, folder), log)
-    fitted, tuned = folder / "probes.start.safetensors", folder / "probes.safetensors"
-    if not fitted.exists():
-        write_tensors(fitted, fit_probes(run, model), {"samples": config.samples})
-    if not tuned.exists():
-        probes = {name: tensor.to(join().device) for name, tensor in read_tensors(fitted).items()}
-        error_before = probe_error(run, model, probes)
-        tune_probes(run, model, probes, log)
-        log(least_squares=error_before, tuned=probe_error(run, model, probes))
-        write_tensors(tuned, probes, {"steps": config.steps})
-    cka = align(run, model, {name: tensor.to(join().device) for name, tensor in read_tensors(tuned).items()})
+    probes = make_probes(run, folder, model, log)
+    cka = align(run, model, {name: tensor.to(join().device) for name, tensor in probes.items()})
     intervals, start = [], 0
     for blocks in model.catalog.architecture.lists:
         # No student stands in for blocks of two lists.
@@ -119,19 +112,48 @@ def _write_curves(folder: Path, cka: Mapping[str, Curves], intervals: list[Inter
         draw_curves(cka, differences, intervals, _DECIDES).savefig(path, format="png", dpi=120)
 
 
-def fit_probes(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
-    """Solve eq. 1 for all blocks and both streams from one pass of the teacher over ``probes.samples``.
+def make_probes(run: RunConfig, folder: Path, model: Any, log: Log) -> dict[str, torch.Tensor]:
+    """Fit and fine-tune the probes of all blocks, ``probes.at_once`` blocks at a time.
+
+    No probe depends on another. What is there is not made again. Writes two files for each group of blocks into
+    ``probes/`` (after least squares, and tuned), and last ``probes.json``, which lists those that are tuned.
+
+    Returns:
+        All probes, on the CPU.
+    """
+    config, depth = run.probes, model.catalog.architecture.depth
+    parts, listed = Parts(folder / "probes"), folder / OUTPUT
+    groups = [range(first, min(first + config.at_once, depth)) for first in range(0, depth, config.at_once)]
+    for number, blocks in enumerate(groups):
+        fitted, tuned = f"fitted.{number}", f"tuned.{number}"
+        if tuned in parts:
+            continue
+        if fitted not in parts:
+            parts.write(fitted, fit_probes(run, model, blocks))
+        probes = {name: tensor.to(join().device) for name, tensor in parts.read(fitted).items()}
+        error_before = probe_error(run, model, probes, blocks)
+        tune_probes(run, model, probes, log if len(groups) == 1 else Log(folder, f"select.{number}"), blocks)
+        error_after = probe_error(run, model, probes, blocks)
+        log(probed=blocks.stop, of=depth, least_squares=error_before, tuned=error_after)
+        parts.write(tuned, probes)
+    parts.list_in(listed, [f"tuned.{number}" for number in range(len(groups))], {"steps": config.steps})
+    return read_tensors(listed)
+
+
+def fit_probes(run: RunConfig, model: Any, blocks: range) -> dict[str, torch.Tensor]:
+    """Solve eq. 1 for some blocks and both streams from one pass of the teacher over ``probes.samples``.
 
     Returns:
         ``probes.{block}.{stream}.weight`` ``[D, D]`` and ``.bias`` ``[D]`` of the residual probe ``x + W x + b``.
     """
-    depth, dim = model.catalog.architecture.depth, model.catalog.architecture.dim
-    fits = {(block, stream): LeastSquares(dim, dim) for block in range(depth) for stream in Streams._fields}
-    batches = calibration.batches(run, run.probes.samples, calibration.PROBES, teacher=model)
-    for rows in map(partial(trace_rows, model), batches):
-        for (block, stream), fit in fits.items():
-            before, after = getattr(rows[block], stream), getattr(rows[block + 1], stream)
-            fit.add(before, after - before)
+    dim = model.catalog.architecture.dim
+    fits = {(block, stream): LeastSquares(dim, dim) for block in blocks for stream in Streams._fields}
+
+    def add(block: int, stream: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        fits[block, stream].add(before, after - before)
+
+    for batch in calibration.batches(run, run.probes.samples, calibration.PROBES, teacher=model):
+        walk_rows(model, batch, blocks, add)
     probes: dict[str, torch.Tensor] = {}
     for (block, stream), fit in fits.items():
         weight, bias = fit.solve(run.probes.ridge)
@@ -139,11 +161,21 @@ def fit_probes(run: RunConfig, model: Any) -> dict[str, torch.Tensor]:
     return probes
 
 
-def trace_rows(model: Any, batch: calibration.Inputs) -> list[Streams]:
-    """List the states ``h_0 .. h_L`` of a batch as rows ``[n, D]`` per stream, in float32 whatever the teacher uses."""
-    return [
-        Streams(*(x.float() for x in token_rows(state, batch.mask))) for state in streams.trace(model, batch).streams
-    ]
+def walk_rows(
+    model: Any, batch: calibration.Inputs, blocks: range, visit: Callable[[int, str, torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Run the teacher; visit both streams of some blocks: (block, stream, rows before it, rows after it).
+
+    Rows are ``[n, D]``, in float32 whatever the teacher uses; those of one block at a time are held.
+    """
+
+    def each(block: int, before: Streams, after: Streams, _: dict[str, Any]) -> None:
+        if block in blocks:
+            rows = zip(*(token_rows(state, batch.mask) for state in (before, after)), strict=True)
+            for stream, (x, y) in zip(Streams._fields, rows, strict=True):
+                visit(block, stream, x.float(), y.float())
+
+    streams.walk(model, batch, each)
 
 
 def apply_probe(probes: Mapping[str, torch.Tensor], block: int, stream: str, x: torch.Tensor) -> torch.Tensor:
@@ -151,8 +183,8 @@ def apply_probe(probes: Mapping[str, torch.Tensor], block: int, stream: str, x: 
     return x + F.linear(x, probes[f"probes.{block}.{stream}.weight"], probes[f"probes.{block}.{stream}.bias"])
 
 
-def tune_probes(run: RunConfig, model: Any, probes: dict[str, torch.Tensor], log: Log) -> None:
-    """Fine-tune all probes in place on eq. 2 with Adam, or resume; every step's teacher pass feeds all of them."""
+def tune_probes(run: RunConfig, model: Any, probes: dict[str, torch.Tensor], log: Log, blocks: range) -> None:
+    """Fine-tune the probes of some blocks in place on eq. 2 with Adam, or resume; a pass a step feeds all of them."""
     config = run.probes
     for tensor in probes.values():
         tensor.requires_grad_(True)
@@ -160,13 +192,16 @@ def tune_probes(run: RunConfig, model: Any, probes: dict[str, torch.Tensor], log
     batches = Batches(run, config.batch, _TUNING, config.steps * config.accumulate, teacher=model)
 
     def step_loss(number: int) -> float:
-        rows = trace_rows(model, batches(number))
         total = 0.0
-        for block, (before, after) in enumerate(pairwise(rows)):
-            for stream, x, y in zip(Streams._fields, before, after, strict=True):
+
+        def learn(block: int, stream: str, x: torch.Tensor, y: torch.Tensor) -> None:
+            nonlocal total
+            with torch.enable_grad():
                 loss = (apply_probe(probes, block, stream, x) - y).square().sum(-1).mean()
                 loss.backward()
-                total += loss.item()
+            total += loss.item()
+
+        walk_rows(model, batches(number), blocks, learn)
         return total
 
     tuned = train_loop(
@@ -177,18 +212,19 @@ def tune_probes(run: RunConfig, model: Any, probes: dict[str, torch.Tensor], log
 
 
 @torch.no_grad()
-def probe_error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> float:
+def probe_error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor], blocks: range) -> float:
     """Compute the loss of eq. 2 on inputs that no probe saw, over the squared change by the block.
 
     Returns:
-        The mean over all probes.
+        The mean over the probes of some blocks.
     """
-    rows = trace_rows(model, calibration.inputs(run, run.batch, _HELD_OUT, teacher=model))
-    relative = [
-        float((apply_probe(probes, block, stream, x) - y).square().sum() / (y - x).square().sum().clamp(min=1e-30))
-        for block, (before, after) in enumerate(pairwise(rows))
-        for stream, x, y in zip(Streams._fields, before, after, strict=True)
-    ]
+    relative: list[float] = []
+
+    def add(block: int, stream: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        error = (apply_probe(probes, block, stream, x) - y).square().sum()
+        relative.append(float(error / (y - x).square().sum().clamp(min=1e-30)))
+
+    walk_rows(model, calibration.inputs(run, run.batch, _HELD_OUT, teacher=model), blocks, add)
     return sum(relative) / len(relative)
 
 
@@ -196,18 +232,25 @@ def probe_error(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) 
 def align(run: RunConfig, model: Any, probes: Mapping[str, torch.Tensor]) -> dict[str, dict[tuple[int, int], float]]:
     """Compute ``cka(u, k)`` for all ``u <= k`` (eq. 3), of each stream by name and of their ``mean``."""
     config, depth = run.probes, model.catalog.architecture.depth
-    parts = []
+    # By stream: the thinned rows of all states, those of each batch one after the other.
+    kept = {stream: [list[torch.Tensor]() for _ in range(depth + 1)] for stream in Streams._fields}
     for batch in calibration.batches(run, config.cka_samples, calibration.PROBES, teacher=model):
         share = max(1, config.cka_tokens * len(batch.x) // config.cka_samples)
-        parts.append([Streams(*(thin(x, share) for x in state)) for state in trace_rows(model, batch)])
-    rows = [Streams(*map(torch.cat, zip(*states_of_k, strict=True))) for states_of_k in zip(*parts, strict=True)]
+
+        def keep(block: int, stream: str, x: torch.Tensor, y: torch.Tensor, share: int = share) -> None:
+            if block == 0:
+                kept[stream][0].append(thin(x, share))
+            kept[stream][block + 1].append(thin(y, share))
+
+        walk_rows(model, batch, range(depth), keep)
     alignment: dict[str, dict[tuple[int, int], float]] = {stream: {} for stream in Streams._fields}
     for stream, cka in alignment.items():
+        rows = [torch.cat(of_state) for of_state in kept.pop(stream)]
         for u in range(depth):
-            predicted = getattr(rows[u], stream)
+            predicted = rows[u]
             for k in range(u, depth):
                 predicted = apply_probe(probes, k, stream, predicted)
-                cka[u, k] = linear_cka(predicted, getattr(rows[k + 1], stream))
+                cka[u, k] = linear_cka(predicted, rows[k + 1])
     image, text = alignment["image"], alignment["text"]
     alignment[_DECIDES] = {pair: (value + text[pair]) / 2 for pair, value in image.items()}
     return alignment
