@@ -60,6 +60,7 @@ def replacing(path: Path, *, many_writers: bool = False) -> Iterator[Path]:
         partial.mkdir(parents=True)
         temporary = partial / path.name
         yield temporary
+        _let_others_read(partial)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -67,6 +68,17 @@ def replacing(path: Path, *, many_writers: bool = False) -> Iterator[Path]:
         raise ValueError(f"{path} cannot be written: {one_line(error)}; what was there before is kept") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give files the mode of any new file: safetensors (0.8) writes files that their owner alone may read."""
+    new = folder / ".mode"
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int = 1) -> None:
@@ -93,6 +105,7 @@ def replacing_folder(folder: Path, is_replaced: Callable[[str], bool]) -> Iterat
     partial.mkdir(parents=True)
     try:
         yield partial
+        _let_others_read(partial)
         if not folder.exists():
             partial.rename(folder)
             return

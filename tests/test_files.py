@@ -3,6 +3,8 @@
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ppcl_rt import files
 
@@ -24,6 +26,21 @@ def test_an_error_inside_keeps_the_file(tmp_path):
         temporary.write_text("cut")
         raise KeyError
     assert (tmp_path / "file").read_text() == '{\n "a": 1\n}\n' and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with files.replacing(tmp_path / "file") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+        with files.replacing_folder(tmp_path / "folder", lambda _: True) as partial:
+            save_file({"x": torch.zeros(1)}, partial / "file")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    found = {(tmp_path / name).stat().st_mode for name in ("file", "folder/file", "plain")}
+    assert len(found) == 1 and found.pop() & 0o777 == 0o666 & ~mask
 
 
 def test_the_next_write_removes_what_a_kill_left(tmp_path):
