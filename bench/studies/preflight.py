@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 import os
@@ -97,12 +98,13 @@ def resident() -> int:
 
 def on_disk(folder: Path) -> int:
     """Bytes of a run folder without the teacher, which is where it came from."""
-    sizes = []
-    for path in folder.rglob("*"):
-        # Files come and go meanwhile.
-        with contextlib.suppress(FileNotFoundError):
-            sizes.append(path.stat().st_size if path.is_file() and path.name != "teacher.safetensors" else 0)
-    return sum(sizes)
+    total = 0
+    # Files come and go meanwhile; `os.walk` passes over folders that are gone.
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += 0 if name == "teacher.safetensors" else os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def run_stage(folder: Path, stage: str) -> None:
@@ -115,8 +117,12 @@ def run_stage(folder: Path, stage: str) -> None:
 
     def watch() -> None:
         nonlocal peak, disk
-        while not done.wait(0.01):
-            peak, disk = max(peak, resident()), max(disk, on_disk(folder))
+        for number in itertools.count():
+            if done.wait(0.01):
+                return
+            peak = max(peak, resident())
+            if number % 20 == 0:
+                disk = max(disk, on_disk(folder))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -173,7 +179,7 @@ def main(
         shapes, found = Sizes(config), measured(out / size, config)
         for name, needs_of in STAGES.items():
             needs = needs_of(shapes, 1)
-            predicted, real = needs.peak + sum(needs.host.values()), found[name]["peak"]
+            predicted, real = needs.of_one_memory, found[name]["peak"]
             if name == "teacher":
                 # It is given, and not trained.
                 continue

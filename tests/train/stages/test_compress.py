@@ -10,10 +10,11 @@ from ppcl_train.stages.taken import listed, taken
 from tests.train.stages.test_width import catalog_of
 
 
-def test_the_rank_is_the_least_that_meets_its_error():
+@pytest.mark.parametrize(("rows", "columns"), [(12, 20), (20, 12)])
+def test_the_rank_is_the_least_that_meets_its_error(rows, columns):
     torch.manual_seed(0)
-    matrix = torch.randn(12, 3) @ torch.randn(3, 20) + 0.05 * torch.randn(12, 20)
-    x = torch.randn(500, 20) @ torch.randn(20, 20)
+    matrix = torch.randn(rows, 3) @ torch.randn(3, columns) + 0.05 * torch.randn(rows, columns)
+    x = torch.randn(500, columns) @ torch.randn(columns, columns)
     second = x.double().T @ x.double() / len(x)
     for share in (0.3, 0.05, 0.001):
         most = share * output_error(matrix, second)

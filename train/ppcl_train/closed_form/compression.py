@@ -57,8 +57,7 @@ def truncated(
         ``[rows, r]`` and ``[r, columns]``; None where two factors would not be smaller than the matrix.
     """
     matrix = matrix.double()
-    weighted = matrix if second is None else matrix @ second.to(matrix)
-    values, vectors = torch.linalg.eigh(weighted @ matrix.T)
+    values, vectors = _left_singular(matrix, second)
     # Ascending: what is lost by leaving out the first n.
     lost = values.clip(min=0).cumsum(0)
     rank = max(1, int((lost > most).sum()))
@@ -67,6 +66,21 @@ def truncated(
         return None
     up = vectors[:, -rank:].flip(1)
     return up.to(dtype).contiguous(), (up.T @ matrix).to(dtype).contiguous()
+
+
+def _left_singular(matrix: torch.Tensor, second: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared singular values of ``M C^(1/2)``, ascending, and its left singular vectors, in columns."""
+    rows, columns = matrix.shape
+    if rows <= columns:
+        weighted = matrix if second is None else matrix @ second.to(matrix)
+        return torch.linalg.eigh(weighted @ matrix.T)
+    # By the smaller side: modulations have 18,432 rows and 3,072 columns, which is 200 times the work by the larger.
+    image = matrix
+    if second is not None:
+        variances, axes = torch.linalg.eigh(second.to(matrix))
+        image = matrix @ (axes * variances.clip(min=0).sqrt())
+    values, right = torch.linalg.eigh(image.T @ image)
+    return values, image @ (right / values.clip(min=1e-300).sqrt())
 
 
 def output_error(change: torch.Tensor, second: torch.Tensor) -> float:

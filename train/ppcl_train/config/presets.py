@@ -151,7 +151,7 @@ _PAPER = with_changes(
         # What is held at once; no result depends on it.
         "probes.at_once": 20,
         "students.at_once": 15,
-        "width.blocks_at_once": 2,
+        "width.blocks_at_once": 1,
         "students.magnitude": 0.0,
         "width.heads": [],
         "width.channels": [],

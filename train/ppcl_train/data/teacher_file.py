@@ -78,7 +78,8 @@ def extract_teacher(run: RunConfig, checkpoint: Path, file: Path) -> None:
 def load_teacher(run: RunConfig, folder: Path) -> Any:
     """Load the teacher, rounded to what the checkpoint will store, in the dtype that the teacher computes in.
 
-    These are the exact weights, whatever ``teacher.quantize`` says; `only_read` holds them otherwise.
+    These are the exact weights, whatever ``teacher.quantize`` says; `only_read` holds them otherwise. They are read a
+    tensor at a time, to this process's device; where they will be held otherwise or spread, to the host.
 
     Raises:
         ValueError: a pretrained teacher is gone, or differs from the one that the run began with.
@@ -87,11 +88,13 @@ def load_teacher(run: RunConfig, folder: Path) -> Any:
     if run.teacher.pretrained is not None:
         source = find_pretrained(run.teacher.pretrained)
         _compare_with_note(source, folder)
-        model = ppcl_rt.load(source, dtype=storage)
+        on_host = run.teacher.held_otherwise or run.students.shard_teacher
+        model = ppcl_rt.load(source, dtype=storage, device="cpu" if on_host else join().device)
         return (model if storage == compute else model.to(compute)).requires_grad_(False)
     model = run.family.build(run.teacher.architecture)
-    tensors = read_tensors(folder / TEACHER_FILE)
-    model.load_state_dict({name: tensor.to(storage).to(compute) for name, tensor in tensors.items()}, assign=True)
+    stored = stored_in(folder / TEACHER_FILE)
+    for name, parameter in model.named_parameters():
+        parameter.data = stored[name].rounded(storage).read().to(compute)
     return model.eval().requires_grad_(False)
 
 

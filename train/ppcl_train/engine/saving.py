@@ -31,7 +31,7 @@ from ppcl_train.engine.provenance import signed
 
 _NOTE = "note.json"
 # Bytes of a file of one process, about: a file is put together in host memory before it is written.
-_FILE_BYTES = 1 << 30
+FILE_BYTES = 1 << 30
 
 
 def state_folder(folder: Path, stage: str) -> Path:
@@ -179,7 +179,7 @@ class Saves:
         sizes = self._world.union({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
         numbers, total = {}, 0
         for name in sorted(sizes):
-            numbers[name] = 1 + total // (_FILE_BYTES * self._world.size)
+            numbers[name] = 1 + total // (FILE_BYTES * self._world.size)
             total += sizes[name]
         return numbers
 

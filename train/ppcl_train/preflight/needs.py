@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ppcl_train.config.stages import EndToEndConfig, LoopConfig
+from ppcl_train.engine import saving
 from ppcl_train.preflight.sizes import Sizes
 
 # Bytes of a parameter in training: its float32 value and its gradient.
@@ -26,6 +27,8 @@ class Needs:
         flops: floating-point operations over all processes.
         shared: whether all processes do the work; else the first does it, and the rest wait.
         host: bytes in the memory of the host for each process, besides what is on the device.
+        file: bytes of what is put together in the host's memory at a time, for each process, to be written.
+        kept: bytes of ``device`` that are still there then; activations and gradients are gone.
         leaves: bytes on disk that the stage leaves.
         during: bytes on disk that it takes besides while it runs.
     """
@@ -34,6 +37,8 @@ class Needs:
     flops: float
     shared: bool = True
     host: dict[str, float] = field(default_factory=dict)
+    file: float = 0.0
+    kept: float = 0.0
     leaves: float = 0.0
     during: float = 0.0
 
@@ -42,10 +47,25 @@ class Needs:
         """Bytes on each device at once."""
         return sum(self.device.values())
 
+    @property
+    def of_one_memory(self) -> float:
+        """Bytes at once where device and host are one memory: on a CPU."""
+        return max(self.peak + sum(self.host.values()), self.kept + self.file)
+
+    @property
+    def on_host(self) -> float:
+        """Bytes in the memory of the host for each process, where there are devices."""
+        return max(sum(self.host.values()), self.file)
+
 
 def _moments(config: LoopConfig) -> int:
     """Bytes of Adam's two moments, and of a moving average, for a parameter."""
     return (2 if config.eight_bit else 8) + (4 if config.ema else 0)
+
+
+def _part(state: float) -> float:
+    """Bytes of the part of a state that is in memory once more while it is written."""
+    return min(state, saving.FILE_BYTES)
 
 
 def _teacher(sizes: Sizes, shards: int = 1) -> float:
@@ -136,7 +156,8 @@ def select(sizes: Sizes, processes: int) -> Needs:
         return Needs({**base, **held, "activations": activations}, sizes.flops * passes, shared=False, leaves=kept)
     measuring = _measuring(sizes)
     trial: dict[str, float] = {
-        "two students": 2 * block * (_VALUE + 8) + block * _GRADIENT,
+        # The best so far, and another.
+        "students": min(2, len(table.starts)) * block * (_VALUE + 8) + block * _GRADIENT,
         "activations": max(sizes.backward(table.batch, "no"), sizes.forward(_samples_at_once(sizes))),
         "streams": table.batches * 2 * sizes.streams(table.batch),
     }
@@ -166,11 +187,16 @@ def students(sizes: Sizes, processes: int) -> Needs:
         "gradients": gradients * block * _GRADIENT,
         "activations": sizes.backward(batch, config.precision) + sizes.streams(batch) * 4,
     }
+    # Where the teacher is spread, each process reads it into the host's memory first.
+    host = {"teacher": _teacher(sizes)} if config.shard_teacher and processes > 1 else {}
+    state = device["students and moments"]
+    kept = device["teacher"] + state
     samples = config.batch * config.steps * config.accumulate
     trained = 3 * sizes.block_flops() * sizes.most_students * samples
     flops = groups * samples * sizes.flops * (processes if config.parallel == "intervals" else 1) + trained
     saved = mine * block * (_VALUE + _moments(config)) * (processes if config.parallel == "intervals" else 1)
-    return Needs(device, flops, leaves=sizes.most_students * block * 4, during=saved)
+    leaves = sizes.most_students * block * 4
+    return Needs(device, flops, host=host, file=_part(state), kept=kept, leaves=leaves, during=saved)
 
 
 def compress(sizes: Sizes, processes: int) -> Needs:
@@ -181,7 +207,7 @@ def compress(sizes: Sizes, processes: int) -> Needs:
     block = sizes.block_params(sizes.largest_block)
     device = {
         "teacher": _teacher(sizes),
-        "students": count * block * sizes.itemsize,
+        "students": count * block * sizes.itemsize + block * 4,
         "statistics of blocks": min(run.width.blocks_at_once, count) * sizes.statistics(sizes.largest_block),
         "activations": sizes.forward(run.batch) + 2 * sizes.streams(run.batch),
         "closed forms of a block": sizes.closed_form(),
@@ -199,6 +225,7 @@ def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig, kept_steps: 
     activations = saved + per_block if config.checkpointing else sizes.architecture.depth * per_block
     device = {
         "teacher": _teacher(sizes, shards) * (2 if kept_steps else 1),
+        "bases of students": _bases(sizes) / shards,
         "what is trained": numbers * (_VALUE + _GRADIENT + _moments(config)) / shards,
         "activations": activations,
     }
@@ -207,7 +234,21 @@ def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig, kept_steps: 
     flops = config.batch * config.accumulate * steps * sizes.flops * (1 + 3 + config.checkpointing)
     measuring = _measuring(sizes)
     state = numbers * (_VALUE + _moments(config))
-    return Needs(device, flops + measuring.flops, host=measuring.host, leaves=4 * numbers, during=2 * state)
+    return Needs(
+        device,
+        flops + measuring.flops,
+        host=measuring.host,
+        file=_part(state / shards),
+        kept=device["teacher"] + device["bases of students"] + state / shards,
+        leaves=4 * numbers,
+        during=2 * state,
+    )
+
+
+def _bases(sizes: Sizes) -> float:
+    """Bytes of the frozen weights that students are differences to, each next to its factors."""
+    one = sizes.block_params(sizes.largest_block) * sizes.itemsize
+    return sizes.most_students * one if sizes.run.compress.share else 0
 
 
 def trained_numbers(sizes: Sizes) -> float:
@@ -238,7 +279,7 @@ def _measuring(sizes: Sizes) -> Needs:
     samples = run.measure.samples * _calls_a_sample(sizes)
     device = {
         "teacher": _teacher(sizes),
-        "layers": sizes.itemsize * trained_numbers(sizes),
+        "layers": sizes.itemsize * trained_numbers(sizes) + _bases(sizes),
         "activations": sizes.forward(_samples_at_once(sizes)) + 2 * sizes.streams(_samples_at_once(sizes)),
     }
     host: dict[str, float] = {"streams of the samples": sizes.streams(samples)}
@@ -256,7 +297,8 @@ def pack(sizes: Sizes, processes: int) -> Needs:
     plans = run.measure.candidates * (1 / run.measure.spacing + 2 / run.measure.other_spacing)
     flops = plans * run.measure.samples * _calls_a_sample(sizes) * sizes.flops * 0.6
     leaves = sizes.storage * (sizes.params + trained_numbers(sizes))
-    return Needs(measuring.device, flops, host={"a file": min(10e9, leaves)}, leaves=leaves)
+    # A file at a time, as tensors and as bytes; the model is gone by then.
+    return Needs(measuring.device, flops, host=measuring.host, file=2 * min(10e9, leaves), leaves=leaves)
 
 
 # By the name of the stage, in order.

@@ -99,7 +99,7 @@ def _lacks(stage: str, needs: Needs, machine: Machine, disk: float) -> str:
         parts = ", ".join(f"{what} {_gb(size)}" for what, size in largest[:3])
         of = f"of {_gb(machine.memory)}, {_gb(room)} are there"
         return f"{stage} takes {_gb(needs.peak)} on each device ({parts}), {of}"
-    host = sum(needs.host.values()) * machine.gpus
+    host = needs.on_host * machine.gpus
     if machine.host is not None and host > machine.host * (1 - _SPARE):
         return f"{stage} takes {_gb(host)} of a host's {_gb(machine.host)}"
     if machine.disk is not None and disk > machine.disk:
@@ -207,7 +207,7 @@ def show(found: list[Row], machine: Machine) -> None:
     for row in found:
         needs = row.needs
         parts = [f"{what} {size / 1e9:.1f}" for what, size in needs.device.items() if size > 0.01 * needs.peak]
-        host = sum(needs.host.values())
+        host = needs.on_host
         table.add_row(
             row.stage,
             _gb(needs.peak),
@@ -238,7 +238,7 @@ def as_rows(found: list[Row]) -> list[dict[str, Any]]:
         {
             "stage": row.stage,
             "device": {"peak": row.needs.peak, **row.needs.device},
-            "host": row.needs.host,
+            "host": {"peak": row.needs.on_host, **row.needs.host},
             "leaves": row.needs.leaves,
             "during": row.needs.during,
             "disk": row.disk,

@@ -172,12 +172,13 @@ class Sizes:
     def closed_form(self) -> int:
         """Bytes that the closed forms of the largest group of a block hold at once, next to its statistics.
 
-        Brain surgery holds the inverse of a Gram matrix and a copy that shrinks, the weights and their products with
-        it, in float64.
+        Brain surgery holds a Gram matrix, the covariance, its inverse and a product of the weights, and three times
+        the weights, in float64; the layers of all counts wait in float32 until they are factored.
         """
         columns = max(c for block in range(self.architecture.depth) for _, c in self._columns(block))
         rows = max(r for block in range(self.architecture.depth) for r, _ in self._columns(block))
-        return 8 * (3 * columns**2 + 3 * rows * columns)
+        layers = max(sum(x.rows * x.columns for x in self.layers(n)) for n in range(self.architecture.depth))
+        return 8 * (4 * columns**2 + 3 * rows * columns) + 4 * layers
 
     def closed_form_flops(self, block: int) -> int:
         """Of Gram matrices over all samples, and of brain surgery on every output of a block."""
@@ -213,7 +214,9 @@ class Sizes:
         return found
 
     def backward(self, batch: int, precision: Literal["no", "bf16"]) -> int:
-        """The most bytes that a block with all its parameters in training holds at once, next to its weights.
+        """The most bytes that a block with all its parameters in training holds at once.
+
+        Its weights do not count, nor their gradients: these are let go of as soon as each is whole.
 
         Args:
             batch: samples.
@@ -244,12 +247,19 @@ def _backward(task: str, settings: str, tokens: Tokens, precision: Literal["no",
         with FakeTensorMode(allow_non_fake_inputs=True):
             shallow = family.build({**json.loads(settings), **one_each})
             block, call = _first_call(shallow, shallow.example(tokens))
+            for parameter in block.parameters():
+                parameter.register_post_accumulate_grad_hook(_let_go)
             with LiveBytes() as live, autocast(precision, "cpu", keeps_casts=False):
                 out = block(**call)
                 sum(stream.float().square().sum() for stream in out).backward()
     finally:
         torch.set_default_dtype(before)
     return live.peak
+
+
+def _let_go(parameter: torch.Tensor) -> None:
+    """Drop a gradient that is whole."""
+    parameter.grad = None
 
 
 def _first_call(model: Any, given: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
