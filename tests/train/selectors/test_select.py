@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -243,6 +244,24 @@ def test_the_figure_shows_both_streams_and_their_mean(reference):
 def loss_of(model):
     held = HeldStreams(model, calibration.batches(TINY, 24, calibration.CHECK))
     return table.StudentLoss(held, bands=3), held
+
+
+def test_at_most_two_students_with_their_moments_are_in_memory(model, monkeypatch):
+    seen, most = [], 0
+
+    class Trial(table._Trial):
+        def __init__(self, *args):
+            nonlocal most
+            super().__init__(*args)
+            seen.append(weakref.ref(self.optimiser))
+            most = max(most, sum(each() is not None for each in seen))
+
+    monkeypatch.setattr(table, "_Trial", Trial)
+    trained_on = HeldStreams(model, calibration.batches(TINY, 8, calibration.CHECK))
+    loss, _ = loss_of(model)
+    for interval in (Interval(0, 1), Interval(1, 3)):
+        table.measure_candidate(TINY, model, trained_on, loss, interval)
+    assert (len(seen), most) == (7, 2)
 
 
 def test_a_perfect_student_costs_nothing(model):

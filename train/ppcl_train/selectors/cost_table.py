@@ -10,6 +10,7 @@ of 4,300 tokens of width 3,072 in bfloat16, 0.8 GB on the host.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter
@@ -286,12 +287,15 @@ def measure_candidate(
         if start == "middle" and len(interval) == 2 and "first" in trials:
             # The middle of two blocks is the first.
             continue
+        # An optimiser and its schedule hold each other: without this, those before would wait for the collector.
+        gc.collect()
         trial = _Trial(run, model.blocks(), Selected(interval, start))
         trial.train(trained_on, range(config.trial_steps))
         trials[start] = sum(loss.by_band(interval, trial.student, batches=1))
         # Only the best so far is kept, so that at most two students and their optimisers are in memory.
         if best is None or trials[start] < trials[best.selected.start]:
             best = trial
+        del trial
     assert best is not None, "there is a start"
     best.train(trained_on, range(config.trial_steps, config.steps))
     bands = loss.by_band(interval, best.student)

@@ -5,6 +5,7 @@ PPCL stages 1.1 (probes, eq. 1 and 2) and 1.2 (intervals, eq. 3 to 5).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,9 @@ def make_probes(run: RunConfig, folder: Path, model: Any, log: Log) -> dict[str,
         error_after = probe_error(run, model, probes, blocks)
         log(probed=blocks.stop, of=depth, least_squares=error_before, tuned=error_after)
         parts.write(tuned, probes)
+        del probes
+        # An optimiser and its schedule hold each other, and the probes.
+        gc.collect()
     parts.list_in(listed, [f"tuned.{number}" for number in range(len(groups))], {"steps": config.steps})
     return read_tensors(listed)
 

@@ -5,6 +5,7 @@ PPCL stage 3.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -135,6 +136,8 @@ def _end_to_end(
     plans = Plans(worthwhile, planned, config)
     if config.steps:
         start = _trained(run, folder, config, log, start, plans, costs.first_seed)
+        # An optimiser and its schedule hold each other, and what they trained.
+        gc.collect()
     if kept_steps:
         kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": kept_steps})
         first_seed = costs.first_seed + config.steps * config.accumulate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import shutil
@@ -215,6 +216,8 @@ def distil(run: RunConfig, folder: Path) -> None:
     for number, division in enumerate(divisions):
         part = Log(folder, "students" if len(divisions) == 1 else f"students.{number}")
         trained |= world.gather(_train(run, folder, part, teacher, teacher_streams, division))
+        # Optimisers and their schedules hold each other: a group's moments would wait for the collector.
+        gc.collect()
     if world.is_main:
         write_tensors(folder / OUTPUT, trained, {"steps": config.steps})
     # Every process has read its last batch before the cache is deleted.
