@@ -127,7 +127,7 @@ def test_a_state_is_saved_when_its_time_has_come(tmp_path, monkeypatch):
 
         return ticks
 
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
     rare = with_changes(RUN, {"save_every": 500, "save_seconds": 30})
     with pytest.raises(Stopped):
         train(tmp_path, run=rare, wrap=lambda step_loss: tick(stopping_at(8)(step_loss)))

@@ -6,7 +6,6 @@ at any moment and started again therefore ends with the same weights, bit for bi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -76,7 +75,7 @@ def train_loop(
     ]
     state = LoopState(parameters, optimisers, config.ema)
     trained = state.trained
-    first, saved_at = 0, time.monotonic()
+    first = 0
     if (saved := saves.newest()) is not None:
         first = state.restore(saves, saved)
         log(resumed=first)
@@ -112,13 +111,11 @@ def train_loop(
                 curves = {f"loss/{name}": mean for name, mean in report.get("losses", {}).items()}
                 track({"loss": report["loss"], "lr": lr, **curves}, done)
             # Not while a loss is far off: the last good state would be overwritten before the loss counts as diverged.
-            late = world.any(time.monotonic() - saved_at >= run.save_seconds)
-            due = last or late or done % run.save_every == 0
+            due = last or done % run.save_every == 0 or world.any(saves.age >= run.save_seconds)
             if due and (not world.any(any(loss.far_off for loss in state.losses.values())) or last):
                 if wrong := state.not_finite(world):
                     raise fail(f"{wrong} is not finite", step)
                 state.save(saves, done, config.steps, world)
-                saved_at = time.monotonic()
         saves.finish()
     return trained
 

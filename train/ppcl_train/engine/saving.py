@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,6 +89,12 @@ class Saves:
         self._background = world.device.type == "cuda" if background is None else background
         self._pending: Future[Any] | None = None
         self._thread = ThreadPoolExecutor(1)
+        self._begun = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last state was begun to be written, or the loop began."""
+        return time.monotonic() - self._begun
 
     def newest(self) -> Path | None:
         """The newest whole state, the same in all processes."""
@@ -112,6 +119,7 @@ class Saves:
             ValueError: this state, or the last one, cannot be written.
         """
         self.finish()
+        self._begun = time.monotonic()
         partial = self._folder / ".partial"
         if self._world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
