@@ -79,7 +79,8 @@ def load_teacher(run: RunConfig, folder: Path) -> Any:
     """Load the teacher, rounded to what the checkpoint will store, in the dtype that the teacher computes in.
 
     These are the exact weights, whatever ``teacher.quantize`` says; `only_read` holds them otherwise. They are read a
-    tensor at a time, to this process's device; where they will be held otherwise or spread, to the host.
+    tensor at a time; those of a pretrained teacher to this process's device, or, where they will be held otherwise, to
+    the host.
 
     Raises:
         ValueError: a pretrained teacher is gone, or differs from the one that the run began with.
@@ -88,8 +89,8 @@ def load_teacher(run: RunConfig, folder: Path) -> Any:
     if run.teacher.pretrained is not None:
         source = find_pretrained(run.teacher.pretrained)
         _compare_with_note(source, folder)
-        on_host = run.teacher.held_otherwise or run.students.shard_teacher
-        model = ppcl_rt.load(source, dtype=storage, device="cpu" if on_host else join().device)
+        device = "cpu" if run.teacher.held_otherwise else join().device
+        model = ppcl_rt.load(source, dtype=storage, device=device)
         return (model if storage == compute else model.to(compute)).requires_grad_(False)
     model = run.family.build(run.teacher.architecture)
     stored = stored_in(folder / TEACHER_FILE)

@@ -187,8 +187,6 @@ def students(sizes: Sizes, processes: int) -> Needs:
         "gradients": gradients * block * _GRADIENT,
         "activations": sizes.backward(batch, config.precision) + sizes.streams(batch) * 4,
     }
-    # Where the teacher is spread, each process reads it into the host's memory first.
-    host = {"teacher": _teacher(sizes)} if config.shard_teacher and processes > 1 else {}
     state = device["students and moments"]
     kept = device["teacher"] + state
     samples = config.batch * config.steps * config.accumulate
@@ -196,7 +194,7 @@ def students(sizes: Sizes, processes: int) -> Needs:
     flops = groups * samples * sizes.flops * (processes if config.parallel == "intervals" else 1) + trained
     saved = mine * block * (_VALUE + _moments(config)) * (processes if config.parallel == "intervals" else 1)
     leaves = sizes.most_students * block * 4
-    return Needs(device, flops, host=host, file=_part(state), kept=kept, leaves=leaves, during=saved)
+    return Needs(device, flops, file=_part(state), kept=kept, leaves=leaves, during=saved)
 
 
 def compress(sizes: Sizes, processes: int) -> Needs:

@@ -31,6 +31,7 @@ from ppcl_train.engine.sharding import Sharding
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
 from ppcl_train.selectors.selection import Selected
+from ppcl_train.stages.assembly import assembled, opened
 
 OUTPUT = "students.safetensors"
 
@@ -202,13 +203,7 @@ def distil(run: RunConfig, folder: Path) -> None:
         if world.is_main:
             write_tensors(folder / OUTPUT, {}, {"steps": 0})
         return
-    teacher = load_teacher(run, folder)
-    if config.precision == "bf16":
-        # Not diffusers' `to`, which warns of modules that it would keep in float32; there are none here.
-        nn.Module.to(teacher, torch.bfloat16)
-    if config.shard_teacher:
-        Sharding(world).add(teacher)
-    teacher = only_read(run, teacher, log)
+    teacher = only_read(run, _teacher(run, folder, world), log)
     divisions = [Division.of(config, world, group) for group in in_groups(selected, config.at_once)]
     teacher_streams = TeacherStreams(run, folder, teacher, divisions[0])
     log(students=len(selected), intervals=" ".join(str(each.interval) for each in selected))
@@ -224,6 +219,22 @@ def distil(run: RunConfig, folder: Path) -> None:
     world.wait()
     if world.is_main:
         teacher_streams.delete_cache()
+
+
+def _teacher(run: RunConfig, folder: Path, world: World) -> Any:
+    """Load the teacher in the precision of the training; where it is spread, one block of it at a time is whole."""
+    config = run.students
+    if config.shard_teacher:
+        sharding, dtype = Sharding(world), "bfloat16" if config.precision == "bf16" else run.teacher.dtype
+        run = run.model_copy(update={"teacher": run.teacher.model_copy(update={"dtype": dtype})})
+        teacher = opened(run, assembled(run, folder, {}), lambda _, block: sharding.add_block(block, {}))
+        sharding.add_rest(teacher, {})
+        return teacher
+    teacher = load_teacher(run, folder)
+    if config.precision == "bf16":
+        # Not diffusers' `to`, which warns of modules that it would keep in float32; there are none here.
+        nn.Module.to(teacher, torch.bfloat16)
+    return teacher
 
 
 def in_groups(selected: Sequence[Selected], most: int) -> list[Sequence[Selected]]:
