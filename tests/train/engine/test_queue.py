@@ -1,13 +1,15 @@
 """Jobs on disk: taken by any process, lost one at a time, never done twice."""
 
+import contextlib
 import os
 import signal
+import threading
 import time
 
 import pytest
 import torch
 
-from ppcl_train.engine import digests
+from ppcl_train.engine import digests, queue
 from ppcl_train.engine.lock import attended, claimed
 from ppcl_train.engine.queue import RESULTS, Job, Queue, Result, work_under_way
 
@@ -96,7 +98,16 @@ def test_a_process_that_is_killed_loses_one_job_and_two_processes_share_the_othe
     assert not leftovers(tmp_path) and work_under_way(tmp_path) is None
 
 
-def test_processes_that_make_other_results_do_not_work_at_one_run(tmp_path):
+def test_a_process_that_leaves_the_queue_before_is_waited_for(tmp_path):
+    before, stays = Queue(tmp_path, JOBS[:1])._open_file, contextlib.ExitStack()
+    stays.enter_context(attended(before))
+    threading.Timer(0.3, stays.close).start()
+    Queue(tmp_path, JOBS[1:]).work(doing(tmp_path), silent)
+    assert not before.exists() and len(done(tmp_path)) == len(JOBS) - 1
+
+
+def test_processes_that_make_other_results_do_not_work_at_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "_PATIENCE", 0.2)
     child = forked(tmp_path, slow=("a-0",))
     while not work_under_way(tmp_path):
         time.sleep(0.01)

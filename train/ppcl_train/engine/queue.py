@@ -24,6 +24,8 @@ from ppcl_train.engine.lock import attended, claimed, delete, is_attended
 RESULTS = "results"
 # Seconds between two looks for what other processes have done, or have left undone.
 _PAUSE = 0.1
+# Seconds that processes have to leave another queue.
+_PATIENCE = 10.0
 
 
 class Job(NamedTuple):
@@ -88,6 +90,10 @@ class Queue:
         """The jobs whose results are not there, in order."""
         return [job for job in self.jobs if not self.is_done(job)]
 
+    def _others_are_here(self) -> bool:
+        """Whether processes work at another queue of the folder."""
+        return any(is_attended(file) for file in self._folder.glob("*.open") if file != self._open_file)
+
     def work(self, do: Do, log: Callable[..., None]) -> list[Result]:
         """Take jobs until all are done, by this process or by others; returns the results, in the order of the jobs.
 
@@ -99,8 +105,11 @@ class Queue:
             ValueError: processes work at another queue of the folder: they measure something else, or with other
                 versions. And what ``do`` raises: what was done before is kept.
         """
-        others = [file for file in self._folder.glob("*.open") if file != self._open_file and is_attended(file)]
-        if others:
+        until = time.monotonic() + _PATIENCE
+        # A process that helped at the queue before this one leaves it when it sees that all is done.
+        while self._others_are_here() and time.monotonic() < until:
+            time.sleep(_PAUSE)
+        if self._others_are_here():
             raise ValueError(
                 f"processes at {self._folder} make other results than this one would: start all of them with the same "
                 "settings, versions and kind of device"
