@@ -28,7 +28,7 @@ $(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 demo: $(VENV)/installed
 	$(BIN)/ppcl demo examples/scenes --out demo.png
 
-# All laws and behaviours, in five minutes on two cores.
+# All laws and behaviours, in ten minutes on two cores.
 test: $(VENV)/installed
 	$(PYTEST) tests
 
@@ -52,7 +52,7 @@ $(LOWEST)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 lowest: $(LOWEST)/installed
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) tests/laws tests/checkpoint tests/model tests/planning
 
-# Fifty SIGKILLs over a whole tiny training run; `make test` has three, `make full` a dozen.
+# Fifty SIGKILLs over a whole tiny training run; `make test` has one, `make full` a dozen.
 kill: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills 50
 
