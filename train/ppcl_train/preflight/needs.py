@@ -225,6 +225,7 @@ def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig, kept_steps: 
         "teacher": _teacher(sizes, shards) * (2 if kept_steps else 1),
         "bases of students": _bases(sizes) / shards,
         "what is trained": numbers * (_VALUE + _GRADIENT + _moments(config)) / shards,
+        "weights made of factors": _composed(sizes, config.checkpointing),
         "activations": activations,
     }
     steps = config.steps + kept_steps
@@ -241,6 +242,17 @@ def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig, kept_steps: 
         leaves=4 * numbers,
         during=2 * state,
     )
+
+
+def _composed(sizes: Sizes, checkpointing: bool) -> float:
+    """The most bytes of weights that are made of factors in the forward pass and kept for the backward pass."""
+    if not sizes.run.compress.share:
+        return 0
+    depth, count = sizes.architecture.depth, sizes.most_students
+    student = sizes.block_params(sizes.largest_block) * sizes.itemsize if count else 0
+    own = sizes.composed(sizes.largest_block)
+    # A student runs in the place of two blocks or more.
+    return max(student, own) if checkpointing else count * student + (depth - 2 * count) * own
 
 
 def _bases(sizes: Sizes) -> float:

@@ -97,6 +97,17 @@ class Sizes:
                 columns = spec.dim if count == LINEAR_MAP else count * output.segment.unit
                 yield Layer(output.part.rows, columns, output.part.rows if output.biased else 0)
 
+    def composed(self, block: int) -> int:
+        """The most bytes of narrower layers that a plan runs in a block, each whole."""
+        spec, total = self.architecture.spec(block), 0
+        counts = legal_counts(self.run, spec)
+        for output in spec.outputs:
+            narrower = [
+                spec.dim if n == LINEAR_MAP else n * output.segment.unit for n in counts[output.segment.group][1:]
+            ]
+            total += output.part.rows * max(narrower, default=0)
+        return total * self.itemsize
+
     def modulation_factors(self, block: int) -> int:
         """Numbers in the two factors of a block's modulations, at the highest rank."""
         spec = self.architecture.spec(block)
