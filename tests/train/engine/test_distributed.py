@@ -206,6 +206,7 @@ def test_the_pipeline_runs_in_two_processes_and_recovers_what_one_does(tmp_path)
         "recover.steps": 4,
         "recover.batch": 3,
         "recover.warmup": 0,
+        "keep_all": True,
     }
     config, two, one = with_changes(TINY, changes), tmp_path / "two", tmp_path / "one"
     two.mkdir()
