@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 from collections.abc import Callable, Iterable
@@ -80,3 +81,11 @@ def autocast(precision: Literal["no", "bf16"], device_type: str, *, keeps_casts:
             many models inside one block need.
     """
     return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keeps_casts)
+
+
+def free_optimisers() -> None:
+    """Free the optimisers that nobody uses any more, their moments and what they trained.
+
+    An optimiser and its schedule (`schedule`) hold each other; the collector of its own would come to them late.
+    """
+    gc.collect()

@@ -10,7 +10,6 @@ of 4,300 tokens of width 3,072 in bfloat16, 0.8 GB on the host.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from collections import Counter
@@ -33,7 +32,7 @@ from ppcl_train.engine import digests
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, write_json
 from ppcl_train.engine.log import Log
-from ppcl_train.engine.optimisers import adamw, autocast, cosine, schedule, take_step
+from ppcl_train.engine.optimisers import adamw, autocast, cosine, free_optimisers, schedule, take_step
 from ppcl_train.engine.queue import Job, Queue, Result
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.losses.velocity_error import LEAST_LOSS, Target, band_edges
@@ -287,8 +286,7 @@ def measure_candidate(
         if start == "middle" and len(interval) == 2 and "first" in trials:
             # The middle of two blocks is the first.
             continue
-        # An optimiser and its schedule hold each other: without this, those before would wait for the collector.
-        gc.collect()
+        free_optimisers()
         trial = _Trial(run, model.blocks(), Selected(interval, start))
         trial.train(trained_on, range(config.trial_steps))
         trials[start] = sum(loss.by_band(interval, trial.student, batches=1))

@@ -5,7 +5,6 @@ PPCL stages 1.1 (probes, eq. 1 and 2) and 1.2 (intervals, eq. 3 to 5).
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_tensors, write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.optimisers import free_optimisers
 from ppcl_train.engine.parts import Parts
 from ppcl_train.losses.matching import token_rows
 from ppcl_train.selectors import selection
@@ -138,8 +138,7 @@ def make_probes(run: RunConfig, folder: Path, model: Any, log: Log) -> dict[str,
         log(probed=blocks.stop, of=depth, least_squares=error_before, tuned=error_after)
         parts.write(tuned, probes)
         del probes
-        # An optimiser and its schedule hold each other, and the probes.
-        gc.collect()
+        free_optimisers()
     parts.list_in(listed, [f"tuned.{number}" for number in range(len(groups))], {"steps": config.steps})
     return read_tensors(listed)
 

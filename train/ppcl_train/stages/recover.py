@@ -5,7 +5,6 @@ PPCL stage 3.
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.optimisers import free_optimisers
 from ppcl_train.engine.sharding import Sharding, drop_unreached
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages import compress, width
@@ -136,8 +136,7 @@ def _end_to_end(
     plans = Plans(worthwhile, planned, config)
     if config.steps:
         start = _trained(run, folder, config, log, start, plans, costs.first_seed)
-        # An optimiser and its schedule hold each other, and what they trained.
-        gc.collect()
+        free_optimisers()
     if kept_steps:
         kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": kept_steps})
         first_seed = costs.first_seed + config.steps * config.accumulate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import shutil
@@ -26,7 +25,7 @@ from ppcl_train.engine.distributed import ALONE, World, join, owners
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
-from ppcl_train.engine.optimisers import adamw, adamw_class, autocast, take_step
+from ppcl_train.engine.optimisers import adamw, adamw_class, autocast, free_optimisers, take_step
 from ppcl_train.engine.sharding import Sharding
 from ppcl_train.losses.matching import matching_loss
 from ppcl_train.selectors import selection
@@ -211,8 +210,7 @@ def distil(run: RunConfig, folder: Path) -> None:
     for number, division in enumerate(divisions):
         part = Log(folder, "students" if len(divisions) == 1 else f"students.{number}")
         trained |= world.gather(_train(run, folder, part, teacher, teacher_streams, division))
-        # Optimisers and their schedules hold each other: a group's moments would wait for the collector.
-        gc.collect()
+        free_optimisers()
     if world.is_main:
         write_tensors(folder / OUTPUT, trained, {"steps": config.steps})
     # Every process has read its last batch before the cache is deleted.
