@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 python bench/studies/preflight.py OUT --sizes 384x8 --sizes 768x8 --sizes 1536x6
 
-Each size is a whole run of the task scenes with a random teacher, few steps and few samples, a process a stage.
+Each size is a whole run of the task scenes with a random teacher, few steps, of which every one is saved, and few
+samples, a process a stage. Ranks are those of the preset ``qwen-image-1gpu``, as shares of the width.
 Measured is the resident memory that is not a file's (``RssAnon``), above what it is after the same stage of a tiny
 model, which loads all libraries, every 10 milliseconds; what is freed goes back to the system at once, as on a GPU it
 goes back to the allocator (``MALLOC_MMAP_THRESHOLD_``). And the most that the run folder holds on disk, without the
@@ -56,6 +57,7 @@ def settings_of(dim: int, depth: int) -> RunConfig:
             "teacher.architecture": {**scenes.teacher.architecture, **shape},
             "teacher.compile": False,
             "tracker": "none",
+            "save_every": 1,
             "batch": 8,
             "table.lengths": [2],
             "table.steps": 2,
@@ -66,19 +68,20 @@ def settings_of(dim: int, depth: int) -> RunConfig:
             "table.samples": 4,
             "table.most_students": 2,
             "table.ratio_step": 0.1,
-            "students.steps": 2,
+            "students.steps": 3,
             "students.batch": 8,
+            "students.at_once": 1,
             "width.heads": [0.5],
             "width.channels": [0.5],
-            "width.ranks": [16],
+            "width.ranks": [dim // 48],
             "width.samples": 16,
             "width.blocks_at_once": 2,
             "width.longest_text_run": 2,
-            "compress.most_rank": 64,
-            "recover.steps": 2,
+            "compress.most_rank": dim // 12,
+            "recover.steps": 3,
             "recover.batch": 8,
             "recover.spacing": 0.1,
-            "refine.steps": 2,
+            "refine.steps": 3,
             "refine.batch": 8,
             "refine.spacing": 0.1,
             "refine.other_spacing": 0.5,

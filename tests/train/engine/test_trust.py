@@ -103,17 +103,33 @@ def same(mine, theirs) -> bool:
 def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path, changes):
     config = LOOP.model_copy(update=changes)
     whole = train(tmp_path / "whole", config)
-    with pytest.raises(Stopped):
-        train(tmp_path / "stopped", config, wrap=stopping_at(13 * config.accumulate))
-    assert same(train(tmp_path / "stopped", config), whole)
-    states = [newest_state(tmp_path / name) for name in ("whole", "stopped")]
+    for folder, stops in (("once", [18]), ("twice", [13, 18])):
+        for step in stops:
+            with pytest.raises(Stopped):
+                train(tmp_path / folder, config, wrap=stopping_at(step * config.accumulate))
+    states = [newest_state(tmp_path / name) for name in ("once", "twice")]
     # Averages, moments and running means too. (Notes in the headers of the files come in any order.)
+    assert step_of(states[0]) == 15 and any("exp_avg" in name for name in tensors_of(states[0]))
     assert (
         same(*map(tensors_of, states))
         and (states[0] / "note.json").read_bytes() == (states[1] / "note.json").read_bytes()
     )
+    for name in ("once", "twice"):
+        assert same(train(tmp_path / name, config), whole)
     # One state, and nothing that is half written.
-    assert [path.name for path in (tmp_path / "stopped" / "students.state").iterdir()] == [states[1].name]
+    assert [path.name for path in (tmp_path / "twice" / "students.state").iterdir()] == ["000000020"]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_last_state_is_what_the_loop_returns(tmp_path, ema):
+    config = LOOP.model_copy(update={"ema": ema})
+    trained = train(tmp_path, config)
+    kept = tensors_of(newest_state(tmp_path))
+    assert same(kept, {f"{'average' if ema else 'model'}.{name}": tensor for name, tensor in trained.items()})
+    # A kill before the stage has written its output: no step is run again.
+    assert same(train(tmp_path, config, wrap=stopping_at(0)), trained)
+    with pytest.raises(ValueError, match="is the state of another training"):
+        train(tmp_path, config.model_copy(update={"steps": 30}))
 
 
 def test_a_state_is_saved_when_its_time_has_come(tmp_path, monkeypatch):
@@ -147,9 +163,15 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path):
 
 
 def test_averages_are_what_is_returned_and_smooth_what_is_trained(tmp_path):
-    last, averaged = train(tmp_path / "a"), train(tmp_path / "b", LOOP.model_copy(update={"ema": 0.9}))
+    averaging = LOOP.model_copy(update={"ema": 0.9})
+    for name, config in (("a", LOOP), ("b", averaging)):
+        with pytest.raises(Stopped):
+            train(tmp_path / name, config, wrap=stopping_at(18))
+    plain, held = (tensors_of(newest_state(tmp_path / name)) for name in ("a", "b"))
+    trained = {name for name in plain if name.startswith("model.")}
+    assert trained and all(torch.equal(held[name], plain[name]) for name in trained)
+    last, averaged = train(tmp_path / "a"), train(tmp_path / "b", averaging)
     held = tensors_of(newest_state(tmp_path / "b"))
-    assert same({name: held[f"model.{name}"] for name in last}, last)
     assert same({name: held[f"average.{name}"] for name in last}, averaged) and not same(averaged, last)
 
 

@@ -194,9 +194,9 @@ PRESETS = {
         students=StudentsConfig(magnitude=1.0, steps=250),
         # Down to 2 of 6 heads: attention and its projections are half of the FLOPs of these short sequences.
         width=WidthConfig(heads=(5 / 6, 4 / 6, 3 / 6, 2 / 6)),
-        recover=RecoverConfig(steps=550, lr=5e-4, ema=0.99, least_ratio=0.15),
+        recover=RecoverConfig(steps=450, lr=5e-4, ema=0.99, least_ratio=0.15),
         refine=RefineConfig(
-            steps=1250, lr=5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
+            steps=1000, lr=5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
         ),
         measure=MeasureConfig(samples=128, candidates=2),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),

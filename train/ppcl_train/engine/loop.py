@@ -77,7 +77,7 @@ def train_loop(
     trained = state.trained
     first = 0
     if (saved := saves.newest()) is not None:
-        first = state.restore(saves, saved)
+        first = state.restore(saves, saved, config.steps)
         log(resumed=first)
     rate = rate or (lambda step: cosine(step, config.steps, config.warmup))
     schedules = [schedule(optimiser, rate, first) for optimiser in optimisers]

@@ -59,30 +59,42 @@ class LoopState:
     def save(self, saves: Saves, done: int, of: int, world: World) -> None:
         """Write the state after ``done`` of ``of`` steps; every process of ``world`` calls this.
 
+        After the last step it is `trained` alone: a third of a state, or a quarter with averages.
+
         Raises:
             ValueError: it cannot be written.
         """
+        ended = done == of
+        plain = {} if ended else self._optimiser_state(tensors=False)
         note = {
             "step": done,
             "of": of,
-            "plain": dict(sorted(world.union(self._optimiser_state(tensors=False)).items())),
+            "plain": dict(sorted(world.union(plain).items())),
             "losses": world.union({name: asdict(loss) for name, loss in self.losses.items()}),
         }
+        tensors = self._weights(ended) if ended else self._tensors()
         # In one order, whether or not an optimiser was put back: a resumed run leaves the same bytes.
-        saves.write(done, dict(sorted(self._tensors().items())), note)
+        saves.write(done, dict(sorted(tensors.items())), note)
 
-    def restore(self, saves: Saves, state: Path) -> int:
+    def restore(self, saves: Saves, state: Path, steps: int) -> int:
         """Put a saved state in place; returns the number of steps done.
 
         Other processes may have written it, and more or fewer of them.
 
+        Args:
+            saves: where it lies.
+            state: its folder.
+            steps: of the training that goes on. A state after the last step has no more than `trained`.
+
         Raises:
-            ValueError: the state is damaged, or holds other parameters.
+            ValueError: the state is damaged, is that of a shorter training, or holds other parameters.
         """
         note, forms = saves.read_note(state), saves.forms(state)
-        into = self._weights()
+        known = {"step", "of", "plain", "losses"} <= set(note)
+        ended = known and note["step"] == note["of"]
+        into = self._weights(ended)
         same = all(name in forms and forms[name][0] == tensor.shape for name, tensor in into.items())
-        if not same or not {"step", "plain", "losses"} <= set(note):
+        if not same or not known or (ended and note["of"] != steps):
             raise ValueError(f"{state} is the state of another training: delete it, and the stage begins anew")
         moments = {
             name: _like(self.parameters[parameter], *form)
@@ -98,7 +110,7 @@ class LoopState:
             content = optimiser.state_dict()
             content["state"] = {i: states[name] for name, i in self._indices(optimiser).items() if name in states}
             optimiser.load_state_dict(content)
-        stored = [name.removeprefix("model.") for name in forms if name.startswith("model.")]
+        stored = [name.partition(".")[2] for name in forms if name.startswith(("model.", "average."))]
         for name, values in note["losses"].items():
             # The loss of parameters that another process trains now is watched in that process.
             if _owns(name, self.parameters) or not _owns(name, stored):
@@ -106,11 +118,12 @@ class LoopState:
         step: int = note["step"]
         return step
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return {
-            **{f"model.{name}": tensor.detach() for name, tensor in self.parameters.items()},
-            **{f"average.{name}": tensor for name, tensor in self.averages.items()},
-        }
+    def _weights(self, ended: bool = False) -> dict[str, torch.Tensor]:
+        """Parameters and averages by the names under which they are saved; after the last step, `trained` of them."""
+        averages = {f"average.{name}": tensor for name, tensor in self.averages.items()}
+        if ended and averages:
+            return averages
+        return {**{f"model.{name}": tensor.detach() for name, tensor in self.parameters.items()}, **averages}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {**self._weights(), **self._optimiser_state(tensors=True)}

@@ -192,9 +192,11 @@ def students(sizes: Sizes, processes: int) -> Needs:
     samples = config.batch * config.steps * config.accumulate
     trained = 3 * sizes.block_flops() * sizes.most_students * samples
     flops = groups * samples * sizes.flops * (processes if config.parallel == "intervals" else 1) + trained
-    saved = mine * block * (_VALUE + _moments(config)) * (processes if config.parallel == "intervals" else 1)
+    saved = at_once * block * (_VALUE + _moments(config))
     leaves = sizes.most_students * block * 4
-    return Needs(device, flops, file=_part(state), kept=kept, leaves=leaves, during=saved)
+    # A state and the next of the last group, and the students of the groups before; or all students once more.
+    during = max(2 * saved + (sizes.most_students - at_once) * block * 4, leaves)
+    return Needs(device, flops, file=_part(state), kept=kept, leaves=leaves, during=during)
 
 
 def compress(sizes: Sizes, processes: int) -> Needs:
