@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ppcl_rt import BlockSpec, Width
-from ppcl_rt.cli.task import task_of
+from ppcl_rt.pipelines.task import task_of
 from ppcl_train import pipeline
 from ppcl_train.engine.files import stored_in
 from ppcl_train.losses.velocity_error import VelocityError

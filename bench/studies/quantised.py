@@ -17,7 +17,7 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Quantisation
-from ppcl_rt.cli.task import task_of
+from ppcl_rt.pipelines.task import task_of
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "scenes"
 FORMATS: dict[str, Quantisation | None] = {

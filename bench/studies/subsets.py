@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 import ppcl_rt
 from ppcl_kernels.tools.machine import write_json
 from ppcl_rt import Catalog, Interval, Plan, PlannedBlock
-from ppcl_rt.cli.task import task_of
+from ppcl_rt.pipelines.task import task_of
 from ppcl_train.config.presets import PRESETS
 from ppcl_train.losses.velocity_error import VelocityError
 

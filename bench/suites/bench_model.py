@@ -21,8 +21,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.utils import logging as diffusers_logging
 
 import ppcl_rt
-from ppcl_rt.cli.task import task_of
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformerBlock
+from ppcl_rt.pipelines.task import task_of
 from ppcl_rt.planning.width import Width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,17 +46,17 @@ def device_name() -> str:
 
 
 def about(model, task) -> dict:
-    architecture = model.catalog.architecture
+    catalog, architecture = model.catalog, model.catalog.architecture
     return {
         "command": " ".join(["python -m pytest", *sys.argv[1:]]),
         "device": device_name(),
         "dtype": str(model.dtype),
-        "shape": f"batch {BATCH}, {task.image_tokens} image and {task.text_tokens} text tokens, "
+        "shape": f"batch {BATCH}, {catalog.reference.image} image and {catalog.reference.text} text tokens, "
         f"width {architecture.dim}",
         "torch": torch.__version__,
         "params": architecture.params(model.plan),
         "params_ratio": round(model.catalog.ratio(model.plan), 4),
-        "flops": architecture.flops(model.plan, task.image_tokens, task.text_tokens, BATCH),
+        "flops": architecture.flops(model.plan, *catalog.reference[:2], BATCH),
         "bytes": model.resident_bytes,
     }
 
@@ -84,7 +84,7 @@ def test_forward(benchmark, dense, ratio):
     """One forward at a ratio, with only the weights of that plan resident."""
     model = ppcl_rt.load(CHECKPOINT, ratio, dtype=torch.float32, device=DEVICE)
     task = task_of(model.catalog)
-    call = on_device(task.example(BATCH))
+    call = on_device(task.example(model, BATCH))
     with torch.no_grad():
         # Check, then time: a model that holds everything gives the same output at this plan.
         with dense.at(ratio=ratio):
@@ -109,7 +109,7 @@ def test_stock_forward(benchmark, dense):
     diffusers_logging.set_verbosity_error()
     stock = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT, torch_dtype=torch.float32).eval().to(DEVICE)
     task = task_of(dense.catalog)
-    call = on_device(task.example(BATCH))
+    call = on_device(task.example(dense, BATCH))
     with torch.no_grad():
         assert torch.allclose(stock(**call)[0], dense(**call)[0], atol=5e-5)
         benchmark.pedantic(lambda: seconds(stock, call), rounds=PAIRS, warmup_rounds=2)

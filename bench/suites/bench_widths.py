@@ -28,7 +28,7 @@ from model_races.models import Models
 from model_races.presets import TINY, Preset, inputs
 
 import ppcl_rt
-from ppcl_rt.cli.task import task_of
+from ppcl_rt.pipelines.task import task_of
 from ppcl_rt.planning.plan import Plan
 from ppcl_rt.planning.width import Width
 
@@ -70,7 +70,7 @@ def race_scenes(pairs: int) -> None:
     stock = QwenImageTransformer2DModel.from_pretrained(CHECKPOINT, torch_dtype=torch.float32).eval()
     task = task_of(ours.catalog)
     for batch in (1, 64):
-        call = task.example(batch)
+        call = task.example(ours, batch)
         call["timestep"] = torch.full_like(call["timestep"], 0.5)
         about = f"scenes, batch {batch}"
         versus_stock(about, ours, forward(ours, call), forward(stock, call), pairs)

@@ -28,11 +28,11 @@ from ppcl_rt.cli.options import (
     with_amounts,
 )
 from ppcl_rt.cli.output import print_table, writing
-from ppcl_rt.cli.picture import draw_plan, groups_of
 from ppcl_rt.cli.planned import planned
 from ppcl_rt.convert.adapters import read_adapters
 from ppcl_rt.convert.naming import stock_shapes
 from ppcl_rt.families import registry
+from ppcl_rt.pipelines.plan_picture import draw_plan, groups_of
 from ppcl_rt.planning.adapted import taken
 
 

@@ -65,6 +65,12 @@ _FAMILIES: dict[str, Registered] = {
         training="ppcl_train.families.scenes:Scenes",
         reference=(16, 7),
     ),
+    # Another: names of emoji and their pictures, through an autoencoder.
+    "emoji": Registered(
+        model="ppcl_rt.families.qwen_image:PPCLQwenImageTransformer2DModel",
+        training="ppcl_train.families.emoji:Emoji",
+        reference=(16, 8),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what a plan removes, and grids of samples."""
+"""A picture of what a plan removes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from PIL import Image, ImageDraw
 from ppcl_rt.planning.catalog import Catalog
 from ppcl_rt.planning.plan import Plan
 
-# Pixels that a pixel of a small sample is drawn with.
-_ZOOM = 12
 _COLUMN, _GAP, _LEFT, _TOP = 46, 6, 86, 26
 # Pixels of the row of a group.
 _ROW = 66
@@ -68,29 +66,3 @@ def _legend(pen: ImageDraw.ImageDraw, top: int) -> None:
         pen.rectangle((x, top + 8, x + 12, top + 20), fill=colour)
         pen.text((x + 18, top + 8), text, fill="black")
         x += 40 + 7 * len(text)
-
-
-def grid(rows: list[list[Image.Image]], columns: list[str], labels: list[str]) -> Image.Image:
-    """Samples in rows, enlarged pixel by pixel, with a label above each column and left of each row."""
-    edge = _ZOOM * rows[0][0].width
-    left = 70 if any(labels) else 0
-    top = 44 if any(columns) else 0
-    sheet = Image.new("RGB", (left + len(rows[0]) * (edge + 8), top + len(rows) * (edge + 8)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, column in enumerate(columns):
-        pen.multiline_text((left + x * (edge + 8) + 4, 4), _wrapped(column, edge // 6), fill="black")
-    for y, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
-        pen.text((4, top + y * (edge + 8) + edge // 2), label, fill="black")
-        for x, picture in enumerate(pictures):
-            large = picture.resize((edge, edge), Image.Resampling.NEAREST)
-            sheet.paste(large, (left + x * (edge + 8) + 4, top + y * (edge + 8) + 4))
-    return sheet
-
-
-def _wrapped(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)

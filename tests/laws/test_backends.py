@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ppcl_kernels as kernels
 import ppcl_rt
 from ppcl_rt import ops
-from ppcl_rt.cli.task import task_of
+from ppcl_rt.pipelines.task import task_of
 
 # The interpreter computes the sigmoid of GELU with numpy, which warns where exp(large) is infinite, as it should be.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

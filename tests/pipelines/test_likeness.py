@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ppcl_train.losses.likeness import psnr, ssim
+from ppcl_rt.pipelines.likeness import psnr, ssim
 
 
 def test_psnr_by_hand():

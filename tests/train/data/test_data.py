@@ -402,7 +402,7 @@ def test_measuring_asks_for_the_negative_prompt_and_for_samples_that_training_ne
     negative, empty = encoder.embed(" "), encoder.embed("")
     held, trained = set(), set()
     for seed in range(40):
-        made = data.source(run).samples(2, calibration.CHECK + seed, held_out=True)
+        made = data.source(run).samples(2, calibration.CHECK + seed, of="held out")
         held |= {latents.sum().item() for latents in made.latents}
         trained |= {latents.sum().item() for latents in data.source(run).samples(2, calibration.CHECK + seed).latents}
     assert held and trained and not held & trained

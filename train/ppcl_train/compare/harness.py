@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,7 @@ from ppcl_train.data.seeds import Seed
 from ppcl_train.engine.files import write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.provenance import making
-from ppcl_train.scenes import language
-from ppcl_train.scenes.sampling import judged
+from ppcl_train.families.base import Judged
 
 RESULTS, PLOT = "results.json", "results.png"
 _TEACHER = "teacher"
@@ -126,7 +125,9 @@ def compare(
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ValueError, NotImplementedError):
         raise ValueError(f"there is no device {device} here") from None
-    captions = _captions(run)
+    if not isinstance(run.family, Judged):
+        raise ValueError(f"comparing takes a task with a judge, which are scenes and emoji, not {run.task}")
+    captions = run.family.captions(run.compare.prompts, run.compare.judge_seed)
     pipeline.begin(run, folder, teacher_path)
     keys = [Key(_TEACHER, 1.0, run.seed)]
     keys += [
@@ -157,15 +158,6 @@ def compare(
     return rows
 
 
-def _captions(run: RunConfig) -> list[language.Caption]:
-    if run.task != "scenes":
-        raise ValueError(f"comparing takes a task with a judge, which is scenes, not {run.task}")
-    count, kinds = run.compare.prompts, len(language.KINDS)
-    if count % kinds:
-        raise ValueError(f"prompts are spread over {kinds} kinds: ask for a multiple, not {count}")
-    return language.held_out_captions(count // kinds, run.compare.judge_seed)
-
-
 def _file(folder: Path, key: Key) -> Path:
     return folder / "results" / f"{key}.json"
 
@@ -182,14 +174,16 @@ def _entry(run: RunConfig, folder: Path, key: Key, device: str, clean: dict[Seed
     )
 
 
-def _make(entry: Entry, key: Key, captions: Sequence[language.Caption]) -> Result:
+def _make(entry: Entry, key: Key, captions: Sequence[Any]) -> Result:
     """Make the model of an entry, or resume making it, and judge the model."""
     started = time.monotonic()
     try:
         model = entry.teacher() if key.method == _TEACHER else METHODS[key.method](entry)
     except UnreachableError as error:
         return Result(key=key, unreachable=str(error))
-    scores = judged(model.eval(), entry.run.sampler, captions, entry.run.compare.judge_seed)
+    run = entry.run
+    assert isinstance(run.family, Judged), "`compare` has looked"
+    scores = run.family.scores(model.eval(), run.sampler, captions, run.compare.judge_seed, run.pictures.pipeline)
     architecture, reference = model.catalog.architecture, model.catalog.reference
     params = architecture.params(model.plan)
     return Result(

@@ -17,6 +17,8 @@ from ppcl_train.config.stages import (
     WidthConfig,
 )
 from ppcl_train.config.teacher import Phase, TeacherConfig
+from ppcl_train.emoji.artwork import LICENSE
+from ppcl_train.emoji.task import EmojiTask
 from ppcl_train.scenes.encoding import EMBEDDING_DIM
 from ppcl_train.scenes.language import CELL
 from ppcl_train.scenes.sampling import Sampler
@@ -209,6 +211,34 @@ PRESETS = {
                 'the text "FAIL" on grey',
             )
         ),
+    ),
+    "emoji": RunConfig(
+        task="emoji",
+        license=LICENSE,
+        teacher=TeacherConfig(
+            architecture={
+                "patch_size": 2,
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 16,
+                "attention_head_dim": 16,
+                "num_attention_heads": 6,
+                "joint_attention_dim": 64,
+                "axes_dims_rope": [4, 6, 6],
+            },
+            phases=(Phase(until=6000, horizon=6000),),
+            ema=0.999,
+        ),
+        table=TableConfig(least_ratio=0.18, lengths=(2, 3)),
+        students=StudentsConfig(magnitude=1.0, steps=250),
+        width=WidthConfig(heads=(5 / 6, 4 / 6, 3 / 6, 2 / 6)),
+        recover=RecoverConfig(steps=450, lr=5e-4, ema=0.99, least_ratio=0.15),
+        refine=RefineConfig(
+            steps=1000, lr=5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
+        ),
+        measure=MeasureConfig(samples=128, candidates=2),
+        sampler=Sampler(steps=16, shift=1.5),
+        pictures=PicturesConfig(prompts=EmojiTask.demo_prompts),
     ),
     "qwen-image": _QWEN_IMAGE,
     "qwen-image-1gpu": with_changes(_QWEN_IMAGE, _ONE_GPU),

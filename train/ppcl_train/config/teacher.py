@@ -63,7 +63,7 @@ class TeacherConfig(Frozen):
     offload: bool = False
     compile: bool = True
     judge_every: PositiveInt = 2000
-    judge_per_kind: PositiveInt = 50
+    judge_prompts: PositiveInt = 250
 
     @field_validator("phases")
     @classmethod

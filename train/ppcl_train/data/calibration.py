@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data import seeds
 from ppcl_train.data.seeds import Purpose, Seed, Stage
-from ppcl_train.data.source import WHOLE, source
+from ppcl_train.data.source import WHOLE, Part, source
 from ppcl_train.data.trajectory import reached
 from ppcl_train.engine.distributed import join
 from ppcl_train.families.base import PadsText, Predicts, Samples
@@ -202,10 +202,10 @@ def draw(
     t: torch.Tensor | None = None,
     *,
     share: slice = WHOLE,
-    held_out: bool = False,
+    of: Part = "trained",
 ) -> Drawn:
     """Draw samples, timesteps and noise of a batch, or of a share of it (`inputs`); needs neither model nor device."""
-    samples = source(run).samples(size, seed, held_out, share)
+    samples = source(run).samples(size, seed, of, share)
     timesteps, noise, chosen = [], [], []
     for number in range(size)[share]:
         rng = seeds.generator(run.seed, seed, Purpose.NOISE, number)
@@ -307,6 +307,6 @@ def measured(run: RunConfig, samples: int, seed: Seed, *, teacher: Any = None) -
     order = seeds.generator(run.seed, seed, Purpose.ORDER)
     times, shares = stratified(run.sampler.times()[:-1], samples, order)
     for number, (t, share) in enumerate(zip(times.split(size), shares.split(size), strict=True)):
-        drawn = draw(run, len(t), seed + number, t, held_out=True)
+        drawn = draw(run, len(t), seed + number, t, of="held out")
         x = _states(run, drawn, teacher)
         yield replace(_as_sampled(run, x, t, drawn.samples), shares=share).to(join().device)

@@ -45,6 +45,8 @@ class Stage(IntEnum):
     CACHE = 13
     # The grid that a run ends with.
     PICTURES = 14
+    # A teacher that is trained from a cache.
+    TEACHER = 15
 
 
 class Purpose(IntEnum):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,18 +24,20 @@ from ppcl_train.families.base import Samples
 _HELD_OUT = 32
 # All samples of a batch.
 WHOLE = slice(None)
+# Which samples of a cache: those that compressing trains on, those that it measures with, or both.
+Part = Literal["trained", "held out", "all"]
 
 
 class Source(Protocol):
     """Where samples come from."""
 
-    def samples(self, size: int, seed: Seed, held_out: bool = False, share: slice = WHOLE) -> Samples:
+    def samples(self, size: int, seed: Seed, of: Part = "trained", share: slice = WHOLE) -> Samples:
         """Make or read a batch, or a share of it, on the CPU; (run.seed, seed) alone decides it.
 
         Args:
             size: samples of the whole batch.
-            held_out: take samples to measure with, which training never sees, and drop no caption. Samples that are
-                made are the training's own kind at seeds that it never uses; the captions that judges ask for are in
+            of: samples that are held out are there to measure with: no caption is dropped. Samples that are made are
+                of one kind, those held out at seeds that training never uses; the captions that judges ask for are in
                 neither.
             share: the samples that are made or read; the same bits as in the whole batch.
         """
@@ -65,13 +67,13 @@ class Made:
     def __init__(self, run: RunConfig) -> None:
         self.run = run
 
-    def samples(self, size: int, seed: Seed, held_out: bool = False, share: slice = WHOLE) -> Samples:
+    def samples(self, size: int, seed: Seed, of: Part = "trained", share: slice = WHOLE) -> Samples:
         """See `Source.samples`.
 
         Raises:
             ValueError: samples of this family come from a cache.
         """
-        draws, dropped = _draws(self.run, range(size)[share], seed, held_out)
+        draws, dropped = _draws(self.run, range(size)[share], seed, of)
         return self.run.family.make(draws, dropped)
 
     def with_negative(self, samples: Samples) -> Samples:
@@ -107,17 +109,19 @@ class Cached:
             for shape, bucket in cache.buckets.items()
         }
 
-    def samples(self, size: int, seed: Seed, held_out: bool = False, share: slice = WHOLE) -> Samples:
+    def samples(self, size: int, seed: Seed, of: Part = "trained", share: slice = WHOLE) -> Samples:
         """See `Source.samples`."""
         # All samples of a batch have one shape, and none comes twice: both are decided for the whole batch.
         rng = seeds.generator(self.run.seed, seed, Purpose.BATCH)
-        buckets = self._kept_out if held_out and self._kept_out else self._trained
+        buckets = self.cache.buckets if of == "all" else self._trained
+        if of == "held out" and self._kept_out:
+            buckets = self._kept_out
         shapes = list(buckets)
         counts = np.array([len(buckets[shape]) for shape in shapes])
         shape = shapes[rng.choice(len(shapes), p=counts / counts.sum())]
         bucket = buckets[shape]
         places = [bucket[pick] for pick in rng.choice(len(bucket), size, replace=size > len(bucket))]
-        dropped = _draws(self.run, range(size), seed, held_out)[1]
+        dropped = _draws(self.run, range(size), seed, of)[1]
         latents, captions = zip(*(self.cache.read(place) for place in places[share]), strict=True)
         # As long as in the whole batch, of which other processes read the rest.
         lengths = (len(self.cache.empty) if gone else self.cache.words(place) for place, gone in zip(places, dropped))
@@ -131,10 +135,10 @@ class Cached:
 
 
 def _draws(
-    run: RunConfig, numbers: Sequence[int], seed: Seed, held_out: bool
+    run: RunConfig, numbers: Sequence[int], seed: Seed, of: Part
 ) -> tuple[list[np.random.Generator], list[bool]]:
     """Return the generators of some samples of a batch, and whether their captions are dropped."""
-    drop = 0.0 if held_out else run.teacher.drop_caption
+    drop = 0.0 if of == "held out" else run.teacher.drop_caption
     draws = [seeds.generator(run.seed, seed, Purpose.PICTURE, number) for number in numbers]
     return draws, [bool(rng.random() < drop) for rng in draws]
 

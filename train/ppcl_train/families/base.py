@@ -92,11 +92,13 @@ class Family(Protocol):
 
     Attributes:
         predicts: what the transformer's output is, as in `calibration.Inputs`.
-        judged: whether the project can sample and judge checkpoints of this family (`ppcl_rt.cli.task`).
+        judged: whether the project can sample and judge checkpoints of this family (`ppcl_rt.pipelines.task`).
+        task_settings: what a checkpoint says of how it is sampled, besides the sampler.
     """
 
     predicts: Predicts
     judged: bool
+    task_settings: Mapping[str, Any]
 
     def build(self, architecture: Mapping[str, Any]) -> Any:
         """Build the dense model, a pluggable one. Under ``torch.device("meta")``, this checks an architecture.
@@ -156,6 +158,30 @@ class Family(Protocol):
 
         Raises:
             ValueError: the pipeline cannot be opened.
+        """
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A family whose pictures are judged without people (`Family.judged`)."""
+
+    def captions(self, count: int, seed: int) -> Sequence[Any]:
+        """Choose captions to judge on.
+
+        Raises:
+            ValueError: they cannot be so many.
+        """
+
+    def scores(
+        self, model: Any, sampler: Sampler, captions: Sequence[Any], seed: int, pipeline: str | None
+    ) -> np.ndarray:
+        """Draw every caption once and judge the pictures: ``[N]`` in [0, 1], 1 where all is right.
+
+        Args:
+            pipeline: folder of what else it takes to draw, where it takes more.
+
+        Raises:
+            ValueError: it takes more, and there is no such folder.
         """
 
 

@@ -5,7 +5,7 @@ Nothing has to be downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +16,8 @@ import ppcl_rt
 from ppcl_train.families.base import ImageShape, Picture, Samples, Unreadable
 from ppcl_train.families.qwen_image import QwenImageTransformer
 from ppcl_train.scenes.encoding import encode, to_pictures, to_tokens, training_pairs
-from ppcl_train.scenes.language import SIDE
-from ppcl_train.scenes.sampling import IMAGE_SHAPE, Sampler, arguments, guided_prediction, noise_for
+from ppcl_train.scenes.language import KINDS, SIDE, Caption, held_out_captions
+from ppcl_train.scenes.sampling import IMAGE_SHAPE, Sampler, arguments, guided_prediction, judged, noise_for
 
 
 class Scenes(QwenImageTransformer):
@@ -25,6 +25,7 @@ class Scenes(QwenImageTransformer):
 
     predicts: Literal["clean", "velocity"] = "clean"
     judged = True
+    task_settings: Mapping[str, Any] = {}
 
     def arguments(
         self, x: torch.Tensor, t: torch.Tensor, embeddings: torch.Tensor, mask: torch.Tensor, shape: ImageShape
@@ -47,6 +48,19 @@ class Scenes(QwenImageTransformer):
         """See `Family.make`."""
         batch = training_pairs(draws, dropped)
         return Samples(batch.latents, batch.embeddings, batch.mask, IMAGE_SHAPE)
+
+    def captions(self, count: int, seed: int) -> list[Caption]:
+        """See `Judged.captions`: held-out ones, equally many of each kind."""
+        kinds = len(KINDS)
+        if count % kinds:
+            raise ValueError(f"prompts are spread over {kinds} kinds: ask for a multiple, not {count}")
+        return held_out_captions(count // kinds, seed)
+
+    def scores(
+        self, model: Any, sampler: Sampler, captions: Sequence[Caption], seed: int, pipeline: str | None
+    ) -> np.ndarray:
+        """See `Judged.scores`; a pipeline is not needed."""
+        return judged(model, sampler, captions, seed)
 
     def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> ScenesEncoder:
         """See `Family.open`; the pipeline is a checkpoint folder, which is read only if the encoder draws."""

@@ -5,7 +5,7 @@ The velocity is ``v = noise - x_0 = (x_t - x_0) / t``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -65,19 +65,26 @@ class Sampler(Frozen):
         return [float(t) for t in times]
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, prompts: Sequence[str], noise: torch.Tensor) -> torch.Tensor:
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        on_step: Callable[[int, int], None] = lambda done, of: None,
+    ) -> torch.Tensor:
         """Denoise ``noise [N, 16, 48]`` under N prompts; returns ``x_0``, same shape, clipped to [-1, 1]."""
         guided = self.guidance != 1.0
         embeddings, mask = encode([*prompts, *([self.negative] * len(prompts) if guided else [])])
         embeddings, mask = embeddings.to(noise), mask.to(noise.device)
         x, times = noise, self.times()
-        for now, then in pairwise(times):
+        for step, (now, then) in enumerate(pairwise(times), 1):
             t = torch.full((len(mask),), now, device=x.device)
             clean = model(**arguments(torch.cat([x, x]) if guided else x, t, embeddings, mask))[0]
             if guided:
                 wanted, free = clean.chunk(2)
                 clean = guided_prediction(wanted, free, self.guidance)
             x = x + (then - now) * (x - clean) / now
+            on_step(step, self.steps)
         return x.clip(-1, 1)
 
 

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ppcl_rt.pipelines.drawing import USUAL, How, OnStep, no_report
 from ppcl_train.scenes.encoding import to_pictures, training_batch
 from ppcl_train.scenes.judging import Score
-from ppcl_train.scenes.language import CELLS, KINDS, MAX_TOKENS, Caption, held_out_captions
+from ppcl_train.scenes.language import KINDS, SIDE, Caption, held_out_captions
 from ppcl_train.scenes.sampling import Sampler, arguments, judged, noise_for
 
 
 class ScenesTask:
     """Sampling and judging on scenes."""
 
-    image_tokens = CELLS
-    text_tokens = MAX_TOKENS
+    timed_batch = 64
     demo_prompts = (
         "a red square at b2",
         "three blue rings in row 2",
@@ -31,20 +31,28 @@ class ScenesTask:
 
     def __init__(self, sampler: Mapping[str, Any]) -> None:
         self.sampler = Sampler.model_validate(sampler)
+        self.usual = How(self.sampler.steps, self.sampler.guidance, (SIDE, SIDE))
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Raise ValueError if a prompt is not a scene."""
+    def check(self, prompts: Sequence[str]) -> list[str]:
+        """See `Task.check`; a prompt that is not a scene cannot be drawn."""
         for prompt in prompts:
             Caption.parse(prompt)
+        return []
 
-    def sample(self, model: Any, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+    def sample(
+        self, model: Any, prompts: Sequence[str], seed: int, how: How = USUAL, on_step: OnStep = no_report
+    ) -> list[Image.Image]:
         """Draw a 16x16 picture for every prompt; prompt ``i`` has the same noise whatever the ratio."""
         self.check(prompts)
+        if how.size not in (None, self.usual.size):
+            raise ValueError(f"scenes are {SIDE}x{SIDE} pixels, not {how.size[0]}x{how.size[1]}")
+        asked = {name: value for name, value in how._asdict().items() if name != "size" and value is not None}
+        sampler = Sampler.model_validate({**self.sampler.model_dump(), **asked})
         noise = noise_for(len(prompts), seed).to(device=model.device, dtype=model.dtype)
-        return to_pictures(self.sampler.sample(model, prompts, noise))
+        return to_pictures(sampler.sample(model, prompts, noise, on_step))
 
-    def example(self, batch: int) -> dict[str, Any]:
-        """Arguments of one forward over ``batch`` samples."""
+    def example(self, model: Any, batch: int) -> dict[str, Any]:
+        """See `Task.example`."""
         made = training_batch(batch, (0, 0))
         return arguments(torch.randn_like(made.latents), torch.full((batch,), 0.5), made.embeddings, made.mask)
 

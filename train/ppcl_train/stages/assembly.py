@@ -80,11 +80,15 @@ def assembled(
         base_model=run.base_model or _hub_name(run.teacher.pretrained) or teacher.catalog.base_model,
         license=run.license or teacher.catalog.license,
         # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
-        task={"name": run.task, "sampler": run.sampler.model_dump()} if run.family.judged else None,
+        task=_task(run) if run.family.judged else None,
     )
     floats = getattr(torch, dtype or run.teacher.dtype)
     made = {name: each.rounded(floats) for name, each in tensors.items()}
     return ConvertedCheckpoint(folder, teacher.config, catalog, {**teacher.tensors, **made})
+
+
+def _task(run: RunConfig) -> dict[str, Any]:
+    return {"name": run.task, "sampler": run.sampler.model_dump(), **run.family.task_settings}
 
 
 def opened(run: RunConfig, source: ConvertedCheckpoint, held: Callable[[str, Any], None] | None = None) -> Any:

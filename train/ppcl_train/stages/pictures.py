@@ -19,13 +19,13 @@ from PIL import Image
 
 import ppcl_rt
 from ppcl_rt.files import replacing
+from ppcl_rt.pipelines.likeness import pixels_of, psnr, ssim
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.shards import Shards
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import write_json
 from ppcl_train.engine.log import Log
 from ppcl_train.families.base import Encoder
-from ppcl_train.losses.likeness import psnr, ssim
 
 # Written last: the figures, or why there are none. The grid lies in a folder next to it.
 OUTPUT = "pictures.json"
@@ -75,7 +75,7 @@ def draw(run: RunConfig, folder: Path) -> None:
         with model.at(ratio=ratio):
             drawn = encoder.pictures(model, config.prompts, _size(run, encoder), run.seed, run.sampler)
         teacher = found[0].pictures if found else drawn
-        pairs = [(_pixels(one), _pixels(other)) for one, other in zip(teacher, drawn, strict=True)]
+        pairs = [(pixels_of(one), pixels_of(other)) for one, other in zip(teacher, drawn, strict=True)]
         likeness = [(psnr(*pair), ssim(*pair)) for pair in pairs]
         found.append(Drawn(ratio, drawn, likeness))
         log(drawn=len(found), of=len(columns), ratio=ratio, ssim=float(np.mean([s for _, s in likeness])))
@@ -100,11 +100,6 @@ def _size(run: RunConfig, encoder: Encoder) -> tuple[int, int]:
     buckets = Shards(Path(run.data.cache)).buckets
     _, rows, columns = max(buckets, key=lambda shape: (len(buckets[shape]), shape))
     return columns * encoder.multiple, rows * encoder.multiple
-
-
-def _pixels(picture: Image.Image) -> np.ndarray:
-    """Pixels ``[rows, columns, 3]`` in [0, 1]."""
-    return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:

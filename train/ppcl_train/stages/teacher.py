@@ -1,4 +1,4 @@
-"""The stage *teacher*: a small transformer for scenes, trained from nothing by flow matching; or a pretrained one."""
+"""The stage *teacher*: a small transformer, trained from nothing by flow matching; or a pretrained one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import LoopConfig
+from ppcl_train.data import calibration
+from ppcl_train.data.calibration import Inputs
+from ppcl_train.data.seeds import Seed, Stage
 from ppcl_train.data.teacher_file import TEACHER_FILE, note_pretrained
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
 from ppcl_train.engine.optimisers import adamw, cosine
-from ppcl_train.scenes import encoding, judging, language
-from ppcl_train.scenes.sampling import Sampler, arguments, judged
+from ppcl_train.families.base import Judged
+from ppcl_train.scenes import encoding
+from ppcl_train.scenes.sampling import Sampler, arguments
 
 OUTPUT = TEACHER_FILE
 
@@ -55,17 +60,13 @@ def train(run: RunConfig, folder: Path) -> None:
         for block in model.blocks():
             block.compile()
 
+    batch = _of_a_cache if run.data.cache is not None else _of_scenes
+
     def step_loss(number: int) -> float:
-        phase = config.phase(number)
-        batch = encoding.training_batch(
-            config.batch, (run.seed, number), config.drop_caption, phase.shares, phase.apart
-        )
-        generator = torch.Generator().manual_seed(run.seed * 1_000_003 + number)
-        t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(config.batch, generator=generator))
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        x = torch.lerp(batch.latents, noise, t[:, None, None])
-        error = model(**arguments(x, t, batch.embeddings, batch.mask))[0] - batch.latents
-        loss = (error.square().mean((1, 2)) / t.clip(min=config.time_floor).square()).mean()
+        given = batch(run, number)
+        assert given.data is not None, "a teacher is trained on data"
+        error = (given.clean(model(**given.call)[0]) - given.data).square().flatten(1).mean(1)
+        loss = (error / given.t.clip(min=config.time_floor).square()).mean()
         loss.backward()
         return loss.item()
 
@@ -86,10 +87,29 @@ def train(run: RunConfig, folder: Path) -> None:
     write_tensors(folder / OUTPUT, trained, {"architecture": config.architecture, "step": config.steps})
 
 
+def _of_scenes(run: RunConfig, number: int) -> Inputs:
+    """A batch of scenes: what is drawn how often depends on the phase."""
+    config, phase = run.teacher, run.teacher.phase(number)
+    batch = encoding.training_batch(config.batch, (run.seed, number), config.drop_caption, phase.shares, phase.apart)
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + number)
+    t = torch.sigmoid(run.time_mean + run.time_std * torch.randn(config.batch, generator=generator))
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    x = torch.lerp(batch.latents, noise, t[:, None, None])
+    return Inputs(x, t, arguments(x, t, batch.embeddings, batch.mask), run.family.predicts, data=batch.latents)
+
+
+def _of_a_cache(run: RunConfig, number: int) -> Inputs:
+    """A batch of all samples of a cache: what later stages hold out is held out from compressing, not from drawing."""
+    drawn = calibration.draw(run, run.teacher.batch, Seed(Stage.TEACHER, number), of="all")
+    return calibration.made(run, drawn)
+
+
 def judge(run: RunConfig, weights: Mapping[str, torch.Tensor], log: Log, step: int) -> None:
-    """Log the judge's score of some weights on a few held-out prompts, without guidance."""
+    """Log the judge's score of some weights on a few prompts, without guidance."""
+    if not isinstance(run.family, Judged):
+        return
     model = run.family.build(run.teacher.architecture)
     model.load_state_dict(weights)
-    captions = language.held_out_captions(run.teacher.judge_per_kind, seed=7)
-    score = judging.Score.of(judged(model.eval(), Sampler(), captions, seed=7))
-    log(judged=step, strict=score.strict, soft=score.soft)
+    captions = run.family.captions(run.teacher.judge_prompts, 7)
+    scores = run.family.scores(model.eval(), Sampler(), captions, 7, run.pictures.pipeline)
+    log(judged=step, strict=float(np.mean(scores == 1)), soft=float(np.mean(scores)))

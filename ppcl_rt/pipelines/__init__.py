@@ -1,0 +1,1 @@
+"""Whole pipelines: prompts to pictures, at any ratio."""

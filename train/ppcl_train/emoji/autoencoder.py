@@ -1,0 +1,74 @@
+"""The autoencoder of emoji: an `AutoencoderKLQwenImage` in a small size, trained in two dimensions.
+
+With one frame, only the last temporal tap of a causal convolution sees data; the others see the padding. So training
+runs 2-D convolutions in the place of 3-D ones, a third of the work, and their weights become last taps afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch import nn
+
+# 8x down, 16 channels, as Qwen-Image's own; 64 x 64 pixels become 16 tokens of 64 numbers.
+ARCHITECTURE: dict[str, Any] = {
+    "base_dim": 16,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, False, False],
+}
+
+
+class LastTap(nn.Module):
+    """A causal 3-D convolution on one frame: the 2-D convolution of its last temporal tap.
+
+    Args:
+        whole: the 3-D convolution; its kernel is ``[out, in, frames, rows, columns]``.
+    """
+
+    def __init__(self, whole: nn.Conv3d, padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(whole.weight.detach()[:, :, -1].clone())
+        self.bias = whole.bias
+        self.padding, self.frames = padding, whole.kernel_size[0]
+
+    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        """Convolve ``x [N, C, 1, rows, columns]``; there are no frames before it, so nothing is in the cache."""
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
+
+
+def flattened(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
+    """Put a `LastTap` in the place of every causal convolution; changes and returns ``vae``."""
+    for name, module in list(vae.named_modules()):
+        if isinstance(module, QwenImageCausalConv3d):
+            # The padding that its forward adds: left, right, top, bottom, and frames.
+            side, _, top, *_ = module._padding
+            vae.set_submodule(name, LastTap(module, (top, side)))
+    return vae
+
+
+def whole(flat: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
+    """Return the autoencoder whose `flattened` form this is: weights are last taps, all other taps zero."""
+    vae = AutoencoderKLQwenImage.from_config(flat.config)
+    taps = {name: module.frames for name, module in flat.named_modules() if isinstance(module, LastTap)}
+    state = flat.state_dict()
+    for name, frames in taps.items():
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = torch.stack([torch.zeros_like(weight)] * (frames - 1) + [weight], 2)
+    vae.load_state_dict(state)
+    return vae
+
+
+def encoded(vae: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Tensor:
+    """Means and log variances ``[N, 32, 8, 8]`` of ``pixels [N, 3, 64, 64]`` in [-1, 1]; flat or whole."""
+    return vae.quant_conv(vae.encoder(pixels[:, :, None]))[:, :, 0]
+
+
+def decoded(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels ``[N, 3, 64, 64]`` of ``latents [N, 16, 8, 8]``, not clipped; flat or whole."""
+    return vae.decoder(vae.post_quant_conv(latents[:, :, None]))[:, :, 0]
