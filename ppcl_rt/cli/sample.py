@@ -151,7 +151,8 @@ def evaluate(
             print(f"{budget}: {said}  {done['ms']:.1f} ms", flush=True)
         if partial is not None:
             partial.write_text(json.dumps(results, indent=1) + "\n")
-    print_table(_results_table(results, f"seed {seed}, {_machine(device)}"))
+    drawn = f"{len(own)} prompts" if own else f"{prompts} prompts of the judge"
+    print_table(_results_table(results, f"{drawn}, seed {seed}, {_machine(device)}"))
 
 
 @with_amounts

@@ -85,7 +85,7 @@ def test_eval_writes_what_it_promises(ppcl, tmp_path):
     assert results[0]["ratio"] == 1 and results[1]["ratio"] <= 0.6
     scores = {"strict", "strict_ci", "soft", "soft_ci"}
     for row in results:
-        assert set(row) == {"asked", "ratio", "params", "flops", "bytes", "ms", "kinds"} | scores
+        assert set(row) == {"asked", "ratio", "params", "flops", "bytes", "ms", "batch", "kinds"} | scores
         assert set(row["kinds"]) == {"object", "count", "groups", "relation", "text"}
         assert all(set(kind) == scores for kind in row["kinds"].values())
     for cost in ("params", "flops", "bytes"):

@@ -8,7 +8,7 @@ a batch and nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -108,6 +108,11 @@ class Cached:
             shape: [place for n, place in enumerate(bucket, 1) if n % _HELD_OUT]
             for shape, bucket in cache.buckets.items()
         }
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest caption."""
+        return max(self.cache.words(place) for bucket in self.cache.buckets.values() for place in bucket)
 
     def samples(self, size: int, seed: Seed, of: Part = "trained", share: slice = WHOLE) -> Samples:
         """See `Source.samples`."""

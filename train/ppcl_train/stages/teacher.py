@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ppcl_train.config.settings import RunConfig
@@ -17,6 +20,7 @@ from ppcl_train.config.stages import LoopConfig
 from ppcl_train.data import calibration
 from ppcl_train.data.calibration import Inputs
 from ppcl_train.data.seeds import Seed, Stage
+from ppcl_train.data.source import Cached, source
 from ppcl_train.data.teacher_file import TEACHER_FILE, note_pretrained
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
@@ -60,10 +64,10 @@ def train(run: RunConfig, folder: Path) -> None:
         for block in model.blocks():
             block.compile()
 
-    batch = _of_a_cache if run.data.cache is not None else _of_scenes
+    batch = _of_a_cache(run) if run.data.cache is not None else partial(_of_scenes, run)
 
     def step_loss(number: int) -> float:
-        given = batch(run, number)
+        given = batch(number)
         assert given.data is not None, "a teacher is trained on data"
         error = (given.clean(model(**given.call)[0]) - given.data).square().flatten(1).mean(1)
         loss = (error / given.t.clip(min=config.time_floor).square()).mean()
@@ -98,10 +102,23 @@ def _of_scenes(run: RunConfig, number: int) -> Inputs:
     return Inputs(x, t, arguments(x, t, batch.embeddings, batch.mask), run.family.predicts, data=batch.latents)
 
 
-def _of_a_cache(run: RunConfig, number: int) -> Inputs:
-    """A batch of all samples of a cache: what later stages hold out is held out from compressing, not from drawing."""
-    drawn = calibration.draw(run, run.teacher.batch, Seed(Stage.TEACHER, number), of="all")
-    return calibration.made(run, drawn)
+def _of_a_cache(run: RunConfig) -> Callable[[int], Inputs]:
+    """Batches of all samples of a cache: what later stages hold out is held out from compressing, not from drawing.
+
+    Text is padded to one length: blocks are compiled for it once.
+    """
+    cache = source(run)
+    assert isinstance(cache, Cached), "the run has a cache"
+    length = max(cache.longest, len(cache.cache.empty))
+
+    def batch(number: int) -> Inputs:
+        drawn = calibration.draw(run, run.teacher.batch, Seed(Stage.TEACHER, number), of="all")
+        samples = drawn.samples
+        more = length - samples.mask.shape[1]
+        embeddings, mask = F.pad(samples.embeddings, (0, 0, 0, more)), F.pad(samples.mask, (0, more))
+        return calibration.made(run, replace(drawn, samples=samples._replace(embeddings=embeddings, mask=mask)))
+
+    return batch
 
 
 def judge(run: RunConfig, weights: Mapping[str, torch.Tensor], log: Log, step: int) -> None:
