@@ -101,7 +101,7 @@ def sample(
             Console(stderr=True).print(note, markup=False)
         alone = len(rows) == len(rows[0]) == 1
         labels = [each.asked if len(rows) > 1 else "" for each in made]
-        columns = asked_for if len(rows) > 1 else ["" for _ in asked_for]
+        columns = list(map(task.label, asked_for)) if len(rows) > 1 else ["" for _ in asked_for]
         sheet = enlarged(rows[0][0]) if alone else grid(rows, columns, labels)
         sheet.save(partial, format="PNG", pnginfo=described(checkpoint, asked_for, seed, made))
     said = ", ".join(f"{each.ratio:.3f}" for each in made)
@@ -181,7 +181,7 @@ def demo(
             made.append(Made(str(budget), model.catalog.ratio(model.plan), model.plan))
             print(f"{budget}: drawn and judged", flush=True)
         assert task is not None, "there is a budget"
-        sheet = grid(rows, list(task.demo_prompts), [each.asked for each in made])
+        sheet = grid(rows, list(map(task.label, task.demo_prompts)), [each.asked for each in made])
         sheet.save(partial, format="PNG", pnginfo=described(checkpoint, task.demo_prompts, seed, made))
     print_table(_results_table(results, f"{prompts} prompts, seed {seed}, {_machine(device)}"))
     print(f"wrote {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -85,11 +86,13 @@ class Drawing:
         return cls(pipe, table)
 
     def around(self, transformer: Any) -> Drawing:
-        """The same pipeline around another transformer; all else is shared, but the scheduler, which keeps a state."""
+        """The same pipeline around another transformer, for a thread of its own: weights are shared, states are not."""
         pipe = self.pipe
         if pipe.transformer is not None:
             parts = {**pipe.components, "transformer": transformer}
             parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
+            # Qwen-Image's keeps what it convolves, and where it is, in attributes of itself.
+            parts["vae"] = copy.copy(pipe.vae)
             pipe = type(pipe)(**parts)
         else:
             pipe.register_modules(transformer=transformer)

@@ -38,6 +38,9 @@ class Task(Protocol):
             ValueError: a prompt cannot be drawn, in one line.
         """
 
+    def label(self, prompt: str) -> str:
+        """What stands above the pictures of a prompt."""
+
     def sample(
         self, model: Any, prompts: Sequence[str], seed: int, how: How = USUAL, on_step: OnStep = no_report
     ) -> list[Image.Image]:
@@ -87,6 +90,10 @@ class PipelineTask:
         if not all(prompt.strip() for prompt in prompts):
             raise ValueError("a prompt is empty: say what to draw")
         return [] if self._drawing is None else self._drawing.notes(prompts)
+
+    def label(self, prompt: str) -> str:
+        """See `Task.label`."""
+        return prompt
 
     def sample(
         self, model: Any, prompts: Sequence[str], seed: int, how: How = USUAL, on_step: OnStep = no_report

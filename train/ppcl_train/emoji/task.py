@@ -43,19 +43,26 @@ class EmojiTask(PipelineTask):
     """
 
     timed_batch = 64
+    # The last four are held out.
     demo_prompts = (
-        "woman firefighter: medium-dark skin tone",
-        "hot beverage",
-        "red apple",
         "owl",
+        "red apple",
         "rocket",
-        "man artist: light skin tone",
+        "hot beverage",
+        "woman astronaut: light skin tone",
+        "man cook: dark skin tone",
+        "mermaid: dark skin tone",
+        "woman detective: light skin tone",
     )
 
     def __init__(self, sampler: Mapping[str, Any], folder: str | Path, size: int = SIDE) -> None:
         super().__init__(folder)
         given = Sampler.model_validate(sampler)
         self.usual, self.negative = How(given.steps, given.guidance, (size, size)), given.negative
+
+    def label(self, prompt: str) -> str:
+        """See `Task.label`: says of a caption that training never saw it."""
+        return f"{prompt} (held out)" if Caption(prompt).held_out else prompt
 
     def verdicts(self, model: Any, captions: Sequence[Caption], seed: int) -> Verdicts:
         """Draw captions and judge the pictures."""

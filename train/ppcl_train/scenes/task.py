@@ -39,6 +39,10 @@ class ScenesTask:
             Caption.parse(prompt)
         return []
 
+    def label(self, prompt: str) -> str:
+        """See `Task.label`."""
+        return prompt
+
     def sample(
         self, model: Any, prompts: Sequence[str], seed: int, how: How = USUAL, on_step: OnStep = no_report
     ) -> list[Image.Image]:
