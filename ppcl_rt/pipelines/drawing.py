@@ -46,7 +46,7 @@ class How(NamedTuple):
 
     def over(self, usual: How) -> How:
         """This, and what it leaves open as ``usual``."""
-        return How(*(own if own is not None else theirs for own, theirs in zip(self, usual)))  # type: ignore[arg-type]
+        return How(*(own if own is not None else theirs for own, theirs in zip(self, usual)))  # type: ignore[arg-type]  # in order
 
 
 # The checkpoint's own way.
@@ -91,7 +91,7 @@ class Drawing:
         if pipe.transformer is not None:
             parts = {**pipe.components, "transformer": transformer}
             parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
-            # Qwen-Image's keeps what it convolves, and where it is, in attributes of itself.
+            # That of videos keeps what it convolves, and where it is, in attributes of itself.
             parts["vae"] = copy.copy(pipe.vae)
             pipe = type(pipe)(**parts)
         else:

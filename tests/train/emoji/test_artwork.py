@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 
 from ppcl_rt.pipelines.words import words_of
-from ppcl_train.emoji import autoencoder
 from ppcl_train.emoji.artwork import artwork
 from ppcl_train.emoji.captions import Caption
 from ppcl_train.emoji.judging import Judge, Share
+from ppcl_train.families import emoji_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def test_an_interval_holds_the_share():
 
 def test_two_dimensions_are_the_last_taps_of_three():
     torch.manual_seed(0)
-    flat = autoencoder.flattened(AutoencoderKLQwenImage(**{**autoencoder.ARCHITECTURE, "base_dim": 4}))
-    whole = autoencoder.whole(flat)
+    flat = emoji_autoencoder.flattened(AutoencoderKLQwenImage(**{**emoji_autoencoder.ARCHITECTURE, "base_dim": 4}))
+    whole = emoji_autoencoder.whole(flat)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         latents = whole.encode(x[:, :, None]).latent_dist.parameters[:, :, 0]
-        assert torch.allclose(autoencoder.encoded(flat, x), latents, atol=1e-5)
+        assert torch.allclose(emoji_autoencoder.encoded(flat, x), latents, atol=1e-5)
         pixels = whole.decode(latents[:, :16, None]).sample[:, :, 0]
-        assert torch.allclose(autoencoder.decoded(flat, latents[:, :16]).clamp(-1, 1), pixels, atol=1e-5)
+        assert torch.allclose(emoji_autoencoder.decoded(flat, latents[:, :16]).clamp(-1, 1), pixels, atol=1e-5)
     assert pixels.std() > 1e-2

@@ -16,9 +16,9 @@ from ppcl_train.config.presets import PRESETS
 from ppcl_train.config.settings import with_changes
 from ppcl_train.data.caching import cache
 from ppcl_train.data.captioned import Folder
-from ppcl_train.emoji import autoencoder, notice
+from ppcl_train.emoji import notice
 from ppcl_train.emoji.task import chosen
-from ppcl_train.families import base
+from ppcl_train.families import base, emoji_autoencoder
 from ppcl_train.stages import autoencoder as making
 
 TINY = {
@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
     """A run folder, and the pipeline folder with its checkpoint inside."""
     home = tmp_path_factory.mktemp("emoji")
     torch.manual_seed(0)
-    vae = AutoencoderKLQwenImage(**{**autoencoder.ARCHITECTURE, "base_dim": 4})
+    vae = AutoencoderKLQwenImage(**{**emoji_autoencoder.ARCHITECTURE, "base_dim": 4})
     making.write(PRESETS["emoji"], vae.float(), home / "pipeline")
     pictures = home / "pictures"
     emoji_cli.pictures(pictures)

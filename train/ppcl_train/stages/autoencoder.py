@@ -5,23 +5,22 @@ The folder lacks a transformer, which a training run makes: its latents and embe
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, UniPCMultistepScheduler
 
 from ppcl_rt.files import replacing_folder
 from ppcl_rt.pipelines.words import WordTable, words_of
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import LoopConfig
-from ppcl_train.emoji import autoencoder, notice
+from ppcl_train.emoji import notice
 from ppcl_train.emoji.artwork import Artwork, artwork
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.families.emoji_autoencoder import decoded, encoded, new, save_pipeline, whole
 
 # Weight of the divergence of a latent number from a standard normal one: enough that none grows without bound.
 _KL = 1e-3
@@ -36,7 +35,7 @@ class Quality(NamedTuple):
     held_out: float
 
 
-def train(run: RunConfig, folder: Path, steps: int) -> AutoencoderKLQwenImage:
+def train(run: RunConfig, folder: Path, steps: int) -> Any:
     """Train on the pictures that are not held out, or go on; returns the autoencoder with its latents' statistics.
 
     The loss is L1 of pixels and of their differences to the right and below, and a little KL.
@@ -44,13 +43,13 @@ def train(run: RunConfig, folder: Path, steps: int) -> AutoencoderKLQwenImage:
     art, log = artwork(), Log(folder, "autoencoder")
     pixels = _pixels(art.pictures[~art.held_out])
     torch.manual_seed(run.seed)
-    vae = autoencoder.flattened(AutoencoderKLQwenImage(**autoencoder.ARCHITECTURE))
+    vae = new()
 
     @torch.compile
     def forward(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        mean, log_variance = autoencoder.encoded(vae, x).chunk(2, 1)
+        mean, log_variance = encoded(vae, x).chunk(2, 1)
         log_variance = log_variance.clamp(-20, 10)
-        off = autoencoder.decoded(vae, mean + noise * (log_variance / 2).exp()) - x
+        off = decoded(vae, mean + noise * (log_variance / 2).exp()) - x
         edges = (off[..., 1:] - off[..., :-1]).abs().mean() + (off[..., 1:, :] - off[..., :-1, :]).abs().mean()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return off.abs().mean() + edges + _KL * kl
@@ -72,22 +71,22 @@ def train(run: RunConfig, folder: Path, steps: int) -> AutoencoderKLQwenImage:
     means = _means(vae, pixels)
     vae.register_to_config(latents_mean=means.mean((0, 2, 3)).tolist(), latents_std=means.std((0, 2, 3)).tolist())
     log(**quality(vae, art)._asdict())
-    return autoencoder.whole(vae).requires_grad_(False).eval()
+    return whole(vae).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def quality(vae: AutoencoderKLQwenImage, art: Artwork) -> Quality:
+def quality(vae: Any, art: Artwork) -> Quality:
     """Measure an autoencoder on the artwork; flat or whole."""
     made = reconstructed(vae, art.pictures)
     parts = (~art.held_out, art.held_out)
     return Quality(*(_psnr(art.pictures[part], made[part]) for part in parts))
 
 
-def reconstructed(vae: AutoencoderKLQwenImage, pictures: np.ndarray) -> np.ndarray:
+def reconstructed(vae: Any, pictures: np.ndarray) -> np.ndarray:
     """Encode and decode ``pictures [N, 64, 64, 3]`` uint8."""
     with torch.no_grad():
         latents = _means(vae, _pixels(pictures)).split(64)
-        pixels = torch.cat([autoencoder.decoded(vae, part).clamp(-1, 1) for part in latents])
+        pixels = torch.cat([decoded(vae, part).clamp(-1, 1) for part in latents])
     return ((pixels.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
@@ -97,9 +96,9 @@ def _pixels(pictures: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _means(vae: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Tensor:
+def _means(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Means of the latents ``[N, 16, 8, 8]`` of pixels."""
-    return torch.cat([autoencoder.encoded(vae, part).chunk(2, 1)[0] for part in pixels.split(64)])
+    return torch.cat([encoded(vae, part).chunk(2, 1)[0] for part in pixels.split(64)])
 
 
 def _psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -107,27 +106,11 @@ def _psnr(one: np.ndarray, other: np.ndarray) -> float:
     return -10 * math.log10(error)
 
 
-def write(run: RunConfig, vae: AutoencoderKLQwenImage, folder: Path) -> None:
-    """Write a pipeline folder: autoencoder, scheduler, words, licence; its transformer goes into ``transformer/``.
-
-    The scheduler takes Euler steps with a transformer that predicts ``x_0``, on the sampler's grid.
-    """
-    art = artwork()
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="sample",
-        use_flow_sigmas=True,
-        flow_shift=run.sampler.shift,
-        # Euler's method is its first order, uncorrected.
-        solver_order=1,
-        disable_corrector=list(range(1000)),
-    )
-    pipe = QwenImagePipeline(scheduler, vae.half(), None, None, None)
-    words = sorted({word for caption in art.captions for word in words_of(caption.text)})
-    dim = run.teacher.architecture["joint_attention_dim"]
+def write(run: RunConfig, vae: Any, folder: Path) -> None:
+    """Write a pipeline folder: autoencoder, scheduler, words, licence; its transformer goes into ``transformer/``."""
+    words = sorted({word for caption in artwork().captions for word in words_of(caption.text)})
+    table = WordTable.random(words, run.teacher.architecture["joint_attention_dim"], run.seed)
     with replacing_folder(folder, lambda name: name != "transformer") as partial:
-        pipe.save_pretrained(partial)
-        index = json.loads((partial / "model_index.json").read_text())
-        index["transformer"] = ["diffusers", "QwenImageTransformer2DModel"]
-        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        WordTable.random(words, dim, run.seed).write(partial)
+        save_pipeline(vae, run.sampler.shift, partial)
+        table.write(partial)
         (partial / notice.FILE).write_text(notice.TEXT)

@@ -6,11 +6,13 @@ runs 2-D convolutions in the place of 3-D ones, a third of the work, and their w
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, UniPCMultistepScheduler
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import nn
 
@@ -40,6 +42,11 @@ class LastTap(nn.Module):
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         """Convolve ``x [N, C, 1, rows, columns]``; there are no frames before it, so nothing is in the cache."""
         return F.conv2d(x[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
+
+
+def new() -> AutoencoderKLQwenImage:
+    """An autoencoder with random weights, `flattened`."""
+    return flattened(AutoencoderKLQwenImage(**ARCHITECTURE))
 
 
 def flattened(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
@@ -72,3 +79,26 @@ def encoded(vae: AutoencoderKLQwenImage, pixels: torch.Tensor) -> torch.Tensor:
 def decoded(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
     """Pixels ``[N, 3, 64, 64]`` of ``latents [N, 16, 8, 8]``, not clipped; flat or whole."""
     return vae.decoder(vae.post_quant_conv(latents[:, :, None]))[:, :, 0]
+
+
+def save_pipeline(vae: AutoencoderKLQwenImage, shift: float, folder: Path) -> None:
+    """Write a pipeline folder of a whole autoencoder, in float16, and a scheduler; text comes as embeddings.
+
+    The scheduler takes Euler steps with a transformer that predicts ``x_0``. The transformer is named in the index and
+    has yet to be put into ``transformer/``.
+
+    Args:
+        shift: of the grid of timesteps towards noise.
+    """
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="sample",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        # Euler's method is its first order, uncorrected.
+        solver_order=1,
+        disable_corrector=list(range(1000)),
+    )
+    QwenImagePipeline(scheduler, vae.half(), None, None, None).save_pretrained(folder)
+    path = folder / "model_index.json"
+    index = {**json.loads(path.read_text()), "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
+    path.write_text(json.dumps(index, indent=2) + "\n")
