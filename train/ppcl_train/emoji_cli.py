@@ -39,7 +39,7 @@ def train_autoencoder(
     run: Annotated[Path, typer.Option(help="folder of the training, which goes on where it was stopped")] = Path(
         "runs/emoji-autoencoder"
     ),
-    steps: Annotated[int, typer.Option(min=1)] = 6000,
+    steps: Annotated[int, typer.Option(min=1)] = 5000,
 ) -> None:
     """Train the autoencoder; writes a pipeline folder that lacks its transformer."""
     run.mkdir(parents=True, exist_ok=True)

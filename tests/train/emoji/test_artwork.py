@@ -85,7 +85,9 @@ def test_an_interval_holds_the_share():
 def test_two_dimensions_are_the_last_taps_of_three():
     torch.manual_seed(0)
     flat = emoji_autoencoder.flattened(AutoencoderKLQwenImage(**{**emoji_autoencoder.ARCHITECTURE, "base_dim": 4}))
+    flat.register_to_config(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
     whole = emoji_autoencoder.whole(flat)
+    assert whole.config.latents_mean == [0.5] * 16 and whole.config.latents_std == [2.0] * 16
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         latents = whole.encode(x[:, :, None]).latent_dist.parameters[:, :, 0]

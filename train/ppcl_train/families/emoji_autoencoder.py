@@ -62,6 +62,8 @@ def flattened(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 def whole(flat: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
     """Return the autoencoder whose `flattened` form this is: weights are last taps, all other taps zero."""
     vae = AutoencoderKLQwenImage.from_config(flat.config)
+    # `from_config` passes over what was registered after the defaults.
+    vae.register_to_config(latents_mean=flat.config.latents_mean, latents_std=flat.config.latents_std)
     taps = {name: module.frames for name, module in flat.named_modules() if isinstance(module, LastTap)}
     state = flat.state_dict()
     for name, frames in taps.items():
