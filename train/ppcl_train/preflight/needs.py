@@ -28,7 +28,7 @@ class Needs:
         shared: whether all processes do the work; else the first does it, and the rest wait.
         host: bytes in the memory of the host for each process, besides what is on the device.
         file: bytes of what is put together in the host's memory at a time, for each process, to be written.
-        kept: bytes of ``device`` that are still there then; activations and gradients are gone.
+        kept: bytes that are still there then; activations and gradients are gone.
         leaves: bytes on disk that the stage leaves.
         during: bytes on disk that it takes besides while it runs.
     """
@@ -194,9 +194,11 @@ def students(sizes: Sizes, processes: int) -> Needs:
     flops = groups * samples * sizes.flops * (processes if config.parallel == "intervals" else 1) + trained
     saved = at_once * block * (_VALUE + _moments(config))
     leaves = sizes.most_students * block * 4
+    before = (sizes.most_students - at_once) * block * 4
     # A state and the next of the last group, and the students of the groups before; or all students once more.
-    during = max(2 * saved + (sizes.most_students - at_once) * block * 4, leaves)
-    return Needs(device, flops, file=_part(state), kept=kept, leaves=leaves, during=during)
+    during = max(2 * saved + before, leaves)
+    host: dict[str, float] = {"students of the groups before": before}
+    return Needs(device, flops, host=host, file=_part(state), kept=kept + before, leaves=leaves, during=during)
 
 
 def compress(sizes: Sizes, processes: int) -> Needs:
