@@ -28,7 +28,7 @@ table.steps=10 table.trial_steps=5 table.batches=2 table.batch=8 table.samples=1
 recover.steps=40 recover.spacing=0.2 refine.steps=40 refine.spacing=0.25 refine.other_spacing=0.5
 measure.samples=16 measure.spacing=0.25 measure.other_spacing=0.5
 """
-RATIOS = (1.0, 0.7, 0.4)
+RATIOS = (1.0, 0.7, 0.5)
 
 
 def main() -> None:

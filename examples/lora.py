@@ -14,7 +14,7 @@ from ppcl_rt.pipelines.task import task_of
 SCENES = Path(__file__).parent / "scenes"
 PROMPTS = ["two red squares", "a yellow triangle above a cyan stripe"]
 LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2")
-RANK, SIZE = 4, 0.2
+RANK, SIZE = 4, 0.4
 
 
 def random_adapter(model: ppcl_rt.Pluggable) -> dict[str, torch.Tensor]:
