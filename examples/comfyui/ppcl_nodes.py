@@ -27,8 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FORMATS = ("int8", "float8", "float8-dynamic")
 # ComfyUI's folders of pipelines: models/diffusers, and what its settings add.
 HOMES = "diffusers"
-# Seeds of torch's generators; ComfyUI's own go up to twice as far.
-SEEDS = 2**63
+LARGEST_SEED = 2**64 - 1
 MOST_PIXELS = 16384
 
 log = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ class SampleAtRatio:
                 "ratio": ("FLOAT", ratio | {"tooltip": "share of the dense model's parameters and FLOPs; 1 is all"}),
                 "steps": ("INT", steps),
                 "guidance": ("FLOAT", guidance | {"tooltip": "1: none; 0: the checkpoint's own"}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2 * SEEDS - 1, "control_after_generate": True}),
+                "seed": ("INT", {"default": 0, "min": 0, "max": LARGEST_SEED, "control_after_generate": True}),
                 "width": ("INT", side),
                 "height": ("INT", side),
             },
@@ -180,7 +179,7 @@ class SampleAtRatio:
             # Weights that are held already are counted too, which leaves room for activations.
             management.free_memory(model.costs(model.planner.plan(ratio))["memory"], model.device)
         with torch.inference_mode(False), torch.no_grad(), model.at(ratio=ratio):
-            pictures = task.sample(model, [prompt] * count, seed % SEEDS, how, on_step)
+            pictures = task.sample(model, [prompt] * count, seed, how, on_step)
             log.info("drew %d at ratio %.3f, asked for %.3f", count, model.catalog.ratio(model.plan), ratio)
         pixels = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
         return (torch.from_numpy(np.stack(pixels)),)

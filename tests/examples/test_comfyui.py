@@ -198,6 +198,8 @@ def test_a_pipeline_at_two_ratios(nodes, tiny):
     half = call(nodes[SAMPLE], pipeline=tiny, ratio=0.5, **WORDS)
     assert is_image(dense, 1, 32, 48) and is_image(half, 1, 32, 48) and not torch.equal(dense, half)
     assert torch.equal(call(nodes[SAMPLE], pipeline=tiny, ratio=1.0, **WORDS), dense)
+    # The largest seed of ComfyUI's.
+    assert not torch.equal(call(nodes[SAMPLE], pipeline=tiny, ratio=1.0, seed=2**64 - 1, **WORDS), dense)
     assert (ProgressBar.made[-1].said, ProgressBar.made[-1].total) == ([1, 2], 2)
 
 
@@ -236,6 +238,22 @@ def test_another_transformer_for_a_pipeline(nodes, pipeline_folder, tiny, made):
     assert torch.equal(call(nodes[SAMPLE], pipeline=other, **WORDS), call(nodes[SAMPLE], pipeline=tiny, **WORDS)), (
         "both are the tiny checkpoint of the same seed"
     )
+
+
+def test_a_stock_pipeline_runs_at_ratio_one(nodes, qwen_folder):
+    """With a text encoder, and a transformer that is not pluggable."""
+    stock = call(nodes[LOAD], folder=str(qwen_folder))
+    assert is_image(call(nodes[SAMPLE], pipeline=stock, ratio=1.0, **WORDS), 1, 32, 48)
+    with pytest.raises(ValueError, match="ratio 0.5 is below the smallest plan"):
+        call(nodes[SAMPLE], pipeline=stock, ratio=0.5, **WORDS)
+
+
+def test_other_weights(nodes, scenes):
+    half = call(nodes[LOAD], folder=SCENES, dtype="bfloat16", device="cpu")
+    assert half.model.dtype == torch.bfloat16 and half.model.resident_bytes < scenes.model.resident_bytes
+    eight = call(nodes[LOAD], folder=SCENES, quantize="int8")
+    assert eight.model.dtype == torch.float32
+    assert is_image(call(nodes[SAMPLE], pipeline=eight, ratio=0.35, **SCENE), 1, 16, 16)
 
 
 def test_what_cannot_be_is_one_line(nodes, scenes, tiny, tmp_path):
