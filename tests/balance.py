@@ -17,6 +17,7 @@ APART = ("kernels/test_aot.py", "kernels/test_kernels.py", "laws/test_backends.p
 FIRST = (
     "cli/test_cli.py",
     "train/engine/test_trust.py",
+    "examples/test_examples.py",
     "families/test_sd3.py",
     "train/engine/test_distributed.py",
     "convert/test_authors.py",
@@ -57,6 +58,7 @@ NOT_QUICK = frozenset(
         "test_a_model_that_cannot_be_is_said_to_be_none",
         "test_a_plan_for_another_checkpoint_is_refused",
         "test_a_schedule_breaks_the_graph",
+        "test_a_short_program",
         "test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit",
         "test_ada_layer_norm_many_tokens",
         "test_adapters_are_swapped_without_compiling",
