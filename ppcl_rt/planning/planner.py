@@ -130,6 +130,17 @@ class Planner:
         except ValueError:
             return math.nan
 
+    def measured_loss(self, plan: Plan) -> float | None:
+        """The loss of a plan that was measured as a whole: of the dense plan, and of those of `Catalog.frontier`.
+
+        Returns:
+            The velocity error; None for a plan that was not measured.
+        """
+        if plan == self.catalog.dense:
+            return 0.0
+        losses = (each.loss for each in self.catalog.frontier)
+        return next((loss for loss, each in zip(losses, self._frontier_plans) if each == plan), None)
+
     # Many plans.
 
     def plans(self, spacing: float, least_ratio: float = 0.0) -> list[Plan]:
