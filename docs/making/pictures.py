@@ -164,7 +164,7 @@ def drawn() -> dict[str, str]:
     return {
         "text-run.svg": text_run(),
         "students.svg": students(source.catalog, planner.plan(0.2)),
-        "width.svg": width(source.catalog, planner.plan(0.35), source, 6),
+        "width.svg": width(source.catalog, planner.plan(0.35), source, 3),
     }
 
 

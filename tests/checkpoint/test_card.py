@@ -106,7 +106,7 @@ def test_a_card_says_what_ratios_cost_and_lose(tmp_path):
         # Of the same plan, by sketches: a prediction, which is near.
         assert measured == pytest.approx(planner.loss(plan), rel=0.5)
     text = (tmp_path / CARD).read_text()
-    assert "16 image and 7 text tokens" in text and ModelCard.load(tmp_path / CARD).data.tags == ["ppcl", "scenes"]
+    assert "16 image and 7 text tokens" in text and ModelCard.load(tmp_path / CARD).data.tags == ["ppcl", "qwen-image"]
 
 
 def test_without_measured_plans_losses_are_predicted(made, tmp_path):
