@@ -1,8 +1,8 @@
 """Hooks of mkdocs: pages that lie outside of this folder, and references that are made from the code.
 
 The README, CONTRIBUTING, CHANGELOG and the card of the shipped checkpoint become pages, and links lead to them: a link
-is written as a hub reads it, from file to file of the repository. A line ``<!-- made here: cli -->`` is replaced by what
-`ppcl_reference` makes of the code that is installed.
+is written as a hub reads it, from file to file of the repository. A line ``<!-- made here: cli -->`` is replaced by
+what `ppcl_reference` makes of the code that is installed.
 """
 
 from __future__ import annotations

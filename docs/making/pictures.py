@@ -84,7 +84,7 @@ def legend(y: int, *entries: tuple[str, str]) -> list[Shape]:
     return [*shapes, Shape((), x, y + 13)]
 
 
-def text_run(depth: int = 8, run: Interval = Interval(2, 5)) -> str:
+def text_run(depth: int, run: Interval) -> str:
     """The two streams through a model of ``depth`` blocks with one text run, as a plan says it."""
     plan = Plan.of("", depth, [(n, Width()) for n in range(depth)], text_runs=[run])
     maps = set(text_maps(run, depth))
@@ -103,8 +103,13 @@ def text_run(depth: int = 8, run: Interval = Interval(2, 5)) -> str:
             shapes.append(box(left(block), text, _CELL, _HIGH, _KEPT))
     if "text" in maps:
         x = left(run.last) + _CELL + _GAP // 2
-        shapes += [line(x, text + _HIGH // 2, x, text + _HIGH + 14), says_at(x, text + _HIGH + 28, "text", anchor="middle")]
-    shapes += legend(text + _HIGH + 42, (_KEPT, "updated by the block"), ("white", "read through a linear map, not updated"))
+        shapes += [
+            line(x, text + _HIGH // 2, x, text + _HIGH + 14),
+            says_at(x, text + _HIGH + 28, "text", anchor="middle"),
+        ]
+    shapes += legend(
+        text + _HIGH + 42, (_KEPT, "updated by the block"), ("white", "read through a linear map, not updated")
+    )
     return sheet(f"Text run {run.first}..{run.last} of {depth} blocks", shapes)
 
 
@@ -162,7 +167,7 @@ def drawn() -> dict[str, str]:
     assert source.catalog is not None
     planner = Planner(source.catalog, source.sketches)
     return {
-        "text-run.svg": text_run(),
+        "text-run.svg": text_run(8, Interval(2, 5)),
         "students.svg": students(source.catalog, planner.plan(0.2)),
         "width.svg": width(source.catalog, planner.plan(0.35), source, 3),
     }

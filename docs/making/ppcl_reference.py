@@ -63,7 +63,12 @@ def python() -> str:
         lines += [f"## {title}", ""]
         for name in names:
             lines += _asked_for(f"ppcl_rt.{name}", MEMBERS if name == "Pluggable" else ())
-    lines += ["## Classes of families", "", "`load` finds the class; each is a `Pluggable` and a subclass of diffusers'.", ""]
+    lines += [
+        "## Classes of families",
+        "",
+        "`load` finds the class; each is a `Pluggable` and a subclass of diffusers'.",
+        "",
+    ]
     lines += ["| class | of diffusers |", "|---|---|"]
     for name in classes:
         stock = next(base for base in getattr(ppcl_rt, name).__mro__ if base.__module__.startswith("diffusers."))

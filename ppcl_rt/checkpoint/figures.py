@@ -25,10 +25,10 @@ def figures(catalog: Catalog) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         "",
-        "A ratio bounds the share of the dense parameters and that of the dense FLOPs. FLOPs count 2 for a multiply-add,"
-        f" in the blocks of one forward of {batch} sample{'' if batch == 1 else 's'}, {image} image and {text} text tokens."
-        " Loss is the velocity error, squared and over the teacher's signal. Measured: of the whole plan. Predicted:"
-        " from what single choices lose. It is no score of pictures.",
+        "A ratio bounds the share of the dense parameters and that of the dense FLOPs. FLOPs count 2 for a "
+        f"multiply-add, in the blocks of one forward of {batch} sample{'' if batch == 1 else 's'}, "
+        f"{image} image and {text} text tokens. Loss is the velocity error, squared and over the teacher's signal. "
+        "Measured: of the whole plan. Predicted: from what single choices lose. It is no score of pictures.",
     ]
 
 

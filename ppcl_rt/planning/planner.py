@@ -131,15 +131,10 @@ class Planner:
             return math.nan
 
     def measured_loss(self, plan: Plan) -> float | None:
-        """The loss of a plan that was measured as a whole: of the dense plan, and of those of `Catalog.frontier`.
-
-        Returns:
-            The velocity error; None for a plan that was not measured.
-        """
+        """The loss of the dense plan, or of one that was measured as a whole (`Catalog.frontier`); None of others."""
         if plan == self.catalog.dense:
             return 0.0
-        losses = (each.loss for each in self.catalog.frontier)
-        return next((loss for loss, each in zip(losses, self._frontier_plans) if each == plan), None)
+        return next((m.loss for m, each in zip(self.catalog.frontier, self._frontier_plans) if each == plan), None)
 
     # Many plans.
 

@@ -37,7 +37,7 @@ def test_pictures_are_those_that_the_script_draws(pictures):
 
 
 def test_the_text_run_shows_what_a_plan_does_not_update(pictures):
-    text = pictures.text_run()
+    text = pictures.text_run(8, pictures.Interval(2, 5))
     assert [f">z_{n}<" in text for n in range(8)] == [False, False, False, True, True, True, False, False]
     # A run up to the last block needs no map after it: nobody reads the text.
     assert ">text<" in text and ">text<" not in pictures.text_run(4, pictures.Interval(1, 3))
