@@ -15,7 +15,7 @@ LOWEST_DIFFUSERS := diffusers==0.41.0
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo test quick full lowest kill fuzz lint bench gpu clean
+.PHONY: demo test quick full lowest kill fuzz lint docs bench gpu clean
 
 $(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "python 3.10 or newer is needed: make PYTHON=..."'
@@ -68,6 +68,12 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 
+# The pages of docs/ as a site, site/index.html. A warning is an error. Without a network, and so is what is built.
+# The variable: no advertisement of the theme's authors for what they make now.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
+
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench/suites/bench_model.py --benchmark-only -s
 	$(BIN)/python bench/suites/bench_widths.py
@@ -79,4 +85,4 @@ gpu:
 	$(if $(filter file,$(origin PYTHON)),,PYTHON=$(PYTHON)) bash bench/gpu.sh $(PART)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png
+	rm -rf $(VENV) $(LOWEST) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo.png

@@ -35,6 +35,7 @@ FIRST = (
     "kernels/test_aot.py::test_every_kernel_compiles",
     "kernels/test_aot.py::test_finds_fault",
     "bench/test_bench.py",
+    "docs/test_site.py",
     "kernels/test_fit.py",
     "convert/test_slim.py",
     "house/test_docs.py",
@@ -94,6 +95,7 @@ NOT_QUICK = frozenset(
         "test_narrow_is_stock_with_columns_zeroed",
         "test_no_driver_without_a_gpu",
         "test_other_shapes_compile_once",
+        "test_pictures_are_those_that_the_script_draws",
         "test_ours_runs_the_pipeline_with_the_steps_of_all",
         "test_parent_of_the_races_leaves_cuda_alone",
         "test_pipeline_at_lower_ratios",
@@ -123,7 +125,12 @@ NOT_QUICK = frozenset(
     }
 )
 # Whole files that compile, train or start processes for most tests.
-NOT_QUICK_FILES = ("kernels/test_aot.py", "train/engine/test_distributed.py", "train/families/test_toy_family.py")
+NOT_QUICK_FILES = (
+    "docs/test_site.py",
+    "kernels/test_aot.py",
+    "train/engine/test_distributed.py",
+    "train/families/test_toy_family.py",
+)
 # All tests that need one of these: whole training runs, and every form of every kernel.
 NOT_QUICK_FIXTURES = frozenset({"finished", "launches"})
 

@@ -6,12 +6,13 @@ does not, and a card is written beside every checkpoint that has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ppcl_rt.checkpoint.figures import figures
 from ppcl_rt.planning.catalog import LONGEST_LICENSE, LONGEST_MODEL, Catalog
 
 CARD = "README.md"
@@ -58,19 +59,18 @@ def origin_of(metadata: Mapping[str, object]) -> Origin:
 
 
 def write_card(folder: Path, catalog: Catalog) -> None:
-    """Write ``README.md`` with the origin in its front matter, as hubs read it."""
+    """Write ``README.md``: the origin in its front matter, as hubs read it, and what a few ratios cost and lose."""
     architecture, tags = catalog.architecture, ("ppcl", catalog.family)
     if catalog.only is not None:
         runs = architecture.params(catalog.largest)
         size = f"{len(catalog.only.blocks)} blocks, {runs / 1e9:.3g} billion parameters"
-        _write(
-            folder, catalog, tags, f"A pruned {catalog.family} transformer", size, "One plan: `ppcl_rt.load(folder)`."
-        )
+        use = "One plan: `ppcl_rt.load(folder)`."
+        _write(folder, catalog, tags, f"A pruned {catalog.family} transformer", size, use, figures(catalog))
         return
     title = f"A pluggable {catalog.family} transformer"
     size = f"{architecture.depth} blocks, {architecture.dense_params / 1e9:.3g} billion parameters at ratio 1"
     use = "One checkpoint for any ratio: `ppcl_rt.load(folder, ratio=0.5)`. diffusers reads the dense model out of it."
-    _write(folder, catalog, tags, title, size, use)
+    _write(folder, catalog, tags, title, size, use, figures(catalog))
 
 
 def write_plain_card(folder: Path, origin: Origin | Catalog, class_name: str, says: str) -> None:
@@ -83,7 +83,15 @@ def write_plain_card(folder: Path, origin: Origin | Catalog, class_name: str, sa
     _write(folder, origin, (), class_name, says)
 
 
-def _write(folder: Path, origin: Origin | Catalog, tags: tuple[str, ...], title: str, says: str, use: str = "") -> None:
+def _write(
+    folder: Path,
+    origin: Origin | Catalog,
+    tags: tuple[str, ...],
+    title: str,
+    says: str,
+    use: str = "",
+    more: Sequence[str] = (),
+) -> None:
     license_, name = origin.license, None
     if license_ is not None and license_.startswith(f"{_OTHER}/"):
         license_, name = _OTHER, license_.removeprefix(f"{_OTHER}/")
@@ -97,6 +105,7 @@ def _write(folder: Path, origin: Origin | Catalog, tags: tuple[str, ...], title:
     made_from = f", made from {origin.base_model}" if origin.base_model else ""
     known = f"{says}{made_from}. Licence: {origin.license or 'not known'}."
     lines = ["---", data.to_yaml(), "---", "", f"# {title}", "", known, *(["", use] if use else [])]
+    lines += ["", *more] if more else []
     (folder / CARD).write_text("\n".join(lines) + "\n")
 
 

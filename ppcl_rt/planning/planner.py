@@ -130,6 +130,12 @@ class Planner:
         except ValueError:
             return math.nan
 
+    def measured_loss(self, plan: Plan) -> float | None:
+        """The loss of the dense plan, or of one that was measured as a whole (`Catalog.frontier`); None of others."""
+        if plan == self.catalog.dense:
+            return 0.0
+        return next((m.loss for m, each in zip(self.catalog.frontier, self._frontier_plans) if each == plan), None)
+
     # Many plans.
 
     def plans(self, spacing: float, least_ratio: float = 0.0) -> list[Plan]:

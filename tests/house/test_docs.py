@@ -26,7 +26,7 @@ import ppcl_rt.cli.main
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/*.md", "examples/*/*.md", "ppcl_rt/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/*/*.md", "ppcl_rt/**/*.md")
     for path in ROOT.glob(pattern)
 )
 BLOCK = re.compile(
