@@ -244,7 +244,7 @@ def test_a_stock_pipeline_runs_at_ratio_one(nodes, qwen_folder):
     """With a text encoder, and a transformer that is not pluggable."""
     stock = call(nodes[LOAD], folder=str(qwen_folder))
     assert is_image(call(nodes[SAMPLE], pipeline=stock, ratio=1.0, **WORDS), 1, 32, 48)
-    with pytest.raises(ValueError, match="ratio 0.5 is below the smallest plan"):
+    with pytest.raises(ValueError, match=r"ratio 0\.5 is below the smallest plan"):
         call(nodes[SAMPLE], pipeline=stock, ratio=0.5, **WORDS)
 
 
