@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=2 python bench/studies/preflight.py OUT --sizes 384x8 --sizes 768x8 --sizes 1536x6
 
 Each size is a whole run of the task scenes with a random teacher, few steps, of which every one is saved, and few
-samples, a process a stage. Ranks are those of the preset ``qwen-image-1gpu``, as shares of the width.
+samples, a process a stage. Ranks are those of the preset ``qwen-image-1gpu``, as shares of the width; ``--ranks 6``
+takes those of ``qwen-image``.
 Measured is the resident memory that is not a file's (``RssAnon``), above what it is after the same stage of a tiny
 model, which loads all libraries, every 10 milliseconds; what is freed goes back to the system at once, as on a GPU it
 goes back to the allocator (``MALLOC_MMAP_THRESHOLD_``). And the most that the run folder holds on disk, without the
@@ -40,14 +41,16 @@ from ppcl_train.preflight.needs import STAGES
 from ppcl_train.preflight.sizes import Sizes
 
 HEAD = 64
+# Of `qwen-image-1gpu`: 3,072 over 256.
+RANKS = 12
 # Its run folder.
 TINY = "tiny"
 # What is freed goes back to the system, if it is larger than this.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def settings_of(dim: int, depth: int) -> RunConfig:
-    """A run of scenes of a width and a depth."""
+def settings_of(dim: int, depth: int, ranks: int = RANKS) -> RunConfig:
+    """A run of scenes of a width and a depth; factors have at most the rank ``dim // ranks``."""
     scenes = PRESETS["scenes"]
     shape: dict[str, Any] = {"num_layers": depth, "num_attention_heads": dim // HEAD, "attention_head_dim": HEAD}
     shape["axes_dims_rope"] = [16, 24, 24]
@@ -77,7 +80,7 @@ def settings_of(dim: int, depth: int) -> RunConfig:
             "width.samples": 16,
             "width.blocks_at_once": 2,
             "width.longest_text_run": 2,
-            "compress.most_rank": dim // 12,
+            "compress.most_rank": dim // ranks,
             "recover.steps": 3,
             "recover.batch": 8,
             "recover.spacing": 0.1,
@@ -168,6 +171,7 @@ def states(config: RunConfig, folder: Path) -> int:
 def main(
     out: Path,
     sizes: Annotated[list[str] | None, typer.Option(help="width x blocks")] = None,
+    ranks: Annotated[int, typer.Option(help="the width over the largest rank")] = RANKS,
     stage: Annotated[str | None, typer.Option(help="run this stage of the run folder OUT alone")] = None,
 ) -> None:
     """Compare; prints a table."""
@@ -178,7 +182,7 @@ def main(
     table = Table("model", "stage", "predicted MB", "measured MB", "ratio", "seconds", "disk MB")
     for size in sizes or ["384x8"]:
         dim, depth = map(int, size.split("x"))
-        config = settings_of(dim, depth)
+        config = settings_of(dim, depth, ranks)
         shapes, found = Sizes(config), measured(out / size, config)
         for name, needs_of in STAGES.items():
             needs = needs_of(shapes, 1)
