@@ -33,7 +33,6 @@ from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
 
 
-
 def read_catalog(folder: Path) -> tuple[dict[str, Any], int, Catalog | None]:
     """Read ``config.json`` without a look at weights: what diffusers' class takes, and the catalog in it.
 

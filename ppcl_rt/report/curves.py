@@ -21,9 +21,11 @@ _STYLE = {
     "font.size": 10,
     # Text stays text: smaller, and found by a search in the page.
     "svg.fonttype": "none",
-    # One more dash for every ten colours.
     "lines.markersize": 4,
 }
+# Points of a line that are marked one by one.
+_MOST_MARKED = 40
+# One more dash for every ten colours.
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -67,7 +69,7 @@ def _draw(figure: Any, plot: Plot) -> None:
 
 def _curve(axes: Any, curve: Curve, number: int) -> None:
     colour, dash = f"C{number % 10}", _DASHES[number // 10 % len(_DASHES)]
-    marker = "o" if len(curve.x) <= 40 else ""
+    marker = "o" if not curve.joined or len(curve.x) <= _MOST_MARKED else ""
     how = {"color": colour, "label": curve.name, "marker": marker, "linestyle": dash if curve.joined else ""}
     if not curve.low:
         axes.plot(curve.x, curve.y, linewidth=1.5, **how)

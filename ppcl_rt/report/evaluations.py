@@ -80,7 +80,8 @@ def command(rows: tuple[Row, ...], file: str) -> str:
     options: dict[str, list[str]] = {}
     for row in rows:
         for name, amount in row.asked.model_dump(mode="json", exclude_none=True).items():
-            shown = "{}+{}x{}".format(*amount) if name == "shape" else f"{amount:g}" if name == "ratio" else f"{amount}"
+            # Amounts are whole where they are counts: 6000000, not 6000000.0.
+            shown = "{}+{}x{}".format(*amount) if name == "shape" else f"{amount}".removesuffix(".0")
             values = options.setdefault("ratios" if name == "ratio" else name, [])
             if name not in _HOW or shown not in values:
                 values.append(shown)
@@ -148,7 +149,8 @@ def _costs(rows: tuple[Row, ...], judged: bool) -> Table:
             said = ["", ""] if row.ssim is None else [psnr, f"{row.ssim:.3f}"]
         costs = f"{row.ratio:.3f}", f"{row.params:,}", f"{row.flops / 1e6:.1f}", f"{row.bytes:,}", f"{row.ms:.1f}"
         lines.append([str(row.asked), *costs, *said])
-    columns = ("budget", "ratio", "parameters", "MFLOPs a sample", "bytes held", f"ms a forward of {batches}" if batches else "ms a forward", *scored)
+    time = f"ms a forward of {batches}" if batches else "ms a forward"
+    columns = ("budget", "ratio", "parameters", "MFLOPs a sample", "bytes held", time, *scored)
     return Table("what budgets cost and score", columns, lines)
 
 

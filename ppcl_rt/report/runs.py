@@ -101,7 +101,7 @@ def log_section(log: RunLog, file: str) -> Section:
         events = [event for event in log.events if event["stage"] == stage]
         parts += _plots(events, stage)
     cut = f"{log.cut} lines of it are no events: a kill cuts the last line." if log.cut else ""
-    return Section("Training", parts, file, f"ppcl train status --out {Path(file).parent}", [cut])
+    return Section("Training", parts, file, notes=[cut])
 
 
 def _summary(events: Sequence[dict[str, Any]], stages: Sequence[str]) -> Table:
@@ -185,7 +185,7 @@ def settings_section(settings: Settings, file: str) -> Section:
         brief(f"{name}: {value}") for name, value in _flat({k: v for k, v in made_by.items() if k not in ("config",)})
     ]
     table = Table("every setting", ("setting", "value"), lines, folded=True)
-    return Section("Settings", [table], file, "ppcl train config --preset PRESET", ["; ".join(rest)])
+    return Section("Settings", [table], file, notes=["; ".join(rest)])
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
