@@ -107,11 +107,13 @@ def _of_scores(scores: Mapping[float, Scores], name: str) -> dict[str, Curve]:
     if not scores:
         return {}
     ratios, every = list(scores), list(scores.values())
-    strict = [each.strict_ci for each in every]
-    soft = [each.soft_ci for each in every]
+
+    def curve(means: list[float], intervals: list[tuple[float, float]]) -> Curve:
+        return Curve(name, ratios, means, [low for low, _ in intervals], [high for _, high in intervals])
+
     return {
-        STRICT: Curve(name, ratios, [each.strict for each in every], *zip(*strict, strict=True)),
-        SOFT: Curve(name, ratios, [each.soft for each in every], *zip(*soft, strict=True)),
+        STRICT: curve([each.strict for each in every], [each.strict_ci for each in every]),
+        SOFT: curve([each.soft for each in every], [each.soft_ci for each in every]),
     }
 
 

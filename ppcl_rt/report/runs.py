@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from pydantic import Field, model_validator
 
@@ -167,7 +167,7 @@ def _seconds(events: Sequence[dict[str, Any]]) -> float:
     return total + last
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     # Not infinite, not NaN: neither can be drawn.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 

@@ -45,5 +45,4 @@ class Stored(BaseModel):
 def rows_of(content: Any) -> list[dict[str, Any]]:
     """Return the objects under ``rows``, or of a list; none where there are none."""
     rows = content.get("rows") if isinstance(content, dict) else content
-    whole = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    return rows if whole else []
+    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
