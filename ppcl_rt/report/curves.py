@@ -13,7 +13,8 @@ from ppcl_rt.report.parts import Curve, Plot
 _SIZE = (5.4, 3.8)
 # Stands for the colour of text until the SVG is written, which then follows light and dark.
 _INK = "#010203"
-_STYLE = {
+# Any: matplotlib lists the names that it takes, which is not always installed.
+_STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     "grid.color": _INK,
     "legend.frameon": False,
@@ -21,6 +22,8 @@ _STYLE = {
     "font.size": 10,
     # Text stays text: smaller, and found by a search in the page.
     "svg.fonttype": "none",
+    # Names come from files: a dollar in one is a dollar.
+    "text.parse_math": False,
     "lines.markersize": 4,
 }
 # Points of a line that are marked one by one.
@@ -61,10 +64,19 @@ def _draw(figure: Any, plot: Plot) -> None:
     axes.set(xlabel=plot.x, ylabel=plot.y)
     for axis in plot.logarithmic:
         axes.set(**{f"{axis}scale": "log"})
+        _plain_numbers(getattr(axes, f"{axis}axis"))
     axes.grid(alpha=0.2)
     names = [*(curve.name for curve in plot.curves), *plot.levels]
     if len(names) > 1:
         figure.legend(loc="outside lower center", ncols=2 if max(map(len, names)) > 16 else 3, fontsize=9)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Write 0.01 in place of a power of ten, which is mathematics to matplotlib."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
 
 
 def _curve(axes: Any, curve: Curve, number: int) -> None:

@@ -34,6 +34,9 @@ class Part(Stored):
         """Check what the tables are drawn from."""
         try:
             tables.check_part(content, content["part"])
+            # Drawn once to see that they can be: a part that was cut lacks what no list of columns names.
+            _plain_all(content["part"], content)
+            goals({content["part"]: content})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         return super().read(path, {"name": content["part"], "content": content})
@@ -70,9 +73,13 @@ def sections(parts: Iterable[tuple[str, Part]]) -> list[Section]:
 
 def _section(part: Part, file: str) -> Section:
     content = part.content
-    shown = tables.tables_of(part.name, content) if content["results"] else []
+    shown = _plain_all(part.name, content)
     said, _, command = tables.summary(part.name, content).partition("\n")
-    return Section(f"GPU run: {part.name}", [_plain(each) for each in shown], file, command.strip(), [said])
+    return Section(f"GPU run: {part.name}", shown, file, command.strip(), [said])
+
+
+def _plain_all(name: str, content: dict[str, Any]) -> list[Table]:
+    return [_plain(table) for table in (tables.tables_of(name, content) if content["results"] else [])]
 
 
 def _plain(table: rich.table.Table) -> Table:

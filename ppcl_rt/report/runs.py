@@ -17,6 +17,7 @@ from ppcl_rt.report.stored import Stored
 _MOST_POINTS, _MOST_CURVES = 1000, 20
 # Losses that fall by more than this are drawn on a logarithmic axis.
 _WIDE = 5.0
+_LARGEST = 1e300
 
 
 class RunLog(Stored):
@@ -168,8 +169,8 @@ def _seconds(events: Sequence[dict[str, Any]]) -> float:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    # Not infinite, not NaN: neither can be drawn.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    # Not infinite, not NaN, no integer that is no float: none of them can be drawn.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _mapping(event: dict[str, Any], key: str) -> dict[str, Any]:

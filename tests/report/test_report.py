@@ -146,6 +146,16 @@ def test_damaged_and_unknown_files_are_named(made, results):
     assert page.labels == ["teacher: loss"]
 
 
+def test_names_are_no_markup(made, results):
+    quality = {name: {"mean": 0.5, "low": 0.4, "high": 0.6} for name in ("strict", "soft")}
+    rows = [
+        {"method": "$a<b>$x_$", "ratio": 0.5, "share": share, "flops": 0.2, "quality": quality} for share in (0.4, 0.5)
+    ]
+    (results / "compare.json").write_text(json.dumps({"rows": rows}))
+    text, page = made(results)
+    assert "$a<b>$x_$" in page.text and "<b>" not in text and "strict score against ratio" in page.labels
+
+
 def test_evaluations_without_a_judge(made, results):
     rows = [
         {"asked": {"memory": 6e6}, "ratio": 0.4, "params": 10, "flops": 1e6, "bytes": 40, "ms": 1.5, "batch": 2}
