@@ -33,6 +33,30 @@ from ppcl_rt.planning.frozen import read_json
 from ppcl_rt.planning.sketch import TENSORS
 
 
+def read_catalog(folder: Path) -> tuple[dict[str, Any], int, Catalog | None]:
+    """Read ``config.json`` without a look at weights: what diffusers' class takes, and the catalog in it.
+
+    Returns:
+        The config without the catalog, the format that the catalog was written in, and the catalog; None where there
+        is none.
+
+    Raises:
+        ValueError: as `Checkpoint`.
+    """
+    config = json_object(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
+    written = config.pop(CATALOG_KEY, None)
+    if written is None:
+        return config, FORMAT, None
+    broken = f"{folder / CONFIG} holds a broken catalog"
+    number, content = migration.up_to_date(written, broken)
+    # Validation would go through millions of them, and keep an error for each.
+    for key, listed in content.items():
+        if isinstance(listed, list) and len(listed) > MOST_LISTED:
+            raise ValueError(f"{broken}: {key} lists {len(listed)}, at most {MOST_LISTED} are read")
+    return config, number, read_json(Catalog, json.dumps(content), broken)
+
+
 class Checkpoint:
     """A checkpoint folder, opened for reading.
 
@@ -58,21 +82,8 @@ class Checkpoint:
 
     def _open(self, folder: Path, variant: str | None) -> None:
         self.folder = folder
-        config = json_object(folder / CONFIG)
-        _check_config(config, folder / CONFIG)
-        catalog = config.pop(CATALOG_KEY, None)
-        self.config: dict[str, Any] = config
-        self.catalog = None
         # The format that the checkpoint was written in, which decides the names of its tensors in the files.
-        self._format = FORMAT
-        if catalog is not None:
-            broken = f"{folder / CONFIG} holds a broken catalog"
-            self._format, content = migration.up_to_date(catalog, broken)
-            # Validation would go through millions of them, and keep an error for each.
-            for key, listed in content.items():
-                if isinstance(listed, list) and len(listed) > MOST_LISTED:
-                    raise ValueError(f"{broken}: {key} lists {len(listed)}, at most {MOST_LISTED} are read")
-            self.catalog = read_json(Catalog, json.dumps(content), broken)
+        self.config, self._format, self.catalog = read_catalog(folder)
         self._files = tensor_headers(folder, WEIGHTS, variant)
         if self.catalog is not None:
             self._compare(self.catalog.checksums)

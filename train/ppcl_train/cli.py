@@ -21,7 +21,7 @@ from ppcl_train.data.shards import Limits, Manifest
 from ppcl_train.engine.distributed import join
 from ppcl_train.families import base as families
 from ppcl_train.families.base import Encoder
-from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, run_stages
+from ppcl_train.pipeline import CONFIG, STAGES, begin, progress, reported, run_stages
 from ppcl_train.pipeline import config_of as stored_config
 from ppcl_train.pipeline import work as take_jobs
 from ppcl_train.preflight import report
@@ -103,7 +103,7 @@ def run(
         print(report.fitting(report.check(settings, report.Machine.here(out))))
     run_stages(settings, out)
     if join().is_main:
-        print(f"wrote {out / 'checkpoint'}")
+        print(f"wrote {out / 'checkpoint'}; {reported(out)}")
 
 
 @app.command()

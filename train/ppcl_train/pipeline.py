@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from ppcl_rt.files import one_line, replacing
 from ppcl_rt.planning.frozen import read_json
+from ppcl_rt.report.page import write_report
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import check_teacher, extract_teacher
 from ppcl_train.engine.distributed import join
@@ -149,6 +150,17 @@ def run_stages(config: RunConfig, folder: Path, last: str | None = None) -> None
                     let_go(folder / next(each.output for each in STAGES if each.name == name))
             if stage.name == last:
                 return
+
+
+def reported(folder: Path) -> str:
+    """Write the page of a run (`ppcl_rt.report`) into its folder; returns what there is to say of that.
+
+    A run that trained for a night does not fail by a page that cannot be written.
+    """
+    try:
+        return f"wrote {write_report(folder)}"
+    except (OSError, ValueError) as error:
+        return f"wrote no report: {one_line(error)}; try again with `ppcl report {folder}`"
 
 
 def work(folder: Path) -> None:

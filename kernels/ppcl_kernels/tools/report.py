@@ -133,7 +133,7 @@ def read_results(results: Path) -> dict[str, Parts]:
             continue
         try:
             content = json.loads(path.read_text())
-            _check(content, path.stem)
+            check_part(content, path.stem)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is no results file ({what}): run bench/gpu.sh {path.stem} again") from None
@@ -141,8 +141,13 @@ def read_results(results: Path) -> dict[str, Parts]:
     return found
 
 
-def _check(content: Row, part: str) -> None:
-    """Refuse content that the tables cannot be drawn from."""
+def check_part(content: Row, part: str) -> None:
+    """Refuse content that the tables cannot be drawn from.
+
+    Raises:
+        KeyError: something is missing.
+        TypeError, AttributeError: something is of another type.
+    """
     wanted: list[tuple[str, Any, Any]] = [("device", content["device"], str), ("results", content["results"], list)]
     for row in content["results"]:
         for name, kind in _COLUMNS[part].items():
@@ -167,8 +172,7 @@ def report(
     judged = {}
     for parts in found.values():
         device = next(iter(parts.values()))["device"]
-        # The targets are for Hopper only.
-        if "H100" in device or "H200" in device:
+        if has_goals(device):
             judged[device] = [goal.judged() for goal in goals(parts)]
     judged = judged or {"an H100 or H200": [goal.judged() for goal in goals({})]}
     if as_json:
@@ -183,19 +187,29 @@ def report(
     console = Console(width=max(_WIDTH, console.width))
     for parts in found.values():
         for part, content in parts.items():
-            console.print(_summary(part, content))
-            tables = {
-                "fit": lambda content: [_fit_table(content)],
-                "choose": lambda content: operation_tables(content["results"]),
-                "model": lambda content: [_model_table(content)],
-            }.get(part, lambda content: [])(content)
-            for table in tables if content["results"] else []:
+            console.print(summary(part, content))
+            for table in tables_of(part, content) if content["results"] else []:
                 console.print(table)
     for device, goals_of in judged.items():
         console.print(goals_table(goals_of, device))
 
 
-def _summary(part: str, content: Row) -> str:
+def has_goals(device: str) -> bool:
+    """Whether the targets are about a device: they are for Hopper only."""
+    return "H100" in device or "H200" in device
+
+
+def tables_of(part: str, content: Row) -> list[Table]:
+    """Draw the tables of a part that has results."""
+    if part == "fit":
+        return [_fit_table(content)]
+    if part == "choose":
+        return operation_tables(content["results"])
+    return [_model_table(content)] if part == "model" else []
+
+
+def summary(part: str, content: Row) -> str:
+    """Say in a line how a part ended, on what and when, and in another line its command."""
     versions = ", ".join(
         f"{name} {content[name]}" for name in ("torch", "triton", "cuda", "cudnn", "driver") if content.get(name)
     )
