@@ -6,7 +6,6 @@ sample.py   ``sample``, ``eval`` and ``demo``: run a checkpoint on its task
 report.py   ``report``: one page of the results in a folder
 options.py  options that several commands share, and how their values are read
 output.py   files that appear only when they are complete, and tables
-task.py     what a checkpoint is sampled and judged on
 
 Installed packages add further groups (``ppcl train``, ``ppcl bench``) through the entry points ``ppcl.commands``.
 """
