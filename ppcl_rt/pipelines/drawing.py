@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -85,10 +86,15 @@ class Drawing:
         return cls(pipe, table)
 
     def around(self, transformer: Any) -> Drawing:
-        """The same pipeline around another transformer; all else is shared, but the scheduler, which keeps a state."""
+        """The same pipeline around another transformer; weights are shared, but no state of a call is.
+
+        The scheduler keeps one, and so do autoencoders of videos: what their convolutions saw of the frames before.
+        """
         pipe = self.pipe
         if pipe.transformer is not None:
             parts = {**pipe.components, "transformer": transformer}
+            if "vae" in parts:
+                parts["vae"] = copy.copy(parts["vae"])
             parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
             pipe = type(pipe)(**parts)
         else:
