@@ -118,7 +118,12 @@ class Page:
             for trigger in (button.click, *(field.submit for field in fields)):
                 trigger(self.draw, fields, api_name="draw" if trigger is button.click else None, **shown)
             several.click(
-                self.strip, fields, [strip, sheet], concurrency_limit=AT_ONCE, show_progress_on=[strip], api_name="strip"
+                self.strip,
+                fields,
+                [strip, sheet],
+                concurrency_limit=AT_ONCE,
+                show_progress_on=[strip],
+                api_name="strip",
             )
         return page
 
