@@ -7,6 +7,7 @@ import html
 import logging
 import math
 import os
+import socket
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -47,14 +48,14 @@ class Page:
         self.blocks = self._laid_out(ratio)
 
     def serve(self, host: str, port: int) -> str:
-        """Serve the page until `close`; returns its address.
+        """Serve the page until `close`, at a free port for 0; returns its address.
 
         Raises:
             OSError: the port is in use.
         """
         _, address, _ = self.blocks.queue(default_concurrency_limit=AT_ONCE).launch(
             server_name=host,
-            server_port=port,
+            server_port=port or _free_port(host),
             share=False,
             quiet=True,
             prevent_thread_lock=True,
@@ -110,21 +111,17 @@ class Page:
                 "concurrency_limit": AT_ONCE,
                 "show_progress_on": [drawn],
             }
+            # First, for the name: those that come later get others.
+            button.click(self.draw, fields, api_name="draw", **shown)
             # The slider says what is typed; a number that was typed moves it. Each is set by the page, in the browser.
             moved = slider.release(None, slider, typed, js="value => String(value)")
             moved.then(self.draw, fields, trigger_mode="always_last", api_visibility="private", **shown)
             typed.input(None, [typed, slider], slider, js="(text, now) => Number(text) > 0 ? Number(text) : now")
             page.load(self.draw, fields, api_visibility="private", **shown)
-            for trigger in (button.click, *(field.submit for field in fields)):
-                trigger(self.draw, fields, api_name="draw" if trigger is button.click else None, **shown)
-            several.click(
-                self.strip,
-                fields,
-                [strip, sheet],
-                concurrency_limit=AT_ONCE,
-                show_progress_on=[strip],
-                api_name="strip",
-            )
+            for field in fields:
+                field.submit(self.draw, fields, api_visibility="private", **shown)
+            row: dict[str, Any] = {"concurrency_limit": AT_ONCE, "show_progress_on": [strip]}
+            several.click(self.strip, fields, [strip, sheet], api_name="strip", **row)
         return page
 
     def draw(
@@ -206,6 +203,12 @@ class Page:
             oldest, _ = self._files.popitem(last=False)
             oldest.unlink(missing_ok=True)
         return str(path)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as found:
+        found.bind((host, 0))
+        return int(found.getsockname()[1])
 
 
 def _reporting(progress: Any, what: str) -> Any:

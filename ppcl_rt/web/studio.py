@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import statistics
 import threading
 import time
@@ -224,7 +225,7 @@ class Studio:
                     self._running -= 1
                     alone = alone and self._begun == begun
             costs = self.model.costs(plan)
-        steps = [1e3 * (end - begin) for begin, end in zip(ends, ends[1:])]
+        steps = [1e3 * (end - begin) for begin, end in itertools.pairwise(ends)]
         cost = Cost(
             costs["ratio"],
             int(costs["params"]),

@@ -17,13 +17,13 @@ _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-
 
 
 @contextmanager
-def served(studio: Any, ratio: float = 0.5) -> Iterator[tuple[Any, str]]:
-    """Serve a page on a port that is free; yields the page and its address."""
+def served(studio: Any, ratio: float = 0.5) -> Iterator[str]:
+    """Serve a page on a port that is free; yields its address."""
     from ppcl_rt.web.page import Page
 
     page = Page(studio, ratio)
     try:
-        yield page, page.serve("127.0.0.1", 0)
+        yield page.serve("127.0.0.1", 0)
     finally:
         page.close()
 
