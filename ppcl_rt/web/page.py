@@ -92,7 +92,7 @@ class Page:
                 slider = gr.Slider(least, 1, ratio, step=0.01, label="Ratio", scale=3, elem_id="slider")
                 typed = gr.Textbox(f"{ratio:g}", label="Ratio, typed", elem_id="ratio")
                 memory = gr.Textbox("", label="Memory, at most", placeholder="6MB, 12GB", elem_id="memory")
-                latency = gr.Textbox("", label="ms a forward, at most", placeholder="400", elem_id="latency")
+                latency = gr.Textbox("", label="ms, at most", placeholder="400", elem_id="latency")
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Row(elem_classes="pixels"):
                 dense = gr.Image(label="Dense", interactive=False, elem_id="dense", buttons=[])
@@ -100,9 +100,11 @@ class Page:
             notes = gr.Markdown("", elem_id="notes")
             costs = gr.HTML("", elem_id="costs", elem_classes="costs")
             download = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
-            plan = gr.Image(label="What the plan keeps", interactive=False, elem_id="plan", buttons=[])
+            plan = gr.Image(
+                label="What the plan keeps", show_label=False, interactive=False, elem_id="plan", buttons=[]
+            )
             several = gr.Button("Draw the prompt at six ratios", elem_id="several")
-            strip = gr.Image(label="Six ratios", interactive=False, elem_id="strip", buttons=[])
+            strip = gr.Image(label="Six ratios", show_label=False, interactive=False, elem_id="strip", buttons=[])
             sheet = gr.DownloadButton("Download the six", interactive=False, elem_id="sheet")
 
             fields = [prompt, seed, steps, typed, memory, latency]
@@ -114,7 +116,9 @@ class Page:
             # First, for the name: those that come later get others.
             button.click(self.draw, fields, api_name="draw", **shown)
             # The slider says what is typed; a number that was typed moves it. Each is set by the page, in the browser.
-            moved = slider.release(None, slider, typed, js="value => String(value)")
+            said = "value => String(value)"
+            slider.input(None, slider, typed, js=said)
+            moved = slider.release(None, slider, typed, js=said)
             moved.then(self.draw, fields, trigger_mode="always_last", api_visibility="private", **shown)
             typed.input(None, [typed, slider], slider, js="(text, now) => Number(text) > 0 ? Number(text) : now")
             page.load(self.draw, fields, api_visibility="private", **shown)

@@ -168,13 +168,21 @@ def of_pipeline(folder):
 
 
 def test_a_pipeline_draws_for_two_people_at_once(pipeline):
-    """Autoencoders of videos keep what they saw: one that two threads share mixes their pictures up, or fails."""
+    """Autoencoders of videos keep what they saw: one that two threads share mixes their pictures up.
+
+    Each waits for the other after it has cleared what is kept, and before it decodes.
+    """
     alone = of_pipeline(pipeline)
     ratios = ("1", str(alone.smallest))
     asks = [Ask.read(RING, seed=str(seed), ratio=ratio) for ratio in ratios for seed in range(8)]
     wanted = [pixels(alone.draw(ask)) for ask in asks]
     assert len(set(wanted)) == len(wanted)
-    together(of_pipeline(pipeline), asks, wanted)
+    studio, both, kept = of_pipeline(pipeline), threading.Barrier(2, timeout=60), []
+    vae = studio.task.drawing(studio.model).pipe.vae
+    vae.post_quant_conv.register_forward_pre_hook(lambda *_: both.wait() and None)
+    vae.decoder.register_forward_pre_hook(lambda _, args, given: kept.append(given["feat_cache"]), with_kwargs=True)
+    together(studio, asks, wanted)
+    assert len(set(map(id, kept))) == len(asks)
 
 
 def test_unknown_words_are_drawn_with_a_note(pipeline):
