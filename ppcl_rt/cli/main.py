@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ppcl_rt.cli import convert, convert_authors, export, inspect, report, sample, slim
+from ppcl_rt.cli import convert, convert_authors, export, inspect, report, sample, slim, web
 from ppcl_rt.cli.output import our_standard_output
 from ppcl_rt.messages import brief
 
@@ -30,6 +30,7 @@ app.command()(export.export)
 app.command()(convert.convert)
 app.command()(slim.slim)
 app.command()(report.report)
+app.command()(web.web)
 
 # Newer versions of typer carry a click of their own. The base class of click's errors is therefore found through typer.
 _ClickException: Any = typer.BadParameter.__mro__[2]

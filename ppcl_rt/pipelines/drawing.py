@@ -86,13 +86,16 @@ class Drawing:
         return cls(pipe, table)
 
     def around(self, transformer: Any) -> Drawing:
-        """The same pipeline around another transformer, for a thread of its own: weights are shared, states are not."""
+        """The same pipeline around another transformer; weights are shared, but no state of a call is.
+
+        The scheduler keeps one, and so do autoencoders of videos: what their convolutions saw of the frames before.
+        """
         pipe = self.pipe
         if pipe.transformer is not None:
             parts = {**pipe.components, "transformer": transformer}
+            if "vae" in parts:
+                parts["vae"] = copy.copy(parts["vae"])
             parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config)
-            # That of videos keeps what it convolves, and where it is, in attributes of itself.
-            parts["vae"] = copy.copy(pipe.vae)
             pipe = type(pipe)(**parts)
         else:
             pipe.register_modules(transformer=transformer)

@@ -1,0 +1,1 @@
+"""A page on this machine that draws at any ratio: ``ppcl web``."""
