@@ -101,7 +101,7 @@ def both(monkeypatch, run):
 @pytest.mark.parametrize("ratio", [*more(1.0, 0.7, 0.35), 0.16])
 def test_scenes(both, same, ratio):
     model = load(SCENES, ratio, dtype=torch.float32)
-    call = task_of(model.catalog).example(1)
+    call = task_of(model.catalog).example(model, 1)
     got, wanted = both(model, on_device({name: value for name, value in call.items() if name != "return_dict"}))
     # float32 sums in another order over 12 blocks: 5e-6 seen.
     same(got, wanted, 2e-5)
