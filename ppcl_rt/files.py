@@ -76,7 +76,7 @@ def _let_others_read(folder: Path) -> None:
     new.touch()
     mode = new.stat().st_mode
     new.unlink()
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
 

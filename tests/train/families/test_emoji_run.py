@@ -88,6 +88,9 @@ def test_what_is_written_says_whose_pictures_they_are(finished):
     for name in ("pictures", "pipeline"):
         assert "OpenMoji" in (finished / name / notice.FILE).read_text()
     assert ppcl_rt.load(finished / "pipeline" / "transformer").catalog.license == "cc-by-sa-4.0"
+    # Others may read what is written for them.
+    files = [path for path in (finished / "pipeline").rglob("*") if path.is_file()]
+    assert files and {path.stat().st_mode for path in files} == {(finished / "pictures" / notice.FILE).stat().st_mode}
 
 
 def test_the_teacher_was_judged_and_pictures_were_drawn(finished):
