@@ -51,8 +51,10 @@ class Page:
         """Serve the page until `close`, at a free port for 0; returns its address.
 
         Raises:
-            OSError: the port is in use.
+            ValueError: the port is in use, or the host is not this machine's.
         """
+        if port:
+            _check_port(host, port)
         _, address, _ = self.blocks.queue(default_concurrency_limit=AT_ONCE).launch(
             server_name=host,
             server_port=port or _free_port(host),
@@ -207,6 +209,17 @@ class Page:
             oldest, _ = self._files.popitem(last=False)
             oldest.unlink(missing_ok=True)
         return str(path)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as tried:
+        # As servers do: a port whose last connections are still closing is free.
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            said = error.strerror or error
+            raise ValueError(f"cannot serve at {host}, port {port}: {said}; give another --port") from None
 
 
 def _free_port(host: str) -> int:

@@ -234,3 +234,8 @@ def test_two_people_draw_at_the_same_time(client, studio, monkeypatch):
     with ThreadPoolExecutor(2) as people:
         asks = [people.submit(client.predict, *fields(seed="78", ratio=r), api_name="/draw") for r in ("0.9", "0.2")]
         assert all(each.result() for each in asks)
+
+
+def test_a_port_in_use_is_refused_in_one_line(ppcl, address):
+    status, _, err = ppcl("web", CHECKPOINT, "--port", urlsplit(address).port)
+    assert status == 2 and "give another --port" in err and err.strip().count("\n") == 0
