@@ -105,7 +105,12 @@ class PipelineTask:
     def example(self, model: Any, batch: int) -> dict[str, Any]:
         """See `Task.example`: what the pipeline itself calls the transformer with."""
         called: list[dict[str, Any]] = []
-        hook = model.register_forward_pre_hook(lambda _, args, given: called.append(given), with_kwargs=True)
+        forward = inspect.signature(model.forward)
+
+        def note(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+            called.append(dict(forward.bind(*args, **given).arguments))
+
+        hook = model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             prompts = [self.demo_prompts[0]] * batch
             self.drawing(model).draw(prompts, 0, How(1, size=self.usual.size), as_latents=True)

@@ -6,15 +6,19 @@ import inspect
 
 import diffusers
 import fixtures
+import numpy as np
 import pytest
 import tiny_flux
 import tiny_sd3
+import tiny_z_image
 import torch
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from test_caches import MAKERS, narrow
 from test_of_diffusers import CONFIGS, built, first, inputs_of
 
 import ppcl_rt
+from ppcl_rt.pipelines.drawing import How
+from ppcl_rt.pipelines.task import task_of
 
 
 def net_of(of_class, stock, **changes):
@@ -44,6 +48,38 @@ def of_qwen(folder, parts):
         {name: parts[name] for name in ("scheduler", "vae", "text_encoder", "tokenizer")},
         (diffusers.QwenImageControlNetPipeline),
     )
+
+
+def flux_pipeline(folder):
+    stock = tiny_flux.build_stock(pooled_projection_dim=768)
+    return diffusers.FluxPipeline(**tiny_flux.pipeline_parts(folder), transformer=stock)
+
+
+def sd3_pipeline(folder):
+    stock = tiny_sd3.build_stock("medium", pooled_projection_dim=2048)
+    return diffusers.StableDiffusion3Pipeline(**tiny_sd3.pipeline_parts(folder), transformer=stock)
+
+
+def z_image_pipeline(folder):
+    stock = tiny_z_image.make_checkpoint(folder / "checkpoint", compensated=False).stock
+    return diffusers.ZImagePipeline(**tiny_z_image.pipeline_parts(folder), transformer=stock)
+
+
+@pytest.mark.parametrize("make", [flux_pipeline, sd3_pipeline, z_image_pipeline])
+def test_a_folder_draws_through_its_pipeline(make, tmp_path):
+    """As diffusers' pipeline of the family, and what it calls the transformer with is an example of a forward."""
+    stock, folder = make(tmp_path), tmp_path / "pipeline"
+    stock.save_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    model = ppcl_rt.load(folder / "transformer")
+    task, how = task_of(model.catalog, folder), How(steps=2, guidance=2.0, size=(16, 16))
+    [drawn] = task.sample(model, ["a"], 3, how)
+    given = {"negative_prompt": " ", "num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 16}
+    [wanted] = stock("a", **given, generator=torch.Generator().manual_seed(3)).images
+    np.testing.assert_allclose(np.asarray(drawn, dtype=int), np.asarray(wanted, dtype=int), atol=1)
+    task.usual = how
+    first_of = model(**task.example(model, 1))[0]
+    assert torch.isfinite(torch.as_tensor(first_of[0])).all()
 
 
 @pytest.mark.parametrize("make", [of_flux, of_sd3, of_qwen])
