@@ -133,7 +133,7 @@ class Toy(Pluggable, ModelMixin, ConfigMixin):
 
 
 class ToyTraining:
-    predicts, judged = "velocity", False
+    predicts = "velocity"
 
     def build(self, architecture):
         return Toy(**architecture)

@@ -92,13 +92,9 @@ class Family(Protocol):
 
     Attributes:
         predicts: what the transformer's output is, as in `calibration.Inputs`.
-        judged: whether the project can sample and judge checkpoints of this family (`ppcl_rt.pipelines.task`).
-        task_settings: what a checkpoint says of how it is sampled, besides the sampler.
     """
 
     predicts: Predicts
-    judged: bool
-    task_settings: Mapping[str, Any]
 
     def build(self, architecture: Mapping[str, Any]) -> Any:
         """Build the dense model, a pluggable one. Under ``torch.device("meta")``, this checks an architecture.
@@ -163,7 +159,13 @@ class Family(Protocol):
 
 @runtime_checkable
 class Judged(Protocol):
-    """A family whose pictures are judged without people (`Family.judged`)."""
+    """A family whose checkpoints the project can sample and judge without people (`ppcl_rt.pipelines.task`).
+
+    Attributes:
+        task_settings: what a checkpoint says of how it is sampled, besides the sampler.
+    """
+
+    task_settings: Mapping[str, Any]
 
     def captions(self, count: int, seed: int) -> Sequence[Any]:
         """Choose captions to judge on.

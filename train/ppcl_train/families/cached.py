@@ -5,7 +5,7 @@ Prompts are embedded, and latents packed, by diffusers' pipeline itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import diffusers
@@ -124,8 +124,6 @@ class CachedFamily:
     title: ClassVar[str]
     encoder: ClassVar[type[PipelineEncoder]]
     predicts: Predicts = "velocity"
-    judged = False
-    task_settings: Mapping[str, Any] = {}
 
     def guided(self, wanted: torch.Tensor, free: torch.Tensor, guidance: float) -> torch.Tensor:
         """See `Family.guided`."""

@@ -6,7 +6,7 @@ pipeline do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,7 @@ class Emoji(QwenImage):
 
     name, title = "emoji", "an emoji"
     predicts: Predicts = "clean"
-    judged = True
-    task_settings = {"size": SIDE}
+    task_settings: Mapping[str, Any] = {"size": SIDE}
 
     def open(self, pipeline: str, *, device: str, dtype: torch.dtype, draws: bool) -> EmojiEncoder:
         """See `Family.open`."""

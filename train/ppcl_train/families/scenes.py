@@ -24,7 +24,6 @@ class Scenes(QwenImageTransformer):
     """The family ``scenes``."""
 
     predicts: Literal["clean", "velocity"] = "clean"
-    judged = True
     task_settings: Mapping[str, Any] = {}
 
     def arguments(

@@ -19,6 +19,7 @@ from ppcl_rt.planning.catalog import LONGEST_MODEL
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.data.teacher_file import find_teacher
 from ppcl_train.engine.distributed import join
+from ppcl_train.families.base import Judged
 from ppcl_train.selectors import selection
 
 # The loss of a choice that nothing has been measured for yet.
@@ -79,15 +80,17 @@ def assembled(
         compensated=True,
         base_model=run.base_model or _hub_name(run.teacher.pretrained) or teacher.catalog.base_model,
         license=run.license or teacher.catalog.license,
-        # A checkpoint that nobody here can judge is meant for a diffusers pipeline, and names no task.
-        task=_task(run) if run.family.judged else None,
+        task=_task(run),
     )
     floats = getattr(torch, dtype or run.teacher.dtype)
     made = {name: each.rounded(floats) for name, each in tensors.items()}
     return ConvertedCheckpoint(folder, teacher.config, catalog, {**teacher.tensors, **made})
 
 
-def _task(run: RunConfig) -> dict[str, Any]:
+def _task(run: RunConfig) -> dict[str, Any] | None:
+    """What a checkpoint says of its task; one that nobody here can judge is meant for a pipeline, and names none."""
+    if not isinstance(run.family, Judged):
+        return None
     return {"name": run.task, "sampler": run.sampler.model_dump(), **run.family.task_settings}
 
 

@@ -25,7 +25,7 @@ from ppcl_train.data.shards import Shards
 from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import write_json
 from ppcl_train.engine.log import Log
-from ppcl_train.families.base import Encoder
+from ppcl_train.families.base import Encoder, Judged
 
 # Written last: the figures, or why there are none. The grid lies in a folder next to it.
 OUTPUT = "pictures.json"
@@ -59,7 +59,7 @@ def draw(run: RunConfig, folder: Path) -> None:
     pipeline = config.pipeline or run.teacher.pretrained
     if not config.ratios:
         return _leave_out(folder, log, "pictures.ratios is empty")
-    if pipeline is None and not run.family.judged:
+    if pipeline is None and not isinstance(run.family, Judged):
         return _leave_out(folder, log, "latents cannot be decoded without a pipeline: set pictures.pipeline")
     device, dtype = join().device, getattr(torch, run.teacher.dtype)
     try:
