@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -91,6 +92,14 @@ def test_what_is_written_says_whose_pictures_they_are(finished):
     # Others may read what is written for them.
     files = [path for path in (finished / "pipeline").rglob("*") if path.is_file()]
     assert files and {path.stat().st_mode for path in files} == {(finished / "pictures" / notice.FILE).stat().st_mode}
+
+
+def test_what_there_is_one_of_can_be_listed_more_often(tmp_path):
+    emoji_cli.pictures(tmp_path / "pictures", singles=3)
+    lines = (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()
+    times = Counter(json.loads(line)["text"] for line in lines)
+    assert times["owl"] == 3 and times["woman firefighter: dark skin tone"] == 1
+    assert len(times) == len(list((tmp_path / "pictures").glob("*.png"))) == len({*lines})
 
 
 def test_the_teacher_was_judged_and_pictures_were_drawn(finished):
