@@ -226,6 +226,8 @@ def test_buckets_hold_all_tensors_once_of_one_dtype():
 def test_settings_that_cannot_be_are_one_line(monkeypatch):
     with pytest.raises(ValueError, match="shard and eight_bit do not go together"):
         with_changes(RUN, {"recover.shard": True, "recover.eight_bit": True})
+    with pytest.raises(ValueError, match="shard and muon_lr do not go together"):
+        with_changes(RUN, {"refine.shard": True, "refine.muon_lr": 0.01})
     monkeypatch.setenv("PPCL_TIMEOUT", "soon")
     with pytest.raises(ValueError, match="PPCL_TIMEOUT=soon"):
         timeout()

@@ -345,6 +345,14 @@ def test_students_that_closed_forms_beat_are_not_chosen(measured, model):
     assert alone[0].ratio > smallest
 
 
+def test_depth_first_chooses_as_if_there_were_no_closed_forms(measured, tmp_path, teacher_file):
+    """The default takes none of those that closed forms beat; here widths save more, and are not looked at."""
+    folder = begun(with_changes(TINY, {"table.depth_first": True}), tmp_path / "run", teacher_file)
+    pipeline.run_stages(with_changes(TINY, {"table.depth_first": True}), folder, last="select")
+    assert table.read(folder).choices == table.read(measured).choices
+    assert selection.read(folder) == selection.read(measured)
+
+
 def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_bit(measured, tmp_path, teacher_file, monkeypatch):
     folder, once, asked = begun(ALONE, tmp_path / "run", teacher_file), table.measure_candidate, []
 

@@ -11,7 +11,7 @@ from ppcl_train.config.settings import with_changes
 from ppcl_train.data import calibration
 from ppcl_train.engine.files import stored_in, write_tensors
 from ppcl_train.stages.assembly import assembled, opened
-from ppcl_train.stages.recover import random_plan
+from ppcl_train.stages.recover import matrices, random_plan
 from ppcl_train.stages.trained import Trained
 
 # Every candidate is taken, and hardly anything is stored whole.
@@ -50,6 +50,20 @@ def outputs(model):
         with torch.no_grad(), model.at(plan=plan):
             found.append(model(**given)[0])
     return torch.stack(found)
+
+
+def test_muon_takes_whole_matrices_of_blocks_and_students(begun):
+    folder, tensors = begun
+    model, trained = training(folder, tensors)
+    # Students are factors here: AdamW trains those, and all that lies next to the teacher's blocks.
+    assert matrices(RUN, model, trained.parameters) == set()
+    model, trained = training(folder, tensors, everything=True)
+    found = matrices(RUN, model, trained.parameters)
+    students = {name.split(".")[1] for name in found if name.startswith("students.")}
+    assert students == {student.interval.key for student in model.catalog.students}
+    assert {"transformer_blocks.0.attn.to_q.weight", "transformer_blocks.2.img_mlp.net.2.weight"} <= found
+    assert all(trained.parameters[name].ndim == 2 for name in found)
+    assert not any(part in name for name in found for part in ("_mod.", "replacements.", "img_in", "text_runs"))
 
 
 def test_a_model_that_is_trained_runs_as_before(begun):

@@ -77,6 +77,8 @@ class TableConfig(Frozen):
         least_ratio: the planner is not asked below this ratio: students that only tiny plans use need no training.
         most_students: at most so many students are trained, those that most of the planner's plans take; None for all
             that some plan takes.
+        depth_first: choose students as if all blocks ran whole, as the paper prunes depth before width. Else narrower
+            blocks compete with students by losses from before training, which width loses less of.
     """
 
     lengths: tuple[Annotated[int, Field(ge=2)], ...] = (2, 3, 4, 5, 6)
@@ -92,6 +94,7 @@ class TableConfig(Frozen):
     ratio_step: float = Field(0.02, gt=0, lt=1)
     least_ratio: float = Field(0.0, ge=0, lt=1)
     most_students: int | None = Field(None, ge=0)
+    depth_first: bool = False
 
     @field_validator("lengths", "starts")
     @classmethod
@@ -184,6 +187,8 @@ class EndToEndConfig(LoopConfig):
         checkpointing: keep the streams between blocks alone for the backward pass, which runs each block again.
         neighbours: legal counts that are trained and kept on either side of one that a plan takes; what no plan takes
             is left out before training.
+        muon_lr: peak learning rate of Muon for the matrices of students that are stored whole, and of the teacher's
+            blocks where they are trained, but for modulations; AdamW trains all else. 0: AdamW trains everything.
     """
 
     steps: int = Field(0, ge=0)
@@ -201,11 +206,14 @@ class EndToEndConfig(LoopConfig):
     checkpointing: bool = False
     flow_matching: float = Field(0.0, ge=0)
     neighbours: int = Field(1, ge=0)
+    muon_lr: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _shards_of_whole_moments(self) -> EndToEndConfig:
         if self.shard and self.eight_bit:
             raise ValueError("shard and eight_bit do not go together: moments of 8 bits are not divided; leave one out")
+        if self.shard and self.muon_lr:
+            raise ValueError("shard and muon_lr do not go together: Muon needs whole matrices; leave one out")
         return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,15 @@ def adamw(
     ]
     optimiser: torch.optim.Optimizer = kind(groups, lr=lr, betas=(0.9, 0.95))
     return optimiser
+
+
+def muon(
+    parameters: Mapping[str, torch.Tensor], matrices: Collection[str], *, muon_lr: float, adamw_lr: float
+) -> list[torch.optim.Optimizer]:
+    """Build Muon for some matrices, by name, and AdamW for all other parameters; neither decays weights."""
+    others = [parameter for name, parameter in parameters.items() if name not in matrices]
+    held = [parameter for name, parameter in parameters.items() if name in matrices]
+    return [torch.optim.Muon(held, lr=muon_lr, weight_decay=0.0), adamw(others, lr=adamw_lr)]
 
 
 def adamw_class(config: LoopConfig, log: Log) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl_rt import Architecture, Catalog, Interval, Planner, Streams, Student
+from ppcl_rt import Architecture, Catalog, Interval, LegalWidths, Planner, Streams, Student
 from ppcl_rt.planning.frozen import Frozen, read_json
 from ppcl_rt.planning.legal import Start
 from ppcl_train.config.settings import RunConfig
@@ -190,6 +190,8 @@ def select(run: RunConfig, folder: Path, others: Catalog) -> None:
     table = measured(run, folder, log)
     if not join().is_main:
         return
+    if config.depth_first:
+        others = _of_whole_blocks(others)
     choices = choices_by_ratio(others, table.candidates, config.ratio_step, config.least_ratio)
     write_json(folder / OUTPUT, table.model_copy(update={"choices": choices}).model_dump(mode="json"))
     starts = {candidate.interval: candidate.start for candidate in table.candidates}
@@ -198,6 +200,11 @@ def select(run: RunConfig, folder: Path, others: Catalog) -> None:
     chosen = [interval for interval, _ in taken.most_common(config.most_students)]
     log(students=len(chosen), intervals=" ".join(map(str, sorted(chosen))))
     selection.write(folder, [Selected(interval, starts[interval]) for interval in chosen])
+
+
+def _of_whole_blocks(catalog: Catalog) -> Catalog:
+    whole = tuple(LegalWidths.only(widths.full) for widths in catalog.blocks)
+    return catalog.model_copy(update={"blocks": whole, "text_runs": ()})
 
 
 def measured(run: RunConfig, folder: Path, log: Callable[..., None]) -> Table:
@@ -240,7 +247,9 @@ def measured(run: RunConfig, folder: Path, log: Callable[..., None]) -> Table:
 def _shared_digest(run: RunConfig, model: Any, *held: HeldStreams) -> str:
     """What all candidates depend on: the teacher, the batches, and the settings of training and of measuring."""
     batches = [(batch.x, batch.t, batch.call, batch.shares) for each in held for batch in each.batches]
-    config = run.table.model_dump(mode="json", exclude={"lengths", "ratio_step", "least_ratio"})
+    config = run.table.model_dump(
+        mode="json", exclude={"lengths", "ratio_step", "least_ratio", "most_students", "depth_first"}
+    )
     settings = [_VERSION, run.task, run.sampler.guidance, run.magnitude, config]
     return digests.of_values(settings, digests.of_module(model), digests.of_tree(batches))
 

@@ -6,9 +6,9 @@ PPCL stage 3.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
-from ppcl_train.engine.optimisers import free_optimisers
+from ppcl_train.engine.optimisers import free_optimisers, muon
 from ppcl_train.engine.sharding import Sharding, drop_unreached
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages import compress, width
@@ -205,17 +205,32 @@ def _trained(
         drop_unreached(parameters.values(), world)
         world.average(parameters.values())
 
+    optimisers: list[torch.optim.Optimizer] = []
+    if config.muon_lr and (whole := matrices(run, model, parameters)):
+        optimisers = muon(parameters, whole, muon_lr=config.muon_lr, adamw_lr=config.lr)
     found = train_loop(
         run,
         config,
         log,
         parameters,
         step_loss,
+        optimisers=optimisers,
         world=world,
         before_update=average,
     )
     # What is trained after this begins with it in every process; otherwise the first writes it.
     return trained.outcome(start, world.whole(found, everywhere=run.recover.kept_steps > 0))
+
+
+def matrices(run: RunConfig, model: Any, parameters: Iterable[str]) -> set[str]:
+    """Names of the matrices that Muon may train: of whole layers inside blocks and students, but for modulations."""
+
+    def inside(name: str) -> str:
+        # transformer_blocks.3.attn.to_q.weight, students.3-5.attn.to_q.weight
+        return name.split(".", 2)[-1]
+
+    layers = {inside(name) for name in run.family.hidden_matrices(model)}
+    return {name for name in parameters if inside(name) in layers and not inside(name).startswith("replacements.")}
 
 
 class Plans:

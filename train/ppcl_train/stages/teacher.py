@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ppcl_train.config.settings import RunConfig
 from ppcl_train.config.stages import LoopConfig
@@ -25,7 +24,7 @@ from ppcl_train.data.teacher_file import TEACHER_FILE, note_pretrained
 from ppcl_train.engine.files import write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
-from ppcl_train.engine.optimisers import adamw, cosine
+from ppcl_train.engine.optimisers import cosine, muon
 from ppcl_train.families.base import Judged
 from ppcl_train.scenes import encoding
 from ppcl_train.scenes.sampling import Sampler, arguments
@@ -39,17 +38,6 @@ def initial(run: RunConfig) -> Any:
     model = run.family.build(run.teacher.architecture)
     run.family.initialise(model)
     return model
-
-
-def optimisers(run: RunConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Build Muon for the matrices inside blocks other than modulations, and AdamW for all other parameters."""
-    config, parameters = run.teacher, dict(model.named_parameters())
-    matrices = run.family.hidden_matrices(model)
-    others = [parameter for name, parameter in parameters.items() if name not in matrices]
-    return [
-        torch.optim.Muon([parameters[name] for name in matrices], lr=config.muon_lr, weight_decay=0.0),
-        adamw(others, lr=config.adamw_lr),
-    ]
 
 
 def train(run: RunConfig, folder: Path) -> None:
@@ -84,7 +72,12 @@ def train(run: RunConfig, folder: Path) -> None:
         log,
         dict(model.named_parameters()),
         step_loss,
-        optimisers=optimisers(run, model),
+        optimisers=muon(
+            dict(model.named_parameters()),
+            run.family.hidden_matrices(model),
+            muon_lr=config.muon_lr,
+            adamw_lr=config.adamw_lr,
+        ),
         rate=lambda step: cosine(step, config.phase(step).horizon, config.warmup),
         after_step=after_step,
     )
