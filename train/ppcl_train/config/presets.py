@@ -167,18 +167,6 @@ _PAPER = with_changes(
     },
 )
 
-# Of the small tasks of this project, whose samples are two dozen tokens and whose blocks have 6 heads.
-_SHORT_SEQUENCES: dict[str, Any] = {
-    # No student of four blocks or more was ever chosen.
-    "table": TableConfig(least_ratio=0.18, lengths=(2, 3)),
-    "students": StudentsConfig(magnitude=1.0, steps=250),
-    # Down to 2 of 6 heads: attention and its projections are half of the FLOPs.
-    "width": WidthConfig(heads=(5 / 6, 4 / 6, 3 / 6, 2 / 6)),
-    "recover": RecoverConfig(steps=450, lr=5e-4, ema=0.99, least_ratio=0.15),
-    "refine": RefineConfig(steps=1000, lr=5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7),
-    "measure": MeasureConfig(samples=128, candidates=2),
-}
-
 PRESETS = {
     "scenes": RunConfig(
         task="scenes",
@@ -203,7 +191,16 @@ PRESETS = {
                 Phase(until=24_000, horizon=24_000, shares=(0.06, 0.22, 0.28, 0.22, 0.22)),
             ),
         ),
-        **_SHORT_SEQUENCES,
+        # No student of four blocks or more was ever chosen.
+        table=TableConfig(least_ratio=0.18, lengths=(2, 3)),
+        students=StudentsConfig(magnitude=1.0, steps=250),
+        # Down to 2 of 6 heads: attention and its projections are half of the FLOPs.
+        width=WidthConfig(heads=(5 / 6, 4 / 6, 3 / 6, 2 / 6)),
+        recover=RecoverConfig(steps=450, lr=5e-4, ema=0.99, least_ratio=0.15),
+        refine=RefineConfig(
+            steps=1000, lr=5e-4, ema=0.99, planned=0.9, smallest=0.05, least_ratio=0.15, most_ratio=0.7
+        ),
+        measure=MeasureConfig(samples=128, candidates=2),
         sampler=Sampler(steps=20, shift=2.0, guidance=1.3),
         pictures=PicturesConfig(
             prompts=(
