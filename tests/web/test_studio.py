@@ -20,6 +20,7 @@ from ppcl_rt.pipelines.task import PipelineTask
 from ppcl_rt.web.studio import LARGEST_SEED, STRIP, Ask, Studio
 
 RING = "a red ring"
+EMOJI = CHECKPOINT.parent / "emoji"
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,22 @@ def pixels(drawn):
 
 
 def test_it_draws_what_the_command_line_draws(studio, ppcl, tmp_path):
-    ask = Ask.read(RING, seed="3", ratio="0.4", steps="4")
+    draws_as_the_command_line(studio, CHECKPOINT, RING, ppcl, tmp_path)
+
+
+def test_so_it_does_through_the_shipped_pipeline(ppcl, tmp_path):
+    draws_as_the_command_line(Studio.open(str(EMOJI)), EMOJI, "rocket", ppcl, tmp_path)
+
+
+def draws_as_the_command_line(studio, checkpoint, prompt, ppcl, folder):
+    ask = Ask.read(prompt, seed="3", ratio="0.4", steps="4")
     content = studio.png(ask, [studio.draw(ask)])
-    options = ("--prompt", RING, "--seed", 3, "--ratio", 0.4, "--steps", 4, "--out", tmp_path / "x.png")
-    status, _, err = ppcl("sample", CHECKPOINT, *options)
+    options = ("--prompt", prompt, "--seed", 3, "--ratio", 0.4, "--steps", 4, "--out", folder / "x.png")
+    status, _, err = ppcl("sample", checkpoint, *options)
     assert status == 0, err
-    ours, theirs = Image.open(io.BytesIO(content)), Image.open(tmp_path / "x.png")
+    ours, theirs = Image.open(io.BytesIO(content)), Image.open(folder / "x.png")
     assert ours.tobytes() == theirs.tobytes() and ours.text == theirs.text
-    assert ours.text["prompt"] == RING and ours.text["seed"] == "3" and ours.text["checkpoint"] == str(CHECKPOINT)
+    assert ours.text["prompt"] == prompt and ours.text["seed"] == "3" and ours.text["checkpoint"] == str(checkpoint)
     assert studio.model.catalog.check(Plan.model_validate_json(ours.text["plan"]))
 
 
