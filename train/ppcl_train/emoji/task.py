@@ -45,10 +45,10 @@ class EmojiTask(PipelineTask):
     timed_batch = 64
     # The last four are held out.
     demo_prompts = (
-        "owl",
-        "red apple",
         "rocket",
+        "red apple",
         "hot beverage",
+        "owl",
         "woman astronaut: light skin tone",
         "man cook: dark skin tone",
         "mermaid: dark skin tone",
