@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml Makefile $(CONSTRAINTS)
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/ppcl demo examples/emoji --prompts 100 --out demo.png
+	$(BIN)/ppcl demo examples/emoji --prompts 50 --out demo.png
 
 # All laws and behaviours, in ten minutes on two cores.
 test: $(VENV)/installed
