@@ -46,7 +46,7 @@ class How(NamedTuple):
 
     def over(self, usual: How) -> How:
         """This, and what it leaves open as ``usual``."""
-        return How(*(own if own is not None else theirs for own, theirs in zip(self, usual)))  # type: ignore[arg-type]  # of one kind each
+        return self._replace(**{name: value for name, value in usual._asdict().items() if getattr(self, name) is None})
 
 
 # The checkpoint's own way.

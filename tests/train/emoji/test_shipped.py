@@ -29,8 +29,8 @@ def opened(transformer):
     )
 
 
-def drawn(pipe, table, how):
-    """What people would write, as an array in [0, 1]."""
+def drawn(pipe, table, how, output_type="np"):
+    """What people would write: an array in [0, 1], or latents."""
     embeddings, mask = table.batch([PROMPT])
     none, none_mask = table.batch([""])
     return pipe(
@@ -43,7 +43,7 @@ def drawn(pipe, table, how):
         num_inference_steps=how.steps,
         true_cfg_scale=how.guidance,
         generator=torch.Generator().manual_seed(SEED),
-        output_type="np",
+        output_type=output_type,
     ).images[0]
 
 
@@ -51,7 +51,10 @@ def drawn(pipe, table, how):
 def test_the_stock_pipeline_draws_what_the_program_does(ratio):
     model = loaded(ratio)
     task = task_of(model.catalog, FOLDER)
-    stock = drawn(opened(model), task.drawing(model).table, task.usual)
+    drawing = task.drawing(model)
+    [ours] = drawing.draw([PROMPT], SEED, task.usual, as_latents=True)
+    torch.testing.assert_close(ours, drawn(opened(model), drawing.table, task.usual, "latent"), rtol=0, atol=1e-3)
+    stock = drawn(opened(model), drawing.table, task.usual)
     [picture] = task.sample(model, [PROMPT], SEED)
     # A picture of the program is rounded to whole numbers up to 255.
     np.testing.assert_allclose(np.asarray(picture), (stock * 255).round(), atol=1)

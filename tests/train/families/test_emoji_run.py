@@ -117,11 +117,13 @@ def test_the_stock_pipeline_draws_the_same(finished):
     model = ppcl_rt.load(folder / "transformer", 0.7, dtype=torch.float32)
     task = task_of(model.catalog, folder)
     assert isinstance(task, JudgedTask) and model.catalog.task["size"] == 64
-    embeddings, mask = task.drawing(model).table.batch(["red apple"])
+    table = task.drawing(model).table
+    (embeddings, mask), (negative, negative_mask) = table.batch(["red apple"]), table.batch([""])
 
     def draw(pipe):
         noise = torch.Generator().manual_seed(5)
-        how = {"width": 64, "height": 64, "num_inference_steps": 2, "true_cfg_scale": 1.0, "generator": noise}
+        how = {"width": 64, "height": 64, "num_inference_steps": 2, "true_cfg_scale": 1.5, "generator": noise}
+        how |= {"negative_prompt_embeds": negative, "negative_prompt_embeds_mask": negative_mask}
         return pipe(prompt_embeds=embeddings, prompt_embeds_mask=mask, output_type="np", **how).images[0]
 
     ours = QwenImagePipeline.from_pretrained(folder, transformer=model, text_encoder=None, tokenizer=None)

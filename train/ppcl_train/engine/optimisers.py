@@ -36,12 +36,26 @@ def adamw(
 
 
 def muon(
-    parameters: Mapping[str, torch.Tensor], matrices: Collection[str], *, muon_lr: float, adamw_lr: float
+    parameters: Mapping[str, torch.Tensor],
+    matrices: Collection[str],
+    *,
+    muon_lr: float,
+    adamw_lr: float,
+    weight_decay: float = 0.0,
+    kind: Any = torch.optim.AdamW,
 ) -> list[torch.optim.Optimizer]:
-    """Build Muon for some matrices, by name, and AdamW for all other parameters; neither decays weights."""
+    """Build Muon for some matrices, by name, and AdamW for all other parameters.
+
+    Args:
+        muon_lr, adamw_lr: peak learning rates.
+        weight_decay, kind: as of `adamw`; Muon decays its matrices by as much.
+    """
     others = [parameter for name, parameter in parameters.items() if name not in matrices]
     held = [parameter for name, parameter in parameters.items() if name in matrices]
-    return [torch.optim.Muon(held, lr=muon_lr, weight_decay=0.0), adamw(others, lr=adamw_lr)]
+    return [
+        torch.optim.Muon(held, lr=muon_lr, weight_decay=weight_decay),
+        adamw(others, lr=adamw_lr, weight_decay=weight_decay, kind=kind),
+    ]
 
 
 def adamw_class(config: LoopConfig, log: Log) -> Any:

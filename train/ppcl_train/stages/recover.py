@@ -24,7 +24,7 @@ from ppcl_train.engine.distributed import join
 from ppcl_train.engine.files import read_content, read_tensors, stored_in, write_json, write_tensors
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
-from ppcl_train.engine.optimisers import free_optimisers, muon
+from ppcl_train.engine.optimisers import adamw_class, free_optimisers, muon
 from ppcl_train.engine.sharding import Sharding, drop_unreached
 from ppcl_train.losses.velocity_error import Target
 from ppcl_train.stages import compress, width
@@ -205,21 +205,30 @@ def _trained(
         drop_unreached(parameters.values(), world)
         world.average(parameters.values())
 
-    optimisers: list[torch.optim.Optimizer] = []
-    if config.muon_lr and (whole := matrices(run, model, parameters)):
-        optimisers = muon(parameters, whole, muon_lr=config.muon_lr, adamw_lr=config.lr)
     found = train_loop(
         run,
         config,
         log,
         parameters,
         step_loss,
-        optimisers=optimisers,
+        optimisers=_optimisers(run, config, log, model, parameters),
         world=world,
         before_update=average,
     )
     # What is trained after this begins with it in every process; otherwise the first writes it.
     return trained.outcome(start, world.whole(found, everywhere=run.recover.kept_steps > 0))
+
+
+def _optimisers(
+    run: RunConfig, config: EndToEndConfig, log: Log, model: Any, parameters: Mapping[str, torch.Tensor]
+) -> list[torch.optim.Optimizer]:
+    """With ``muon_lr``, Muon and AdamW; empty for the AdamW of the loop."""
+    whole = matrices(run, model, parameters) if config.muon_lr else set()
+    if not whole:
+        return []
+    log(muon=len(whole), of=len(parameters))
+    rates = {"muon_lr": config.muon_lr, "adamw_lr": config.lr}
+    return muon(parameters, whole, **rates, weight_decay=config.weight_decay, kind=adamw_class(config, log))
 
 
 def matrices(run: RunConfig, model: Any, parameters: Iterable[str]) -> set[str]:

@@ -66,14 +66,15 @@ def train(run: RunConfig, folder: Path) -> None:
         if done % config.judge_every == 0:
             judge(run, weights, log, done)
 
+    parameters = dict(model.named_parameters())
     trained = train_loop(
         run,
         LoopConfig(steps=config.steps, ema=config.ema),
         log,
-        dict(model.named_parameters()),
+        parameters,
         step_loss,
         optimisers=muon(
-            dict(model.named_parameters()),
+            parameters,
             run.family.hidden_matrices(model),
             muon_lr=config.muon_lr,
             adamw_lr=config.adamw_lr,
