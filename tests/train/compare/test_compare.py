@@ -42,6 +42,7 @@ TINY = with_changes(
         "students.batch": 4,
         "recover.steps": 3,
         "recover.kept_steps": 2,
+        "refine.kept_steps": 2,
         "recover.batch": 4,
         "width.heads": [0.5],
         "width.channels": [0.5],
@@ -163,8 +164,8 @@ def test_ours_runs_the_pipeline_with_the_steps_of_all(entry_of):
     config = json.loads((entry_of("ours").shared / "ours" / "config.json").read_text())
     # Whatever the run trains at all is trained here too, however few the steps and however long the longest stage.
     stages = [config[name]["steps"] for name in ("students", "recover", "refine")]
-    assert min(stages) > 0 and config["recover"]["kept_steps"] > 0
-    assert sum(stages) + config["recover"]["kept_steps"] + config["table"]["steps"] == TINY.compare.steps
+    stages += [config[name]["kept_steps"] for name in ("recover", "refine")]
+    assert min(stages) > 0 and sum(stages) + config["table"]["steps"] == TINY.compare.steps
     # The smallest is a model too; smaller there is none.
     with pytest.raises(UnreachableError):
         METHODS["ours"](entry_of("ours", ratio=0.05))

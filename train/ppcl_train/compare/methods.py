@@ -49,6 +49,7 @@ def _budgeted(run: RunConfig) -> dict[str, int]:
         "recover__steps": run.recover.steps,
         "recover__kept_steps": run.recover.kept_steps,
         "refine__steps": run.refine.steps,
+        "refine__kept_steps": run.refine.kept_steps,
     }
     taken = run.table.steps if run.select == "table" else run.probes.steps
     left, total = run.compare.steps - taken, sum(planned.values())

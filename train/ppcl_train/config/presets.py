@@ -229,8 +229,8 @@ PRESETS = {
             phases=(Phase(until=6000, horizon=6000),),
             ema=0.999,
         ),
-        # Pictures are remembered: what is left out has to be learnt again, by weights of its own. So students of whole
-        # blocks, one for each part of the depth, that Muon trains as it does the teacher, and few widths.
+        # Pictures are remembered: what is left out has to be learnt again. So students of whole blocks, one for each
+        # part of the depth, that Muon trains as it does the teacher, and few widths; and kept blocks learn with them.
         table=TableConfig(lengths=(2, 3), depth_first=True, ratio_step=0.5, least_ratio=0.4, most_students=6),
         students=StudentsConfig(magnitude=1.0, steps=250),
         width=WidthConfig(heads=(4 / 6,), channels=(0.5,), ranks=(16, 4), longest_text_run=1),
@@ -238,11 +238,13 @@ PRESETS = {
         recover=RecoverConfig(steps=400, lr=1e-3, muon_lr=0.01, ema=0.99, least_ratio=0.3),
         refine=RefineConfig(
             steps=3500,
+            kept_steps=4500,
             lr=1e-3,
-            muon_lr=0.01,
+            muon_lr=0.008,
             ema=0.99,
-            planned=0.9,
-            smallest=0.05,
+            planned=0.95,
+            smallest=0.03,
+            towards_small=0.0,
             least_ratio=0.2,
             most_ratio=0.75,
         ),

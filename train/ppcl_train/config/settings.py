@@ -120,7 +120,7 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _precisions_agree(self) -> RunConfig:
         if self.teacher.dtype != "float32":
-            for name in ("probes", "students", "recover", *(["refine"] if self.refine.steps else [])):
+            for name in ("probes", "students", "recover", *(["refine"] if self.refine.all_steps else [])):
                 if getattr(self, name).precision != "bf16":
                     raise ValueError(f"a teacher in {self.teacher.dtype} wants {name}.precision=bf16, not no")
         return self

@@ -173,6 +173,8 @@ class EndToEndConfig(LoopConfig):
 
     Attributes:
         steps: steps for students and all that only narrower plans run (compensated layers, maps, factors).
+        kept_steps: further steps for the teacher's own blocks as well, with the dense plan among the plans. With more
+            than 0, ratio 1 is no longer the teacher.
         planned: share of the steps whose plan is one of the planner's; the other steps draw a random plan.
         smallest: share of the steps whose plan is the smallest of the planner's (the sandwich rule).
         spacing: between the ratios that the planner makes plans for.
@@ -192,6 +194,7 @@ class EndToEndConfig(LoopConfig):
     """
 
     steps: int = Field(0, ge=0)
+    kept_steps: int = Field(0, ge=0)
     lr: PositiveFloat = 5e-4
     # Training starts from what is good already: nothing should pull it towards zero.
     weight_decay: float = Field(0.0, ge=0)
@@ -208,6 +211,11 @@ class EndToEndConfig(LoopConfig):
     neighbours: int = Field(1, ge=0)
     muon_lr: float = Field(0.0, ge=0)
 
+    @property
+    def all_steps(self) -> int:
+        """Steps without the teacher's own blocks, and with them."""
+        return self.steps + self.kept_steps
+
     @model_validator(mode="after")
     def _shards_of_whole_moments(self) -> EndToEndConfig:
         if self.shard and self.eight_bit:
@@ -218,14 +226,7 @@ class EndToEndConfig(LoopConfig):
 
 
 class RecoverConfig(EndToEndConfig):
-    """Recovery: training end to end from closed forms and distilled students.
-
-    Attributes:
-        kept_steps: further steps for the teacher's own blocks as well, with the dense plan among the plans. With more
-            than 0, ratio 1 is no longer the teacher.
-    """
-
-    kept_steps: int = Field(0, ge=0)
+    """Recovery: training end to end from closed forms and distilled students."""
 
 
 class RefineConfig(EndToEndConfig):

@@ -218,23 +218,22 @@ def compress(sizes: Sizes, processes: int) -> Needs:
     return Needs(device, flops, leaves=4 * count * (sizes.stored(sizes.largest_block) + block))
 
 
-def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig, kept_steps: int = 0) -> Needs:
+def _recovery(sizes: Sizes, processes: int, config: EndToEndConfig) -> Needs:
     shards = processes if config.shard else 1
-    numbers = trained_numbers(sizes) + (sizes.params if kept_steps else 0)
+    numbers = trained_numbers(sizes) + (sizes.params if config.kept_steps else 0)
     batch = math.ceil(config.batch / processes)
     saved = sizes.architecture.depth * sizes.streams(batch)
     per_block = sizes.backward(batch, config.precision)
     activations = saved + per_block if config.checkpointing else sizes.architecture.depth * per_block
     device = {
-        "teacher": _teacher(sizes, shards) * (2 if kept_steps else 1),
+        "teacher": _teacher(sizes, shards) * (2 if config.kept_steps else 1),
         "bases of students": _bases(sizes) / shards,
         "what is trained": numbers * (_VALUE + _GRADIENT + _moments(config)) / shards,
         "weights made of factors": _composed(sizes, config.checkpointing),
         "activations": activations,
     }
-    steps = config.steps + kept_steps
     # The teacher, the plan forward and backward, and once more forward where activations are computed again.
-    flops = config.batch * config.accumulate * steps * sizes.flops * (1 + 3 + config.checkpointing)
+    flops = config.batch * config.accumulate * config.all_steps * sizes.flops * (1 + 3 + config.checkpointing)
     measuring = _measuring(sizes)
     state = numbers * (_VALUE + _moments(config))
     return Needs(
@@ -274,14 +273,14 @@ def trained_numbers(sizes: Sizes) -> float:
 
 def recover(sizes: Sizes, processes: int) -> Needs:
     """The stage *recover*."""
-    if not sizes.run.recover.steps + sizes.run.recover.kept_steps:
+    if not sizes.run.recover.all_steps:
         return Needs({}, 0.0)
-    return _recovery(sizes, processes, sizes.run.recover, sizes.run.recover.kept_steps)
+    return _recovery(sizes, processes, sizes.run.recover)
 
 
 def refine(sizes: Sizes, processes: int) -> Needs:
     """The stage *refine*."""
-    if not sizes.run.refine.steps:
+    if not sizes.run.refine.all_steps:
         return Needs({}, 0.0)
     return _recovery(sizes, processes, sizes.run.refine)
 

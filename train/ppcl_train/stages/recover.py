@@ -36,7 +36,7 @@ from ppcl_train.stages.trained import opened_as_factors
 OUTPUT = "recovered.safetensors"
 REFINED = "refined.safetensors"
 # Share of the steps for the dense plan where kept blocks are trained.
-_DENSE = 0.25
+_DENSE = 0.15
 
 
 class _Costs(NamedTuple):
@@ -86,8 +86,7 @@ def recover(run: RunConfig, folder: Path) -> None:
     are trained, the teacher's own included, with the dense plan among the plans. Every process of a world calls this;
     the processes share each batch.
     """
-    config, start = run.recover, _before_recovery(folder)
-    _end_to_end(run, folder, Log(folder, "recover"), config, _CLOSED_FORMS, start, OUTPUT, config.kept_steps)
+    _end_to_end(run, folder, Log(folder, "recover"), run.recover, _CLOSED_FORMS, _before_recovery(folder), OUTPUT)
 
 
 def _before_recovery(folder: Path) -> dict[str, Stored]:
@@ -121,10 +120,9 @@ def _end_to_end(
     costs: _Costs,
     start: Mapping[str, Stored],
     output: str,
-    kept_steps: int = 0,
 ) -> None:
     world = join()
-    if not config.steps + kept_steps:
+    if not config.all_steps:
         if world.is_main:
             write_tensors(folder / output, {name: each.read() for name, each in start.items()}, {"steps": 0})
         return
@@ -137,13 +135,13 @@ def _end_to_end(
     if config.steps:
         start = _trained(run, folder, config, log, start, plans, costs.first_seed)
         free_optimisers()
-    if kept_steps:
-        kept_log, kept_config = Log(folder, "recover.kept"), config.model_copy(update={"steps": kept_steps})
+    if config.kept_steps:
+        kept_log, kept_config = Log(folder, f"{log.stage}.kept"), config.model_copy(update={"steps": config.kept_steps})
         first_seed = costs.first_seed + config.steps * config.accumulate
         start = _trained(run, folder, kept_config, kept_log, start, plans, first_seed, everything=True)
     if world.is_main:
         tensors = {name: each.read() for name, each in start.items()}
-        write_tensors(folder / output, tensors, {"steps": config.steps, "kept": kept_steps})
+        write_tensors(folder / output, tensors, {"steps": config.steps, "kept": config.kept_steps})
 
 
 def _chance(run: RunConfig, seed: Seed) -> random.Random:
@@ -216,7 +214,7 @@ def _trained(
         before_update=average,
     )
     # What is trained after this begins with it in every process; otherwise the first writes it.
-    return trained.outcome(start, world.whole(found, everywhere=run.recover.kept_steps > 0))
+    return trained.outcome(start, world.whole(found, everywhere=config.kept_steps > 0))
 
 
 def _optimisers(
