@@ -147,11 +147,12 @@ def test_the_reference_distils_for_the_stated_steps(entry_of, monkeypatch, tmp_p
     assert config["select"] == "eq5" and config["students"]["steps"] == 1
 
 
-def test_training_brings_the_prediction_nearer_to_the_teachers(entry_of):
-    run = with_changes(TINY, {"compare.steps": 30, "save_every": 100})
+@pytest.mark.parametrize("muon_lr", [0.0, 0.002])
+def test_training_brings_the_prediction_nearer_to_the_teachers(entry_of, muon_lr):
+    run = with_changes(TINY, {"compare.steps": 30, "compare.muon_lr": muon_lr, "save_every": 100})
     stock = entry_of("stock")
     losses = [
-        training.calibration_loss(stock, METHODS[name](entry_of(f"near-{name}", run=run)), stock.teacher())
+        training.calibration_loss(stock, METHODS[name](entry_of(f"near-{name}-{muon_lr}", run=run)), stock.teacher())
         for name in ("drop", "drop+train")
     ]
     assert losses[1] < 0.9 * losses[0]

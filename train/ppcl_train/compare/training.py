@@ -18,6 +18,7 @@ from ppcl_train.data import calibration
 from ppcl_train.data.seeds import Seed
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
+from ppcl_train.engine.optimisers import muon
 from ppcl_train.engine.provenance import making
 from ppcl_train.losses.velocity_error import Target
 
@@ -64,7 +65,7 @@ def calibration_loss(entry: Entry, model: Any, teacher: Any) -> float:
 
 def train_end_to_end(entry: Entry, model: Any, steps: int) -> Any:
     """Train all of a model; returns the model, frozen."""
-    teacher = entry.teacher()
+    teacher, config = entry.teacher(), entry.run.compare
     parameters = dict(model.requires_grad_(True).named_parameters())
 
     def step_loss(number: int) -> float:
@@ -72,5 +73,9 @@ def train_end_to_end(entry: Entry, model: Any, steps: int) -> Any:
         loss.backward()
         return loss.item()
 
-    train(entry, "end", parameters, step_loss, steps)
+    optimisers: list[torch.optim.Optimizer] = []
+    if config.muon_lr:
+        rates = {"muon_lr": config.muon_lr, "adamw_lr": config.lr, "weight_decay": config.weight_decay}
+        optimisers = muon(parameters, entry.run.family.hidden_matrices(model), **rates)
+    train(entry, "end", parameters, step_loss, steps, optimisers)
     return model.requires_grad_(False)

@@ -308,6 +308,7 @@ class CompareConfig(LoopConfig):
         distil: share of the steps before the end-to-end stage, for methods with two stages.
         rank: rank of the adapters that stand in for later training while layer gates are learnt.
         gate_lr: learning rate of the gates' logits.
+        muon_lr: peak learning rate of Muon for the matrices of blocks in the end-to-end stage; 0: AdamW trains all.
         prompts: unseen prompts, equally many of each kind; the same prompts and the same noise for all methods.
         seeds: training seeds of ours and of the selector eq. 5; the other methods get the first seed.
     """
@@ -319,6 +320,7 @@ class CompareConfig(LoopConfig):
     distil: Share = 0.25
     rank: PositiveInt = 8
     gate_lr: PositiveFloat = 0.05
+    muon_lr: float = Field(0.0, ge=0)
     prompts: PositiveInt = 1000
     judge_seed: int = Field(1, ge=0)
     seeds: PositiveInt = 3
