@@ -31,7 +31,9 @@ def web(
     check_ratio(ratio)
     check_device(device)
     studio = Studio.open(checkpoint, ratio=ratio, transformer=transformer, quantize=quantize, device=device)
-    # Takes seconds, and is an extra.
+    # Drawn while what follows is imported, which takes seconds.
+    threading.Thread(target=studio.draw_first, args=[ratio], daemon=True).start()
+    # An extra.
     from ppcl_rt.web.page import Page
 
     page = Page(studio, ratio)

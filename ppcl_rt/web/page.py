@@ -194,7 +194,7 @@ class Page:
         cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
         said = f"FLOPs at the reference shape. Milliseconds of this very picture, the median step, on {device}, float32"
         if not all(each.cost.alone for each in drawn):
-            said += "; * others were drawn at the same time"
+            said += "; * something else ran at the same time"
         head = "".join(f"<th>{head}</th>" for head in heads)
         return f"<table><tr>{head}</tr>{cells}</table><small>{said}.</small>"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import statistics
@@ -117,6 +118,8 @@ class Studio:
         self.smallest: float = model.planner.smallest_in_digits
         self._lock = threading.Lock()
         self._remembered: OrderedDict[tuple[Any, ...], Drawn] = OrderedDict()
+        # Of pictures that are drawn now: who asks for the same one waits for it.
+        self._turns: dict[tuple[Any, ...], threading.Lock] = {}
         # Drawings that run now, and those that ever began.
         self._running = self._begun = 0
 
@@ -167,16 +170,45 @@ class Studio:
         plan = self.model.plan_of(ask.choice)
         key = (plan, ask.prompt, ask.seed, ask.steps)
         with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        try:
+            with turn:
+                found = self._found(key)
+                if found is not None:
+                    return found._replace(made=found.made._replace(asked=_called(ask.choice, found.cost.ratio)))
+                drawn = self._drawn(ask, plan, on_step)
+                with self._lock:
+                    self._remembered[key] = drawn
+                    while len(self._remembered) > _REMEMBERED:
+                        self._remembered.popitem(last=False)
+                return drawn
+        finally:
+            # Those who wait have the lock already; whoever comes later finds the picture.
+            with self._lock:
+                self._turns.pop(key, None)
+
+    def _found(self, key: tuple[Any, ...]) -> Drawn | None:
+        with self._lock:
             if key in self._remembered:
                 self._remembered.move_to_end(key)
-                found = self._remembered[key]
-                return found._replace(made=found.made._replace(asked=_called(ask.choice, found.cost.ratio)))
-        drawn = self._drawn(ask, plan, on_step)
+            return self._remembered.get(key)
+
+    def draw_first(self, ratio: float) -> None:
+        """Draw what the page shows first, next to other work of the program, so that it is remembered.
+
+        What goes wrong, the page says when it asks for the same.
+        """
         with self._lock:
-            self._remembered[key] = drawn
-            while len(self._remembered) > _REMEMBERED:
-                self._remembered.popitem(last=False)
-        return drawn
+            # These pictures take longer than those that are drawn alone.
+            self._running += 1
+        try:
+            with contextlib.suppress(Exception):
+                ask = Ask.read(self.task.demo_prompts[0], ratio=f"{ratio:g}")
+                self.draw(ask)
+                self.dense(ask)
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def dense(self, ask: Ask, on_step: OnStep = no_report) -> Drawn:
         """Draw the same at the largest plan there is: the dense one, unless the checkpoint was cut to a plan."""

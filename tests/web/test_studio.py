@@ -73,6 +73,38 @@ def test_a_picture_is_remembered_with_what_it_cost(studio):
     assert by_plan.picture is once.picture and by_plan.made.asked == f"ratio {once.cost.ratio:g}"
 
 
+def test_a_picture_that_somebody_waits_for_is_not_drawn_twice(studio, monkeypatch):
+    """The page asks for its first pictures while they are drawn."""
+    whole, begun, asked, drawn = studio.task.sample, threading.Event(), threading.Event(), []
+
+    def sample(*given):
+        drawn.append(given)
+        begun.set()
+        assert asked.wait(60)
+        return whole(*given)
+
+    monkeypatch.setattr(studio.task, "sample", sample)
+    first = threading.Thread(target=studio.draw_first, args=(0.6,))
+    first.start()
+    assert begun.wait(60)
+    ask, found = Ask.read(studio.task.demo_prompts[0], ratio="0.6"), []
+    second = threading.Thread(target=lambda: found.extend([studio.draw(ask), studio.dense(ask)]))
+    second.start()
+    asked.set()
+    first.join()
+    second.join()
+    # At the ratio, and dense.
+    assert len(drawn) == len(found) == 2
+    assert not any(each.cost.alone for each in found), "their times are of a busy machine"
+    assert not studio._turns
+
+
+def test_first_pictures_that_cannot_be_drawn_are_left_to_the_page(studio):
+    studio.draw_first(0.001)
+    with pytest.raises(ValueError, match="ratio"):
+        studio.draw(Ask.read(studio.task.demo_prompts[0], ratio="0.001"))
+
+
 def test_a_strip_goes_down_to_the_smallest_plan(studio, monkeypatch):
     ask = Ask.read(RING, ratio="1", steps="1")
     *_, drawn = studio.strip(ask)
