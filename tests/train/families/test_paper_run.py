@@ -83,7 +83,7 @@ def test_the_preset_makes_a_checkpoint_of_what_the_paper_has(config, qwen_folder
     moved = [name for name in stock.names if not torch.equal(recovered[name].float(), stock.read(name).float())]
     assert len(moved) > len(stock.names) // 2
     refined = read_tensors(tmp_path / "refined.safetensors")
-    assert read_note(tmp_path / "refined.safetensors") == {"steps": 0, "kept": 2}
+    assert read_note(tmp_path / "refined.safetensors")["kept"] == 2
     assert sum(not torch.equal(refined[name], recovered[name]) for name in stock.names) > len(stock.names) // 2
 
 
