@@ -61,7 +61,7 @@ def test_the_stock_pipeline_draws_what_the_program_does(ratio):
     assert np.abs(np.asarray(picture) / 255 - stock).mean() < 1e-3
 
 
-def test_with_its_own_class_it_draws_the_teacher():
+def test_with_its_own_class_it_draws_the_dense_model():
     dense = loaded(1.0)
     task = task_of(dense.catalog, FOLDER)
     table = task.drawing(dense).table

@@ -18,7 +18,7 @@ from ppcl_train.data import calibration
 from ppcl_train.data.seeds import Seed
 from ppcl_train.engine.log import Log
 from ppcl_train.engine.loop import train_loop
-from ppcl_train.engine.optimisers import muon
+from ppcl_train.engine.optimisers import adamw_class, muon
 from ppcl_train.engine.provenance import making
 from ppcl_train.losses.velocity_error import Target
 
@@ -75,7 +75,8 @@ def train_end_to_end(entry: Entry, model: Any, steps: int) -> Any:
 
     optimisers: list[torch.optim.Optimizer] = []
     if config.muon_lr:
-        rates = {"muon_lr": config.muon_lr, "adamw_lr": config.lr, "weight_decay": config.weight_decay}
-        optimisers = muon(parameters, entry.run.family.hidden_matrices(model), **rates)
+        matrices, kind = set(entry.run.family.hidden_matrices(model)), adamw_class(config, Log(entry.folder, "end"))
+        rates = {"muon_lr": config.muon_lr, "adamw_lr": config.lr}
+        optimisers = muon(parameters, matrices, **rates, weight_decay=config.weight_decay, kind=kind)
     train(entry, "end", parameters, step_loss, steps, optimisers)
     return model.requires_grad_(False)
