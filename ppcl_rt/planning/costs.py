@@ -6,15 +6,15 @@ and of the maps of text runs. So a linear program can count with it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ppcl_rt.planning.architecture import Architecture, Tokens
 from ppcl_rt.planning.block_spec import BlockSpec, Stream, Weights
 from ppcl_rt.planning.interval import Interval
 from ppcl_rt.planning.milliseconds import BlockTimes, Times
-from ppcl_rt.planning.plan import Plan
+from ppcl_rt.planning.plan import Plan, PlannedBlock
 from ppcl_rt.planning.quantisation import SCALE_BYTES, Quantisation
 from ppcl_rt.planning.width import LINEAR_MAP, Width
 
@@ -47,12 +47,28 @@ class Cost:
 
     def of(self, architecture: Architecture, plan: Plan) -> float:
         """Of a plan."""
-        total = self.outer(architecture)
-        for planned in plan.blocks:
-            block, not_updated = planned.interval.first, plan.not_updated(planned)
-            total += self.fixed(architecture, block, not_updated)
-            total += sum(self.group(architecture, block, g, n, not_updated) for g, n in planned.width.items())
-        return total + sum(self.run(architecture, run) for run in plan.text_runs)
+        return self.of_all(architecture, [plan])[0]
+
+    def of_all(self, architecture: Architecture, plans: Iterable[Plan]) -> list[float]:
+        """Of several plans; what a kind of block costs at a width is computed once."""
+        known: dict[Any, tuple[float, float]] = {}
+
+        def of_block(planned: PlannedBlock, not_updated: frozenset[Stream]) -> tuple[float, float]:
+            block, width = planned.interval.first, planned.width
+            key = architecture.kind(block), width, not_updated
+            if key not in known:
+                groups = sum(self.group(architecture, block, g, n, not_updated) for g, n in width.items())
+                known[key] = self.fixed(architecture, block, not_updated), groups
+            return known[key]
+
+        found = []
+        for plan in plans:
+            total = self.outer(architecture)
+            for planned in plan.blocks:
+                fixed, groups = of_block(planned, plan.not_updated(planned))
+                total = total + fixed + groups
+            found.append(total + sum(self.run(architecture, run) for run in plan.text_runs))
+        return found
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ class Planner:
     @cached_property
     def _frontier_costs(self) -> Callable[[Cost], np.ndarray]:
         def costs(cost: Cost) -> np.ndarray:
-            return np.array([cost.of(self.catalog.architecture, plan) for plan in self._frontier_plans])
+            return np.array(cost.of_all(self.catalog.architecture, self._frontier_plans))
 
         return lru_cache(maxsize=64)(costs)
 
