@@ -1,33 +1,86 @@
-"""One checkpoint of a large diffusion transformer, run at any ratio, as a drop-in for diffusers."""
+"""One checkpoint of a large diffusion transformer, run at any ratio, as a drop-in for diffusers.
+
+Names are imported when they are first asked for: torch and diffusers take seconds, which nobody waits for who asks
+``ppcl`` for help.
+"""
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from ppcl_rt.checkpoint.places import locate
-from ppcl_rt.checkpoint.reader import Checkpoint
-from ppcl_rt.checkpoint.writer import write_checkpoint
 from ppcl_rt.families import registry
-from ppcl_rt.model.fitting import Room
-from ppcl_rt.model.graphs import Mode
-from ppcl_rt.model.pluggable import Pluggable
-from ppcl_rt.model.program import BlockCall, Program, TextRunRole
-from ppcl_rt.ops import Streams
-from ppcl_rt.planning.architecture import Architecture, BlockList, Tokens
-from ppcl_rt.planning.block_spec import BlockSpec, Group, Part, Segment
-from ppcl_rt.planning.budget import Budget
-from ppcl_rt.planning.catalog import Catalog
-from ppcl_rt.planning.interval import Interval
-from ppcl_rt.planning.legal import LegalCount, LegalWidths, Student, TextRun
-from ppcl_rt.planning.plan import Plan, PlannedBlock
-from ppcl_rt.planning.planner import Planner
-from ppcl_rt.planning.quantisation import Quantisation
-from ppcl_rt.planning.schedule import Schedule
-from ppcl_rt.planning.width import LINEAR_MAP, Width
+
+if TYPE_CHECKING:
+    import torch
+
+    from ppcl_rt.checkpoint.places import locate as locate
+    from ppcl_rt.checkpoint.reader import Checkpoint as Checkpoint
+    from ppcl_rt.checkpoint.writer import write_checkpoint as write_checkpoint
+    from ppcl_rt.model.fitting import Room as Room
+    from ppcl_rt.model.graphs import Mode
+    from ppcl_rt.model.pluggable import Pluggable as Pluggable
+    from ppcl_rt.model.program import BlockCall as BlockCall
+    from ppcl_rt.model.program import Program as Program
+    from ppcl_rt.model.program import TextRunRole as TextRunRole
+    from ppcl_rt.ops import Streams as Streams
+    from ppcl_rt.planning.architecture import Architecture as Architecture
+    from ppcl_rt.planning.architecture import BlockList as BlockList
+    from ppcl_rt.planning.architecture import Tokens as Tokens
+    from ppcl_rt.planning.block_spec import BlockSpec as BlockSpec
+    from ppcl_rt.planning.block_spec import Group as Group
+    from ppcl_rt.planning.block_spec import Part as Part
+    from ppcl_rt.planning.block_spec import Segment as Segment
+    from ppcl_rt.planning.budget import Budget as Budget
+    from ppcl_rt.planning.catalog import Catalog as Catalog
+    from ppcl_rt.planning.interval import Interval as Interval
+    from ppcl_rt.planning.legal import LegalCount as LegalCount
+    from ppcl_rt.planning.legal import LegalWidths as LegalWidths
+    from ppcl_rt.planning.legal import Student as Student
+    from ppcl_rt.planning.legal import TextRun as TextRun
+    from ppcl_rt.planning.plan import Plan as Plan
+    from ppcl_rt.planning.plan import PlannedBlock as PlannedBlock
+    from ppcl_rt.planning.planner import Planner as Planner
+    from ppcl_rt.planning.quantisation import Quantisation as Quantisation
+    from ppcl_rt.planning.schedule import Schedule as Schedule
+    from ppcl_rt.planning.width import LINEAR_MAP as LINEAR_MAP
+    from ppcl_rt.planning.width import Width as Width
+
+# Where each public name is defined, below this package.
+_PLACES = {
+    "LINEAR_MAP": "planning.width",
+    "Architecture": "planning.architecture",
+    "BlockCall": "model.program",
+    "BlockList": "planning.architecture",
+    "BlockSpec": "planning.block_spec",
+    "Budget": "planning.budget",
+    "Catalog": "planning.catalog",
+    "Checkpoint": "checkpoint.reader",
+    "Group": "planning.block_spec",
+    "Interval": "planning.interval",
+    "LegalCount": "planning.legal",
+    "LegalWidths": "planning.legal",
+    "Part": "planning.block_spec",
+    "Plan": "planning.plan",
+    "PlannedBlock": "planning.plan",
+    "Planner": "planning.planner",
+    "Pluggable": "model.pluggable",
+    "Program": "model.program",
+    "Quantisation": "planning.quantisation",
+    "Room": "model.fitting",
+    "Schedule": "planning.schedule",
+    "Segment": "planning.block_spec",
+    "Streams": "ops",
+    "Student": "planning.legal",
+    "TextRun": "planning.legal",
+    "TextRunRole": "model.program",
+    "Tokens": "planning.architecture",
+    "Width": "planning.width",
+    "locate": "checkpoint.places",
+    "write_checkpoint": "checkpoint.writer",
+}
 
 try:
     __version__ = version("ppcl-rt")
@@ -110,8 +163,7 @@ def load(
     hub = {
         name: value for name, value in given.items() if value is not None and (value is not False or name == "token")
     }
-    source = Checkpoint(locate(path, subfolder, variant, **hub), variant)
-    family = registry.of_class(source.config.get("_class_name"), source.folder)
+    family = _family_of(path, subfolder, variant, hub)
     model: Pluggable = family.load(
         path,
         ratio,
@@ -136,46 +188,29 @@ def load(
     return model
 
 
+def _family_of(path: str | Path, subfolder: str | None, variant: str | None, hub: dict[str, Any]) -> Any:
+    """The family's class of a checkpoint."""
+    from ppcl_rt.checkpoint.places import locate
+    from ppcl_rt.checkpoint.reader import Checkpoint
+
+    source = Checkpoint(locate(path, subfolder, variant, **hub), variant)
+    return registry.of_class(source.config.get("_class_name"), source.folder)
+
+
 def __getattr__(name: str) -> Any:
-    """Import a family's class when it is first asked for, by its name."""
-    found = registry.by_class_name(name)
+    """Import a public name when it is first asked for; a family's class is found by the registry."""
+    if name in _PLACES:
+        found = getattr(importlib.import_module(f"ppcl_rt.{_PLACES[name]}"), name)
+    else:
+        found = registry.by_class_name(name)
     if found is None:
         raise AttributeError(f"module {__name__} has no attribute {name}")
+    globals()[name] = found
     return found
 
 
-__all__ = [
-    "LINEAR_MAP",
-    "Architecture",
-    "BlockCall",
-    "BlockList",
-    "BlockSpec",
-    "Budget",
-    "Catalog",
-    "Checkpoint",
-    "Group",
-    "Interval",
-    "LegalCount",
-    "LegalWidths",
-    "Part",
-    "Plan",
-    "PlannedBlock",
-    "Planner",
-    "Pluggable",
-    "Program",
-    "Quantisation",
-    "Room",
-    "Schedule",
-    "Segment",
-    "Streams",
-    "Student",
-    "TextRun",
-    "TextRunRole",
-    "Tokens",
-    "Width",
-    "__version__",
-    "load",
-    "locate",
-    "write_checkpoint",
-    *registry.class_names(),
-]
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [*_PLACES, "__version__", "load", *registry.class_names()]  # strings, all of them

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from typing import Any
 
 import typer.main
@@ -93,14 +92,7 @@ def cli() -> str:
 
 def program() -> Any:
     """The program with the commands that training and the kernels add, as a click command."""
-    app = ppcl_rt.cli.main.app
-    before = list(app.registered_groups)
-    try:
-        for entry in sorted(entry_points(group="ppcl.commands")):
-            app.add_typer(entry.load(), name=entry.name)
-        return typer.main.get_command(app)
-    finally:
-        app.registered_groups[:] = before
+    return typer.main.get_command(ppcl_rt.cli.main.program())
 
 
 def _commands(name: str, command: Any) -> Iterator[str]:

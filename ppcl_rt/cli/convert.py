@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ppcl_rt.cli.options import float_of
+from ppcl_rt.cli.values import float_of
 from ppcl_rt.convert.convert import convert as write_converted
 
 

@@ -9,19 +9,9 @@ from typing import Annotated, Any
 import typer
 
 import ppcl_rt
-from ppcl_rt.cli.options import (
-    NO_AMOUNTS,
-    Amounts,
-    AsJson,
-    Checkpoint,
-    DType,
-    PlanFile,
-    Ratio,
-    budget_of,
-    float_of,
-    with_amounts,
-)
+from ppcl_rt.cli.options import NO_AMOUNTS, Amounts, AsJson, Checkpoint, DType, PlanFile, Ratio, with_amounts
 from ppcl_rt.cli.planned import planned
+from ppcl_rt.cli.values import budget_of, float_of
 from ppcl_rt.convert import export as exporting
 from ppcl_rt.convert.formats import Format, Types
 from ppcl_rt.planning.plan import Plan

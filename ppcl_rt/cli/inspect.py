@@ -13,22 +13,10 @@ from rich.table import Table
 
 import ppcl_rt
 from ppcl_rt.checkpoint.places import locate_file
-from ppcl_rt.cli.options import (
-    NO_AMOUNTS,
-    Amounts,
-    AsJson,
-    Checkpoint,
-    Device,
-    DType,
-    Quantize,
-    Ratio,
-    budget_of,
-    float_of,
-    opened,
-    with_amounts,
-)
+from ppcl_rt.cli.options import NO_AMOUNTS, Amounts, AsJson, Checkpoint, Device, DType, Quantize, Ratio, with_amounts
 from ppcl_rt.cli.output import print_table, writing
 from ppcl_rt.cli.planned import planned
+from ppcl_rt.cli.values import budget_of, float_of, opened
 from ppcl_rt.convert.adapters import read_adapters
 from ppcl_rt.convert.naming import stock_shapes
 from ppcl_rt.families import registry

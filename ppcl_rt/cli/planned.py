@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 import ppcl_rt
-from ppcl_rt.cli.options import bytes_of, check_device, no_times, opened, without_fit
+from ppcl_rt.cli.values import bytes_of, check_device, no_times, opened, without_fit
 from ppcl_rt.convert.whole import whole_blocks
 from ppcl_rt.planning.budget import Budget, costs
 from ppcl_rt.planning.milliseconds import Times

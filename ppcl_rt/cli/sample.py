@@ -28,12 +28,11 @@ from ppcl_rt.cli.options import (
     Quantize,
     Ratio,
     Ratios,
-    budget_of,
-    budgets_of,
-    check_device,
+    Transformer,
     with_amounts,
 )
 from ppcl_rt.cli.output import print_table, writing
+from ppcl_rt.cli.values import budget_of, budgets_of, check_device
 from ppcl_rt.pipelines.drawing import How, OnStep
 from ppcl_rt.pipelines.likeness import likeness_of
 from ppcl_rt.pipelines.sheet import Made, described, enlarged, grid
@@ -46,9 +45,6 @@ from ppcl_rt.planning.schedule import Schedule
 _TIMED = 7
 _LARGEST_SEED = 2**63 - 1
 
-Transformer = Annotated[
-    str | None, typer.Option(help="checkpoint to draw with, where CHECKPOINT is the folder of a pipeline without one")
-]
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps; the checkpoint's own by default")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="1 for none; the checkpoint's own by default")]
 Size = Annotated[str | None, typer.Option(help="pixels, 1024x768; the checkpoint's own by default")]

@@ -16,7 +16,8 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ppcl_rt.cli.options import AsJson, Checkpoint, float_of
+from ppcl_rt.cli.options import AsJson, Checkpoint
+from ppcl_rt.cli.values import float_of
 from ppcl_rt.convert import slim as slimming
 from ppcl_rt.files import one_line
 

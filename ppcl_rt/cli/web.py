@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from typing import Annotated
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppcl_rt.cli.options import Checkpoint, Device, Quantize, check_device
-from ppcl_rt.cli.sample import Transformer
+from ppcl_rt.cli.options import Checkpoint, Device, Quantize, Transformer
+from ppcl_rt.cli.starting import without_collector
 from ppcl_rt.planning.budget import check_ratio
-from ppcl_rt.web.studio import Studio
+
+if TYPE_CHECKING:
+    from ppcl_rt.web.studio import Studio
+
+# FLOPs of a forward from which on several threads draw sooner on a CPU. At 0.1 GFLOP two threads of an idle machine
+# take as long as one, and six times as long beside a browser that draws: each waits for the other, busily.
+_FLOPS_OF_THREADS = 1e9
 
 
 def web(
@@ -29,18 +36,34 @@ def web(
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install 'ppcl-rt[web]'")
     check_ratio(ratio)
-    check_device(device)
-    studio = Studio.open(checkpoint, ratio=ratio, transformer=transformer, quantize=quantize, device=device)
-    # Drawn while what follows is imported, which takes seconds.
-    threading.Thread(target=studio.draw_first, args=[ratio], daemon=True).start()
-    # An extra.
-    from ppcl_rt.web.page import Page
+    with without_collector():
+        # An extra.
+        from ppcl_rt.web.page import Page
 
-    page = Page(studio, ratio)
+    coming: Future[Studio] = Future()
+    page = Page(coming, checkpoint, ratio)
     try:
         print(f"drawing at {page.serve(host, port)} (Ctrl-C ends it)", flush=True)
+        coming.set_result(_opened(checkpoint, ratio, transformer, quantize, device))
         threading.Event().wait()
     except KeyboardInterrupt:
         print("ended")
     finally:
+        # Whoever waits for it.
+        coming.cancel()
         page.close()
+
+
+def _opened(checkpoint: str, ratio: float, transformer: str | None, quantize: str | None, device: str) -> Studio:
+    """The studio; torch and diffusers are imported only now, while a browser loads the page."""
+    with without_collector():
+        from ppcl_rt.cli.values import check_device
+        from ppcl_rt.web.studio import Studio
+
+        check_device(device)
+        studio = Studio.open(checkpoint, ratio=ratio, transformer=transformer, quantize=quantize, device=device)
+    if studio.model.costs(studio.model.catalog.dense)["flops"] < _FLOPS_OF_THREADS:
+        import torch
+
+        torch.set_num_threads(1)
+    return studio

@@ -1,4 +1,7 @@
-"""The page of a studio: what it shows, and what its buttons do. Nothing on it comes from another machine."""
+"""The page of a studio: what it shows, and what its buttons do. Nothing on it comes from another machine.
+
+It is served before its studio is open: a browser loads it while torch and the checkpoint are read.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,31 @@ import math
 import os
 import socket
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import gradio as gr
 
 from ppcl_rt.messages import brief
-from ppcl_rt.web.studio import Ask, Drawn, Studio, png_of
+from ppcl_rt.web.asking import Ask
+
+if TYPE_CHECKING:
+    from ppcl_rt.pipelines.drawing import OnStep
+    from ppcl_rt.web.studio import Drawn, Studio
 
 _log = logging.getLogger(__name__)
 # People whose pictures are drawn at once; others wait.
 AT_ONCE = 4
 # Files and seconds for which what was shown stays on disk.
 _KEPT_FILES, _KEPT_SECONDS = 200, 3600
+# Seconds between two reports of the steps that are done.
+_BETWEEN_REPORTS = 0.3
 # What the reader of a page may see: anything else that goes wrong is logged in full on this machine.
-_THEIRS = (ValueError, OSError)
+_THEIRS = (ValueError, OSError, CancelledError)
 # Small pictures are enlarged pixel by pixel.
 _CSS = ".pixels img {image-rendering: pixelated} .costs table {width: 100%} .costs td, .costs th {text-align: right}"
 # No names of fonts that would be looked up elsewhere.
@@ -36,16 +47,18 @@ class Page:
     """The page of a studio.
 
     Args:
+        studio: to come; whoever asks for a picture before waits for it.
+        checkpoint: what is opened, for people.
         ratio: what the slider shows at first.
     """
 
-    def __init__(self, studio: Studio, ratio: float) -> None:
-        self.studio = studio
+    def __init__(self, studio: Future[Studio], checkpoint: str, ratio: float) -> None:
+        self._coming = studio
         self._folder = tempfile.TemporaryDirectory(prefix="ppcl-web-")
         self._files: OrderedDict[Path, None] = OrderedDict()
         # Gradio's own telemetry.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        self.blocks = self._laid_out(ratio)
+        self.blocks = self._laid_out(checkpoint, ratio)
 
     def serve(self, host: str, port: int) -> str:
         """Serve the page until `close`, at a free port for 0; returns its address.
@@ -80,18 +93,15 @@ class Page:
         self.blocks.close(verbose=False)
         self._folder.cleanup()
 
-    def _laid_out(self, ratio: float) -> gr.Blocks:
-        studio = self.studio
-        least = math.ceil(studio.smallest * 100) / 100
+    def _laid_out(self, checkpoint: str, ratio: float) -> gr.Blocks:
         with gr.Blocks(title="ppcl web", analytics_enabled=False, delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)) as page:
-            gr.Markdown(f"### {html.escape(studio.title)}")
+            title = gr.Markdown(f"### Opening {html.escape(checkpoint)} ...", elem_id="title")
             with gr.Row():
-                prompt = gr.Textbox(studio.task.demo_prompts[0], label="Prompt", scale=4, elem_id="prompt")
+                prompt = gr.Textbox("", label="Prompt", scale=4, elem_id="prompt")
                 seed = gr.Textbox("0", label="Seed", elem_id="seed")
-                usual = studio.task.usual.steps
-                steps = gr.Textbox("", label="Steps", placeholder=str(usual or "as the pipeline"), elem_id="steps")
+                steps = gr.Textbox("", label="Steps", elem_id="steps")
             with gr.Row():
-                slider = gr.Slider(least, 1, ratio, step=0.01, label="Ratio", scale=3, elem_id="slider")
+                slider = gr.Slider(0.01, 1, ratio, step=0.01, label="Ratio", scale=3, elem_id="slider")
                 typed = gr.Textbox(f"{ratio:g}", label="Ratio, typed", elem_id="ratio")
                 memory = gr.Textbox("", label="Memory, at most", placeholder="6MB, 12GB", elem_id="memory")
                 latency = gr.Textbox("", label="ms, at most", placeholder="400", elem_id="latency")
@@ -123,12 +133,30 @@ class Page:
             moved = slider.release(None, slider, typed, js=said)
             moved.then(self.draw, fields, trigger_mode="always_last", api_visibility="private", **shown)
             typed.input(None, [typed, slider], slider, js="(text, now) => Number(text) > 0 ? Number(text) : now")
-            page.load(self.draw, fields, api_visibility="private", **shown)
+            # Without gradio's animation, which takes time from the opening where there are few cores.
+            waiting: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+            opened = page.load(self._open, prompt, [title, prompt, steps, slider], **waiting)
+            opened.success(self.draw, fields, api_visibility="private", **shown)
             for field in fields:
                 field.submit(self.draw, fields, api_visibility="private", **shown)
             row: dict[str, Any] = {"concurrency_limit": AT_ONCE, "show_progress_on": [strip]}
             several.click(self.strip, fields, [strip, sheet], api_name="strip", **row)
         return page
+
+    def _open(self, prompt: str) -> tuple[Any, ...]:
+        """Wait for the studio; returns its title, a prompt where there is none yet, its steps, and its least ratio."""
+        try:
+            studio = self._coming.result()
+        except Exception as error:
+            _refuse(error)
+        usual = str(studio.task.usual.steps or "as the pipeline")
+        least = math.ceil(studio.smallest * 100) / 100
+        return (
+            f"### {html.escape(studio.title)}",
+            prompt or studio.task.demo_prompts[0],
+            gr.Textbox(placeholder=usual),
+            gr.Slider(minimum=least),
+        )
 
     def draw(
         self,
@@ -141,18 +169,18 @@ class Page:
         progress: Any = gr.Progress(),  # noqa: B008  # how gradio is asked for one
     ) -> Iterator[tuple[Any, ...]]:
         """Draw what the fields ask for, then the dense picture; yields the outputs of the page."""
-        studio = self.studio
         try:
             ask = Ask.read(prompt, seed, steps, ratio, memory, latency)
+            studio = self._coming.result()
             drawn = studio.draw(ask, _reporting(progress, "at the ratio"))
             notes = "\n\n".join(html.escape(note) for note in studio.notes(ask.prompt))
             picture = self._file(studio.png(ask, [drawn]), f"seed{ask.seed}-ratio{drawn.cost.ratio:.3f}")
-            plan = self._file(png_of(studio.plan_picture(drawn.made.plan)), "plan")
+            plan = self._file(studio.plan_png(drawn.made.plan), "plan")
             download = gr.DownloadButton(value=picture, interactive=True)
-            yield picture, gr.skip(), notes, self._table([drawn]), download, plan
+            yield picture, gr.skip(), notes, _table(studio, [drawn]), download, plan
             dense = studio.dense(ask, _reporting(progress, "dense"))
             picture = self._file(studio.png(ask, [dense]), f"seed{ask.seed}-dense")
-            yield gr.skip(), picture, gr.skip(), self._table([dense, drawn]), gr.skip(), gr.skip()
+            yield gr.skip(), picture, gr.skip(), _table(studio, [dense, drawn]), gr.skip(), gr.skip()
         except Exception as error:
             _refuse(error)
 
@@ -170,33 +198,12 @@ class Page:
         try:
             # The ratio and budgets of the fields say nothing here.
             ask = Ask.read(prompt, seed, steps, "1")
-            for drawn in self.studio.strip(ask, _reporting(progress, "six ratios")):
-                row = self._file(self.studio.png(ask, drawn), f"seed{ask.seed}-ratios")
+            studio = self._coming.result()
+            for drawn in studio.strip(ask, _reporting(progress, "six ratios")):
+                row = self._file(studio.png(ask, drawn), f"seed{ask.seed}-ratios")
                 yield row, gr.DownloadButton(value=row, interactive=True)
         except Exception as error:
             _refuse(error)
-
-    def _table(self, drawn: list[Drawn]) -> str:
-        device = html.escape(str(self.studio.model.device))
-        heads = ("", "ratio", "parameters", "MFLOPs a forward", "bytes of weights", "ms a step", "ms in all")
-        rows = [
-            (
-                html.escape(each.made.asked),
-                f"{each.cost.ratio:.3f}",
-                f"{each.cost.params:,}",
-                f"{each.cost.flops / 1e6:,.1f}",
-                f"{each.cost.memory:,}",
-                f"{each.cost.step_ms:,.1f}" + ("" if each.cost.alone else " *"),
-                f"{each.cost.ms:,.0f}" + ("" if each.cost.alone else " *"),
-            )
-            for each in drawn
-        ]
-        cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-        said = f"FLOPs at the reference shape. Milliseconds of this very picture, the median step, on {device}, float32"
-        if not all(each.cost.alone for each in drawn):
-            said += "; * something else ran at the same time"
-        head = "".join(f"<th>{head}</th>" for head in heads)
-        return f"<table><tr>{head}</tr>{cells}</table><small>{said}.</small>"
 
     def _file(self, content: bytes, name: str) -> str:
         """A PNG on disk, for the browser to fetch; the oldest ones are deleted."""
@@ -209,6 +216,29 @@ class Page:
             oldest, _ = self._files.popitem(last=False)
             oldest.unlink(missing_ok=True)
         return str(path)
+
+
+def _table(studio: Studio, drawn: list[Drawn]) -> str:
+    device = html.escape(str(studio.model.device))
+    heads = ("", "ratio", "parameters", "MFLOPs a forward", "bytes of weights", "ms a step", "ms in all")
+    rows = [
+        (
+            html.escape(each.made.asked),
+            f"{each.cost.ratio:.3f}",
+            f"{each.cost.params:,}",
+            f"{each.cost.flops / 1e6:,.1f}",
+            f"{each.cost.memory:,}",
+            f"{each.cost.step_ms:,.1f}" + ("" if each.cost.alone else " *"),
+            f"{each.cost.ms:,.0f}" + ("" if each.cost.alone else " *"),
+        )
+        for each in drawn
+    ]
+    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    said = f"FLOPs at the reference shape. Milliseconds of this very picture, the median step, on {device}, float32"
+    if not all(each.cost.alone for each in drawn):
+        said += "; * something else ran at the same time"
+    head = "".join(f"<th>{head}</th>" for head in heads)
+    return f"<table><tr>{head}</tr>{cells}</table><small>{said}.</small>"
 
 
 def _check_port(host: str, port: int) -> None:
@@ -228,8 +258,18 @@ def _free_port(host: str) -> int:
         return int(found.getsockname()[1])
 
 
-def _reporting(progress: Any, what: str) -> Any:
-    return lambda done, of: progress((done, of), desc=what, unit="steps")
+def _reporting(progress: Any, what: str) -> OnStep:
+    """Show the steps that are done; not each of many a second, as that takes time from small models."""
+    shown = -math.inf
+
+    def report(done: int, of: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= _BETWEEN_REPORTS:
+            shown = now
+            progress((done, of), desc=what, unit="steps")
+
+    return report
 
 
 def _refuse(error: Exception) -> NoReturn:

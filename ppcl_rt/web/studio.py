@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import statistics
@@ -16,61 +15,18 @@ import torch
 from PIL import Image
 
 import ppcl_rt
-from ppcl_rt.messages import brief
 from ppcl_rt.pipelines.drawing import How, OnStep, no_report
 from ppcl_rt.pipelines.plan_picture import draw_plan
 from ppcl_rt.pipelines.sheet import Made, described, enlarged, grid
 from ppcl_rt.pipelines.task import Task, places, task_of
 from ppcl_rt.planning.budget import Budget
 from ppcl_rt.planning.plan import Plan
+from ppcl_rt.web.asking import Ask
 
 # Of one prompt, next to each other; below the smallest plan, the smallest plan.
 STRIP = (1.0, 0.8, 0.65, 0.5, 0.35, 0.2)
-# Characters; text encoders of pipelines read a thousand tokens.
-LONGEST_PROMPT = 8_000
-LARGEST_SEED = 2**63 - 1
-MOST_STEPS = 1_000
 # Pictures that are remembered; the dense one and those of a strip are asked for again and again.
 _REMEMBERED = 32
-
-
-class Ask(NamedTuple):
-    """What somebody asks for.
-
-    Attributes:
-        prompt: what to draw.
-        choice: a budget, or a plan itself.
-        seed: of the noise.
-        steps: denoising steps; None for the checkpoint's own.
-    """
-
-    prompt: str
-    choice: Budget | Plan
-    seed: int = 0
-    steps: int | None = None
-
-    @classmethod
-    def read(
-        cls, prompt: str, seed: str = "0", steps: str = "", ratio: str = "", memory: str = "", latency: str = ""
-    ) -> Ask:
-        """Read what was typed into fields; an empty field asks for nothing.
-
-        Args:
-            memory: bytes of weights, such as ``6MB``.
-            latency: milliseconds of a forward.
-
-        Raises:
-            ValueError: one of them cannot be read; one line says what was wanted.
-        """
-        if not prompt.strip():
-            raise ValueError("the prompt is empty: say what to draw")
-        if len(prompt) > LONGEST_PROMPT:
-            raise ValueError(f"a prompt has at most {LONGEST_PROMPT:,} characters, not {len(prompt):,}")
-        limits = {"memory": memory.strip(), "latency": latency.strip()}
-        share = _ratio(ratio.strip()) if ratio.strip() else None
-        budget = Budget.of(share, **{name: given for name, given in limits.items() if given})
-        count = _whole("the number of steps", steps, 1, MOST_STEPS) if steps.strip() else None
-        return cls(prompt.strip(), budget, _whole("a seed", seed, 0, LARGEST_SEED), count)
 
 
 class Cost(NamedTuple):
@@ -193,23 +149,6 @@ class Studio:
                 self._remembered.move_to_end(key)
             return self._remembered.get(key)
 
-    def draw_first(self, ratio: float) -> None:
-        """Draw what the page shows first, next to other work of the program, so that it is remembered.
-
-        What goes wrong, the page says when it asks for the same.
-        """
-        with self._lock:
-            # These pictures take longer than those that are drawn alone.
-            self._running += 1
-        try:
-            with contextlib.suppress(Exception):
-                ask = Ask.read(self.task.demo_prompts[0], ratio=f"{ratio:g}")
-                self.draw(ask)
-                self.dense(ask)
-        finally:
-            with self._lock:
-                self._running -= 1
-
     def dense(self, ask: Ask, on_step: OnStep = no_report) -> Drawn:
         """Draw the same at the largest plan there is: the dense one, unless the checkpoint was cut to a plan."""
         return self.draw(ask._replace(choice=self.model.catalog.largest), on_step)
@@ -230,11 +169,11 @@ class Studio:
         one = enlarged(pictures[0])
         sheet = one if len(drawn) == 1 else grid([pictures], [f"{each.cost.ratio:.3f}" for each in drawn], [""])
         made = [each.made for each in drawn]
-        return png_of(sheet, described(self.checkpoint, [ask.prompt], ask.seed, made))
+        return _png(sheet, described(self.checkpoint, [ask.prompt], ask.seed, made))
 
-    def plan_picture(self, plan: Plan) -> Image.Image:
-        """A picture of what a plan removes."""
-        return draw_plan(self.model.catalog, plan)
+    def plan_png(self, plan: Plan) -> bytes:
+        """The PNG of a picture of what a plan removes."""
+        return _png(draw_plan(self.model.catalog, plan))
 
     def _drawn(self, ask: Ask, plan: Plan, on_step: OnStep) -> Drawn:
         ends: list[float] = []
@@ -270,8 +209,7 @@ class Studio:
         return Drawn(picture, Made(_called(ask.choice, cost.ratio), cost.ratio, plan), cost)
 
 
-def png_of(picture: Image.Image, info: Any = None) -> bytes:
-    """A picture as the bytes of a PNG."""
+def _png(picture: Image.Image, info: Any = None) -> bytes:
     written = io.BytesIO()
     picture.save(written, format="PNG", pnginfo=info)
     return written.getvalue()
@@ -279,19 +217,3 @@ def png_of(picture: Image.Image, info: Any = None) -> bytes:
 
 def _called(choice: Budget | Plan, ratio: float) -> str:
     return str(choice) if isinstance(choice, Budget) else f"ratio {ratio:g}"
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f'a ratio is a number above 0 and up to 1, not "{brief(text)}"') from None
-
-
-def _whole(name: str, text: str, least: int, most: int) -> int:
-    """Read a whole number between two others."""
-    digits = text.strip()
-    # Digits alone, and few: what else python takes for a number ("1_000", "٣") nobody means, and long ones take time.
-    if digits.isascii() and digits.isdigit() and len(digits) <= len(str(LARGEST_SEED)) and least <= int(digits) <= most:
-        return int(digits)
-    raise ValueError(f'{name} is a whole number from {least} to {most}, not "{brief(text)}"')

@@ -11,6 +11,7 @@ from PIL import Image
 
 import ppcl_rt
 from ppcl_rt import Plan
+from ppcl_rt.cli import main as cli
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "scenes"
 
@@ -206,3 +207,18 @@ def test_the_installed_program_runs():
     done = subprocess.run([program, "train", "config"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["task"] == "scenes"
+
+
+def test_only_what_is_asked_for_is_imported():
+    """Help and the page do not wait for torch."""
+    for argument in ("web", "info"):
+        app = cli.program([argument])
+        assert [each.name for each in app.registered_commands] == [argument] and not app.registered_groups
+    assert [each.name for each in cli.program(["train", "config"]).registered_groups] == ["train"]
+    for arguments in ([], ["--help"], ["unknown"]):
+        app = cli.program(arguments)
+        assert len(app.registered_commands) > 10 and len(app.registered_groups) > 1
+    code = "import sys, ppcl_rt.cli.main as cli; cli.program(['web']); import ppcl_rt.web.asking, ppcl_rt.planning.plan"
+    code += "; print([each for each in ('torch', 'diffusers', 'scipy', 'gradio') if each in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

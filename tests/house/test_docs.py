@@ -14,7 +14,6 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,12 +82,7 @@ def ids(value: Any) -> str:
 @pytest.fixture(scope="module")
 def program() -> Any:
     """The program with all its groups, as click commands."""
-    app = ppcl_rt.cli.main.app
-    before = list(app.registered_groups)
-    for entry in entry_points(group="ppcl.commands"):
-        app.add_typer(entry.load(), name=entry.name)
-    yield typer.main.get_command(app)
-    app.registered_groups[:] = before
+    return typer.main.get_command(ppcl_rt.cli.main.program())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids)

@@ -9,12 +9,15 @@ and gets a line in CHANGELOG.md.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import ppcl_rt
 
@@ -90,6 +93,24 @@ def surface() -> str:
 
 def test_the_public_api_is_what_the_table_says():
     assert surface() == TABLE.read_text(), f"after a change of the public API: python {__file__} --write"
+
+
+def test_every_name_is_found_where_type_checkers_look():
+    """Types come from imports that only they read, values from a table: both name the same module."""
+    tree = ast.parse(Path(ppcl_rt.__file__).read_text())
+    typed = {
+        each.asname: statement.module.removeprefix("ppcl_rt.")
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom) and statement.module
+        for each in statement.names
+        if each.asname
+    }
+    assert typed == ppcl_rt._PLACES
+    assert set(dir(ppcl_rt)) == set(ppcl_rt.__all__)
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = ppcl_rt.Nothing
 
 
 def test_the_version_is_the_package_s():

@@ -13,7 +13,8 @@ import torch
 
 import ppcl_rt
 from ppcl_rt import Tokens
-from ppcl_rt.cli.options import Amounts, budgets_of
+from ppcl_rt.cli.options import Amounts
+from ppcl_rt.cli.values import budgets_of
 from ppcl_rt.families.qwen_image import PPCLQwenImageTransformer2DModel
 from ppcl_rt.model.fitting import LiveBytes, Vae, decode_bytes
 from ppcl_rt.planning.costs import Bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-
 
 @contextmanager
 def served(studio: Any, ratio: float = 0.5) -> Iterator[str]:
-    """Serve a page on a port that is free; yields its address."""
+    """Serve a page on a port that is free; yields its address.
+
+    Args:
+        studio: open already, or to come.
+    """
     from ppcl_rt.web.page import Page
 
-    page = Page(studio, ratio)
+    if isinstance(studio, Future):
+        coming = studio
+    else:
+        coming = Future()
+        coming.set_result(studio)
+    page = Page(coming, "examples/scenes", ratio)
     try:
         yield page.serve("127.0.0.1", 0)
     finally:

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -20,7 +20,8 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from serving import CHECKPOINT, chromium, served
 
-from ppcl_rt.web.studio import Ask, Studio
+from ppcl_rt.web.asking import Ask
+from ppcl_rt.web.studio import Studio
 
 # Milliseconds: the machine of tests may do other things too.
 PATIENCE = 90_000
@@ -210,6 +211,32 @@ def test_a_folder_that_is_deleted_gets_one_line_and_the_page_goes_on(asked_for, 
         assert client.predict(*fields(ratio="0.2"), api_name="/draw")
 
 
+def test_the_page_is_there_before_its_studio(browser, studio):
+    coming = Future()
+    with served(coming) as address:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(address)
+        page.wait_for_selector("#title:has-text('Opening examples/scenes')")
+        assert page.input_value("#prompt textarea, #prompt input") == "" and not page.query_selector("#drawn img")
+        coming.set_result(studio)
+        page.wait_for_selector("#dense img")
+        assert studio.title in page.inner_text("#title") and page.query_selector("#drawn img")
+        assert page.input_value("#prompt textarea, #prompt input") == studio.task.demo_prompts[0]
+        least = float(page.get_attribute("#slider input[type=range]", "min"))
+        assert studio.smallest <= least < studio.smallest + 0.01
+        page.close()
+
+
+def test_who_waits_for_a_studio_that_does_not_open_is_told(asked_for, tmp_path):
+    coming = Future()
+    with served(coming) as address:
+        job = client_of(address, asked_for, tmp_path).submit(*fields(), api_name="/draw")
+        coming.set_exception(ValueError("nothing opens here"))
+        with pytest.raises(AppError, match="nothing opens here"):
+            job.result(60)
+
+
 def test_what_nobody_foresaw_gets_one_line_too(client, studio, monkeypatch):
     monkeypatch.setattr(studio.task, "sample", lambda *given: 1 / 0)
     with pytest.raises(AppError, match="division by zero"):
@@ -239,3 +266,18 @@ def test_two_people_draw_at_the_same_time(client, studio, monkeypatch):
 def test_a_port_in_use_is_refused_in_one_line(ppcl, address):
     status, _, err = ppcl("web", CHECKPOINT, "--port", urlsplit(address).port)
     assert status == 2 and "give another --port" in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("nowhere",), "nowhere"),
+        ((CHECKPOINT, "--device", "cuda:99"), "there is no device cuda:99"),
+        ((CHECKPOINT, "--ratio", "0.001"), "0.001"),
+        ((CHECKPOINT, "--transformer", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_opened_ends_the_page_in_one_line(ppcl, given, said):
+    status, _, err = ppcl("web", *given, "--port", 0)
+    line = err.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("ppcl: ") and said in line and "Traceback" not in err

@@ -17,7 +17,8 @@ from ppcl_rt import Plan
 from ppcl_rt.pipelines import words
 from ppcl_rt.pipelines.drawing import How
 from ppcl_rt.pipelines.task import PipelineTask
-from ppcl_rt.web.studio import LARGEST_SEED, STRIP, Ask, Studio
+from ppcl_rt.web.asking import LARGEST_SEED, Ask
+from ppcl_rt.web.studio import STRIP, Studio
 
 RING = "a red ring"
 EMOJI = CHECKPOINT.parent / "emoji"
@@ -59,7 +60,7 @@ def test_it_says_what_a_picture_cost(studio):
     assert drawn.cost.memory <= 6e6 and drawn.cost.ratio <= 0.5
     assert dense.cost.ratio == 1 and dense.cost.params == studio.model.catalog.architecture.dense_params
     assert 0 < drawn.cost.step_ms < drawn.cost.ms and drawn.cost.alone
-    assert studio.plan_picture(drawn.made.plan).tobytes() != studio.plan_picture(dense.made.plan).tobytes()
+    assert studio.plan_png(drawn.made.plan) != studio.plan_png(dense.made.plan)
 
 
 def test_a_picture_is_remembered_with_what_it_cost(studio):
@@ -74,8 +75,8 @@ def test_a_picture_is_remembered_with_what_it_cost(studio):
 
 
 def test_a_picture_that_somebody_waits_for_is_not_drawn_twice(studio, monkeypatch):
-    """The page asks for its first pictures while they are drawn."""
-    whole, begun, asked, drawn = studio.task.sample, threading.Event(), threading.Event(), []
+    """Two pages that are opened at once ask for the same pictures."""
+    whole, begun, asked, drawn, found = studio.task.sample, threading.Event(), threading.Event(), [], []
 
     def sample(*given):
         drawn.append(given)
@@ -84,25 +85,16 @@ def test_a_picture_that_somebody_waits_for_is_not_drawn_twice(studio, monkeypatc
         return whole(*given)
 
     monkeypatch.setattr(studio.task, "sample", sample)
-    first = threading.Thread(target=studio.draw_first, args=(0.6,))
-    first.start()
+    ask = Ask.read(RING, seed="9", ratio="0.6", steps="2")
+    people = [threading.Thread(target=lambda: found.append(studio.draw(ask))) for _ in range(2)]
+    people[0].start()
     assert begun.wait(60)
-    ask, found = Ask.read(studio.task.demo_prompts[0], ratio="0.6"), []
-    second = threading.Thread(target=lambda: found.extend([studio.draw(ask), studio.dense(ask)]))
-    second.start()
+    people[1].start()
     asked.set()
-    first.join()
-    second.join()
-    # At the ratio, and dense.
-    assert len(drawn) == len(found) == 2
-    assert not any(each.cost.alone for each in found), "their times are of a busy machine"
-    assert not studio._turns
-
-
-def test_first_pictures_that_cannot_be_drawn_are_left_to_the_page(studio):
-    studio.draw_first(0.001)
-    with pytest.raises(ValueError, match="ratio"):
-        studio.draw(Ask.read(studio.task.demo_prompts[0], ratio="0.001"))
+    for each in people:
+        each.join()
+    assert len(drawn) == 1 and len(found) == 2
+    assert found[0].picture is found[1].picture and not studio._turns
 
 
 def test_a_strip_goes_down_to_the_smallest_plan(studio, monkeypatch):

@@ -618,8 +618,6 @@ def test_commands(qwen_folder, images, tmp_path, capsys, monkeypatch):
             cli.main()
         return stopped.value.code or 0, capsys.readouterr()
 
-    monkeypatch.setattr(cli.app, "registered_groups", list(cli.app.registered_groups))
-
     given = ("--pipeline", qwen_folder, "--dtype", "float32", "--device", "cpu")
     status, said = ppcl("cache", *given, "--images", images, "--area", 1024, "--out", tmp_path / "a", "--samples", 4)
     assert not status and "holds 4 samples" in said.out
