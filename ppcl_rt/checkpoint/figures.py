@@ -27,7 +27,7 @@ def figures(catalog: Catalog) -> list[str]:
         "",
         "A ratio bounds the share of the dense parameters and that of the dense FLOPs. FLOPs count 2 for a "
         f"multiply-add, in the blocks of one forward of {batch} sample{'' if batch == 1 else 's'}, "
-        f"{image} image and {text} text tokens. Loss is the velocity error, squared and over the teacher's signal. "
+        f"{image} image and {text} text tokens. Loss is the velocity error, squared and over the dense model's signal. "
         "Measured: of the whole plan. Predicted: from what single choices lose. It is no score of pictures.",
     ]
 
@@ -56,7 +56,7 @@ def _rows(catalog: Catalog) -> Iterator[str]:
 
 def _loss(planner: Planner, plan: Plan, measured: float | None) -> str:
     if plan == planner.catalog.dense:
-        return "0: the teacher"
+        return "0: the dense model"
     loss = planner.loss(plan) if measured is None else measured
     return "" if math.isnan(loss) else f"{loss:.2g}, {'predicted' if measured is None else 'measured'}"
 

@@ -17,6 +17,8 @@ from ppcl_rt.files import one_line
 from ppcl_rt.pipelines import words
 
 INDEX = "model_index.json"
+# What `from_pretrained` calls the dtype of weights; diffusers warns of the former name from 0.42 on.
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 # Prompts of one call where words have embeddings of their own: such pipelines are small.
 _AT_ONCE = 64
 # What turns prompts into embeddings; a table of words takes their place.
@@ -77,7 +79,7 @@ class Drawing:
             kind = getattr(diffusers, index["_class_name"])
             table = words.WordTable.read(folder) if (folder / words.FILE).is_file() else None
             own = {name: None for name in index if table is not None and name.startswith(_TEXT)}
-            pipe = kind.from_pretrained(folder, transformer=transformer, torch_dtype=dtype, **own)
+            pipe = kind.from_pretrained(folder, transformer=transformer, **{DTYPE: dtype}, **own)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{folder} cannot be opened as a pipeline: {one_line(error)}") from None
         for name, part in pipe.components.items():

@@ -96,7 +96,7 @@ def test_a_card_says_what_ratios_cost_and_lose(tmp_path):
     write_card(tmp_path, source.catalog)
     rows = {float(row[0]): row[1:] for row in table(tmp_path)}
     assert tuple(rows) == RATIOS
-    assert rows[1.0] == ["4,084,912 (1.00)", "66.1 MFLOPs (1.00)", "8.17 MB", "0: the teacher"]
+    assert rows[1.0] == ["4,084,912 (1.00)", "66.1 MFLOPs (1.00)", "8.17 MB", "0: the dense model"]
     assert rows[0.5][:3] == ["1,765,048 (0.43)", "33.1 MFLOPs (0.50)", "3.53 MB"]
     planner = ppcl_rt.Planner(source.catalog, source.sketches)
     for ratio in RATIOS[1:]:

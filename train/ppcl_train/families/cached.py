@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ppcl_rt.files import one_line
+from ppcl_rt.pipelines.drawing import DTYPE
 from ppcl_train.families.base import ImageShape, Picture, Predicts, Samples
 from ppcl_train.scenes.sampling import Sampler
 
@@ -145,7 +146,8 @@ class CachedFamily:
         """See `Family.open`."""
         try:
             left_out = {} if draws else {"transformer": self.without_transformer(pipeline)}
-            pipe = getattr(diffusers, self.pipeline_name).from_pretrained(pipeline, torch_dtype=dtype, **left_out)
+            kind = getattr(diffusers, self.pipeline_name)
+            pipe = kind.from_pretrained(pipeline, **{DTYPE: dtype}, **left_out)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{pipeline} cannot be opened as {self.title} pipeline: {one_line(error)}") from None
         pipe.set_progress_bar_config(disable=True)
