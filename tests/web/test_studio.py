@@ -14,6 +14,7 @@ from serving import CHECKPOINT
 
 import ppcl_rt
 from ppcl_rt import Plan
+from ppcl_rt.cli import web
 from ppcl_rt.pipelines import words
 from ppcl_rt.pipelines.drawing import How
 from ppcl_rt.pipelines.task import PipelineTask
@@ -95,6 +96,16 @@ def test_a_picture_that_somebody_waits_for_is_not_drawn_twice(studio, monkeypatc
         each.join()
     assert len(drawn) == 1 and len(found) == 2
     assert found[0].picture is found[1].picture and not studio._turns
+
+
+def test_a_small_model_draws_with_one_thread(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    opened = web._opened(str(CHECKPOINT), 0.5, None, None, "cpu")
+    assert asked == [1] and 1e6 < opened.model.costs(opened.model.catalog.dense)["flops"] < 1e9
+    monkeypatch.setattr(web, "_FLOPS_OF_THREADS", 1e6)
+    web._opened(str(CHECKPOINT), 0.5, None, None, "cpu")
+    assert asked == [1]
 
 
 def test_a_strip_goes_down_to_the_smallest_plan(studio, monkeypatch):
