@@ -120,7 +120,7 @@ def load(
     Args:
         path: a checkpoint folder or a hub id. A stock checkpoint loads too, at ratio 1.
         ratio: at most this share of the dense transformer's parameters, and of its FLOPs at the reference shape that
-            the catalog names; in (0, 1], 1 is the teacher exactly.
+            the catalog names; in (0, 1], 1 is the dense model.
         params: at most so many parameters, also as ``"10B"``.
         flops: at most so many floating-point operations a forward at ``shape``, also as ``"40T"``.
         memory: at most so many bytes of weights in ``dtype``, also as ``"12GB"`` (GB is 1e9 bytes).
