@@ -198,14 +198,18 @@ def _family_of(path: str | Path, subfolder: str | None, variant: str | None, hub
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for; a family's class is found by the registry."""
+    """Import a public name, or a folder of this package, when it is first asked for.
+
+    A family's class is found by the registry.
+    """
     if name in _PLACES:
-        found = getattr(importlib.import_module(f"ppcl_rt.{_PLACES[name]}"), name)
+        found = globals()[name] = getattr(importlib.import_module(f"ppcl_rt.{_PLACES[name]}"), name)
+    elif name in {place.partition(".")[0] for place in _PLACES.values()}:
+        found = importlib.import_module(f"ppcl_rt.{name}")
     else:
         found = registry.by_class_name(name)
     if found is None:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    globals()[name] = found
     return found
 
 

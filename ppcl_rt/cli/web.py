@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,13 +44,19 @@ def web(
     coming: Future[Studio] = Future()
     page = Page(coming, checkpoint, ratio)
     try:
-        print(f"drawing at {page.serve(host, port)} (Ctrl-C ends it)", flush=True)
+        print(f"the page is at {page.serve(host, port)} (Ctrl-C ends it)", flush=True)
         coming.set_result(_opened(checkpoint, ratio, transformer, quantize, device))
+        print(f"{checkpoint} is open", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print("ended")
+    except Exception as error:
+        if not coming.done():
+            coming.set_exception(error)
+            # In which those who wait for it are told.
+            time.sleep(0.5)
+        raise
     finally:
-        # Whoever waits for it.
         coming.cancel()
         page.close()
 

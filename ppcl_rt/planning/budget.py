@@ -44,7 +44,7 @@ class Budget(Frozen):
 
     Attributes:
         ratio: in (0, 1]: at most this share of the dense parameters and of the dense FLOPs at the catalog's reference
-            shape; 1 is the teacher.
+            shape; 1 is the dense model.
         params: parameters.
         flops: floating-point operations of a forward at ``shape``.
         memory: bytes of the weights that the model holds, in its dtype or quantised.

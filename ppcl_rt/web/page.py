@@ -101,11 +101,13 @@ class Page:
                 seed = gr.Textbox("0", label="Seed", elem_id="seed")
                 steps = gr.Textbox("", label="Steps", elem_id="steps")
             with gr.Row():
-                slider = gr.Slider(0.01, 1, ratio, step=0.01, label="Ratio", scale=3, elem_id="slider")
+                slider = gr.Slider(
+                    0.01, 1, ratio, step=0.01, label="Ratio", scale=3, elem_id="slider", interactive=False
+                )
                 typed = gr.Textbox(f"{ratio:g}", label="Ratio, typed", elem_id="ratio")
                 memory = gr.Textbox("", label="Memory, at most", placeholder="6MB, 12GB", elem_id="memory")
                 latency = gr.Textbox("", label="ms, at most", placeholder="400", elem_id="latency")
-                button = gr.Button("Draw", variant="primary", elem_id="draw")
+                button = gr.Button("Draw", variant="primary", elem_id="draw", interactive=False)
             with gr.Row(elem_classes="pixels"):
                 dense = gr.Image(label="Dense", interactive=False, elem_id="dense", buttons=[])
                 drawn = gr.Image(label="Within the budget", interactive=False, elem_id="drawn", buttons=[])
@@ -115,7 +117,7 @@ class Page:
             plan = gr.Image(
                 label="What the plan keeps", show_label=False, interactive=False, elem_id="plan", buttons=[]
             )
-            several = gr.Button("Draw the prompt at six ratios", elem_id="several")
+            several = gr.Button("Draw the prompt at six ratios", elem_id="several", interactive=False)
             strip = gr.Image(label="Six ratios", show_label=False, interactive=False, elem_id="strip", buttons=[])
             sheet = gr.DownloadButton("Download the six", interactive=False, elem_id="sheet")
 
@@ -135,28 +137,36 @@ class Page:
             typed.input(None, [typed, slider], slider, js="(text, now) => Number(text) > 0 ? Number(text) : now")
             # Without gradio's animation, which takes time from the opening where there are few cores.
             waiting: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-            opened = page.load(self._open, prompt, [title, prompt, steps, slider], **waiting)
-            opened.success(self.draw, fields, api_visibility="private", **shown)
+            opened = page.load(self._open, None, [title, steps, slider, button, several], **waiting)
+            # What somebody typed meanwhile stays.
+            prompted = opened.success(self._prompt, prompt, prompt, queue=False, **waiting)
+            prompted.success(self.draw, fields, api_visibility="private", **shown)
             for field in fields:
                 field.submit(self.draw, fields, api_visibility="private", **shown)
             row: dict[str, Any] = {"concurrency_limit": AT_ONCE, "show_progress_on": [strip]}
             several.click(self.strip, fields, [strip, sheet], api_name="strip", **row)
         return page
 
-    def _open(self, prompt: str) -> tuple[Any, ...]:
-        """Wait for the studio; returns its title, a prompt where there is none yet, its steps, and its least ratio."""
+    def _open(self) -> tuple[Any, ...]:
+        """Wait for the studio; returns its title, its steps and least ratio, and what can be asked for from then on."""
         try:
             studio = self._coming.result()
         except Exception as error:
             _refuse(error)
         usual = str(studio.task.usual.steps or "as the pipeline")
-        least = math.ceil(studio.smallest * 100) / 100
+        # A checkpoint may have its dense plan alone; a slider needs two ends.
+        least = min(math.ceil(studio.smallest * 100) / 100, 0.99)
         return (
             f"### {html.escape(studio.title)}",
-            prompt or studio.task.demo_prompts[0],
             gr.Textbox(placeholder=usual),
-            gr.Slider(minimum=least),
+            gr.Slider(minimum=least, interactive=True),
+            gr.Button(interactive=True),
+            gr.Button(interactive=True),
         )
+
+    def _prompt(self, typed: str) -> str:
+        """A prompt to begin with, where nobody has typed one."""
+        return typed or self._coming.result().task.demo_prompts[0]
 
     def draw(
         self,
@@ -236,7 +246,7 @@ def _table(studio: Studio, drawn: list[Drawn]) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     said = f"FLOPs at the reference shape. Milliseconds of this very picture, the median step, on {device}, float32"
     if not all(each.cost.alone for each in drawn):
-        said += "; * something else ran at the same time"
+        said += "; * another picture was drawn at the same time"
     head = "".join(f"<th>{head}</th>" for head in heads)
     return f"<table><tr>{head}</tr>{cells}</table><small>{said}.</small>"
 

@@ -109,6 +109,7 @@ def test_every_name_is_found_where_type_checkers_look():
     }
     assert typed == ppcl_rt._PLACES
     assert set(dir(ppcl_rt)) == set(ppcl_rt.__all__)
+    assert inspect.ismodule(ppcl_rt.planning) and inspect.ismodule(ppcl_rt.ops)
     with pytest.raises(AttributeError, match="Nothing"):
         _ = ppcl_rt.Nothing
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shutil
 import socket
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -20,6 +22,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from serving import CHECKPOINT, chromium, served
 
+from ppcl_rt.cli import web
 from ppcl_rt.web.asking import Ask
 from ppcl_rt.web.studio import Studio
 
@@ -211,18 +214,23 @@ def test_a_folder_that_is_deleted_gets_one_line_and_the_page_goes_on(asked_for, 
         assert client.predict(*fields(ratio="0.2"), api_name="/draw")
 
 
-def test_the_page_is_there_before_its_studio(browser, studio):
+@pytest.mark.parametrize("typed", ["", "a red ring"])
+def test_the_page_is_there_before_its_studio(browser, studio, typed):
     coming = Future()
     with served(coming) as address:
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(address)
         page.wait_for_selector("#title:has-text('Opening examples/scenes')")
-        assert page.input_value("#prompt textarea, #prompt input") == "" and not page.query_selector("#drawn img")
+        prompt = page.locator("#prompt textarea, #prompt input")
+        assert prompt.input_value() == "" and not page.query_selector("#drawn img")
+        assert page.is_disabled("#draw") and page.is_disabled("#slider input[type=range]")
+        if typed:
+            prompt.fill(typed)
         coming.set_result(studio)
         page.wait_for_selector("#dense img")
         assert studio.title in page.inner_text("#title") and page.query_selector("#drawn img")
-        assert page.input_value("#prompt textarea, #prompt input") == studio.task.demo_prompts[0]
+        assert prompt.input_value() == (typed or studio.task.demo_prompts[0]) and page.is_enabled("#draw")
         least = float(page.get_attribute("#slider input[type=range]", "min"))
         assert studio.smallest <= least < studio.smallest + 0.01
         page.close()
@@ -281,3 +289,34 @@ def test_what_cannot_be_opened_ends_the_page_in_one_line(ppcl, given, said):
     status, _, err = ppcl("web", *given, "--port", 0)
     line = err.strip().splitlines()[-1]
     assert status == 2 and line.startswith("ppcl: ") and said in line and "Traceback" not in err
+
+
+def test_a_browser_that_waits_is_told_what_was_wrong(browser, monkeypatch):
+    """The program ends with it; the page says why."""
+    error = pytest.importorskip("playwright.sync_api").Error
+    waiting = threading.Event()
+
+    def fails(*given):
+        assert waiting.wait(90)
+        raise ValueError("this checkpoint is damaged")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(web, "_opened", fails)
+    with ThreadPoolExecutor(1) as program:
+        run = program.submit(web.web, "somewhere", port=port, ratio=0.5, host="127.0.0.1")
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        for _ in range(100):
+            with contextlib.suppress(error):
+                page.goto(f"http://127.0.0.1:{port}")
+                break
+            time.sleep(0.2)
+        page.wait_for_selector("#title:has-text('Opening somewhere')")
+        time.sleep(1)
+        waiting.set()
+        assert "this checkpoint is damaged" in page.wait_for_selector(".toast-body.error").inner_text()
+        with pytest.raises(ValueError, match="damaged"):
+            run.result(60)
+        page.close()
