@@ -97,7 +97,7 @@ exit 99
     assert content["status"] == 1 and content["command"].endswith(" ".join(arguments))
     # Modules of later parts that are missing are reported.
     assert content["imports"]["diffusers"].startswith("missing: No module named 'diffusers' here")
-    assert content["imports"]["ppcl_rt"].startswith("missing") and content["imports"]["torch"] == torch.__version__
+    assert content["imports"][fit.RUNTIME].startswith("missing") and content["imports"]["torch"] == torch.__version__
     assert content["torch"] == torch.__version__ and content["device"].startswith("CPU")
 
 
