@@ -1,7 +1,7 @@
 """One checkpoint of a large diffusion transformer, run at any ratio, as a drop-in for diffusers.
 
-Names are imported when they are first asked for: torch and diffusers take seconds, which nobody waits for who asks
-``ppcl`` for help.
+Names are imported when they are first asked for: torch and diffusers take seconds, in which ``ppcl web`` serves its
+page already.
 """
 
 from __future__ import annotations
@@ -217,4 +217,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = [*_PLACES, "__version__", "load", *registry.class_names()]  # strings, all of them
+__all__ = [*_PLACES, "__version__", "load", *registry.class_names()]
